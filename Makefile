@@ -1,0 +1,39 @@
+# Two commands matter: `make demo` runs everything, `make test` proves it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check repro plan ui clean
+
+demo: $(INSTALLED)  ## everything, on the embedded default: about 20 minutes on 2 cores
+	@$(BIN)/python -m flows.democratize
+
+test: $(INSTALLED)  ## the fast suite: tiny random model, under 5 minutes on 2 cores
+	@$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## formatter, linter, types and import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+repro: $(INSTALLED)  ## the same work by DVC alone, without Prefect
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+
+plan: $(INSTALLED)  ## what a run would do, and its predicted time and memory
+	@$(BIN)/python -m flows.democratize --plan
+
+ui: $(INSTALLED)  ## the MLflow UI on http://127.0.0.1:5000
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000
+
+# torch goes first: gptqmodel is built from source and wants it there. The pinned version has a CPU build.
+$(INSTALLED): requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=…"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|setuptools|wheel)==' requirements.lock)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --requirement requirements.lock
+	@touch $@
+
+clean:  ## what can be made again: models, reports, logs; not the DVC cache, not MLflow's store
+	rm -rf models data answers report logs workspaces

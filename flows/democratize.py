@@ -1,0 +1,135 @@
+"""The whole job: make every candidate, measure it, register it, promote the best for each device, report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from filelock import FileLock, Timeout
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.states import Completed, Failed, State
+
+from flows.lineage import Lineage, Stage
+from flows.plan import plan
+from flows.process import run_process
+from flows.show import candidate_rows, next_commands, print_plan, print_summary
+from flows.workspace import PROJECT, open_workspace
+from lilliput.config import load_params
+from lilliput.errors import ConfigError, LilliputError
+
+# Fetching is all that can fail today and succeed a minute later; a training that failed will fail again.
+FETCHING = ("source", "data")
+
+
+@task
+def run_stage(stage: Stage, lineage: Lineage, folder: Path, environment: dict[str, str]) -> State:
+    """Does the work of `stage` unless DVC finds nothing changed, and records it with DVC."""
+    changes = lineage.changes(stage.name)
+    if not changes:
+        return Completed(name="Cached", message=f"{stage.name}: nothing changed, cached")
+    get_run_logger().info("%s: %s", stage.name, "; ".join(changes[:3]))
+    run_process(stage, folder, environment)
+    lineage.commit(stage.name)
+    return Completed(message=f"{stage.name}: done")
+
+
+@flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
+def democratize(
+    params_file: str = "params.yaml", only: list[str] | None = None, share_machine: bool = False
+) -> State | dict[str, str]:
+    """Runs every stage that is not up to date, in order, each as a Prefect task.
+
+    Args:
+        params_file: the project's params.yaml, or another file, which then gets a workspace of its own.
+        only: candidates to stop at (with what they are made from); nothing is promoted then.
+        share_machine: let trainings and measurements of other runs happen at the same time.
+    """
+    try:
+        folder = open_workspace(Path(params_file))
+        _require_known(folder, only)
+        with FileLock(folder / ".dvc" / "tmp" / "democratize.lock", timeout=0):
+            return _run_all(folder, only or [], share_machine)
+    except Timeout:
+        return Failed(message=f"{folder}: another run is at work here; wait for it or use another --params file")
+    except LilliputError as error:
+        return Failed(message=str(error))
+
+
+def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict[str, str]:
+    lineage, states = Lineage(folder), {}
+    environment = {"LILLIPUT_FLOW_RUN": str(runtime.flow_run.id or "")}
+    if share_machine:
+        environment["LILLIPUT_SHARE_MACHINE"] = "1"
+    for stage in lineage.stages(only):
+        work = run_stage.with_options(
+            name=stage.name.partition("@")[0],
+            task_run_name=stage.title.replace("{", "(").replace("}", ")"),
+            tags=[stage.candidate] if stage.candidate else [],
+            retries=2 if stage.name in FETCHING else 0,
+            retry_delay_seconds=10,
+        )
+        state = work(stage, lineage, folder, environment, return_state=True)
+        if not state.is_completed():
+            return Failed(message=state.message or f"{stage.name} did not finish")
+        states[stage.name] = state.name
+    _publish(folder)
+    return states
+
+
+def _require_known(folder: Path, only: list[str] | None) -> None:
+    known = load_params(folder / "params.yaml").candidates
+    if unknown := [name for name in only or [] if name not in known]:
+        raise ConfigError(f"--only: unknown candidate {', '.join(unknown)}; params.yaml has: {', '.join(known)}")
+
+
+def _publish(folder: Path) -> None:
+    """Shows the table and the links in the Prefect UI."""
+    if rows := candidate_rows(folder):
+        create_table_artifact(rows, key="candidates", description="The candidates and their four metrics")
+    create_markdown_artifact(next_commands(folder), key="next", description="Where to look")
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(
+    epilog="Examples:  python -m flows.democratize  ·  … --plan  ·  … --only gptq  ·  … --params examples/tiny.yaml"
+)
+def main(
+    params: Annotated[Path, typer.Option(help="parameters; another file works in workspaces/<name>")] = Path(
+        "params.yaml"
+    ),
+    only: Annotated[list[str] | None, typer.Option(help="stop at this candidate (repeatable); no promotion")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="say what would run and what it costs; run nothing")] = False,
+    share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
+) -> None:
+    """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
+    try:
+        folder = open_workspace(params)
+        _require_known(folder, only)
+        if plan_only:
+            print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))
+            return
+    except LilliputError as error:
+        _fail(str(error), 2)
+    os.chdir(PROJECT)
+    try:
+        state = democratize(str(params), only, share_machine, return_state=True)
+    except KeyboardInterrupt:
+        _fail("stopped; nothing is half-written, and the same command goes on from here", 130)
+    if not state.is_completed():
+        _fail(state.message or "the flow did not finish", 2)
+    print_summary(folder, state.result())
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"\nerror: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    app()

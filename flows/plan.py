@@ -1,0 +1,75 @@
+"""What a run would do, and what that costs by the record of earlier runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.lineage import Lineage, Stage
+from lilliput.config import Params
+from tasks import layout
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds and peak memory of a stage as they were measured last, on `of`: the stage itself or one like it."""
+
+    seconds: float
+    peak_rss_bytes: int
+    of: str
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage, why it would run (None: cached), and what it is expected to cost (None: never measured)."""
+
+    stage: Stage
+    reason: str | None
+    prediction: Prediction | None
+
+
+def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> list[PlannedStage]:
+    """Every stage in order; one whose input will be made anew is expected to run too."""
+    planned: list[PlannedStage] = []
+    stale: set[str] = set()
+    for stage in lineage.stages(only):
+        changes = lineage.changes(stage.name)
+        awaited = sorted(lineage.upstream(stage.name) & stale)
+        reason = (changes or [f"follows {awaited[0]}"])[0] if changes or awaited else None
+        if reason:
+            stale.add(stage.name)
+        planned.append(PlannedStage(stage, reason, _predict(stage, params, folder)))
+    return planned
+
+
+def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
+    """By this stage's last cost, else by the mean of the candidates made by the same strategy."""
+    if stage.candidate is None:
+        return None
+    kind = stage.name.partition("@")[0]
+    read = {"compress": _compress_cost, "evaluate": _evaluate_cost}[kind]
+    if own := read(stage.candidate, folder):
+        return Prediction(*own, of=stage.name)
+    strategy = params.candidates[stage.candidate].apply
+    like = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind == "evaluate"]
+    costs = [cost for name in like if (cost := read(name, folder))]
+    if not costs:
+        return None
+    seconds = sum(cost[0] for cost in costs) / len(costs)
+    return Prediction(seconds, max(cost[1] for cost in costs), of=f"{strategy} elsewhere")
+
+
+def _compress_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
+    return _read(folder / layout.cost(candidate))
+
+
+def _evaluate_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
+    return _read(folder / layout.metrics(candidate))
+
+
+def _read(path: Path) -> tuple[float, int] | None:
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["seconds"], record["peak_rss_bytes"]

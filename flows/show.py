@@ -1,0 +1,134 @@
+"""What a person reads at the end of a run: the candidates, the champions and where to look next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.plan import PlannedStage
+from lilliput.config import load_params
+from lilliput.graph import topological_order
+from tasks import layout
+
+MIB = 2**20
+
+
+def candidate_rows(folder: Path) -> list[dict[str, str]]:
+    """One row a registered candidate: the four metrics as `value [low, high]`, size and champion's device."""
+    params, registered = load_params(folder / layout.PARAMS), _read(folder / layout.REGISTRY)
+    champions = _champions(folder)
+    rows = []
+    for name in topological_order(params):
+        if name in registered:
+            record = _read(folder / layout.metrics(name))
+            rows.append({"candidate": name, **_figures(record), "champion of": ", ".join(champions.get(name, []))})
+    return rows
+
+
+def next_commands(folder: Path) -> str:
+    """Where the report is, and how the two UIs are opened, as Markdown that reads well as text."""
+    store = (folder / layout.MLRUNS / "mlflow.db").absolute()
+    return "\n".join(
+        [
+            f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
+            f"- MLflow UI: `.venv/bin/mlflow ui --backend-store-uri sqlite:///{store} --port 5000`",
+            "- Prefect UI: `.venv/bin/prefect server start`, then http://127.0.0.1:4200",
+        ]
+    )
+
+
+def print_summary(folder: Path, states: Mapping[str, str]) -> None:
+    """Prints the table of candidates, the decisions with their reasons and the next commands."""
+    console = Console()
+    cached = [name for name, state in states.items() if state == "Cached"]
+    made = [name for name in states if name not in cached]
+    rows = candidate_rows(folder)
+    if rows:
+        console.print(_table("Candidates (value [95 % interval])", rows))
+        console.print(f"Energy: {_energy_source(folder)}", highlight=False)
+    for device, decision in _read(folder / layout.PROMOTION).items():
+        console.print(f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'nobody'}[/bold]: {decision['reason']}")
+        for name, reason in decision["refused"].items():
+            console.print(f"  not {name}: {reason}", style="dim", highlight=False)
+    console.print(f"\nMade now: {', '.join(made) or 'nothing'}\nCached: {', '.join(cached) or 'nothing'}")
+    console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_plan(planned: Sequence[PlannedStage]) -> None:
+    """Prints what would run, what is cached, and what earlier runs say it costs."""
+    rows = []
+    for item in planned:
+        cost = item.prediction
+        rows.append(
+            {
+                "stage": item.stage.name,
+                "would": f"run: {item.reason}" if item.reason else "be cached",
+                "time": f"{cost.seconds:.0f} s" if cost and item.reason else "",
+                "memory": f"{cost.peak_rss_bytes / MIB:.0f} MiB" if cost and item.reason else "",
+                "as measured on": cost.of if cost and item.reason else ("no record" if item.reason else ""),
+            }
+        )
+    Console().print(_table("Plan: nothing has been run", rows))
+    known = [item.prediction for item in planned if item.reason and item.prediction]
+    unknown = sum(1 for item in planned if item.reason and not item.prediction)
+    peak = max((prediction.peak_rss_bytes for prediction in known), default=0) / MIB
+    total = sum(prediction.seconds for prediction in known)
+    rest = f", plus {unknown} stages never measured" if unknown else ""
+    print(f"{len(known) + unknown} stages would run: about {total / 60:.1f} min and {peak:.0f} MiB at the peak{rest}.")
+    print("Predictions are the record of earlier runs, on whatever machine made it; no more than that.")
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "choice acc.": _estimate(record["accuracy_choice"]),
+        "free acc.": _estimate(record["accuracy_free"]),
+        "halluc.": _estimate(record["hallucination_rate"]),
+        "J/query": _estimate(record["energy_per_query_j"], 2),
+        "access.": _estimate(record["accessibility"]),
+        "MiB": f"{record['size_bytes'] / MIB:.0f}",
+    }
+
+
+def _estimate(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
+    if not estimate or estimate.get("value") is None:
+        return "unavailable"
+    value, low, high = (f"{estimate[key]:.{digits}f}".replace("0.", ".", 1) if digits == 3 else f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
+    mark = "" if estimate.get("measured", True) else "~"
+    return f"{mark}{value} [{low},{high}]"
+
+
+def _energy_source(folder: Path) -> str:
+    params = load_params(folder / layout.PARAMS)
+    sources = {(_read(folder / layout.metrics(name)).get("energy_per_query_j") or {}).get("source") for name in _read(folder / layout.REGISTRY)}
+    watts = params.evaluation.energy.watts_per_core
+    if sources == {"estimate_tdp"}:
+        return f"~ is an estimate, not a measurement: CPU-seconds × {watts:g} W a core (declared in params.yaml)"
+    return f"source {', '.join(sorted(map(str, sources)))}"
+
+
+def _champions(folder: Path) -> dict[str, list[str]]:
+    champions: dict[str, list[str]] = {}
+    for device, decision in _read(folder / layout.PROMOTION).items():
+        if decision["champion"]:
+            champions.setdefault(decision["champion"], []).append(device)
+    return champions
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+

@@ -1,0 +1,60 @@
+"""Where a run does its work: the project itself, or for other parameters a workspace of its own beside it.
+
+A workspace is a copy of the code with its own params.yaml, its own DVC repository and its own results, so that a
+rehearsal never touches the models of the real run. `dvc repro` works in it as it does in the project.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from dvc.repo import Repo
+
+from lilliput.config import load_params
+from lilliput.errors import ConfigError, DataError
+
+PROJECT = Path(__file__).resolve().parent.parent
+_CODE = ("lilliput", "tasks", "corpora")
+
+
+def open_workspace(params_file: Path) -> Path:
+    """The folder to work in for `params_file`, checked and ready.
+
+    The project's own params.yaml means the project; any other file a workspace under `workspaces/`, named after it.
+
+    Raises:
+        ConfigError: the parameters are refused.
+        DataError: the question file they name is not there.
+    """
+    params = load_params(params_file)
+    source = Path(params.data.source)
+    home = PROJECT if (PROJECT / source).exists() else params_file.parent
+    if not (home / source).exists():
+        raise DataError(f"{params_file}: data.source: no such file: {source}; paths are relative to the project")
+    if params_file.resolve() == PROJECT / "params.yaml":
+        return PROJECT
+    if not params_file.stem.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"{params_file}: its name names a workspace; use letters, digits, - and _")
+    folder = PROJECT / "workspaces" / params_file.stem
+    return make_workspace(folder, params_file, home / source, source)
+
+
+def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> Path:
+    """Brings the code and the parameters in `folder` up to date; models and results there stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _CODE:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copyfile(PROJECT / name, folder / name)
+    shutil.copyfile(params_file, folder / "params.yaml")
+    if not (folder / data_name).exists():
+        (folder / data_name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data_source, folder / data_name)
+    if not (folder / ".dvc").exists():
+        Repo.init(str(folder), no_scm=True).close()
+        shutil.copyfile(PROJECT / ".dvc" / "config", folder / ".dvc" / "config")
+        with (folder / ".dvc" / "config").open("a") as config:
+            config.write("[core]\n    no_scm = true\n")
+    return folder

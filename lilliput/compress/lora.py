@@ -1,0 +1,57 @@
+"""LoRA fine-tuning (Hu et al., arXiv 2106.09685) through peft, on the answer tokens alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from lilliput.artifacts import ADAPTER
+from lilliput.compress.result import Result
+from lilliput.compress.training import encode_examples, label_loss, train
+from lilliput.config import LoraConfig
+from lilliput.data.questions import Question
+from lilliput.models import Opened, save_model
+
+_TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+def lora(parent: Opened, questions: Sequence[Question], system_prompt: str, config: LoraConfig) -> Result:
+    """`parent` fine-tuned on `questions`; W becomes W + (alpha / rank) B A when merged.
+
+    Args:
+        parent: float model and tokenizer; the model is changed in place.
+        questions: training questions with their answers.
+        system_prompt: the system line before each question.
+        config: rank, schedule and seed.
+
+    Returns:
+        The merged model, or the parent with its adapter kept apart (`merge: false`), and the loss curve.
+    """
+    model, tokenizer = parent
+    torch.manual_seed(config.seed)
+    adapter = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - peft takes a float too
+        lora_dropout=config.dropout,
+        target_modules=_TARGETS[config.target_modules],
+        task_type="CAUSAL_LM",
+    )
+    tuned = get_peft_model(model, adapter)
+    examples = encode_examples(tokenizer, system_prompt, questions)
+    curve = train(tuned, examples, tokenizer.pad_token_id or tokenizer.eos_token_id, config, label_loss)
+    facts = {"trainable_parameters": tuned.get_nb_trainable_parameters()[0], "final_loss": curve[-1][1]}
+    if config.merge:
+        return Result(tuned.merge_and_unload().eval(), tokenizer, facts, {"loss": curve})
+    merged = copy.deepcopy(tuned).merge_and_unload().eval()
+    return Result(merged, tokenizer, facts, {"loss": curve}, save=lambda target: _save_apart(tuned, tokenizer, target))
+
+
+def _save_apart(tuned: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    tuned.save_pretrained(str(directory / ADAPTER), safe_serialization=True)
+    save_model(tuned.unload(), tokenizer, directory)

@@ -1,0 +1,157 @@
+"""The candidate graph: which candidate is made from which, in what order, and what is impossible."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+from graphlib import CycleError, TopologicalSorter
+
+from lilliput.config import GptqConfig, LoraConfig, Params, PruneConfig
+from lilliput.errors import ConfigError
+
+ROOT = "source"
+
+
+def ancestors(params: Params, candidate: str) -> list[str]:
+    """The candidates `candidate` is made from, nearest parent first, without the source."""
+    chain: list[str] = []
+    parent = params.candidates[candidate].parent
+    while parent != ROOT:
+        chain.append(parent)
+        parent = params.candidates[parent].parent
+    return chain
+
+
+def topological_order(params: Params) -> list[str]:
+    """All candidates, each after its parent, otherwise in the order of params.yaml."""
+    depth = {name: len(ancestors(params, name)) for name in params.candidates}
+    return sorted(params.candidates, key=depth.__getitem__)
+
+
+def check_graph(params: Params, file: str) -> None:
+    """Refuses a graph that cannot be run.
+
+    Raises:
+        ConfigError: one line for each unknown parent, cycle, misplaced teacher, bad override or impossible succession.
+    """
+    problems = [*_unknown_parents(params), *_cycles(params)]
+    if not problems:
+        problems = [*_bad_roots(params), *_bad_teachers(params), *_bad_successions(params)]
+    problems = [f"{file}: {problem}" for problem in problems] + _bad_overrides(params)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unknown_parents(params: Params) -> Iterable[str]:
+    known = [ROOT, *params.candidates]
+    if ROOT in params.candidates:
+        yield f"candidates.{ROOT}: this name is taken by the source model; rename the candidate"
+    for name, spec in params.candidates.items():
+        if spec.parent not in known:
+            close = difflib.get_close_matches(spec.parent, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+            yield f"candidates.{name}.from: unknown parent `{spec.parent}`; {hint}"
+
+
+def _cycles(params: Params) -> Iterable[str]:
+    try:
+        TopologicalSorter({name: [spec.parent] for name, spec in params.candidates.items()}).prepare()
+    except CycleError as error:
+        loop = " → ".join(reversed(error.args[1]))
+        yield f"candidates: these are made from each other in a circle: {loop}; let one of them start `from: {ROOT}`"
+
+
+def _bad_roots(params: Params) -> Iterable[str]:
+    for name, spec in params.candidates.items():
+        if (spec.parent == ROOT) != (spec.apply == "load"):
+            yield (
+                f"candidates.{name}: `apply: {spec.apply}` on `from: {spec.parent}`; `load` and only `load` follows "
+                f"`{ROOT}`, so start with a candidate {{from: {ROOT}, apply: load}} and build on that"
+            )
+
+
+def _bad_teachers(params: Params) -> Iterable[str]:
+    for name, spec in params.candidates.items():
+        if spec.apply != "distill":
+            if spec.teacher is not None:
+                yield f"candidates.{name}.teacher: only `distill` has a teacher; remove it"
+        elif spec.teacher is None:
+            yield f"candidates.{name}.teacher: missing; name an ancestor of this candidate to learn from"
+        elif spec.teacher not in ancestors(params, name):
+            yield (
+                f"candidates.{name}.teacher: `{spec.teacher}` is no ancestor of `{name}`, so nothing would notice its "
+                f"change; choose one of: {', '.join(ancestors(params, name)) or 'none possible'}"
+            )
+
+
+def _bad_successions(params: Params) -> Iterable[str]:
+    for name, spec in params.candidates.items():
+        if spec.parent == ROOT:
+            continue
+        parent = params.candidates[spec.parent]
+        if parent.apply == "gptq":
+            yield (
+                f"candidates.{name}: `{spec.apply}` needs a float parent, but `{spec.parent}` is quantised by gptq; "
+                f"apply {spec.apply} first and quantise last (from: {parent.parent})"
+            )
+        if parent.apply == "lora" and not _merges(params, spec.parent):
+            yield (
+                f"candidates.{name}: `{spec.parent}` keeps its LoRA adapter apart (merge: false), so `{spec.apply}` "
+                f"would not see it; set merge: true there"
+            )
+
+
+def _merges(params: Params, candidate: str) -> bool:
+    try:
+        config = params.strategy_config(candidate)
+    except ConfigError:
+        return True  # the bad override is reported by itself
+    return isinstance(config, LoraConfig) and config.merge
+
+
+def _bad_overrides(params: Params) -> list[str]:
+    problems: list[str] = []
+    for name in params.candidates:
+        try:
+            params.strategy_config(name)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def check_shape(params: Params, candidate: str, model_config: Any) -> None:
+    """Refuses, as soon as the shape of `candidate` is known, what its descendants could not be made from it.
+
+    Args:
+        params: all of params.yaml.
+        candidate: the candidate whose checkpoint has `model_config`.
+        model_config: the transformers configuration of that checkpoint.
+
+    Raises:
+        ConfigError: too many layers would be removed, or a group size divides no layer, further down the chain.
+    """
+    problems = []
+    for name in params.candidates:
+        chain = [name, *ancestors(params, name)]
+        if candidate in chain[1:]:
+            problems += _shape_problems(params, name, chain[: chain.index(candidate)], model_config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _shape_problems(params: Params, name: str, chain: list[str], model_config: Any) -> Iterable[str]:
+    configs = [params.strategy_config(link) for link in chain]
+    removed = sum(config.layers for config in configs if isinstance(config, PruneConfig))
+    if isinstance(configs[0], PruneConfig) and removed >= model_config.num_hidden_layers:
+        yield (
+            f"candidates.{name}: removing {removed} of {model_config.num_hidden_layers} layers leaves none; "
+            "lower strategies.prune.layers"
+        )
+    sizes = (model_config.hidden_size, getattr(model_config, "intermediate_size", model_config.hidden_size))
+    if isinstance(configs[0], GptqConfig) and any(size % configs[0].group_size for size in sizes):
+        fitting = [str(size) for size in (128, 64, 32, 16) if not any(inputs % size for inputs in sizes)]
+        yield (
+            f"candidates.{name}: group_size {configs[0].group_size} does not divide the layers' input sizes "
+            f"{' and '.join(map(str, sizes))}; choose {', '.join(fitting) or 'a common divisor'}"
+        )

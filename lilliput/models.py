@@ -1,0 +1,220 @@
+"""Opens, saves and proves causal language models: safetensors only, never pickle, never remote code."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lilliput.artifacts import ADAPTER
+from lilliput.errors import ArtifactError, SourceError
+
+PROBE_TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen; iron is a metal, and so is gold."
+Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_model(directory: Path) -> Opened:
+    """The model in `directory`, in float32 and evaluation mode, and its tokenizer.
+
+    A GPTQ checkpoint is dequantised: each weight becomes `scale · (code − zero)`, the very number its kernels use. A
+    LoRA adapter kept apart is applied.
+
+    Raises:
+        ArtifactError: `directory` holds no checkpoint that opens.
+    """
+    config = read_config(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if is_quantised(config):
+        model = _dequantised(directory)
+    else:
+        model = _checkpoint(directory)
+    if (directory / ADAPTER).is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(directory / ADAPTER)).merge_and_unload()
+    return model.eval().to(device()), tokenizer  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The configuration of the checkpoint in `directory`.
+
+    Raises:
+        ArtifactError: there is none, or it is no causal language model's.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{directory}: no checkpoint that transformers opens: {_first_line(error)}") from None
+    require_causal_lm(config, str(directory))
+    return config
+
+
+def require_causal_lm(config: PretrainedConfig, place: str) -> None:
+    """Raises SourceError unless `config` names a causal language model."""
+    architectures = config.architectures or []
+    if not any(name.endswith("ForCausalLM") for name in architectures):
+        raise SourceError(
+            f"{place}: not a causal language model (model type `{config.model_type}`, architectures: "
+            f"{', '.join(architectures) or 'none named'}); choose a decoder such as Llama, Qwen, Mistral or Gemma"
+        )
+
+
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint's weights are quantised codes."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def open_gguf(directory: Path, file: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of the GGUF file `file` in `directory`, dequantised to `dtype`.
+
+    Raises:
+        SourceError: transformers cannot read the file.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise SourceError(f"{directory / file}: not a GGUF model transformers reads: {_first_line(error)}") from None
+
+
+def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A model of `config`'s shape with seeded random weights."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Writes a checkpoint that plain transformers opens; `model` is cast to `dtype` in place first."""
+    model.to(dtype or stored_dtype(model))  # pyright: ignore[reportArgumentType]
+    # Nothing but greedy decoding is used or measured; sampling defaults of the source are kept where it has them.
+    model.generation_config = model.generation_config or GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(directory, safe_serialization=True)
+    tokenizer.save_pretrained(directory)
+
+
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype `model`'s checkpoint was stored in, which its descendants keep."""
+    return getattr(model, "stored_dtype", torch.float32)
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Distinct parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers of a model of the Llama kind.
+
+    Raises:
+        ArtifactError: the model has no `model.layers`.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise ArtifactError(
+            f"{type(model).__name__} has no list of decoder layers at `model.layers`; "
+            "this strategy handles decoders of the Llama kind (Llama, Mistral, Qwen, Gemma, …)"
+        )
+    return layers
+
+
+@torch.inference_mode()
+def probe_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Logits of the fixed probe text, float32, shape (tokens, vocabulary)."""
+    ids = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
+    where = next(model.parameters()).device
+    return model(input_ids=ids.to(where)).logits[0].float().cpu()
+
+
+def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: float) -> float:
+    """The largest logit difference between the model in memory and `directory` reopened in a fresh process.
+
+    Args:
+        directory: the written checkpoint.
+        expected_logits: `probe_logits` of the model in memory, shape (tokens, vocabulary).
+        tolerance: largest absolute difference allowed, in logits.
+
+    Raises:
+        ArtifactError: the checkpoint does not open by itself, or is another model.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "reloaded.safetensors")
+        command = [sys.executable, "-m", "lilliput.models", str(directory), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+        if done.returncode:
+            raise ArtifactError(f"{directory}: does not reopen in a fresh process:\n{done.stderr[-2000:]}")
+        difference = (load_file(path)["logits"] - expected_logits).abs().max().item()
+    if not difference <= tolerance:  # written so that NaN fails too
+        raise ArtifactError(
+            f"{directory}: reopened in a fresh process its logits differ by {difference:.3g} "
+            f"(tolerance {tolerance:.3g}), so what was written is not what was made"
+        )
+    return difference
+
+
+def _checkpoint(directory: Path) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{directory}: no safetensors checkpoint that opens: {_first_line(error)}") from None
+    model.stored_dtype = getattr(torch, json.loads((directory / "config.json").read_text()).get("dtype", "float32"))
+    return model
+
+
+def _dequantised(directory: Path) -> PreTrainedModel:
+    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    model = GPTQModel.load(
+        str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float32, trust_remote_code=False
+    ).model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TorchLinear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            linear.weight.data = module.dequantize_weight().T.float().contiguous()
+            if module.bias is not None:
+                linear.bias.data = module.bias.float()
+            model.set_submodule(name, linear)
+    gc.collect()
+    return model.float()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _write_probe(arguments: Iterable[str]) -> Any:
+    directory, target = (Path(argument) for argument in arguments)
+    save_file({"logits": probe_logits(*open_model(directory))}, target)
+
+
+if __name__ == "__main__":
+    _write_probe(sys.argv[1:])

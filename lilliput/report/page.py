@@ -1,0 +1,55 @@
+"""The report: one self-contained HTML page, readable without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+
+def render(
+    *,
+    candidates: Sequence[Mapping[str, Any]],
+    differences: Sequence[Mapping[str, Any]],
+    promotion: Mapping[str, Any],
+    costs: Sequence[Mapping[str, Any]],
+    charts: Mapping[str, str],
+    origin: Mapping[str, str],
+) -> str:
+    """The page as HTML.
+
+    Args:
+        candidates: a row each: name, strategy, parent, record and the devices it is champion of.
+        differences: a row per candidate and metric: the paired difference from its parent.
+        promotion: the decision of each device.
+        costs: seconds and peak memory of each stage.
+        charts: SVG by title.
+        origin: commit, command and what else tells where the page comes from.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html", "jinja"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["estimate"] = estimate
+    return environment.get_template("page.html.jinja").render(
+        candidates=candidates,
+        differences=differences,
+        promotion=promotion,
+        costs=costs,
+        charts={title: Markup(svg) for title, svg in charts.items()},
+        origin=origin,
+    )
+
+
+def estimate(value: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """`value [low, high]`, marked `~` where it is an estimate; `unavailable` where there is none."""
+    if not value or value.get("value") is None:
+        return "unavailable"
+    numbers = [f"{value[key]:.{digits}f}" for key in ("value", "low", "high")]
+    return f"{'' if value.get('measured', True) else '~'}{numbers[0]} [{numbers[1]}, {numbers[2]}]"

@@ -1,0 +1,95 @@
+"""`python -m tasks <task> [candidate]`: the commands of dvc.yaml, runnable by hand."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Annotated, TextIO
+
+import typer
+
+from lilliput.config import Params, load_params
+from lilliput.errors import ConfigError, LilliputError
+from tasks import layout
+from tasks.console import ERROR, logging_to
+from tasks.machine import end_with_stdin, machine_for
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]
+
+
+@app.command()
+def source() -> None:
+    """Fetch the source model into models/source."""
+    _run("source", "fetch")
+
+
+@app.command()
+def data() -> None:
+    """Build the training text, the calibration set and the question set into data/."""
+    _run("data", "build")
+
+
+@app.command()
+def compress(candidate: Candidate) -> None:
+    """Make models/<candidate> by its strategy from its parent."""
+    _run("compress", "compress", candidate)
+
+
+@app.command()
+def evaluate(candidate: Candidate) -> None:
+    """Measure models/<candidate> on the four metrics into metrics/<candidate>.json."""
+    _run("evaluate", "evaluate", candidate)
+
+
+@app.command()
+def register() -> None:
+    """Log each evaluated candidate to MLflow and register it as a model version."""
+    _run("register", "register")
+
+
+@app.command()
+def promote() -> None:
+    """Decide the champion of each device and move its alias in the registry."""
+    _run("promote", "promote")
+
+
+@app.command()
+def report() -> None:
+    """Write report/index.html and the tables behind `dvc plots`."""
+    _run("report", "report")
+
+
+def _run(module: str, function: str, candidate: str | None = None) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stage = f"{module}@{candidate}" if candidate else module
+    end_with_stdin()
+    with logging_to(layout.log(stage)) as terminal, machine_for(stage, terminal):
+        try:
+            params = load_params(layout.PARAMS)
+            work = getattr(importlib.import_module(f"tasks.{module}"), function)
+            work(params, *_checked(params, candidate))
+        except LilliputError as error:
+            _tell(terminal, f"{stage}: {error}")
+            sys.exit(2)
+        except Exception as error:
+            traceback.print_exc()
+            _tell(terminal, f"{stage}: {type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})")
+            sys.exit(1)
+
+
+def _checked(params: Params, candidate: str | None) -> list[str]:
+    if candidate is not None and candidate not in params.candidates:
+        raise ConfigError(f"unknown candidate `{candidate}`; params.yaml has: {', '.join(params.candidates)}")
+    return [candidate] if candidate else []
+
+
+def _tell(terminal: TextIO, message: str) -> None:
+    for stream in (terminal, sys.stdout):
+        print(f"\n{ERROR}{message}", file=stream, flush=True)
+
+
+if __name__ == "__main__":
+    app()

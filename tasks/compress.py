@@ -1,0 +1,84 @@
+"""Make one candidate: its strategy applied to its parent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lilliput.artifacts import Manifest, seal, verify, write_history, writing
+from lilliput.compress.result import Result
+from lilliput.config import DistillConfig, GptqConfig, LoadConfig, LoraConfig, Params, PruneConfig
+from lilliput.data.corpus import read_corpus
+from lilliput.graph import check_shape
+from lilliput.models import open_model, parameter_count, probe_logits, prove_reload, read_config, save_model
+from tasks import layout
+from tasks.cost import measured
+
+# Logits of one checkpoint opened twice; GPTQ's kernels multiply scales in float16 where the dequantised copy does not.
+RELOAD_TOLERANCE = {"gptq": 0.05}
+DEFAULT_TOLERANCE = 1e-3
+
+
+def compress(params: Params, candidate: str) -> None:
+    """Writes models/<candidate>, proven to reopen in a fresh process, and costs/<candidate>.json."""
+    spec = params.candidates[candidate]
+    parent = verify(layout.model(spec.parent))
+    with measured(layout.cost(candidate)) as cost:
+        result = _apply(params, candidate)
+        with writing(layout.model(candidate)) as directory:
+            cost["reload_max_logit_difference"] = _write(result, directory, spec.apply)
+            check_shape(params, candidate, read_config(directory))
+            _seal(params, candidate, parent, result, directory)
+
+
+def _apply(params: Params, candidate: str) -> Result:
+    spec, config = params.candidates[candidate], params.strategy_config(candidate)
+    parent_dir, system_prompt = layout.model(spec.parent), params.data.system_prompt
+    if isinstance(config, LoadConfig):
+        from lilliput.compress.load import load
+
+        gguf = params.source.file and Path(params.source.file).name
+        return Result(*load(parent_dir, gguf, config), facts={"rehearsal": config.rehearsal is not None})
+    corpus = read_corpus(layout.DATA)
+    if isinstance(config, LoraConfig):
+        from lilliput.compress.lora import lora
+
+        return lora(open_model(parent_dir), corpus.train, system_prompt, config)
+    if isinstance(config, PruneConfig):
+        from lilliput.compress.prune import prune
+
+        return prune(open_model(parent_dir), corpus.calibration, system_prompt, config)
+    if isinstance(config, DistillConfig):
+        from lilliput.compress.distill import distill
+
+        assert spec.teacher is not None, "held by check_graph"
+        teacher = open_model(layout.model(spec.teacher))
+        return distill(open_model(parent_dir), teacher, corpus.train, system_prompt, config)
+    assert isinstance(config, GptqConfig)
+    from lilliput.compress.gptq import gptq
+
+    held_out = [question for question in corpus.questions if question.answerable][:64]
+    return gptq(parent_dir, corpus.calibration, held_out, system_prompt, config)
+
+
+def _write(result: Result, directory: Path, strategy: str) -> float:
+    if result.save:
+        result.save(directory)
+    else:
+        save_model(result.model, result.tokenizer, directory)
+    write_history(directory, result.history)
+    expected = probe_logits(result.model.float(), result.tokenizer)
+    return prove_reload(directory, expected, RELOAD_TOLERANCE.get(strategy, DEFAULT_TOLERANCE))
+
+
+def _seal(params: Params, candidate: str, parent: Manifest, result: Result, directory: Path) -> None:
+    facts = dict(result.facts)
+    parameters = facts.pop("parameters", None) or parameter_count(result.model)
+    seal(
+        directory,
+        candidate=candidate,
+        strategy=params.candidates[candidate].apply,
+        config=params.strategy_config(candidate).model_dump(mode="json"),
+        parent=parent,
+        parameters=parameters,
+        facts=facts,
+    )

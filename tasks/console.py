@@ -1,0 +1,56 @@
+"""A stage's own log: everything its libraries print goes there; progress bars and errors go to the terminal as well."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+ERROR = "error: "
+
+
+class _ProgressToTerminal(io.TextIOBase):
+    """A stand-in for stderr: what holds a carriage return is a progress bar, the rest is chatter for the log."""
+
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self.terminal, self.log = terminal, log
+
+    def write(self, text: str) -> int:
+        # A bar ends with a bare newline, which belongs to it.
+        (self.terminal if "\r" in text or text == "\n" else self.log).write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
+        self.log.flush()
+
+    def isatty(self) -> bool:
+        return self.terminal.isatty()
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[TextIO]:
+    """Sends what this process prints to `path`, and yields the terminal for what a person must see."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", buffering=1) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+        if not terminal.isatty():
+            os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log wants a line now and then, not ten a second
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)  # what libraries write without asking Python
+        sys.stdout, sys.stderr = log, _ProgressToTerminal(terminal, log)
+        logging.captureWarnings(True)
+        logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        yield terminal
+
+
+def last_error(path: Path) -> str | None:
+    """The error a stage ended with, from its log; None if it left none."""
+    if not path.exists():
+        return None
+    _, found, message = path.read_text(encoding="utf-8", errors="replace").rpartition(f"\n{ERROR}")
+    return message.strip() if found else None

@@ -1,0 +1,15 @@
+"""Build the training text, the calibration set and the question set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lilliput.config import Params
+from lilliput.data.corpus import build_corpus, write_corpus
+from lilliput.data.wheels import default_cache
+from tasks import layout
+
+
+def build(params: Params) -> None:
+    """Writes data/."""
+    write_corpus(build_corpus(params.data, Path(), default_cache()), layout.DATA)

@@ -1,0 +1,30 @@
+"""Measure one candidate on the four metrics."""
+
+from __future__ import annotations
+
+import json
+
+from lilliput.artifacts import verify, write_json, write_text
+from lilliput.config import Params
+from lilliput.data.corpus import read_corpus
+from lilliput.evaluate.record import evaluate_candidate
+from tasks import layout
+
+
+def evaluate(params: Params, candidate: str) -> None:
+    """Writes answers/<candidate>.jsonl and metrics/<candidate>.json."""
+    manifest = verify(layout.model(candidate))
+    evaluation = evaluate_candidate(
+        layout.model(candidate),
+        candidate,
+        read_corpus(layout.DATA).questions,
+        params.data,
+        params.evaluation,
+        params.devices,
+        artifact_sha256=manifest.artifact_sha256,
+        size_bytes=manifest.size_bytes,
+        parameters=manifest.parameters,
+    )
+    rows = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in evaluation.answers)
+    write_text(layout.answers(candidate), "".join(f"{row}\n" for row in rows))
+    write_json(layout.metrics(candidate), evaluation.record)

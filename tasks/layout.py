@@ -1,0 +1,38 @@
+"""Where everything lies, relative to the project's (or a workspace's) folder: the same paths as in dvc.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+DATA = Path("data")
+SOURCE = Path("models/source")
+REGISTRY = Path("registry.json")
+PROMOTION = Path("promotion.json")
+REPORT = Path("report")
+MLRUNS = Path("mlruns")
+
+
+def model(candidate: str) -> Path:
+    """The artefact of `candidate`; `source` is the fetched base model."""
+    return Path("models") / candidate
+
+
+def cost(stage: str) -> Path:
+    """What making `stage` cost: seconds, CPU-seconds, peak memory."""
+    return Path("costs") / f"{stage}.json"
+
+
+def metrics(candidate: str) -> Path:
+    """The evaluation record of `candidate`."""
+    return Path("metrics") / f"{candidate}.json"
+
+
+def answers(candidate: str) -> Path:
+    """What `candidate` answered to each question."""
+    return Path("answers") / f"{candidate}.jsonl"
+
+
+def log(stage: str) -> Path:
+    """The log of the last run of `stage`."""
+    return Path("logs") / f"{stage.replace('@', '-')}.log"

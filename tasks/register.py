@@ -1,0 +1,141 @@
+"""Log each evaluated candidate to MLflow and make it a model version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from lilliput.artifacts import Manifest, read_history, read_manifest, write_json
+from lilliput.config import Params
+from lilliput.errors import ArtifactError
+from lilliput.graph import topological_order
+from lilliput.report.card import model_card
+from tasks import layout, registry
+from tasks.lineage_tags import dvc_hashes, git_commit
+
+FLOW_RUN = "LILLIPUT_FLOW_RUN"
+METRIC_NAMES = (
+    "accuracy_choice",
+    "accuracy_free",
+    "hallucination_rate",
+    "abstention_rate",
+    "selective_accuracy",
+    "energy_per_query_j",
+    "energy_per_token_j",
+    "energy_per_right_answer_j",
+    "accessibility",
+)
+PLAIN_METRICS = ("size_bytes", "parameters", "rate_tokens_per_s", "peak_rss_bytes", "load_s")
+
+
+def register(params: Params) -> None:
+    """Writes registry.json: the version and run of each candidate whose evaluation matches its artefact.
+
+    An evaluation that is registered already keeps its version, so running this again adds nothing.
+    """
+    client = registry.client()
+    registry.ensure_model(client)
+    experiment = registry.experiment_id(client)
+    ready = {name: record for name in topological_order(params) if (record := _evaluated(name))}
+    known = {name: registry.find_version(client, _sha256(layout.metrics(name))) for name in ready}
+    parent_run = None if all(known.values()) else _start_parent(client, experiment)
+    versions = {}
+    for name, record in ready.items():
+        version = known[name] or _register_one(client, experiment, parent_run or "", params, name, record)
+        versions[name] = {"version": version, "run_id": client.get_model_version(registry.MODEL, version).run_id}
+    if parent_run:
+        client.set_terminated(parent_run)
+    write_json(layout.REGISTRY, versions)
+
+
+def _evaluated(candidate: str) -> dict[str, Any] | None:
+    """The record of `candidate`, if it was measured on the artefact that lies there now."""
+    try:
+        manifest = read_manifest(layout.model(candidate))
+        record = json.loads(layout.metrics(candidate).read_text(encoding="utf-8"))
+    except (ArtifactError, FileNotFoundError):
+        return None
+    return record if record["sha256"] == manifest.artifact_sha256 else None
+
+
+def _start_parent(client: MlflowClient, experiment: str) -> str:
+    flow_run = os.environ.get(FLOW_RUN, "")
+    run = client.create_run(experiment, run_name=flow_run or "dvc repro", tags={"mlflow.source.git.commit": git_commit() or ""})
+    if flow_run:
+        client.set_tag(run.info.run_id, "prefect.flow_run", flow_run)
+    client.log_artifact(run.info.run_id, str(layout.PARAMS))
+    return run.info.run_id
+
+
+def _register_one(
+    client: MlflowClient, experiment: str, parent_run: str, params: Params, name: str, record: dict[str, Any]
+) -> str:
+    manifest = read_manifest(layout.model(name))
+    tags = _lineage(name, manifest)
+    run_id = client.create_run(experiment, run_name=name, tags={MLFLOW_PARENT_RUN_ID: parent_run}).info.run_id
+    config = {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()}
+    curves = read_history(layout.model(name))
+    registry.log_run(client, run_id, config, _numbers(record, name, manifest), curves, tags)
+    card = model_card(manifest, record, params.data.system_prompt)
+    client.log_text(run_id, card, "model_card.md")
+    client.log_artifact(run_id, str(layout.metrics(name)))
+    client.log_artifact(run_id, str(layout.answers(name)))
+    client.set_terminated(run_id)
+    version = client.create_model_version(
+        registry.MODEL,
+        source=layout.model(name).absolute().as_uri(),
+        run_id=run_id,
+        tags=tags | _four_metrics(record) | {"lilliput.evaluation_sha256": _sha256(layout.metrics(name))},
+        description=card,
+    )
+    return str(version.version)
+
+
+def _numbers(record: dict[str, Any], name: str, manifest: Manifest) -> dict[str, float]:
+    numbers: dict[str, float] = {key: record[key] for key in PLAIN_METRICS if record.get(key) is not None}
+    for key in METRIC_NAMES:
+        estimate = record.get(key) or {}
+        suffixes = {"": "value", "_low": "low", "_high": "high"}
+        numbers |= {key + s: estimate[field] for s, field in suffixes.items() if estimate.get(field) is not None}
+    for key in ("ttft_ms", "tpot_ms"):
+        for part in ("p50", "p90"):
+            if (record.get(key) or {}).get(part) is not None:
+                numbers[f"{key}_{part}"] = record[key][part]
+    numbers |= {f"fits_{device}": float(fits) for device, fits in record["fits"].items()}
+    facts = manifest.facts.items()
+    numbers |= {key: float(value) for key, value in facts if isinstance(value, float | int)}
+    cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
+    return numbers | {f"cost_{key}": cost[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes")}
+
+
+def _four_metrics(record: dict[str, Any]) -> dict[str, str]:
+    names = ("accuracy_choice", "hallucination_rate", "energy_per_query_j", "accessibility")
+    tags = {}
+    for name in names:
+        estimate = record.get(name) or {}
+        value = estimate.get("value")
+        tags[name] = "unavailable" if value is None else f"{value:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"
+    return tags | {"energy_source": str((record.get("energy_per_query_j") or {}).get("source", "unavailable"))}
+
+
+def _lineage(name: str, manifest: Manifest) -> dict[str, str]:
+    tags = {
+        "lilliput.candidate": name,
+        "lilliput.strategy": manifest.strategy,
+        "lilliput.parent": str(manifest.parent),
+        "lilliput.parent_sha256": str(manifest.parent_sha256),
+        "lilliput.artifact_sha256": manifest.artifact_sha256,
+    }
+    if commit := git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    return tags | {f"dvc.{path}": digest for path, digest in dvc_hashes(name).items()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,122 @@
+"""Write the report and the tables behind `dvc plots`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lilliput.artifacts import read_history, write_text, writing
+from lilliput.config import Params
+from lilliput.evaluate.compare import compare
+from lilliput.graph import ROOT, topological_order
+from lilliput.report import charts
+from lilliput.report.page import render
+from tasks import layout
+from tasks.lineage_tags import git_commit
+
+METRICS = ("accuracy_choice", "accuracy_free", "hallucination_rate", "abstention_rate", "energy_per_query_j", "accessibility")
+
+
+def report(params: Params) -> None:
+    """Writes report/index.html and report/plots/*.csv."""
+    registered = json.loads(layout.REGISTRY.read_text(encoding="utf-8"))
+    names = [name for name in topological_order(params) if name in registered]
+    records = {name: json.loads(layout.metrics(name).read_text(encoding="utf-8")) for name in names}
+    promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
+    histories = {name: read_history(layout.model(name)) for name in names}
+    page = render(
+        candidates=[_candidate(params, name, records[name], promotion) for name in names],
+        differences=list(_differences(params, names)),
+        promotion=promotion,
+        costs=list(_costs(names, records)),
+        charts=_charts(records, histories),
+        origin=_origin(params),
+    )
+    with writing(layout.REPORT) as directory:
+        write_text(directory / "index.html", page)
+        _write_plots(directory / "plots", records, histories)
+
+
+def _candidate(params: Params, name: str, record: Mapping[str, Any], promotion: Mapping[str, Any]) -> dict[str, Any]:
+    spec = params.candidates[name]
+    champion_of = [device for device, decision in promotion.items() if decision["champion"] == name]
+    return {"name": name, "strategy": spec.apply, "parent": spec.parent, "record": record, "champion_of": champion_of}
+
+
+def _differences(params: Params, names: Sequence[str]) -> Iterable[dict[str, Any]]:
+    for name in names:
+        parent = params.candidates[name].parent
+        if parent == ROOT or parent not in names:
+            continue
+        answers = [_answers(candidate) for candidate in (parent, name)]
+        for metric, comparison in compare(*answers, params.evaluation.seed, params.evaluation.resamples).items():
+            difference = comparison.difference
+            yield {
+                "candidate": name,
+                "parent": parent,
+                "metric": metric,
+                "difference": {key: getattr(difference, key) for key in ("value", "low", "high", "n")},
+                "p": comparison.p_value,
+                "real": difference.low > 0 or difference.high < 0,
+            }
+
+
+def _costs(names: Sequence[str], records: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    for name in names:
+        yield {"stage": f"compress {name}", **json.loads(layout.cost(name).read_text(encoding="utf-8"))}
+        yield {"stage": f"evaluate {name}", **records[name]}
+
+
+def _charts(records: Mapping[str, Any], histories: Mapping[str, Mapping[str, charts.Curve]]) -> dict[str, str]:
+    found = {"Choice accuracy against size, with 95 % intervals": charts.accuracy_against_size(records)}
+    kinds = {
+        "loss": ("Training loss by step", "step", "loss (nats)"),
+        "layer_error": ("GPTQ error by layer", "layer", "error"),
+        "block_influence": ("Block influence by layer: the lowest were pruned", "layer", "block influence"),
+    }
+    for kind, (title, x_label, y_label) in kinds.items():
+        if series := {name: history[kind] for name, history in histories.items() if kind in history}:
+            found[title] = charts.curves(series, x_label, y_label)
+    return found
+
+
+def _origin(params: Params) -> dict[str, str]:
+    watts = params.evaluation.energy.watts_per_core
+    return {
+        "command": "make demo",
+        "commit": git_commit() or "not in a repository",
+        "data": params.data.source,
+        "confidence": "95 %",
+        "energy": f"CPU-seconds times {watts:g} W a core, the value declared in params.yaml.",
+    }
+
+
+def _write_plots(folder: Path, records: Mapping[str, Any], histories: Mapping[str, Any]) -> None:
+    values = [
+        {"candidate": name, "size_mib": record["size_bytes"] / 2**20}
+        | {key: (record[key] or {}).get("value") for key in METRICS}
+        for name, record in records.items()
+    ]
+    _write_csv(folder / "candidates.csv", values)
+    for kind, column in {"loss": "step", "layer_error": "layer"}.items():
+        rows = [
+            {"candidate": name, column: x, kind: y}
+            for name, history in histories.items()
+            for x, y in history.get(kind, [])
+        ]
+        _write_csv(folder / f"{kind}.csv", rows or [{"candidate": "", column: "", kind: ""}])
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _answers(candidate: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in layout.answers(candidate).read_text(encoding="utf-8").splitlines()]
