@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
 from flows.lineage import Lineage, Stage
@@ -19,20 +21,25 @@ from flows.process import run_process
 from flows.show import candidate_rows, next_commands, print_plan, print_summary
 from flows.workspace import PROJECT, open_workspace
 from lilliput.config import load_params
-from lilliput.errors import ConfigError, LilliputError
-
-# Fetching is all that can fail today and succeed a minute later; a training that failed will fail again.
-FETCHING = ("source", "data")
+from lilliput.errors import ConfigError, LilliputError, StageError, TemporaryError
 
 
-@task
+@task(cache_policy=NO_CACHE)  # DVC alone knows what is stale
 def run_stage(stage: Stage, lineage: Lineage, folder: Path, environment: dict[str, str]) -> State:
     """Does the work of `stage` unless DVC finds nothing changed, and records it with DVC."""
     changes = lineage.changes(stage.name)
     if not changes:
         return Completed(name="Cached", message=f"{stage.name}: nothing changed, cached")
     get_run_logger().info("%s: %s", stage.name, "; ".join(changes[:3]))
-    run_process(stage, folder, environment)
+    if lineage.restore(stage.name):
+        lineage.commit(stage.name)
+        return Completed(name="Restored", message=f"{stage.name}: made from these inputs before, restored")
+    try:
+        run_process(stage, folder, environment)
+    except TemporaryError:
+        raise  # Prefect tries again
+    except StageError as error:
+        return Failed(message=str(error))
     lineage.commit(stage.name)
     return Completed(message=f"{stage.name}: done")
 
@@ -51,7 +58,8 @@ def democratize(
     try:
         folder = open_workspace(Path(params_file))
         _require_known(folder, only)
-        with FileLock(folder / ".dvc" / "tmp" / "democratize.lock", timeout=0):
+        lock = FileLock(folder / ".dvc" / "tmp" / "democratize.lock", timeout=0)
+        with contextlib.chdir(folder), lock:
             return _run_all(folder, only or [], share_machine)
     except Timeout:
         return Failed(message=f"{folder}: another run is at work here; wait for it or use another --params file")
@@ -69,15 +77,26 @@ def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict
             name=stage.name.partition("@")[0],
             task_run_name=stage.title.replace("{", "(").replace("}", ")"),
             tags=[stage.candidate] if stage.candidate else [],
-            retries=2 if stage.name in FETCHING else 0,
+            retries=2,
             retry_delay_seconds=10,
+            retry_condition_fn=_may_help,
         )
         state = work(stage, lineage, folder, environment, return_state=True)
         if not state.is_completed():
-            return Failed(message=state.message or f"{stage.name} did not finish")
+            return Failed(message=_reason(state, stage))
         states[stage.name] = state.name
     _publish(folder)
     return states
+
+
+def _may_help(_task: object, _run: object, state: State) -> bool:
+    """Whether to try again: after a failed download, not after a failed training, which would fail again."""
+    return isinstance(state.result(raise_on_failure=False), TemporaryError)
+
+
+def _reason(state: State, stage: Stage) -> str:
+    error = state.result(raise_on_failure=False)
+    return str(error) if isinstance(error, LilliputError) else state.message or f"{stage.name} did not finish"
 
 
 def _require_known(folder: Path, only: list[str] | None) -> None:
@@ -104,7 +123,9 @@ def main(
         "params.yaml"
     ),
     only: Annotated[list[str] | None, typer.Option(help="stop at this candidate (repeatable); no promotion")] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="say what would run and what it costs; run nothing")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="say what would run and what it costs; run nothing")
+    ] = False,
     share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
 ) -> None:
     """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
@@ -112,7 +133,8 @@ def main(
         folder = open_workspace(params)
         _require_known(folder, only)
         if plan_only:
-            print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))
+            with contextlib.chdir(folder):
+                print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))
             return
     except LilliputError as error:
         _fail(str(error), 2)

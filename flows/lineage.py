@@ -5,15 +5,20 @@ All DVC calls of a run are made by the flow's own process, one at a time: two at
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import networkx
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.stage.cache import RunCacheNotFoundError
 
 from lilliput.errors import ConfigError
+
+logging.getLogger("dvc").setLevel(logging.WARNING)  # what DVC would tell is told by the flow
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Stage:
 
 
 class Lineage:
-    """The pipeline of the DVC repository in `folder`."""
+    """The pipeline of the DVC repository in `folder`, which has to be the working directory: DVC looks there."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -54,30 +59,42 @@ class Lineage:
         declared = {stage: number for number, stage in enumerate(self._repo.index.stages)}
         order = networkx.lexicographical_topological_sort(self._graph.reverse(), key=declared.__getitem__)
         wanted = self._needed_for(only) if only else set(self._graph)
-        return [Stage(s.addressing, s.cmd, s.desc or "") for s in order if s in wanted]
+        return [Stage(s.name, s.cmd, s.desc or "") for s in order if s in wanted]
 
     def upstream(self, name: str) -> set[str]:
         """The names of all stages `name` needs, directly or not."""
-        stage = next(node for node in self._graph if node.addressing == name)
-        return {node.addressing for node in networkx.descendants(self._graph, stage)}
+        return {node.name for node in networkx.descendants(self._graph, self._node(name))}
 
     def changes(self, name: str) -> list[str]:
         """What DVC finds changed in stage `name` since it last ran: `params.yaml: strategies.gptq modified`, say.
 
         Empty: nothing, so what lies there is what the stage would make.
         """
-        found = self._repo.status(targets=[name]).get(name, [])
+        address = self._node(name).addressing
+        found = self._repo.status(targets=[address]).get(address, [])
         return [text for entry in found for text in _describe(entry)]
+
+    def restore(self, name: str) -> bool:
+        """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it."""
+        with self._repo.lock:
+            try:
+                self._repo.stage_cache.restore(self._node(name))
+            except RunCacheNotFoundError:
+                return False
+        return True
 
     def commit(self, name: str) -> None:
         """Records what stage `name` just read and wrote: outputs into the cache, hashes into dvc.lock."""
-        self._repo.commit(name, force=True)
+        self._repo.commit(self._node(name).addressing, force=True)
+
+    def _node(self, name: str) -> Any:
+        return next(node for node in self._graph if node.name == name)
 
     def _needed_for(self, candidates: Sequence[str]) -> set:
         targets = {f"evaluate@{candidate}" for candidate in candidates}
-        nodes = [node for node in self._graph if node.addressing in targets]
+        nodes = [node for node in self._graph if node.name in targets]
         needed = set(nodes).union(*(networkx.descendants(self._graph, node) for node in nodes))
-        return needed | {node for node in self._graph if node.addressing == "register"}
+        return needed | {node for node in self._graph if node.name == "register"}
 
 
 def _describe(entry: object) -> list[str]:

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from flows.lineage import Stage
-from lilliput.errors import StageError
+from lilliput.errors import StageError, TemporaryError
 from tasks import layout
-from tasks.console import last_error
+from tasks.console import EXIT_TEMPORARY, last_error
 
 
 def run_process(stage: Stage, folder: Path, environment: dict[str, str]) -> None:
@@ -21,6 +21,7 @@ def run_process(stage: Stage, folder: Path, environment: dict[str, str]) -> None
     along, and makes this the very command that `dvc repro` runs.
 
     Raises:
+        TemporaryError: it could not fetch something; another try may.
         StageError: it ended badly; the message is the stage's own.
     """
     command = shlex.split(stage.command)
@@ -35,6 +36,8 @@ def run_process(stage: Stage, folder: Path, environment: dict[str, str]) -> None
         except BaseException:
             process.kill()
             raise
+    if code == EXIT_TEMPORARY:
+        raise TemporaryError(_explain(stage, code, folder / layout.log(stage.name)))
     if code:
         raise StageError(_explain(stage, code, folder / layout.log(stage.name)))
 

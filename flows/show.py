@@ -52,7 +52,9 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
         console.print(_table("Candidates (value [95 % interval])", rows))
         console.print(f"Energy: {_energy_source(folder)}", highlight=False)
     for device, decision in _read(folder / layout.PROMOTION).items():
-        console.print(f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'nobody'}[/bold]: {decision['reason']}")
+        console.print(
+            f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'nobody'}[/bold]: {decision['reason']}"
+        )
         for name, reason in decision["refused"].items():
             console.print(f"  not {name}: {reason}", style="dim", highlight=False)
     console.print(f"\nMade now: {', '.join(made) or 'nothing'}\nCached: {', '.join(cached) or 'nothing'}")
@@ -97,14 +99,20 @@ def _figures(record: Mapping[str, Any]) -> dict[str, str]:
 def _estimate(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
     if not estimate or estimate.get("value") is None:
         return "unavailable"
-    value, low, high = (f"{estimate[key]:.{digits}f}".replace("0.", ".", 1) if digits == 3 else f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (
+        f"{estimate[key]:.{digits}f}".replace("0.", ".", 1) if digits == 3 else f"{estimate[key]:.{digits}f}"
+        for key in ("value", "low", "high")
+    )
     mark = "" if estimate.get("measured", True) else "~"
     return f"{mark}{value} [{low},{high}]"
 
 
 def _energy_source(folder: Path) -> str:
     params = load_params(folder / layout.PARAMS)
-    sources = {(_read(folder / layout.metrics(name)).get("energy_per_query_j") or {}).get("source") for name in _read(folder / layout.REGISTRY)}
+    sources = {
+        (_read(folder / layout.metrics(name)).get("energy_per_query_j") or {}).get("source")
+        for name in _read(folder / layout.REGISTRY)
+    }
     watts = params.evaluation.energy.watts_per_core
     if sources == {"estimate_tdp"}:
         return f"~ is an estimate, not a measurement: CPU-seconds × {watts:g} W a core (declared in params.yaml)"
@@ -130,5 +138,3 @@ def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
-
-

@@ -16,6 +16,13 @@ from lilliput.errors import ConfigError, DataError
 
 PROJECT = Path(__file__).resolve().parent.parent
 _CODE = ("lilliput", "tasks", "corpora")
+_DVC_CONFIG = """\
+[core]
+    analytics = false
+    no_scm = true
+[cache]
+    type = "reflink,hardlink,copy"
+"""
 
 
 def open_workspace(params_file: Path) -> Path:
@@ -54,7 +61,5 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
         shutil.copyfile(data_source, folder / data_name)
     if not (folder / ".dvc").exists():
         Repo.init(str(folder), no_scm=True).close()
-        shutil.copyfile(PROJECT / ".dvc" / "config", folder / ".dvc" / "config")
-        with (folder / ".dvc" / "config").open("a") as config:
-            config.write("[core]\n    no_scm = true\n")
+        (folder / ".dvc" / "config").write_text(_DVC_CONFIG, encoding="utf-8")
     return folder

@@ -34,7 +34,9 @@ class SourceConfig(Section):
         sha256: of the wheel; required for `wheel:`.
     """
 
-    model: Annotated[str, Field(pattern=r"^(wheel:[A-Za-z0-9._-]+==[A-Za-z0-9.]+|hub:[^@\s]+/[^@\s]+@[^@\s]+|path:.+)$")]
+    model: Annotated[
+        str, Field(pattern=r"^(wheel:[A-Za-z0-9._-]+==[A-Za-z0-9.]+|hub:[^@\s]+/[^@\s]+@[^@\s]+|path:.+)$")
+    ]
     file: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
@@ -249,7 +251,9 @@ def _validate(model: type[Model], raw: object, file: str, prefix: str = "") -> M
         # By way of JSON: strict mode then still takes a list for a tuple, and YAML's dates are refused.
         return TypeAdapter(model).validate_json(json.dumps(raw))
     except TypeError as error:
-        raise ConfigError(f"{file}: {prefix or 'top level'}: {error}; use plain text, numbers, lists and maps") from None
+        raise ConfigError(
+            f"{file}: {prefix or 'top level'}: {error}; use plain text, numbers, lists and maps"
+        ) from None
     except ValidationError as error:
         raise ConfigError([_describe(problem, model, file, prefix) for problem in error.errors()]) from None
 

@@ -1,12 +1,12 @@
 """Every error Lilliput raises on purpose.
 
-    LilliputError            exit code 2: the message says what, where and what to do
-    ├── ConfigError          params.yaml (or a file it names) is not usable
-    ├── SourceError          a model or a wheel cannot be fetched, verified or opened
-    ├── DataError            a corpus or a question set is not usable
-    ├── ArtifactError        a model directory is missing, incomplete or not what it says
-    ├── StrategyError        a strategy cannot be applied to this parent
-    └── StageError           a stage of the pipeline ended badly in its own process
+LilliputError            exit code 2: the message says what, where and what to do
+├── ConfigError          params.yaml (or a file it names) is not usable
+├── SourceError          a model or a wheel cannot be fetched, verified or opened
+├── DataError            a corpus or a question set is not usable
+├── ArtifactError        a model directory is missing, incomplete or not what it says
+├── StrategyError        a strategy cannot be applied to this parent
+└── StageError           a stage of the pipeline ended badly in its own process
 """
 
 
@@ -23,7 +23,11 @@ class ConfigError(LilliputError):
 
 
 class SourceError(LilliputError):
-    """A source model or wheel cannot be fetched, verified or opened."""
+    """A source model or wheel cannot be fetched, verified or opened; `temporary` if another try may help."""
+
+    def __init__(self, message: str, *, temporary: bool = False) -> None:
+        self.temporary = temporary
+        super().__init__(message)
 
 
 class DataError(LilliputError):
@@ -40,3 +44,7 @@ class StrategyError(LilliputError):
 
 class StageError(LilliputError):
     """A stage ended badly in its own process; its log holds the whole story."""
+
+
+class TemporaryError(StageError):
+    """A stage could not fetch something; another try may succeed."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
 from lilliput.config import GptqConfig, LoraConfig, Params, PruneConfig
 from lilliput.errors import ConfigError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.artifacts import ADAPTER
 from lilliput.errors import ArtifactError, SourceError
@@ -48,10 +48,7 @@ def open_model(directory: Path) -> Opened:
     """
     config = read_config(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    if is_quantised(config):
-        model = _dequantised(directory)
-    else:
-        model = _checkpoint(directory)
+    model = _dequantised(directory) if is_quantised(config) else _checkpoint(directory)
     if (directory / ADAPTER).is_dir():
         from peft import PeftModel
 
@@ -76,7 +73,9 @@ def read_config(directory: Path) -> PretrainedConfig:
 def require_causal_lm(config: PretrainedConfig, place: str) -> None:
     """Raises SourceError unless `config` names a causal language model."""
     architectures = config.architectures or []
-    if not any(name.endswith("ForCausalLM") for name in architectures):
+    # A GGUF file names no architecture; then the model type must be one transformers has a causal LM for.
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not (any(name.endswith("ForCausalLM") for name in architectures) or (known and not architectures)):
         raise SourceError(
             f"{place}: not a causal language model (model type `{config.model_type}`, architectures: "
             f"{', '.join(architectures) or 'none named'}); choose a decoder such as Llama, Qwen, Mistral or Gemma"
@@ -111,8 +110,9 @@ def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes a checkpoint that plain transformers opens; `model` is cast to `dtype` in place first."""
-    model.to(dtype or stored_dtype(model))  # pyright: ignore[reportArgumentType]
+    """Writes a checkpoint that plain transformers opens; `model`'s weights are cast to `dtype` in place first."""
+    for parameter in model.parameters():  # not the buffers: rounded rotary frequencies would change every logit
+        parameter.data = parameter.data.to(dtype or stored_dtype(model))
     # Nothing but greedy decoding is used or measured; sampling defaults of the source are kept where it has them.
     model.generation_config = model.generation_config or GenerationConfig.from_model_config(model.config)
     model.save_pretrained(directory, safe_serialization=True)
@@ -191,20 +191,38 @@ def _checkpoint(directory: Path) -> PreTrainedModel:
 
 def _dequantised(directory: Path) -> PreTrainedModel:
     from gptqmodel import BACKEND, GPTQModel
+
+    # The kernel opens in float16 only. Its scales are float16 and so are exact; what is left in float is not.
+    packed = GPTQModel.load(
+        str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16, trust_remote_code=False
+    ).model
+    model = dequantise(packed)
+    exact = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, parameter in model.named_parameters():
+        if name in exact:
+            parameter.data = exact[name].float()
+    return model
+
+
+def dequantise(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` in float32 with plain linear layers in place of GPTQModel's, changed in place."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    model = GPTQModel.load(
-        str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float32, trust_remote_code=False
-    ).model
     for name, module in list(model.named_modules()):
         if isinstance(module, TorchLinear):
-            linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight.data = module.dequantize_weight().T.float().contiguous()
-            if module.bias is not None:
-                linear.bias.data = module.bias.float()
-            model.set_submodule(name, linear)
-    gc.collect()
-    return model.float()
+            model.set_submodule(name, _dense(module))
+    for parameter in model.parameters():  # not the buffers, see save_model
+        parameter.data = parameter.data.float()
+    return model
+
+
+def _dense(module: Any) -> torch.nn.Linear:
+    linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    module.scales.data = module.scales.data.float()
+    linear.weight.data = module.dequantize_weight().T.float().contiguous()
+    if module.bias is not None:
+        linear.bias.data = module.bias.float()
+    return linear
 
 
 def _first_line(error: BaseException) -> str:

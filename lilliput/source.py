@@ -49,7 +49,8 @@ def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
             f"source.model: {config.model} cannot be fetched ({type(error).__name__}); "
-            "check the name, the revision and the network, or use path:<dir>"
+            "check the name, the revision and the network, or use path:<dir>",
+            temporary=True,
         ) from None
     _copy(Path(snapshot), directory)
 

@@ -13,7 +13,7 @@ import typer
 from lilliput.config import Params, load_params
 from lilliput.errors import ConfigError, LilliputError
 from tasks import layout
-from tasks.console import ERROR, logging_to
+from tasks.console import ERROR, EXIT_REFUSED, EXIT_TEMPORARY, logging_to
 from tasks.machine import end_with_stdin, machine_for
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -73,7 +73,7 @@ def _run(module: str, function: str, candidate: str | None = None) -> None:
             work(params, *_checked(params, candidate))
         except LilliputError as error:
             _tell(terminal, f"{stage}: {error}")
-            sys.exit(2)
+            sys.exit(EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED)
         except Exception as error:
             traceback.print_exc()
             _tell(terminal, f"{stage}: {type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 ERROR = "error: "
+EXIT_REFUSED = 2
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: worth another try
 
 
 class _ProgressToTerminal(io.TextIOBase):
@@ -45,7 +47,11 @@ def logging_to(path: Path) -> Iterator[TextIO]:
         sys.stdout, sys.stderr = log, _ProgressToTerminal(terminal, log)
         logging.captureWarnings(True)
         logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        yield terminal
+        try:
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # the log is closed, these still point there
 
 
 def last_error(path: Path) -> str | None:

@@ -66,7 +66,9 @@ def _evaluated(candidate: str) -> dict[str, Any] | None:
 
 def _start_parent(client: MlflowClient, experiment: str) -> str:
     flow_run = os.environ.get(FLOW_RUN, "")
-    run = client.create_run(experiment, run_name=flow_run or "dvc repro", tags={"mlflow.source.git.commit": git_commit() or ""})
+    run = client.create_run(
+        experiment, run_name=flow_run or "dvc repro", tags={"mlflow.source.git.commit": git_commit() or ""}
+    )
     if flow_run:
         client.set_tag(run.info.run_id, "prefect.flow_run", flow_run)
     client.log_artifact(run.info.run_id, str(layout.PARAMS))

@@ -17,7 +17,14 @@ from lilliput.report.page import render
 from tasks import layout
 from tasks.lineage_tags import git_commit
 
-METRICS = ("accuracy_choice", "accuracy_free", "hallucination_rate", "abstention_rate", "energy_per_query_j", "accessibility")
+METRICS = (
+    "accuracy_choice",
+    "accuracy_free",
+    "hallucination_rate",
+    "abstention_rate",
+    "energy_per_query_j",
+    "accessibility",
+)
 
 
 def report(params: Params) -> None:

@@ -1,8 +1,9 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) through GPTQModel, the maintained successor of AutoGPTQ, in AutoGPTQ's format."""
+"""GPTQ (Frantar et al., arXiv 2210.17323) through GPTQModel, AutoGPTQ's successor, in AutoGPTQ's format."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from lilliput.compress.result import Result
 from lilliput.compress.training import encode_examples
@@ -20,7 +22,7 @@ from lilliput.config import GptqConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import perplexity
-from lilliput.models import decoder_layers, open_model, parameter_count, stored_dtype
+from lilliput.models import decoder_layers, dequantise, open_model, parameter_count, stored_dtype
 
 
 def gptq(
@@ -52,18 +54,31 @@ def gptq(
 
     examples = encode_examples(tokenizer, system_prompt, calibration[: config.calibration_examples])
     quantised, log = _quantise(parent_dir, [example.input_ids for example in examples], config)
+    usable = _usable(quantised)
     facts = {
         "bits": config.bits,
         "group_size": config.group_size,
         "calibration_tokens": sum(len(example.input_ids) for example in examples),
         "perplexity_before": before,
-        "perplexity_after": perplexity(quantised.model, texts),
+        "perplexity_after": perplexity(usable, texts),
         "perplexity_tokens": sum(len(text) - 1 for text in texts),
         "float_modules": _left_in_float(quantised.model),
         "parameters": parameters,
     }
     history = {"layer_error": _layer_errors(log)}
-    return Result(quantised.model, tokenizer, facts, history, save=lambda target: _save(quantised, target, dtype))
+    return Result(usable, tokenizer, facts, history, save=lambda target: _save(quantised, target, dtype))
+
+
+def _usable(quantised: Any) -> PreTrainedModel:
+    """A float32 copy of the quantised model that computes right.
+
+    GPTQModel leaves its packed layers in the zero-point convention of the file (v1, one less), which no kernel reads.
+    """
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format
+
+    packed = copy.deepcopy(quantised.model)
+    return dequantise(convert_gptq_v1_to_v2_format(packed, quantised.quantize_config, TorchLinear)).eval()
 
 
 def require_divisible(model: torch.nn.Module, group_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -87,8 +88,7 @@ class _AnswerTrainer(Trainer):
 
     loss: Loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001, ANN201
-        del return_outputs, num_items_in_batch
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         return self.loss(model, inputs)
 
 

