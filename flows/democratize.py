@@ -6,14 +6,16 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn, cast
 
 import typer
 from filelock import FileLock, Timeout
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.client.schemas import State
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
 
 from flows.lineage import Lineage, Stage
 from flows.plan import plan
@@ -55,8 +57,9 @@ def democratize(
         only: candidates to stop at (with what they are made from); nothing is promoted then.
         share_machine: let trainings and measurements of other runs happen at the same time.
     """
+    folder = Path(params_file)
     try:
-        folder = open_workspace(Path(params_file))
+        folder = open_workspace(folder)
         _require_known(folder, only)
         lock = FileLock(folder / ".dvc" / "tmp" / "democratize.lock", timeout=0)
         with contextlib.chdir(folder), lock:
@@ -69,7 +72,7 @@ def democratize(
 
 def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict[str, str]:
     lineage, states = Lineage(folder), {}
-    environment = {"LILLIPUT_FLOW_RUN": str(runtime.flow_run.id or "")}
+    environment = {"LILLIPUT_FLOW_RUN": str(flow_run.id or "")}
     if share_machine:
         environment["LILLIPUT_SHARE_MACHINE"] = "1"
     for stage in lineage.stages(only):
@@ -145,10 +148,10 @@ def main(
         _fail("stopped; nothing is half-written, and the same command goes on from here", 130)
     if not state.is_completed():
         _fail(state.message or "the flow did not finish", 2)
-    print_summary(folder, state.result())
+    print_summary(folder, cast("dict[str, str]", state.result()))
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"\nerror: {message}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def candidate_rows(folder: Path) -> list[dict[str, str]]:
-    """One row a registered candidate: the four metrics as `value [low, high]`, size and champion's device."""
+    """One row a registered candidate: the four metrics as `value ± half interval`, size, and whose champion it is."""
     params, registered = load_params(folder / layout.PARAMS), _read(folder / layout.REGISTRY)
     champions = _champions(folder)
     rows = []
@@ -44,12 +44,12 @@ def next_commands(folder: Path) -> str:
 
 def print_summary(folder: Path, states: Mapping[str, str]) -> None:
     """Prints the table of candidates, the decisions with their reasons and the next commands."""
-    console = Console()
+    console = _console()
     cached = [name for name, state in states.items() if state == "Cached"]
     made = [name for name in states if name not in cached]
     rows = candidate_rows(folder)
     if rows:
-        console.print(_table("Candidates (value [95 % interval])", rows))
+        console.print(_table("Candidates: value ± half of the 95 % interval", rows))
         console.print(f"Energy: {_energy_source(folder)}", highlight=False)
     for device, decision in _read(folder / layout.PROMOTION).items():
         console.print(
@@ -75,7 +75,7 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
                 "as measured on": cost.of if cost and item.reason else ("no record" if item.reason else ""),
             }
         )
-    Console().print(_table("Plan: nothing has been run", rows))
+    _console().print(_table("Plan: nothing has been run", rows))
     known = [item.prediction for item in planned if item.reason and item.prediction]
     unknown = sum(1 for item in planned if item.reason and not item.prediction)
     peak = max((prediction.peak_rss_bytes for prediction in known), default=0) / MIB
@@ -97,14 +97,12 @@ def _figures(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _estimate(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """`value ± half the 95 % interval`, marked `~` where it is an estimate."""
     if not estimate or estimate.get("value") is None:
         return "unavailable"
-    value, low, high = (
-        f"{estimate[key]:.{digits}f}".replace("0.", ".", 1) if digits == 3 else f"{estimate[key]:.{digits}f}"
-        for key in ("value", "low", "high")
-    )
+    half = (estimate["high"] - estimate["low"]) / 2
     mark = "" if estimate.get("measured", True) else "~"
-    return f"{mark}{value} [{low},{high}]"
+    return f"{mark}{estimate['value']:.{digits}f} ± {half:.{digits}f}"
 
 
 def _energy_source(folder: Path) -> str:
@@ -129,6 +127,12 @@ def _champions(folder: Path) -> dict[str, list[str]]:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _console() -> Console:
+    """A terminal as wide as it is; 100 columns where the output goes elsewhere."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
 
 
 def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -196,7 +196,7 @@ def _dequantised(directory: Path) -> PreTrainedModel:
     packed = GPTQModel.load(
         str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16, trust_remote_code=False
     ).model
-    model = dequantise(packed)
+    model = dequantise(cast("PreTrainedModel", packed))
     exact = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, parameter in model.named_parameters():
         if name in exact:

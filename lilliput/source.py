@@ -43,9 +43,9 @@ def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path
 
     del cache  # the hub keeps its own
     repository, _, revision = reference.partition("@")
-    wanted = [config.file, "*.json", "*.jinja"] if config.file else list(_WANTED)
+    wanted: list[str] = [config.file, "*.json", "*.jinja"] if config.file else [*_WANTED]
     try:
-        snapshot = snapshot_download(repository, revision=revision, allow_patterns=wanted)
+        snapshot = snapshot_download(repo_id=repository, revision=revision, allow_patterns=wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
             f"source.model: {config.model} cannot be fetched ({type(error).__name__}); "

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from lilliput.compress.result import Result
 from lilliput.compress.training import Loss, answer_logits, encode_examples, train
 from lilliput.config import DistillConfig
+from lilliput.data.chat import pad_id
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import Opened
@@ -39,8 +40,7 @@ def distill(
     torch.manual_seed(config.seed)
     examples = encode_examples(tokenizer, system_prompt, questions)
     loss = distillation_loss(teacher[0].eval(), config)
-    pad_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    curve = train(model.train(), examples, pad_id, config, loss)
+    curve = train(model.train(), examples, pad_id(tokenizer), config, loss)
     return Result(model.eval(), tokenizer, {"final_loss": curve[-1][1]}, {"loss": curve})
 
 

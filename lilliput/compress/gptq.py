@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,7 +109,7 @@ def _quantise(parent_dir: Path, calibration: list[list[int]], config: GptqConfig
             group_size=config.group_size,
             sym=config.symmetric,
             desc_act=config.act_order,
-            damp_percent=config.damp_percent,
+            damp_percent=config.damp_percent,  # pyright: ignore[reportCallIssue] - its metaclass picks the class
             offload_to_disk=False,
             # The block packer spawns threads that fight the quantisation workers for few cores: 36 CPU-s against 1.5.
             pack_impl="original",
@@ -125,8 +125,7 @@ def _quantise(parent_dir: Path, calibration: list[list[int]], config: GptqConfig
         )
         with _progress(model):
             rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]
-            log = model.quantize(rows, batch_size=16, backend=BACKEND.GPTQ_TORCH)
-    model.model.eval()
+            log = model.quantize(cast("Any", rows), batch_size=16, backend=BACKEND.GPTQ_TORCH)
     return model, log["gptq"]
 
 

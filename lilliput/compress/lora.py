@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.artifacts import ADAPTER
 from lilliput.compress.result import Result
 from lilliput.compress.training import encode_examples, label_loss, train
 from lilliput.config import LoraConfig
+from lilliput.data.chat import pad_id
 from lilliput.data.questions import Question
 from lilliput.models import Opened, save_model
 
@@ -44,14 +46,23 @@ def lora(parent: Opened, questions: Sequence[Question], system_prompt: str, conf
     )
     tuned = get_peft_model(model, adapter)
     examples = encode_examples(tokenizer, system_prompt, questions)
-    curve = train(tuned, examples, tokenizer.pad_token_id or tokenizer.eos_token_id, config, label_loss)
+    curve = train(tuned, examples, pad_id(tokenizer), config, label_loss)
     facts = {"trainable_parameters": tuned.get_nb_trainable_parameters()[0], "final_loss": curve[-1][1]}
     if config.merge:
-        return Result(tuned.merge_and_unload().eval(), tokenizer, facts, {"loss": curve})
-    merged = copy.deepcopy(tuned).merge_and_unload().eval()
-    return Result(merged, tokenizer, facts, {"loss": curve}, save=lambda target: _save_apart(tuned, tokenizer, target))
+        return Result(_merged(tuned), tokenizer, facts, {"loss": curve})
+    return Result(
+        _merged(copy.deepcopy(tuned)),
+        tokenizer,
+        facts,
+        {"loss": curve},
+        save=lambda target: _save_apart(tuned, tokenizer, target),
+    )
+
+
+def _merged(tuned: PeftModel) -> PreTrainedModel:
+    return cast("PreTrainedModel", tuned.merge_and_unload().eval())
 
 
 def _save_apart(tuned: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     tuned.save_pretrained(str(directory / ADAPTER), safe_serialization=True)
-    save_model(tuned.unload(), tokenizer, directory)
+    save_model(cast("PreTrainedModel", tuned.unload()), tokenizer, directory)

@@ -74,7 +74,7 @@ def remove_layers(model: torch.nn.Module, removed: Sequence[int]) -> None:
     kept = [index for index in range(len(layers)) if index not in set(removed)]
     model.model.layers = torch.nn.ModuleList(layers[index] for index in kept)  # pyright: ignore
     for position, layer in enumerate(model.model.layers):  # pyright: ignore
-        layer.self_attn.layer_idx = position  # the KV cache is indexed by it
+        layer.self_attn.layer_idx = position  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType] - the KV cache is indexed by it
     config = model.config
     config.num_hidden_layers = len(kept)  # pyright: ignore
     if getattr(config, "layer_types", None):  # one entry a layer (Qwen, Gemma)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -71,7 +71,8 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
     ).last_hidden_state
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORED
-    return causal_lm.get_output_embeddings()(hidden[:, :-1][wanted]), targets[wanted]
+    project = cast("torch.nn.Module", causal_lm.get_output_embeddings())
+    return project(hidden[:, :-1][wanted]), targets[wanted]
 
 
 def label_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -109,7 +110,7 @@ def train(
         )
         trainer.loss = loss
         trainer.train()
-    curve = [(row["step"], float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
+    curve = [(int(row["step"]), float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
     if any(value != value for _, value in curve):
         raise FloatingPointError("the training loss is no longer a number; lower learning_rate")
     return curve

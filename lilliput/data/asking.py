@@ -75,7 +75,7 @@ def _ask(fact: Fact, answers: dict[str, str], recipe: Recipe, seed: int) -> Ques
     rng.shuffle(choices)
     return Question(
         id=identity,
-        question=rng.choice(recipe.relations[fact.relation].phrasings).format(entity=fact.entity),
+        question=rng.choice(_phrasings(recipe, fact.relation)).format(entity=fact.entity),
         choices=tuple(choices) if len(choices) > 1 else (),
         answer=fact.answer,
         aliases=fact.aliases,
@@ -83,10 +83,14 @@ def _ask(fact: Fact, answers: dict[str, str], recipe: Recipe, seed: int) -> Ques
     )
 
 
+def _phrasings(recipe: Recipe, relation: str) -> tuple[str, ...]:
+    return {str(name): spec.phrasings for name, spec in recipe.relations.items()}[relation]
+
+
 def _ask_about_nothing(
     name: str, relation: str, split: Literal["train", "test"], recipe: Recipe, rng: random.Random
 ) -> Question:
-    text = rng.choice(recipe.relations[relation].phrasings).format(entity=name)
+    text = rng.choice(_phrasings(recipe, relation)).format(entity=name)
     return Question(
         id=f"invented/{relation}/{name}", question=text, answerable=False, group=f"invented/{name}", split=split
     )

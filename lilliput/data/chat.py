@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from transformers import PreTrainedTokenizerBase
 
 from lilliput.errors import DataError
@@ -20,10 +22,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, questi
         )
     messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _ids(tokenizer, str(text))
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, end: bool = True) -> list[int]:
     """Ids of `answer`; with `end`, closed by the end-of-turn token, which a model must learn to write too."""
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id] if end else ids
+    ids = _ids(tokenizer, answer)
+    return [*ids, cast("int", tokenizer.eos_token_id)] if end else ids
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up a batch; masked wherever it stands, so any will do where the tokenizer names none."""
+    return cast("int", tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lilliput.data.chat import pad_id
 from lilliput.errors import ArtifactError
 from lilliput.runtime.protocol import Ids
 
@@ -24,7 +25,7 @@ class _Prefilled:
 
 
 class TorchRuntime:
-    """`model` and `tokenizer` behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once."""
+    """A model behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once."""
 
     name = "torch"
 
@@ -59,7 +60,7 @@ class TorchRuntime:
         texts = [""] * len(prompts)
         for rows, prefilled in self._prefill(prompts, "answer"):
             for row, tokens in zip(rows, self._decode(prefilled, max_tokens), strict=True):
-                texts[row] = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                texts[row] = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
         return texts
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
@@ -89,7 +90,7 @@ class TorchRuntime:
 
     def _prefill_batch(self, rests: list[Ids], prefix: DynamicCache, shared: int) -> _Prefilled:
         width = max(len(rest) for rest in rests)
-        pad = self._pad_id()
+        pad = pad_id(self.tokenizer)
         # Padded on the left, between prefix and question, so that every row's last logits are its last column.
         ids = torch.tensor([[pad] * (width - len(rest)) + list(rest) for rest in rests], device=self.device)
         real = [[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
@@ -115,7 +116,7 @@ class TorchRuntime:
         if width == 1:
             return total
         cache = _selected(prefilled.cache, owner)
-        pad = self._pad_id()
+        pad = pad_id(self.tokenizer)
         ids = torch.tensor([list(c) + [pad] * (width - len(c)) for c in continuations], device=self.device)
         real = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in continuations], device=self.device)
         mask = torch.cat([prefilled.mask[owner], real[:, :-1]], dim=1)
@@ -157,9 +158,6 @@ class TorchRuntime:
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ends = configured if isinstance(configured, list) else [configured, self.tokenizer.eos_token_id]
         return {int(end) for end in ends if end is not None}
-
-    def _pad_id(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(logits).all():

