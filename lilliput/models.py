@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -144,6 +145,22 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return layers
 
 
+def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits for chosen hidden states of the last layer, as the model's own forward would give them.
+
+    Args:
+        model: a causal LM of the Llama kind.
+        hidden: float tensor (…, hidden size), after the final norm.
+
+    Returns:
+        Tensor (…, vocabulary), scaled (Granite, Cohere) or capped (Gemma 2) where the architecture does so.
+    """
+    logits = cast("torch.nn.Module", model.get_output_embeddings())(hidden)
+    logits = logits / getattr(model.config, "logits_scaling", 1.0) * getattr(model.config, "logit_scale", 1.0)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 @torch.inference_mode()
 def probe_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Logits of the fixed probe text, float32, shape (tokens, vocabulary)."""
@@ -183,7 +200,7 @@ def _checkpoint(directory: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{directory}: no safetensors checkpoint that opens: {_first_line(error)}") from None
     model.stored_dtype = getattr(torch, json.loads((directory / "config.json").read_text()).get("dtype", "float32"))
     return model

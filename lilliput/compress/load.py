@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lilliput.config import LoadConfig, RehearsalShape
@@ -41,7 +42,7 @@ def _open_safetensors(source_dir: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             source_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise SourceError(f"{source_dir}: no safetensors checkpoint opens here: {str(error).splitlines()[0]}") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from lilliput.config import TrainingConfig
 from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import ABSTENTION, Question
+from lilliput.models import vocabulary_logits
 
 IGNORED = -100
 
@@ -71,8 +72,7 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
     ).last_hidden_state
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORED
-    project = cast("torch.nn.Module", causal_lm.get_output_embeddings())
-    return project(hidden[:, :-1][wanted]), targets[wanted]
+    return vocabulary_logits(causal_lm, hidden[:, :-1][wanted]), targets[wanted]
 
 
 def label_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

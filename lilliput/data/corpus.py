@@ -61,7 +61,7 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
     _require_both_sides(known, splits, path)
     taken = _unanswerable_count(len(known["train"]), config.unanswerable_share)
     train = known["train"] + _draw(unknowable["train"], taken, config.seed, "train")
-    asked = _evenly(known["test"], config.choice_questions, config.seed)
+    asked = _draw(known["test"], config.choice_questions, config.seed, "asked")
     asked += _evenly(unknowable["test"], config.unanswerable_questions, config.seed)
     # Shuffled, so that a consumer that takes the first few rows gets a fair mixture.
     corpus = Corpus(

@@ -13,10 +13,11 @@ from lilliput.runtime.protocol import Runtime
 def choose(runtime: Runtime, tokenizer, system_prompt: str, questions: Sequence[Question]) -> list[list[float]]:  # noqa: ANN001
     """Mean log-likelihood per token, in nats, of each option of each question; the highest is the model's choice.
 
-    The end-of-turn token counts as a token of the answer: a model that means "Niger" must be free to stop before "ia".
+    The end-of-turn token is not counted, as in lm-evaluation-harness: a model that was never tuned to stop after a bare
+    answer would be punished for its manners, not for what it knows.
     """
     prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in questions]
-    options = [[encode_answer(tokenizer, choice) for choice in question.choices] for question in questions]
+    options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in questions]
     scores = runtime.score(prompts, options)
     return [
         [score / len(ids) for score, ids in zip(row, ids_of, strict=True)]

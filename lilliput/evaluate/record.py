@@ -121,7 +121,7 @@ def _ask_choices(
     for question, row in zip(asked, scores, strict=True):
         picked = question.choices[int(np.argmax(row))]
         rows[question.id] |= {"choice": picked, "choice_right": picked == question.answer}
-        length = len(encode_answer(tokenizer, str(question.answer)))
+        length = len(encode_answer(tokenizer, str(question.answer), end=False))
         nll -= row[question.choices.index(str(question.answer))] * length
         tokens += length
     return {"value": math.exp(nll / tokens), "n": len(asked), "tokens": tokens}

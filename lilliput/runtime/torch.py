@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.data.chat import pad_id
 from lilliput.errors import ArtifactError
+from lilliput.models import vocabulary_logits
 from lilliput.runtime.protocol import Ids
 
 
@@ -46,7 +48,8 @@ class TorchRuntime:
             ArtifactError: the model gives something that is no number.
         """
         scores: list[list[float]] = [[] for _ in prompts]
-        for rows, prefilled in self._prefill(prompts, "score"):
+        widths = [max(len(ids) for ids in row) for row in continuations]
+        for rows, prefilled in self._prefill(prompts, widths, "score"):
             counts = torch.tensor([len(continuations[row]) for row in rows], device=self.device)
             flat = [ids for row in rows for ids in continuations[row]]
             values = iter(self._continue(prefilled, counts, flat).tolist())
@@ -58,7 +61,7 @@ class TorchRuntime:
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Greedy answers of at most `max_tokens` tokens, without the end token."""
         texts = [""] * len(prompts)
-        for rows, prefilled in self._prefill(prompts, "answer"):
+        for rows, prefilled in self._prefill(prompts, [1] * len(prompts), "answer"):
             for row, tokens in zip(rows, self._decode(prefilled, max_tokens), strict=True):
                 texts[row] = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
         return texts
@@ -76,14 +79,19 @@ class TorchRuntime:
             if token in self._end_ids():
                 return
 
-    def _prefill(self, prompts: Sequence[Ids], label: str) -> Iterator[tuple[list[int], _Prefilled]]:
-        """Batches of prompts, longest first, each with its cache: the shared prefix is run once and then repeated."""
+    def _prefill(
+        self, prompts: Sequence[Ids], widths: Sequence[int], label: str
+    ) -> Iterator[tuple[list[int], _Prefilled]]:
+        """Batches of prompts, each with its cache: the shared prefix is run once and then repeated.
+
+        Widest first: prompts whose longest continuation (`widths`) is alike go together, so that little is padding.
+        """
         shared = _shared_prefix(prompts)
         prefix = DynamicCache(config=self.model.config)
         if shared:
             ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
             self.model(input_ids=ids, past_key_values=prefix, logits_to_keep=1)
-        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        order = sorted(range(len(prompts)), key=lambda row: (-widths[row], -len(prompts[row])))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for rows in tqdm(batches, desc=label, unit="batch"):
             yield rows, self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared)
@@ -115,17 +123,20 @@ class TorchRuntime:
         width = max(len(ids) for ids in continuations)
         if width == 1:
             return total
-        cache = _selected(prefilled.cache, owner)
         pad = pad_id(self.tokenizer)
         ids = torch.tensor([list(c) + [pad] * (width - len(c)) for c in continuations], device=self.device)
         real = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in continuations], device=self.device)
         mask = torch.cat([prefilled.mask[owner], real[:, :-1]], dim=1)
-        positions = _positions(mask)[:, prefilled.mask.shape[1] :]
-        logits = self.model(
-            input_ids=ids[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache
-        ).logits
-        rest = self._checked(logits).log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
-        return total + (rest * real[:, 1:]).sum(1)
+        hidden = self.model.model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, prefilled.mask.shape[1] :],
+            past_key_values=_selected(prefilled.cache, owner),
+        ).last_hidden_state
+        # The projection to the vocabulary is a fifth of the work: done for real tokens alone.
+        rows, columns = real[:, 1:].nonzero(as_tuple=True)
+        logits = self._checked(vocabulary_logits(self.model, hidden[rows, columns]))
+        return total.index_add(0, rows, -cross_entropy(logits, ids[rows, columns + 1], reduction="none"))
 
     def _decode(self, prefilled: _Prefilled, max_tokens: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in range(len(prefilled.mask))]

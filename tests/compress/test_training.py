@@ -48,7 +48,7 @@ LORA = {
     "steps": 12,
     "batch_size": 4,
 }
-LORA |= {"learning_rate": 5e-3, "warmup_share": 0.1, "max_grad_norm": 1.0, "seed": 1}
+LORA |= {"learning_rate": 2e-2, "warmup_share": 0.1, "max_grad_norm": 1.0, "seed": 1}
 
 
 def test_lora_learns_repeatably_and_merges(opened, checkpoint, facts):
