@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from lilliput.evaluate.compare import compare
+from lilliput.evaluate.intervals import mcnemar_p, mean, rate, statistic
+
+
+def test_wilson_interval_of_81_in_263():
+    found = rate([True] * 81 + [False] * 182)  # Newcombe 1998, table I
+    assert (found.value, found.n) == (pytest.approx(81 / 263), 263)
+    assert (found.low, found.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+
+
+def test_rates_at_the_border_keep_an_interval():
+    assert rate([True] * 10).low == pytest.approx(0.7225, abs=1e-4)
+    assert rate([False] * 10).high == pytest.approx(0.2775, abs=1e-4)
+
+
+def test_no_observation_is_no_value():
+    assert rate([]) is None
+    assert mean([], 0, 100) is None
+
+
+def test_bootstrap_is_seeded_and_near_the_normal_interval():
+    values = np.random.default_rng(0).normal(5.0, 1.0, 400).tolist()
+    first, second, third = mean(values, 1, 2000), mean(values, 1, 2000), mean(values, 2, 2000)
+    assert first == second != third
+    assert first.high - first.low == pytest.approx(2 * 1.96 * np.std(values) / 20, rel=0.1)
+    assert first.low < first.value < first.high
+
+
+def test_bootstrap_of_a_ratio_resamples_rows_together():
+    rows = np.array([[2.0, 1.0], [4.0, 2.0], [6.0, 3.0]])
+    found = statistic(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1), rows, 0, 200)
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+
+
+def test_mcnemar_is_the_sign_test_of_the_changes():
+    before, after = [True] * 2 + [False] * 8 + [True] * 5, [False] * 2 + [True] * 8 + [True] * 5
+    assert mcnemar_p(before, after) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert mcnemar_p([True], [True]) == 1.0
+
+
+def test_comparison_pairs_by_question_and_ignores_what_only_one_answered():
+    first = [{"id": str(n), "choice_right": n < 50, "right": None} for n in range(100)]
+    second = [{"id": str(n), "choice_right": n < 60, "right": True} for n in range(99, -1, -1)] + [
+        {"id": "x", "choice_right": True}
+    ]
+    found = compare(first, second, seed=0, resamples=500)
+    assert found.keys() == {"accuracy_choice"}
+    difference = found["accuracy_choice"].difference
+    assert (difference.value, difference.n) == (pytest.approx(0.1), 100)
+    assert 0.03 < difference.low < 0.1 < difference.high < 0.17
+    assert found["accuracy_choice"].p_value == pytest.approx(2 / 2**10)

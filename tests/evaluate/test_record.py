@@ -1,0 +1,122 @@
+import json
+import time
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from lilliput.errors import DataError
+from lilliput.evaluate import accessibility
+from lilliput.evaluate.accessibility import TimedQuery, fits, kv_cache_bytes, quantiles
+from lilliput.evaluate.energy import EnergyMeter
+from lilliput.evaluate.record import evaluate_candidate
+
+KEYS = {
+    "candidate",
+    "sha256",
+    "size_bytes",
+    "parameters",
+    "seconds",
+    "accuracy_choice",
+    "accuracy_free",
+    "hallucination_rate",
+}
+KEYS |= {
+    "abstention_rate",
+    "selective_accuracy",
+    "energy_per_query_j",
+    "energy_per_token_j",
+    "energy_per_right_answer_j",
+}
+KEYS |= {"ttft_ms", "tpot_ms", "rate_tokens_per_s", "peak_rss_bytes", "load_s", "fits", "accessibility"}
+
+
+@pytest.fixture(scope="module")
+def evaluation(checkpoint, facts, tiny_params):
+    return evaluate_candidate(
+        checkpoint,
+        "tiny",
+        facts,
+        tiny_params.data,
+        tiny_params.evaluation,
+        tiny_params.devices,
+        artifact_sha256="a" * 64,
+        size_bytes=10 * 2**20,
+        parameters=1000,
+    )
+
+
+def test_record_holds_everything_and_is_json_without_nan(evaluation):
+    record = json.loads(json.dumps(evaluation.record, allow_nan=False))
+    assert record.keys() >= KEYS
+    assert record["accuracy_choice"]["n"] == 16
+    assert record["hallucination_rate"]["n"] == 8 + 4
+    assert record["ttft_ms"]["n"] == 3
+    assert record["fits"].keys() == {"phone-4gb", "laptop"}
+    assert record["peak_rss_bytes"] > 10**8
+
+
+def test_energy_names_its_source_and_is_never_silently_zero(evaluation):
+    energy = evaluation.record["energy_per_query_j"]
+    assert energy["source"] in {"nvml_counter", "rapl", "soc", "battery", "estimate_tdp"}
+    assert energy["measured"] == (energy["source"] != "estimate_tdp")
+    assert energy["value"] > 0
+
+
+def test_metrics_add_up_from_the_answers(evaluation):
+    rows, record = evaluation.answers, evaluation.record
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    choices = [row["choice_right"] for row in rows if "choice_right" in row]
+    assert record["accuracy_choice"]["value"] == pytest.approx(np.mean(choices))
+    free = [row for row in rows if "text" in row]
+    assert record["hallucination_rate"]["value"] == pytest.approx(np.mean([row["hallucinated"] for row in free]))
+
+
+def test_an_empty_question_set_is_refused(checkpoint, tiny_params):
+    arguments = (checkpoint, "t", [], tiny_params.data, tiny_params.evaluation, tiny_params.devices)
+    with pytest.raises(DataError, match="empty question set"):
+        evaluate_candidate(*arguments, artifact_sha256="", size_bytes=1, parameters=1)
+
+
+def test_estimate_is_cpu_seconds_times_declared_watts_and_says_so():
+    meter = EnergyMeter(watts_per_core=10.0)
+    if meter.measured:
+        pytest.skip(f"this machine has an energy counter ({meter.source})")
+    with meter.window() as reading:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+    assert meter.source == "estimate_tdp"
+    assert reading.energy_j == pytest.approx(reading.cpu_s * 10.0)
+    assert 0.15 < reading.cpu_s < 0.6
+
+
+def test_kv_cache_by_hand():
+    config = LlamaConfig(num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    assert kv_cache_bytes(config, 2048) == 2 * 30 * 3 * 64 * 2048 * 2
+
+
+def test_fits_needs_both_storage_and_memory(tiny_params):
+    config = LlamaConfig(num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    phone = tiny_params.devices["phone-4gb"]
+    assert fits(100 * 2**20, config, phone)
+    assert not fits(161 * 2**20, config, phone)
+    assert not fits(100 * 2**20, config, phone.model_copy(update={"ram_budget_mib": 200.0}))
+
+
+def test_score_is_one_at_the_targets_and_falls_beyond(tiny_params):
+    targets = tiny_params.evaluation.targets
+
+    def scored(ttft_ms, tpot_ms, size_mib=64):
+        queries = [TimedQuery(ttft_ms, tpot_ms, 5, 1.0, 1.0)] * 4
+        return accessibility.score(queries, size_mib * 2**20, 1.0, targets, 0, 100).value
+
+    assert scored(500.0, 50.0) == 1.0
+    assert scored(1000.0, 50.0) == pytest.approx((0.5 + 3) / 4)
+    assert scored(1000.0, 100.0, 256) == pytest.approx((0.5 * 3 + 1) / 4)
+    assert scored(500.0, None) == 1.0  # one-token answers have no time per output token
+
+
+def test_quantiles():
+    assert quantiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p90": pytest.approx(2.8), "n": 3}
+    assert quantiles([]) == {"p50": None, "p90": None, "n": 0}
