@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn, cast
 
 import typer
-from filelock import FileLock, Timeout
+from dvc.exceptions import DvcException
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -21,7 +21,7 @@ from flows.lineage import Lineage, Stage
 from flows.plan import plan
 from flows.process import run_process
 from flows.show import candidate_rows, next_commands, print_plan, print_summary
-from flows.workspace import PROJECT, open_workspace
+from flows.workspace import PROJECT, alone_in, open_workspace
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError, StageError, TemporaryError
 
@@ -61,12 +61,9 @@ def democratize(
     try:
         folder = open_workspace(folder)
         _require_known(folder, only)
-        lock = FileLock(folder / ".dvc" / "tmp" / "democratize.lock", timeout=0)
-        with contextlib.chdir(folder), lock:
+        with contextlib.chdir(folder), alone_in(folder):
             return _run_all(folder, only or [], share_machine)
-    except Timeout:
-        return Failed(message=f"{folder}: another run is at work here; wait for it or use another --params file")
-    except LilliputError as error:
+    except (LilliputError, DvcException) as error:
         return Failed(message=str(error))
 
 
@@ -139,7 +136,7 @@ def main(
             with contextlib.chdir(folder):
                 print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))
             return
-    except LilliputError as error:
+    except (LilliputError, DvcException) as error:
         _fail(str(error), 2)
     os.chdir(PROJECT)
     try:

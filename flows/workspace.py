@@ -7,9 +7,12 @@ rehearsal never touches the models of the real run. `dvc repro` works in it as i
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dvc.repo import Repo
+from filelock import FileLock, Timeout
 
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, DataError
@@ -48,18 +51,40 @@ def open_workspace(params_file: Path) -> Path:
 
 
 def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> Path:
-    """Brings the code and the parameters in `folder` up to date; models and results there stay as they are."""
+    """Brings the code and the parameters in `folder` up to date; models and results there stay as they are.
+
+    Raises:
+        ConfigError: a run is at work there, and its code and parameters are not pulled from under it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        _copy_into(folder, params_file, data_source, data_name)
+    return folder
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds `folder` for one run; the system frees it even when the run is killed.
+
+    Raises:
+        ConfigError: another run holds it.
+    """
+    try:
+        with FileLock(folder / ".democratize.lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(f"{folder}: another run is at work here; wait for it or use another --params file") from None
+
+
+def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> None:
     for name in _CODE:
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copyfile(PROJECT / name, folder / name)
     shutil.copyfile(params_file, folder / "params.yaml")
-    if not (folder / data_name).exists():
-        (folder / data_name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(data_source, folder / data_name)
+    (folder / data_name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data_source, folder / data_name)
     if not (folder / ".dvc").exists():
         Repo.init(str(folder), no_scm=True).close()
         (folder / ".dvc" / "config").write_text(_DVC_CONFIG, encoding="utf-8")
-    return folder

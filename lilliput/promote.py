@@ -55,6 +55,9 @@ def decide(
         if reason := _refusal(device, rules, record, against_base.get(name, {})):
             refused[name] = reason
     eligible = {name: record for name, record in records.items() if name not in refused}
+    if rules.prefer == "energy":
+        refused |= _estimates_beside_measurements(eligible)
+        eligible = {name: record for name, record in eligible.items() if name not in refused}
     for name, record in eligible.items():
         if better := next((other for other in eligible if _dominates(eligible[other], record)), None):
             refused[name] = f"dominated by {better}, which is at least as good on every metric and better on one"
@@ -96,6 +99,13 @@ def _refusal(device: str, rules: DeviceConfig, record: Record, differences: Mapp
             f"{rules.max_hallucination_rise:.3f} is allowed"
         )
     return None
+
+
+def _estimates_beside_measurements(records: Mapping[str, Record]) -> dict[str, str]:
+    """Those whose energy is estimated while another's is measured: the two are not compared, and measured wins."""
+    measured = {name for name, record in records.items() if record["energy_per_query_j"].get("measured")}
+    reason = "its energy is an estimate, others' is measured, and the two are not compared"
+    return {name: reason for name in records if measured and name not in measured}
 
 
 def _dominates(a: Record, b: Record) -> bool:

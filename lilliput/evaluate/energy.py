@@ -73,7 +73,8 @@ def _count(devices: Any) -> int:
 
 
 def _joules(measurement: Any) -> float | None:
-    parts = [*(measurement.gpu_energy or {}).values(), *(measurement.cpu_energy or {}).values()]
+    # One meter, one source: a GPU's counter is not mixed with the CPU's.
+    parts = [*(measurement.gpu_energy or measurement.cpu_energy or {}).values()]
     return float(sum(parts)) if parts else None
 
 
