@@ -66,6 +66,7 @@ def copy_project(folder: Path, home: Path) -> Clone:
         "PREFECT_HOME": str(home),
         "LILLIPUT_SHARE_MACHINE": "1",  # a real run elsewhere on this machine must not hold up the tests
         "COLUMNS": "200",
+        "PWD": str(folder),  # as a shell would; prefect.yaml takes the deployment's folder from it
     }
     for name in ("PYTHONPATH", "PYTEST_CURRENT_TEST", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         environment.pop(name, None)
