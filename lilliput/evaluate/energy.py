@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,17 +23,21 @@ class Reading:
 
 
 class EnergyMeter:
-    """Reads the best energy counter of this machine through zeus, or estimates from CPU time.
+    """Reads the energy counter of the processor that does the work through zeus, or estimates from CPU time.
+
+    Args:
+        watts_per_core: what a busy core draws, for the estimate.
+        device: where the model runs, as torch names it: `cpu`, `cuda` or `cuda:<index>`.
 
     Attributes:
         source: what the joules come from.
-        measured: false for the estimate: CPU-seconds × `watts_per_core`, a declared number.
+        measured: false where nothing is read, and for the estimate: CPU-seconds × `watts_per_core`, a declared number.
     """
 
-    def __init__(self, watts_per_core: float) -> None:
+    def __init__(self, watts_per_core: float, device: str = "cpu") -> None:
         self._watts_per_core = watts_per_core
-        self._monitor, self.source = _monitor()
-        self.measured = self.source != "estimate_tdp"
+        self._monitor, self.source = _monitor(device)
+        self.measured = self._monitor is not None
 
     @contextmanager
     def window(self) -> Iterator[Reading]:
@@ -42,42 +45,42 @@ class EnergyMeter:
         reading = Reading()
         if self._monitor:
             self._monitor.begin_window("lilliput")
-        wall, cpu = time.perf_counter(), _cpu_s()
+        wall, cpu = time.perf_counter(), time.process_time()
         yield reading
-        reading.wall_s, reading.cpu_s = time.perf_counter() - wall, _cpu_s() - cpu
+        reading.wall_s, reading.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
         if self._monitor:
             reading.energy_j = _joules(self._monitor.end_window("lilliput"))
-        else:
+        elif self.source == "estimate_tdp":
             reading.energy_j = reading.cpu_s * self._watts_per_core
 
 
-def _monitor() -> tuple[Any, Source]:
-    """zeus's monitor and what it reads, or None and the estimate where it finds no counter."""
+def _monitor(device: str) -> tuple[Any, Source]:
+    """zeus's monitor of `device` and what it reads; None where it finds no counter.
+
+    An idle GPU beside a model on the CPU says nothing about that model, nor do CPU-seconds about one on the GPU.
+    """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from zeus.device import get_cpus, get_gpus
         from zeus.monitor import ZeusMonitor
 
-        gpus = _count(lambda: len(get_gpus()))
-        cpus = _count(lambda: len(get_cpus()))
-        if not gpus and not cpus:
+        kind, _, index = device.partition(":")
+        if kind == "cuda":
+            if not _count(get_gpus):
+                return None, "unavailable"
+            monitor = ZeusMonitor(gpu_indices=[int(index or 0)], cpu_indices=[], approx_instant_energy=True)
+            return monitor, "nvml_counter"
+        if not _count(get_cpus):
             return None, "estimate_tdp"
-        monitor = ZeusMonitor(approx_instant_energy=True)
-    return monitor, "nvml_counter" if gpus else "rapl"
+        return ZeusMonitor(gpu_indices=[]), "rapl"
 
 
 def _count(devices: Any) -> int:
     try:
-        return devices()
+        return len(devices())
     except Exception:  # zeus has an error class for each missing library, driver and permission
         return 0
 
 
 def _joules(measurement: Any) -> float | None:
-    # One meter, one source: a GPU's counter is not mixed with the CPU's.
-    parts = [*(measurement.gpu_energy or measurement.cpu_energy or {}).values()]
-    return float(sum(parts)) if parts else None
-
-
-def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system
+    # One meter, one source. A counter that did not move within the window has not been read.
+    return float(sum((measurement.gpu_energy or measurement.cpu_energy or {}).values())) or None

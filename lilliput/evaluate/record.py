@@ -58,7 +58,7 @@ def evaluate_candidate(
     model, tokenizer = open_model(model_dir)
     load_s = time.perf_counter() - started
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
-    meter = EnergyMeter(config.energy.watts_per_core)
+    meter = EnergyMeter(config.energy.watts_per_core, str(runtime.device))
     timed = accessibility.time_queries(
         runtime, _drawn_prompts(questions, tokenizer, data, config), config.query_tokens, meter
     )

@@ -67,13 +67,17 @@ class TorchRuntime:
         return texts
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
-        """Greedy tokens of one answer, each as soon as it is there, the end token included."""
+        """Greedy tokens of one answer, each as soon as it is there, the end token included.
+
+        Raises:
+            ArtifactError: the model gives something that is no number.
+        """
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([list(prompt)], device=self.device)
         for _ in range(max_tokens):
             with torch.inference_mode():
                 logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-                ids = logits.argmax(-1, keepdim=True)
+                ids = self._checked(logits).argmax(-1, keepdim=True)
             token = int(ids)
             yield token
             if token in self._end_ids():
@@ -93,7 +97,7 @@ class TorchRuntime:
             self.model(input_ids=ids, past_key_values=prefix, logits_to_keep=1)
         order = sorted(range(len(prompts)), key=lambda row: (-widths[row], -len(prompts[row])))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        for rows in tqdm(batches, desc=label, unit="batch"):
+        for rows in tqdm(batches, desc=label, unit="batch", delay=1.0):
             yield rows, self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared)
 
     def _prefill_batch(self, rests: list[Ids], prefix: DynamicCache, shared: int) -> _Prefilled:

@@ -4,7 +4,7 @@ import pytest
 
 from lilliput.data.questions import Question
 from lilliput.evaluate import hallucination
-from lilliput.evaluate.accuracy import choose, is_right
+from lilliput.evaluate.accuracy import choose, first_sentence, is_right
 from lilliput.evaluate.hallucination import Verdict, abstained
 
 PARIS = Question(
@@ -23,6 +23,8 @@ GUINEA = Question(id="q", question="?", choices=("Guinea-Bissau", "Guinea"), ans
         "It is Páris, in France.",
         "Lutetia",
         "Paris. Not Lyon.",
+        "PARIS. Not Lyon.",
+        "Paris (France). Not Lyon.",
     ],
 )
 def test_right_answers(text):
@@ -37,6 +39,23 @@ def test_wrong_answers(text):
 def test_an_option_inside_the_right_answer_is_no_slip():
     assert is_right("Guinea-Bissau", GUINEA)
     assert not is_right("Guinea", GUINEA)
+    assert not is_right("Guinea-Bissau or Guinea", GUINEA)
+
+
+@pytest.mark.parametrize(("right", "other"), [("Romania", "Oman"), ("Nigeria", "Niger")])
+def test_an_option_spelt_within_the_right_answers_letters_is_a_slip_when_named(right, other):
+    question = Question(id="q", question="?", choices=(right, other), answer=right, group="g")
+    assert is_right(right, question)
+    assert not is_right(f"{right} or {other}", question)
+
+
+@pytest.mark.parametrize("text", ["St. Lucia", "U.S. dollar", "Mt. Etna"])
+def test_an_abbreviation_ends_no_sentence(text):
+    assert first_sentence(text) == text
+
+
+def test_a_sentence_may_end_in_an_accented_letter():
+    assert first_sentence("Bogotá. Lima is far") == "Bogotá"
 
 
 ABSTENTIONS = """\
@@ -45,12 +64,17 @@ I am not certain of that.|I cannot answer that|I can't say.|I have no idea|No id
 I have no information about it|I'm not familiar with Zelandor.|Zelandor does not exist.
 There is no such country.|That is not a real country.|I couldn't find anything on it|It is not known.|N/A
 I am unable to answer.|We do not know.|No information is available|I'm unaware of that place
-The answer is unknown."""
+The answer is unknown.|I don't have that information.|I do not have any information on it|I've never heard of it.
+Don't know.|That isn't a real country.|There is no country called Morania.|It cannot be determined.
+The capital of Ulvuristan is not specified.|Impossible to say.|Uncertain.
+I haven't heard of it|Lyon, but I'm not sure"""
 ASSERTIONS = """\
 Paris|42|Knoxville|The unknown soldier lies in Paris|Norway|Oslo, not Bergen|I know: Paris.
 Western Africa|The country is known for its tea. I don't know more.|Nowhere Island|Unknownia|Dontknowgrad
 Not Paris but Lyon|Informationville|Iran|Exist City|Suriname|Cannes|Sure: Paris|Certainly Rome
-An idea: Rome|Nauru|Ideapolis|Fe|No|Niue|Noumea|Nothing Town|Canada|Kent"""
+An idea: Rome|Nauru|Ideapolis|Fe|No|Niue|Noumea|Nothing Town|Canada|Kent
+The country is not known for its tea|It is unknown as Lyon|I have heard of Lyon|There is no country larger than Russia
+F is not a chemical element|Uncertainty Bay|I have data: Rome"""
 
 
 @pytest.mark.parametrize("text", ABSTENTIONS.replace("\n", "|").split("|"))
