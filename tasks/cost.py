@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from lilliput.artifacts import write_json
+from lilliput.evaluate.accessibility import peak_rss_bytes
 
 
 @contextmanager
@@ -39,12 +39,6 @@ def measured(path: Path) -> Iterator[dict[str, Any]]:
             **extra,
         },
     )
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident size this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _cpu_s() -> float:

@@ -93,7 +93,7 @@ def _charts(records: Mapping[str, Any], histories: Mapping[str, Mapping[str, cha
 def _origin(params: Params) -> dict[str, str]:
     watts = params.evaluation.energy.watts_per_core
     return {
-        "command": "make demo",
+        "command": "dvc repro",
         "commit": git_commit() or "not in a repository",
         "data": params.data.source,
         "confidence": "95 %",
