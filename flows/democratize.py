@@ -24,6 +24,7 @@ from flows.show import candidate_rows, next_commands, print_plan, print_summary
 from flows.workspace import PROJECT, alone_in, open_workspace
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError, StageError, TemporaryError
+from lilliput.evaluate.benchmarks import require_benchmarks
 
 
 @task(cache_policy=NO_CACHE)  # DVC alone knows what is stale
@@ -60,7 +61,7 @@ def democratize(
     folder = Path(params_file)
     try:
         folder = open_workspace(folder)
-        _require_known(folder, only)
+        _require_runnable(folder, only)
         with contextlib.chdir(folder), alone_in(folder):
             return _run_all(folder, only or [], share_machine)
     except (LilliputError, DvcException) as error:
@@ -99,10 +100,12 @@ def _reason(state: State, stage: Stage) -> str:
     return str(error) if isinstance(error, LilliputError) else state.message or f"{stage.name} did not finish"
 
 
-def _require_known(folder: Path, only: list[str] | None) -> None:
-    known = load_params(folder / "params.yaml").candidates
+def _require_runnable(folder: Path, only: list[str] | None) -> None:
+    params = load_params(folder / "params.yaml")
+    known = params.candidates
     if unknown := [name for name in only or [] if name not in known]:
         raise ConfigError(f"--only: unknown candidate {', '.join(unknown)}; params.yaml has: {', '.join(known)}")
+    require_benchmarks(params.evaluation.benchmarks, folder)
 
 
 def _publish(folder: Path) -> None:
@@ -131,7 +134,7 @@ def main(
     """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
     try:
         folder = open_workspace(params)
-        _require_known(folder, only)
+        _require_runnable(folder, only)
         if plan_only:
             with contextlib.chdir(folder):
                 print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))

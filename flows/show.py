@@ -111,7 +111,7 @@ def _energy_source(folder: Path) -> str:
         (_read(folder / layout.metrics(name)).get("energy_per_query_j") or {}).get("source")
         for name in _read(folder / layout.REGISTRY)
     }
-    watts = params.evaluation.energy.watts_per_core
+    watts = params.watts_per_core
     if sources == {"estimate_tdp"}:
         return f"~ is an estimate, not a measurement: CPU-seconds × {watts:g} W a core (declared in params.yaml)"
     return f"source {', '.join(sorted(map(str, sources)))}"

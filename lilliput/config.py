@@ -157,9 +157,18 @@ class CandidateConfig(Section):
 
 
 class EnergyConfig(Section):
-    """`watts_per_core` turns CPU-seconds into an estimate where no energy counter can be read."""
+    """How energy is taken.
 
-    watts_per_core: PositiveFloat
+    Attributes:
+        profile: the device profile of the machine that evaluates; its `watts_per_core` turns CPU-seconds into an
+            estimate where no energy counter can be read.
+        idle_seconds: how long idle power is taken before, where a counter is read.
+        shortest_window_s: queries are repeated until a counter's window lasts this long.
+    """
+
+    profile: Name
+    idle_seconds: Annotated[float, Field(ge=0.0)]
+    shortest_window_s: Annotated[float, Field(ge=0.0)]
 
 
 class AccessibilityTargets(Section):
@@ -170,16 +179,52 @@ class AccessibilityTargets(Section):
     size_mib: PositiveFloat
 
 
+class BenchmarkConfig(Section):
+    """A task of lm-evaluation-harness.
+
+    Attributes:
+        task: its name there, or a task file of your own (`.yaml`).
+        file: rows in the form of the task's data set as JSON Lines, instead of fetching it from the hub.
+        sha256: of `file`, which is part of the settings then; required with it.
+        limit: how many items, from the first on; all without it.
+    """
+
+    task: Annotated[str, Field(pattern=r"^[\w./-]+$")]
+    file: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    limit: Positive | None = None
+
+    @property
+    def name(self) -> str:
+        """What its results are called."""
+        return Path(self.task).stem if self.task.endswith(".yaml") else self.task
+
+    @model_validator(mode="after")
+    def _file_is_pinned(self) -> BenchmarkConfig:
+        if (self.file is None) != (self.sha256 is None):
+            raise ValueError("`file` and `sha256` go together (sha256sum <file> prints it)")
+        return self
+
+
 class EvaluationConfig(Section):
-    """How much is measured. `max_new_tokens` bounds a free answer, `query_tokens` a timed query."""
+    """How much is measured.
+
+    Attributes:
+        max_new_tokens: of a free answer.
+        timed_queries: queries whose latency and energy are taken, each of at most `query_tokens` new tokens.
+        timed_threads: CPU threads that those queries may use; one is steady on a machine that does other work.
+        benchmarks: public benchmarks besides; they need the extra `benchmarks`.
+    """
 
     seed: int
     batch_size: Positive
     free_questions: Positive
     max_new_tokens: Positive
     timed_queries: Positive
+    timed_threads: Positive
     query_tokens: Annotated[int, Field(gt=0, le=256)]
     resamples: Annotated[int, Field(ge=100)]
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
     energy: EnergyConfig
     targets: AccessibilityTargets
 
@@ -190,6 +235,7 @@ class DeviceConfig(Section):
     Attributes:
         storage_budget_mib: for the model's files.
         ram_budget_mib: for weights, KV cache at `context_tokens` and `runtime_overhead_mib`.
+        watts_per_core: what a busy core draws; declared, and used for estimates alone.
         prefer: the metric by which the winner is picked from the Pareto front.
         max_accuracy_drop: choice accuracy may lie this far below the base's, paired interval included.
         max_hallucination_rise: hallucination rate may lie this far above the base's, likewise.
@@ -199,6 +245,7 @@ class DeviceConfig(Section):
     ram_budget_mib: PositiveFloat
     context_tokens: Positive
     runtime_overhead_mib: PositiveFloat
+    watts_per_core: PositiveFloat
     prefer: Literal["accuracy", "hallucination", "energy", "size"]
     max_accuracy_drop: Share
     max_hallucination_rise: Share
@@ -213,6 +260,20 @@ class Params(Section):
     candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]
     evaluation: EvaluationConfig
     devices: Annotated[dict[Name, DeviceConfig], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _energy_profile_is_a_device(self) -> Params:
+        profile = self.evaluation.energy.profile
+        if profile not in self.devices:
+            raise ValueError(
+                f"evaluation.energy.profile: {profile!r} is no device; name one of {', '.join(self.devices)}"
+            )
+        return self
+
+    @property
+    def watts_per_core(self) -> float:
+        """Of the machine that evaluates, as its device profile declares it."""
+        return self.devices[self.evaluation.energy.profile].watts_per_core
 
     def strategy_config(self, candidate: str) -> StrategyConfig:
         """The settings of `candidate`'s strategy with its own `with` applied.

@@ -6,12 +6,14 @@ import importlib
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
 
 from lilliput.config import Params, load_params
 from lilliput.errors import ConfigError, LilliputError
+from lilliput.evaluate.benchmarks import require_benchmarks
 from tasks import layout
 from tasks.console import ERROR, EXIT_REFUSED, EXIT_TEMPORARY, logging_to
 from tasks.machine import end_with_stdin, machine_for
@@ -69,6 +71,7 @@ def _run(module: str, function: str, candidate: str | None = None) -> None:
     with logging_to(layout.log(stage)) as terminal, machine_for(stage, terminal):
         try:
             params = load_params(layout.PARAMS)
+            require_benchmarks(params.evaluation.benchmarks, Path())
             work = getattr(importlib.import_module(f"tasks.{module}"), function)
             work(params, *_checked(params, candidate))
         except LilliputError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from lilliput.artifacts import verify, write_json, write_text
 from lilliput.config import Params
+from lilliput.data.contamination import contaminated
 from lilliput.data.corpus import read_corpus
 from lilliput.evaluate.record import evaluate_candidate
 from tasks import layout
@@ -14,13 +16,14 @@ from tasks import layout
 def evaluate(params: Params, candidate: str) -> None:
     """Writes answers/<candidate>.jsonl and metrics/<candidate>.json."""
     manifest = verify(layout.model(candidate))
+    corpus = read_corpus(layout.DATA)
     evaluation = evaluate_candidate(
         layout.model(candidate),
         candidate,
-        read_corpus(layout.DATA).questions,
-        params.data,
-        params.evaluation,
-        params.devices,
+        corpus.questions,
+        params,
+        contaminated=contaminated(corpus.train, corpus.questions),
+        root=Path(),
         artifact_sha256=manifest.artifact_sha256,
         size_bytes=manifest.size_bytes,
         parameters=manifest.parameters,

@@ -91,7 +91,7 @@ def _charts(records: Mapping[str, Any], histories: Mapping[str, Mapping[str, cha
 
 
 def _origin(params: Params) -> dict[str, str]:
-    watts = params.evaluation.energy.watts_per_core
+    watts = params.watts_per_core
     return {
         "command": "dvc repro",
         "commit": git_commit() or "not in a repository",

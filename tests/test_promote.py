@@ -12,6 +12,7 @@ RULES = DeviceConfig(
     ram_budget_mib=200.0,
     context_tokens=128,
     runtime_overhead_mib=10.0,
+    watts_per_core=1.0,
     prefer="accuracy",
     max_accuracy_drop=0.02,
     max_hallucination_rise=0.02,

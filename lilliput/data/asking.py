@@ -69,13 +69,15 @@ def invent(
 def _ask(fact: Fact, answers: dict[str, str], recipe: Recipe, seed: int) -> Question:
     identity = f"{fact.relation}/{fact.entity}"
     rng = random.Random(f"{seed}/ask/{identity}")
+    # First, because what is drawn after the distractors depends on how many there are to draw from.
+    text = rng.choice(_phrasings(recipe, fact.relation)).format(entity=fact.entity)
     right = {normalise(text) for text in (fact.answer, *fact.aliases)}
     wrong = [answer for plain, answer in answers.items() if plain not in right]
     choices = [fact.answer, *rng.sample(wrong, min(DISTRACTORS, len(wrong)))]
     rng.shuffle(choices)
     return Question(
         id=identity,
-        question=rng.choice(_phrasings(recipe, fact.relation)).format(entity=fact.entity),
+        question=text,
         choices=tuple(choices) if len(choices) > 1 else (),
         answer=fact.answer,
         aliases=fact.aliases,

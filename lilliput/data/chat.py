@@ -28,7 +28,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, questi
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, end: bool = True) -> list[int]:
     """Ids of `answer`; with `end`, closed by the end-of-turn token, which a model must learn to write too."""
     ids = _ids(tokenizer, answer)
-    return [*ids, cast("int", tokenizer.eos_token_id)] if end else ids
+    return [*ids, end_id(tokenizer)] if end else ids
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a turn."""
+    return cast("int", tokenizer.eos_token_id)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

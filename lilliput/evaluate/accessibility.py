@@ -21,7 +21,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class TimedQuery:
-    """One query, alone on the machine. `tpot_ms` is None for an answer of a single token."""
+    """One query, alone on the machine: times are the medians of its repetitions, `wall_s` and `energy_j` of one.
+
+    `tpot_ms` is None for an answer of a single token.
+    """
 
     ttft_ms: float
     tpot_ms: float | None
@@ -38,11 +41,16 @@ def time_queries(runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, mete
 
 
 def _time_query(runtime: Runtime, prompt: Ids, max_tokens: int, meter: EnergyMeter) -> TimedQuery:
+    runs: list[list[float]] = []
     with meter.window() as reading:
-        started = time.perf_counter()
-        arrivals = [time.perf_counter() for _ in runtime.stream(prompt, max_tokens)]
-    between = 1e3 * (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else None
-    return TimedQuery(1e3 * (arrivals[0] - started), between, len(arrivals), reading.wall_s, reading.energy_j)
+        begun = time.perf_counter()
+        while not runs or time.perf_counter() - begun < meter.shortest_window_s:
+            started = time.perf_counter()
+            runs.append([time.perf_counter() - started for _ in runtime.stream(prompt, max_tokens)])
+    arrivals = np.median(runs, axis=0)  # greedy, so that every repetition has as many tokens
+    between = 1e3 * float(arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else None
+    energy_j = None if reading.energy_j is None else reading.energy_j / len(runs)
+    return TimedQuery(1e3 * float(arrivals[0]), between, len(arrivals), reading.wall_s / len(runs), energy_j)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float | int | None]:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lilliput.config import DataConfig, DeviceConfig, EvaluationConfig
+from lilliput.config import EvaluationConfig, Params
 from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import Question
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility, hallucination, intervals
+from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import choose, is_right
+from lilliput.evaluate.benchmarks import answer_rows, run_benchmarks
 from lilliput.evaluate.energy import EnergyMeter
-from lilliput.evaluate.hallucination import Verdict, abstained
+from lilliput.evaluate.hallucination import Verdict
 from lilliput.models import open_model
-from lilliput.runtime.torch import TorchRuntime
+from lilliput.runtime.torch import TorchRuntime, cpu_threads
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ def evaluate_candidate(
     model_dir: Path,
     candidate: str,
     questions: Sequence[Question],
-    data: DataConfig,
-    config: EvaluationConfig,
-    devices: Mapping[str, DeviceConfig],
+    params: Params,
     *,
+    contaminated: Sequence[str] = (),
+    root: Path,
     artifact_sha256: str,
     size_bytes: int,
     parameters: int,
@@ -48,29 +50,43 @@ def evaluate_candidate(
 
     Timed queries come first: the memory they peak at is what answering takes, before batches of scoring add theirs.
 
+    Args:
+        model_dir: its artefact.
+        candidate: its name.
+        questions: the question set.
+        params: how much is measured, the system prompt and the devices.
+        contaminated: ids of questions that overlap with the training text; their rows say so.
+        root: what the benchmarks' files are relative to.
+        artifact_sha256: of the artefact measured.
+        size_bytes: of its files.
+        parameters: of the model before packing.
+
     Raises:
         DataError: there is no question.
         ArtifactError: the model does not open or gives no numbers.
+        ConfigError: a benchmark cannot be run.
     """
     if not questions:
         raise DataError("an empty question set: there is nothing to evaluate; see data.choice_questions")
+    config = params.evaluation
     started, cpu_before = time.perf_counter(), time.process_time()
     model, tokenizer = open_model(model_dir)
     load_s = time.perf_counter() - started
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
-    meter = EnergyMeter(config.energy.watts_per_core, str(runtime.device))
-    timed = accessibility.time_queries(
-        runtime, _drawn_prompts(questions, tokenizer, data, config), config.query_tokens, meter
-    )
+    meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
+    prompts = _prompts(tokenizer, params, spread(questions, config.timed_queries, config.seed))
+    with cpu_threads(config.timed_threads):
+        timed = accessibility.time_queries(runtime, prompts, config.query_tokens, meter)
+        details = runtime.stats()
     peak_rss_bytes = accessibility.peak_rss_bytes()
 
     rows: dict[str, dict[str, Any]] = {question.id: {"id": question.id} for question in questions}
-    perplexity = _ask_choices(runtime, tokenizer, data, questions, rows)
-    verdicts = _ask_freely(runtime, tokenizer, data, config, questions, rows)
+    for identity in contaminated:
+        rows[identity]["contaminated"] = True
+    perplexity = _ask_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
+    verdicts = _ask_freely(runtime, tokenizer, params, questions, rows)
+    benchmarks = run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples)
     free = intervals.rate([verdict.right for verdict in verdicts if verdict.answerable])
-    fits = {name: accessibility.fits(size_bytes, model.config, device) for name, device in devices.items()}
-    served = sum(fits.values()) / len(fits)
-    score = accessibility.score(timed, size_bytes, served, config.targets, config.seed, config.resamples)
     record = {
         "candidate": candidate,
         "sha256": artifact_sha256,
@@ -81,34 +97,40 @@ def evaluate_candidate(
         "hallucination_rate": _as_dict(hallucination.hallucination_rate(verdicts)),
         "abstention_rate": _as_dict(hallucination.abstention_rate(verdicts)),
         "selective_accuracy": _as_dict(hallucination.selective_accuracy(verdicts)),
+        "contaminated_questions": len(contaminated),
+        "empty_answers": sum(row.get("text") == "" for row in rows.values()),
         "perplexity": perplexity,
+        "benchmarks": {name: benchmark.as_dict() for name, benchmark in benchmarks.items()},
         **_energy(timed, free, meter, config),
-        "ttft_ms": accessibility.quantiles([query.ttft_ms for query in timed]),
-        "tpot_ms": accessibility.quantiles([query.tpot_ms for query in timed if query.tpot_ms is not None]),
-        "rate_tokens_per_s": sum(query.tokens for query in timed) / sum(query.wall_s for query in timed),
+        **_accessibility(timed, size_bytes, model.config, params),
         "peak_rss_bytes": peak_rss_bytes,
         "load_s": load_s,
-        "fits": fits,
-        "accessibility": _as_dict(score),
         "runtime": runtime.name,
-        "runtime_details": runtime.stats(),
+        "runtime_details": details,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu_before,
     }
-    return Evaluation(record, [rows[identity] for identity in sorted(rows)])
+    return Evaluation(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(benchmarks)])
 
 
-def _drawn_prompts(
-    questions: Sequence[Question], tokenizer: Any, data: DataConfig, config: EvaluationConfig
-) -> list[list[int]]:
-    drawn = random.Random(config.seed).sample(list(questions), min(config.timed_queries, len(questions)))
-    return [encode_prompt(tokenizer, data.system_prompt, question.question) for question in drawn]
+def spread(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """Up to `count` questions, each relation with its share of them: a systematic draw along the relations."""
+    rng = random.Random(seed)
+    ordered = sorted(rng.sample(list(questions), len(questions)), key=lambda question: question.relation)
+    step = max(1.0, len(ordered) / count)
+    start = rng.uniform(0.0, step)
+    places = (int(start + number * step) for number in range(count))
+    return [ordered[place] for place in places if place < len(ordered)]
+
+
+def _prompts(tokenizer: Any, params: Params, questions: Sequence[Question]) -> list[list[int]]:
+    return [encode_prompt(tokenizer, params.data.system_prompt, question.question) for question in questions]
 
 
 def _ask_choices(
     runtime: TorchRuntime,
     tokenizer: Any,
-    data: DataConfig,
+    system_prompt: str,
     questions: Sequence[Question],
     rows: dict[str, dict[str, Any]],
 ) -> dict[str, float | int] | None:
@@ -116,7 +138,7 @@ def _ask_choices(
     asked = [question for question in questions if question.choices and question.answerable]
     if not asked:
         return None
-    scores = choose(runtime, tokenizer, data.system_prompt, asked)
+    scores = choose(runtime, tokenizer, system_prompt, asked)
     nll, tokens = 0.0, 0
     for question, row in zip(asked, scores, strict=True):
         picked = question.choices[int(np.argmax(row))]
@@ -130,16 +152,16 @@ def _ask_choices(
 def _ask_freely(
     runtime: TorchRuntime,
     tokenizer: Any,
-    data: DataConfig,
-    config: EvaluationConfig,
+    params: Params,
     questions: Sequence[Question],
     rows: dict[str, dict[str, Any]],
 ) -> list[Verdict]:
     """Fills in each row's free answer, on a seeded draw of the answerable questions and all unanswerable ones."""
     answerable = [question for question in questions if question.answerable]
-    drawn = random.Random(config.seed).sample(answerable, min(config.free_questions, len(answerable)))
+    config = params.evaluation
+    drawn = spread(answerable, config.free_questions, config.seed) if answerable else []
     asked = [*drawn, *(question for question in questions if not question.answerable)]
-    prompts = [encode_prompt(tokenizer, data.system_prompt, question.question) for question in asked]
+    prompts = _prompts(tokenizer, params, asked)
     verdicts = []
     for question, text in zip(asked, runtime.generate(prompts, config.max_new_tokens), strict=True):
         declined = abstained(text)
@@ -162,9 +184,9 @@ def _energy(
     config: EvaluationConfig,
 ) -> dict[str, Any]:
     """Joules per query, per output token and per right answer (per query ÷ free accuracy), source named."""
-    label = {"source": meter.source, "measured": meter.measured}
+    label = {"source": meter.source, "measured": meter.measured, "idle_watts": meter.idle_watts}
     if any(query.energy_j is None for query in timed):
-        nothing = {"value": None, "low": None, "high": None, "n": 0, "source": "unavailable", "measured": False}
+        nothing = _as_dict(None) | {"source": "unavailable", "measured": False, "idle_watts": None}
         return {f"energy_per_{unit}_j": nothing for unit in ("query", "token", "right_answer")}
     rows = np.array([[query.energy_j, query.tokens] for query in timed], dtype=float)
 
@@ -177,6 +199,23 @@ def _energy(
         "energy_per_query_j": estimated(lambda draw: draw[..., 0].mean(-1)),
         "energy_per_token_j": estimated(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
         "energy_per_right_answer_j": per_right,
+    }
+
+
+def _accessibility(
+    timed: Sequence[accessibility.TimedQuery], size_bytes: int, model_config: Any, params: Params
+) -> dict[str, Any]:
+    config = params.evaluation
+    fits = {name: accessibility.fits(size_bytes, model_config, device) for name, device in params.devices.items()}
+    served = sum(fits.values()) / len(fits)
+    score = accessibility.score(timed, size_bytes, served, config.targets, config.seed, config.resamples)
+    return {
+        "ttft_ms": accessibility.quantiles([query.ttft_ms for query in timed]),
+        "tpot_ms": accessibility.quantiles([query.tpot_ms for query in timed if query.tpot_ms is not None]),
+        "rate_tokens_per_s": sum(query.tokens for query in timed) / sum(query.wall_s for query in timed),
+        "fits": fits,
+        "devices_served": served,
+        "accessibility": _as_dict(score),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,17 @@ from lilliput.data.chat import pad_id
 from lilliput.errors import ArtifactError
 from lilliput.models import vocabulary_logits
 from lilliput.runtime.protocol import Ids
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Lets torch use `count` CPU threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass

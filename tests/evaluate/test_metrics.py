@@ -4,8 +4,9 @@ import pytest
 
 from lilliput.data.questions import Question
 from lilliput.evaluate import hallucination
+from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import choose, first_sentence, is_right
-from lilliput.evaluate.hallucination import Verdict, abstained
+from lilliput.evaluate.hallucination import Verdict
 
 PARIS = Question(
     id="q", question="?", choices=("Paris", "Lyon", "Nice"), answer="Paris", aliases=("Lutetia",), group="g"
@@ -67,14 +68,14 @@ I am unable to answer.|We do not know.|No information is available|I'm unaware o
 The answer is unknown.|I don't have that information.|I do not have any information on it|I've never heard of it.
 Don't know.|That isn't a real country.|There is no country called Morania.|It cannot be determined.
 The capital of Ulvuristan is not specified.|Impossible to say.|Uncertain.
-I haven't heard of it|Lyon, but I'm not sure"""
+I haven't heard of it|F is not a chemical element"""
 ASSERTIONS = """\
 Paris|42|Knoxville|The unknown soldier lies in Paris|Norway|Oslo, not Bergen|I know: Paris.
 Western Africa|The country is known for its tea. I don't know more.|Nowhere Island|Unknownia|Dontknowgrad
 Not Paris but Lyon|Informationville|Iran|Exist City|Suriname|Cannes|Sure: Paris|Certainly Rome
 An idea: Rome|Nauru|Ideapolis|Fe|No|Niue|Noumea|Nothing Town|Canada|Kent
 The country is not known for its tea|It is unknown as Lyon|I have heard of Lyon|There is no country larger than Russia
-F is not a chemical element|Uncertainty Bay|I have data: Rome"""
+Lyon, but I'm not sure|Uncertainty Bay|I have data: Rome"""
 
 
 @pytest.mark.parametrize("text", ABSTENTIONS.replace("\n", "|").split("|"))

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from transformers import LlamaConfig
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
 from lilliput.evaluate.accessibility import TimedQuery, fits, kv_cache_bytes, quantiles
-from lilliput.evaluate.record import evaluate_candidate
+from lilliput.evaluate.record import evaluate_candidate, spread
 
 KEYS = {
     "candidate",
@@ -35,9 +36,9 @@ def evaluation(checkpoint, facts, tiny_params):
         checkpoint,
         "tiny",
         facts,
-        tiny_params.data,
-        tiny_params.evaluation,
-        tiny_params.devices,
+        tiny_params,
+        contaminated=[facts[0].id],
+        root=checkpoint,
         artifact_sha256="a" * 64,
         size_bytes=10 * 2**20,
         parameters=1000,
@@ -52,6 +53,22 @@ def test_record_holds_everything_and_is_json_without_nan(evaluation):
     assert record["ttft_ms"]["n"] == 3
     assert record["fits"].keys() == {"phone-4gb", "laptop"}
     assert record["peak_rss_bytes"] > 10**8
+
+
+def test_questions_that_overlap_with_the_training_text_are_labelled(evaluation):
+    assert evaluation.record["contaminated_questions"] == 1
+    assert len([row for row in evaluation.answers if row.get("contaminated")]) == 1
+
+
+def test_a_draw_gives_each_relation_its_share(facts):
+    known = [question for question in facts if question.answerable]
+    sizes = Counter(question.relation for question in known)
+    drawn = spread(known, len(known) // 2, seed=1)
+    assert len({question.id for question in drawn}) == len(known) // 2
+    for relation, count in Counter(question.relation for question in drawn).items():
+        assert abs(count - sizes[relation] / 2) <= 1
+    assert spread(known, 10**6, seed=1) != known
+    assert sorted(q.id for q in spread(known, 10**6, seed=1)) == sorted(q.id for q in known)
 
 
 def test_energy_names_its_source_and_is_never_silently_zero(evaluation):
@@ -71,9 +88,10 @@ def test_metrics_add_up_from_the_answers(evaluation):
 
 
 def test_an_empty_question_set_is_refused(checkpoint, tiny_params):
-    arguments = (checkpoint, "t", [], tiny_params.data, tiny_params.evaluation, tiny_params.devices)
     with pytest.raises(DataError, match="empty question set"):
-        evaluate_candidate(*arguments, artifact_sha256="", size_bytes=1, parameters=1)
+        evaluate_candidate(
+            checkpoint, "t", [], tiny_params, root=checkpoint, artifact_sha256="", size_bytes=1, parameters=1
+        )
 
 
 def test_without_a_right_answer_there_are_no_joules_per_right_answer(evaluation):
