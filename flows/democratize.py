@@ -69,11 +69,13 @@ def democratize(
 
 
 def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict[str, str]:
-    lineage, states = Lineage(folder), {}
+    lineage, states, failed = Lineage(folder), {}, {}
     environment = {"LILLIPUT_FLOW_RUN": str(flow_run.id or "")}
     if share_machine:
         environment["LILLIPUT_SHARE_MACHINE"] = "1"
     for stage in lineage.stages(only):
+        if failed.keys() & lineage.upstream(stage.name):
+            continue  # what does not need the broken stage is still worth having in the morning
         work = run_stage.with_options(
             name=stage.name.partition("@")[0],
             task_run_name=stage.title.replace("{", "(").replace("}", ")"),
@@ -83,10 +85,17 @@ def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict
             retry_condition_fn=_may_help,
         )
         state = work(stage, lineage, folder, environment, return_state=True)
-        if not state.is_completed():
+        if state.is_completed():
+            states[stage.name] = state.name
+        elif state.is_failed():
+            failed[stage.name] = _reason(state, stage)
+        else:  # crashed or cancelled
             return Failed(message=_reason(state, stage))
-        states[stage.name] = state.name
     _publish(folder)
+    if failed:
+        left = [stage.name for stage in lineage.stages(only) if stage.name not in states | failed]
+        undone = f"\nnot done for want of it: {', '.join(left)}" if left else ""
+        return Failed(message="\n".join(failed.values()) + undone)
     return states
 
 

@@ -54,7 +54,7 @@ def _apply(params: Params, candidate: str) -> Result:
     assert isinstance(config, GptqConfig)
     from lilliput.compress.gptq import gptq
 
-    held_out = [question for question in corpus.questions if question.answerable][:64]
+    held_out = [question for question in corpus.questions if question.answerable][:32]
     return gptq(parent_dir, corpus.calibration, held_out, system_prompt, config)
 
 

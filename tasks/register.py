@@ -109,6 +109,8 @@ def _numbers(record: dict[str, Any], name: str, manifest: Manifest) -> dict[str,
         for part in ("p50", "p90"):
             if (record.get(key) or {}).get(part) is not None:
                 numbers[f"{key}_{part}"] = record[key][part]
+    for task, metrics in record.get("benchmarks", {}).items():
+        numbers |= {f"{task}.{name}": value["value"] for name, value in metrics.items() if isinstance(value, dict)}
     numbers |= {f"fits_{device}": float(fits) for device, fits in record["fits"].items()}
     facts = manifest.facts.items()
     numbers |= {key: float(value) for key, value in facts if isinstance(value, float | int)}

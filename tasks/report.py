@@ -67,7 +67,8 @@ def _differences(params: Params, names: Sequence[str]) -> Iterable[dict[str, Any
                 "metric": metric,
                 "difference": {key: getattr(difference, key) for key in ("value", "low", "high", "n")},
                 "p": comparison.p_value,
-                "real": difference.low > 0 or difference.high < 0,
+                "detectable": comparison.detectable,
+                "real": comparison.real,
             }
 
 

@@ -9,8 +9,14 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model gains nothing from threads that wait for each other
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The flows' long story first, so that one worker is not left alone with it at the end."""
+    items.sort(key=lambda item: "flows" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")

