@@ -79,7 +79,6 @@ def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict
         work = run_stage.with_options(
             name=stage.name.partition("@")[0],
             task_run_name=stage.title.replace("{", "(").replace("}", ")"),
-            tags=[stage.candidate] if stage.candidate else [],
             retries=2,
             retry_delay_seconds=10,
             retry_condition_fn=_may_help,

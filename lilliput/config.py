@@ -86,10 +86,14 @@ class LoadConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What every training by gradient descent needs; rates are per optimiser step."""
+    """What every training by gradient descent needs; rates are per optimiser step.
+
+    A step takes `gradient_accumulation` batches of `batch_size`, as one batch of their product would in less memory.
+    """
 
     steps: Positive
     batch_size: Positive
+    gradient_accumulation: Positive
     learning_rate: PositiveFloat
     warmup_share: Share
     max_grad_norm: PositiveFloat
@@ -97,8 +101,13 @@ class TrainingConfig(Section):
 
 
 class LoraConfig(TrainingConfig):
-    """LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A on the named linear layers."""
+    """LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A on the named linear layers.
 
+    `rslora` scales by alpha / √rank instead (Kalajdzievski, arXiv 2312.03732); `dora` learns each weight's magnitude
+    apart from its direction (Liu et al., arXiv 2402.09353).
+    """
+
+    variant: Literal["lora", "rslora", "dora"]
     rank: Positive
     alpha: PositiveFloat
     dropout: Share
@@ -107,15 +116,42 @@ class LoraConfig(TrainingConfig):
 
 
 class PruneConfig(Section):
-    """Depth pruning: `layers` decoder layers of the lowest block influence are removed."""
+    """What is taken away, by what measure. Depth and width give a smaller model, Wanda one with zeros in it.
 
+    Attributes:
+        method: `block_influence` or `perplexity` (whole layers), `width` (neurons of the feed-forward part), `wanda`
+            (single weights).
+        layers: how many decoder layers go (depth).
+        width_share: share of each layer's feed-forward neurons that goes (width).
+        width_multiple: what remains is a multiple of this, so that groups of a later quantisation divide it (width).
+        sparsity: share of each linear layer's weights that become zero (Wanda); 0.5 for the pattern 2:4.
+        pattern: any place in a row, or two of every four in a row, which GPUs skip (Wanda).
+    """
+
+    method: Literal["block_influence", "perplexity", "width", "wanda"]
     layers: Positive
+    width_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    width_multiple: Positive
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)]
+    pattern: Literal["unstructured", "2:4"]
     calibration_examples: Positive
+
+    @model_validator(mode="after")
+    def _pattern_is_half(self) -> PruneConfig:
+        if self.pattern == "2:4" and self.sparsity != 0.5:
+            raise ValueError("the pattern 2:4 is a sparsity of 0.5; set `sparsity: 0.5` or `pattern: unstructured`")
+        return self
+
+    @property
+    def removed_layers(self) -> int:
+        """How many decoder layers this setting takes away."""
+        return self.layers if self.method in {"block_influence", "perplexity"} else 0
 
 
 class DistillConfig(TrainingConfig):
-    """Loss = kl_weight · T² · KL(teacher ‖ student) at temperature T + (1 − kl_weight) · label loss."""
+    """Loss = kl_weight · T² · divergence(teacher, student) at temperature T + (1 − kl_weight) · label loss."""
 
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"]
     temperature: PositiveFloat
     kl_weight: Share
 

@@ -142,8 +142,8 @@ def check_shape(params: Params, candidate: str, model_config: Any) -> None:
 
 def _shape_problems(params: Params, name: str, chain: list[str], model_config: Any) -> Iterable[str]:
     configs = [params.strategy_config(link) for link in chain]
-    removed = sum(config.layers for config in configs if isinstance(config, PruneConfig))
-    if isinstance(configs[0], PruneConfig) and removed >= model_config.num_hidden_layers:
+    removed = sum(config.removed_layers for config in configs if isinstance(config, PruneConfig))
+    if isinstance(configs[0], PruneConfig) and configs[0].removed_layers and removed >= model_config.num_hidden_layers:
         yield (
             f"candidates.{name}: removing {removed} of {model_config.num_hidden_layers} layers leaves none; "
             "lower strategies.prune.layers"

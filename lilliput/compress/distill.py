@@ -1,8 +1,15 @@
-"""Knowledge distillation on logits (Hinton et al., arXiv 1503.02531)."""
+"""Knowledge distillation on logits (Hinton et al., arXiv 1503.02531), by a divergence of choice.
+
+Forward KL makes the student cover all that the teacher finds likely, reverse KL makes it keep to what the teacher finds
+likeliest (Gu et al., MiniLLM, arXiv 2306.08543); Jensen–Shannon stands between them and is bounded (Agarwal et al.,
+GKD, arXiv 2306.13649).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -45,7 +52,7 @@ def distill(
 
 
 def distillation_loss(teacher: torch.nn.Module, config: DistillConfig) -> Loss:
-    """The loss w · T² · KL(teacher ‖ student) + (1 − w) · cross-entropy over answer tokens, in nats.
+    """The loss w · T² · D(teacher, student) + (1 − w) · cross-entropy over answer tokens, in nats.
 
     T² keeps the size of the gradient independent of the temperature (Hinton et al., section 2).
     """
@@ -54,13 +61,37 @@ def distillation_loss(teacher: torch.nn.Module, config: DistillConfig) -> Loss:
         logits, targets = answer_logits(model, batch)
         with torch.no_grad():
             teacher_logits, _ = answer_logits(teacher, batch)
-        soft = kl_div(
-            log_softmax(logits / config.temperature, dim=-1),
-            log_softmax(teacher_logits / config.temperature, dim=-1),
-            log_target=True,
-            reduction="batchmean",
-        )
+        soft = divergence(teacher_logits / config.temperature, logits / config.temperature, config.divergence)
         hard = cross_entropy(logits, targets)
         return config.kl_weight * config.temperature**2 * soft + (1.0 - config.kl_weight) * hard
 
     return loss
+
+
+def divergence(
+    teacher_logits: torch.Tensor,
+    student_logits: torch.Tensor,
+    kind: Literal["forward_kl", "reverse_kl", "jensen_shannon"],
+) -> torch.Tensor:
+    """The mean divergence over tokens of the student's distribution from the teacher's, a scalar in nats.
+
+    With p the teacher's and q the student's: forward KL(p ‖ q), reverse KL(q ‖ p), or Jensen–Shannon
+    ½ KL(p ‖ m) + ½ KL(q ‖ m) with m = ½ (p + q), at most ln 2.
+
+    Args:
+        teacher_logits: float tensor (tokens, vocabulary).
+        student_logits: likewise.
+        kind: which.
+    """
+    p, q = log_softmax(teacher_logits, dim=-1), log_softmax(student_logits, dim=-1)
+    if kind == "forward_kl":
+        return _kl(p, q)
+    if kind == "reverse_kl":
+        return _kl(q, p)
+    middle = torch.logaddexp(p, q) - math.log(2.0)
+    return 0.5 * (_kl(p, middle) + _kl(q, middle))
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) of log-probabilities."""
+    return kl_div(q, p, log_target=True, reduction="batchmean")

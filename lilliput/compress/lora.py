@@ -24,7 +24,7 @@ _TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_pro
 
 
 def lora(parent: Opened, questions: Sequence[Question], system_prompt: str, config: LoraConfig) -> Result:
-    """`parent` fine-tuned on `questions`; W becomes W + (alpha / rank) B A when merged.
+    """`parent` fine-tuned on `questions` by LoRA or the variant named; merged, it has its old shape.
 
     Args:
         parent: float model and tokenizer; the model is changed in place.
@@ -42,6 +42,8 @@ def lora(parent: Opened, questions: Sequence[Question], system_prompt: str, conf
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - peft takes a float too
         lora_dropout=config.dropout,
         target_modules=_TARGETS[config.target_modules],
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(model, adapter)

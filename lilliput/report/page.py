@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from lilliput.report.impact import METRICS, impacts
+
 
 def render(
     *,
@@ -40,6 +42,8 @@ def render(
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
         differences=differences,
+        impacts=impacts(candidates, differences),
+        impact_metrics=METRICS,
         promotion=promotion,
         costs=costs,
         charts={title: Markup(svg) for title, svg in charts.items()},

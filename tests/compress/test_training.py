@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lilliput.compress.distill import distill, distillation_loss
+from lilliput.compress.distill import distill, distillation_loss, divergence
 from lilliput.compress.lora import lora
 from lilliput.compress.training import IGNORED, answer_logits, collate, encode_examples, label_loss
 from lilliput.config import DistillConfig, LoraConfig
@@ -39,7 +39,18 @@ def test_answer_logits_equal_those_of_the_whole_forward(opened, batch):
     assert label_loss(model, batch).item() == pytest.approx(reference.item(), rel=1e-5)
 
 
+def test_running_the_shared_beginning_once_leaves_every_gradient_as_it_was(opened, checkpoint, batch):
+    shared, whole = opened[0], open_model(checkpoint)[0]
+    label_loss(shared, batch).backward()
+    whole(**batch).loss.backward()
+    named = dict(whole.named_parameters())
+    for name, parameter in shared.named_parameters():
+        assert torch.allclose(parameter.grad, named[name].grad, rtol=1e-3, atol=1e-6), name
+
+
 LORA = {
+    "variant": "lora",
+    "gradient_accumulation": 1,
     "rank": 4,
     "alpha": 8.0,
     "dropout": 0.0,
@@ -63,6 +74,39 @@ def test_lora_learns_repeatably_and_merges(opened, checkpoint, facts):
     assert torch.linalg.matrix_rank((weight - before).detach()).item() == 4  # the merged update has LoRA's rank
 
 
+def test_rslora_scales_by_the_root_of_the_rank(checkpoint, facts):
+    # alpha / √4 of rsLoRA is alpha / 4 of LoRA at twice the alpha.
+    rooted = lora(open_model(checkpoint), facts, SYSTEM, LoraConfig(**LORA | {"variant": "rslora", "steps": 4}))
+    doubled = lora(open_model(checkpoint), facts, SYSTEM, LoraConfig(**LORA | {"alpha": 16.0, "steps": 4}))
+    assert rooted.history == doubled.history
+
+
+def test_dora_learns_a_magnitude_too_and_merges_into_the_old_shape(opened, checkpoint, facts, tmp_path):
+    before = opened[0].model.layers[0].mlp.up_proj.weight.clone()
+    result = lora(opened, facts, SYSTEM, LoraConfig(**LORA | {"variant": "dora"}))
+    curve = [value for _, value in result.history["loss"]]
+    assert sum(curve[-3:]) < sum(curve[:3]) - 1.0
+    change = (result.model.model.layers[0].mlp.up_proj.weight - before).detach()
+    assert torch.linalg.matrix_rank(change).item() > 4  # rows are rescaled, so the update has more than LoRA's rank
+    save_model(result.model, result.tokenizer, tmp_path)
+    assert torch.allclose(probe_logits(*open_model(tmp_path)), probe_logits(result.model, result.tokenizer), atol=1e-4)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(checkpoint, facts):
+    # The same four examples a step, whatever their order, need a data set of four.
+    settings = LORA | {"steps": 3, "warmup_share": 0.0}
+    whole = lora(open_model(checkpoint), facts[:4], SYSTEM, LoraConfig(**settings))
+    parts = lora(
+        open_model(checkpoint),
+        facts[:4],
+        SYSTEM,
+        LoraConfig(**settings | {"batch_size": 2, "gradient_accumulation": 2}),
+    )
+    assert [value for _, value in parts.history["loss"]] == pytest.approx(
+        [value for _, value in whole.history["loss"]], rel=1e-4
+    )
+
+
 def test_an_adapter_kept_apart_opens_as_the_merged_model_would(opened, facts, tmp_path):
     result = lora(opened, facts, SYSTEM, LoraConfig(**LORA | {"merge": False, "steps": 2}))
     result.save(tmp_path)
@@ -71,6 +115,8 @@ def test_an_adapter_kept_apart_opens_as_the_merged_model_would(opened, facts, tm
 
 
 DISTILL = {
+    "divergence": "forward_kl",
+    "gradient_accumulation": 1,
     "temperature": 2.0,
     "kl_weight": 0.9,
     "steps": 12,
@@ -91,6 +137,23 @@ def test_distillation_loss_is_the_formula(opened, checkpoint, batch):
     kl = (p * (p.log() - log_q)).sum(-1).mean()
     assert kl.item() > 0.01
     assert loss.item() == pytest.approx((0.9 * 4 * kl + 0.1 * cross_entropy(s, targets)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_divergences_are_their_formulas(kind):
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    m = (p + q) / 2
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1).mean()
+
+    plain = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jensen_shannon": (kl(p, m) + kl(q, m)) / 2}
+    assert divergence(teacher, student, kind).item() == pytest.approx(plain[kind].item())
+    assert divergence(teacher, teacher, kind).item() == pytest.approx(0.0, abs=1e-12)
+    far = 50.0 * torch.eye(2, dtype=torch.float64)
+    assert divergence(far, far.flip(0), "jensen_shannon").item() == pytest.approx(math.log(2.0))
 
 
 def test_a_student_of_itself_has_only_the_label_loss(opened, checkpoint, batch):

@@ -1,0 +1,69 @@
+"""What each strategy does to each metric, as arrows: the paper's Fig. 1C, computed from paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Column by column: what is compared, what it is called, and whether more of it is better.
+METRICS = {
+    "accuracy_choice": ("Generalization accuracy", True),
+    "hallucination_rate": ("Hallucination rate", False),
+    "energy_per_query_j": ("Energy per query", False),
+    "ttft_ms": ("Accessibility: time to first token", False),
+    "size_bytes": ("Accessibility: bytes", False),
+}
+
+
+@dataclass(frozen=True)
+class Impact:
+    """One arrow: ↑ more, ↓ less, ≈ no difference shown, – not compared; and what stands behind it.
+
+    Attributes:
+        good: whether the arrow points to the better side; None where there is none.
+        behind: difference, interval and n, for the reader who wants to know.
+    """
+
+    arrow: str
+    good: bool | None
+    behind: str
+
+
+def impacts(candidates: Sequence[Mapping[str, Any]], differences: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each candidate that has a parent: candidate, strategy, parent and an Impact for each of METRICS.
+
+    Args:
+        candidates: rows of name, strategy, parent and record.
+        differences: rows of candidate, metric, difference (value, low, high, n) and whether it is real.
+    """
+    found = {(row["candidate"], row["metric"]): row for row in differences}
+    records = {row["name"]: row["record"] for row in candidates}
+    rows = []
+    for row in candidates:
+        if row["parent"] in records:
+            cells = {metric: _of_difference(found.get((row["name"], metric)), metric) for metric in METRICS}
+            cells["size_bytes"] = _of_sizes(records[row["parent"]]["size_bytes"], row["record"]["size_bytes"])
+            rows.append(
+                {"candidate": row["name"], "strategy": row["strategy"], "parent": row["parent"], "cells": cells}
+            )
+    return rows
+
+
+def _of_difference(row: Mapping[str, Any] | None, metric: str) -> Impact:
+    if row is None:
+        return Impact("–", None, "not compared")
+    difference = row["difference"]
+    behind = "{value:+.3g} [{low:+.3g}, {high:+.3g}], n = {n}".format(**difference)
+    if not row["real"]:
+        return Impact("≈", None, behind)
+    rises = difference["value"] > 0
+    return Impact("↑" if rises else "↓", rises == METRICS[metric][1], behind)
+
+
+def _of_sizes(before: int, after: int) -> Impact:
+    """Bytes are counted, not estimated: any difference is real."""
+    behind = f"{after / before - 1:+.0%}, counted"
+    return (
+        Impact("≈", None, behind) if before == after else Impact("↑" if after > before else "↓", after < before, behind)
+    )
