@@ -7,7 +7,7 @@ from lilliput.compress.training import encode_examples
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import perplexity
-from lilliput.models import open_model, parameter_count, probe_logits, prove_reload, save_model
+from lilliput.models import open_model, parameter_count, probe_logits, save_model
 
 SYSTEM = "Answer briefly."
 
@@ -49,12 +49,14 @@ def test_a_layer_that_does_nothing_goes_first(opened, facts):
     assert torch.allclose(probe_logits(result.model, tokenizer), expected, atol=1e-5)
 
 
-def test_the_smaller_checkpoint_reloads_in_a_fresh_process(opened, facts, tmp_path):
+def test_the_smaller_checkpoint_opens_and_generates(opened, facts, tmp_path):
     before = parameter_count(opened[0])
     result = prune(opened, facts, SYSTEM, config(layers=2))
     save_model(result.model, result.tokenizer, tmp_path)
-    assert prove_reload(tmp_path, probe_logits(result.model, result.tokenizer), 1e-3) <= 1e-3
     again, _ = open_model(tmp_path)
+    assert torch.allclose(
+        probe_logits(again, result.tokenizer), probe_logits(result.model, result.tokenizer), atol=1e-4
+    )
     assert again.config.num_hidden_layers == 2
     assert parameter_count(again) < before
     # The KV cache is indexed by layer: generation step by step must agree with the whole forward.

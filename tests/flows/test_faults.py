@@ -55,7 +55,7 @@ def test_a_stage_that_refuses_ends_with_its_own_message_and_leaves_no_artefact(m
     kept = params.read_text()
     made.set_param("source.sha256", "0" * 64)
     try:
-        done = made.run("python", "-m", "flows.democratize")
+        done = made.run("python", "-m", "tasks", "source")
     finally:
         params.write_text(kept)
     assert done.returncode == 2
