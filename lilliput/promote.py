@@ -136,4 +136,7 @@ def _preference(prefer: str, record: Record) -> tuple[float, float]:
 
 def _show(name: str, record: Record) -> str:
     value = objective(name, record)
-    return {"energy": f"{value:.2f} J a query", "size": f"{(value or 0) / 2**20:.0f} MiB"}.get(name, f"{value:.3f}")
+    estimated = "" if (record.get("energy_per_query_j") or {}).get("measured") else "an estimated "
+    return {"energy": f"{estimated}{value:.2f} J a query", "size": f"{(value or 0) / 2**20:.0f} MiB"}.get(
+        name, f"{value:.3f}"
+    )
