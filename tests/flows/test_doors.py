@@ -1,6 +1,7 @@
 """The same work through every door: `dvc repro`, the command line, a Prefect deployment with a process worker.
 
-The tests of this file are one story, told in order on one clone: what one door made, the next one finds cached.
+The tests of this file are one story, told in order on a clone in which `dvc repro` has been: what one door made, the
+next one finds cached.
 """
 
 from __future__ import annotations
@@ -30,14 +31,6 @@ STAGES = {
 AFTER_BITS = {"compress@small", "evaluate@small", "register", "promote", "report"}
 
 
-@pytest.fixture(scope="module")
-def reproduced(clone):
-    """The clone after `dvc repro`, which is the first to do the work."""
-    done = clone.run("dvc", "repro")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return clone
-
-
 def status(clone) -> str:
     return clone.run("dvc", "status").stdout.strip()
 
@@ -51,9 +44,9 @@ def states(text: str) -> dict[str, set[str]]:
     }
 
 
-def test_dvc_repro_does_everything_from_a_clean_clone(reproduced):
-    folder = reproduced.folder
-    assert status(reproduced) == "Data and pipelines are up to date."
+def test_dvc_repro_does_everything_from_a_clean_clone(clone):
+    folder = clone.folder
+    assert status(clone) == "Data and pipelines are up to date."
     for candidate in ("base", "small"):
         record = json.loads((folder / "metrics" / f"{candidate}.json").read_text())
         manifest = (folder / "models" / candidate / "lilliput.json").read_text()
@@ -63,32 +56,32 @@ def test_dvc_repro_does_everything_from_a_clean_clone(reproduced):
     assert "<h2>Four metrics</h2>" in (folder / "report" / "index.html").read_text()
 
 
-def test_dvc_repro_again_skips_every_stage(reproduced):
-    done = reproduced.run("dvc", "repro")
+def test_dvc_repro_again_skips_every_stage(clone):
+    done = clone.run("dvc", "repro")
     assert done.returncode == 0
     assert set(re.findall(r"Stage '([^']+)' didn't change, skipping", done.stdout + done.stderr)) == STAGES
 
 
-def test_the_flow_finds_cached_what_dvc_made(reproduced):
-    done = reproduced.run("python", "-m", "flows.democratize")
+def test_the_flow_finds_cached_what_dvc_made(clone):
+    done = clone.run("python", "-m", "flows.democratize")
     assert done.returncode == 0, done.stderr
     assert states(done.stdout) == {"Made now": set(), "Cached": STAGES}
 
 
-def test_metrics_and_plots_are_there_for_dvc(reproduced):
-    shown = json.loads(reproduced.run("dvc", "metrics", "show", "--json").stdout)
+def test_metrics_and_plots_are_there_for_dvc(clone):
+    shown = json.loads(clone.run("dvc", "metrics", "show", "--json").stdout)
     files = shown[""]["data"]
     assert files["metrics/small.json"]["data"]["accuracy_choice"]["n"] == 48
-    plots = reproduced.run("dvc", "plots", "show")
+    plots = clone.run("dvc", "plots", "show")
     assert plots.returncode == 0, plots.stderr
-    assert (reproduced.folder / "dvc_plots" / "index.html").exists()
+    assert (clone.folder / "dvc_plots" / "index.html").exists()
 
 
 @pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy warn each other of what is theirs to mend
-def test_registry_holds_a_version_a_candidate_and_the_champions(reproduced):
+def test_registry_holds_a_version_a_candidate_and_the_champions(clone):
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{reproduced.folder}/mlruns/mlflow.db")
+    client = MlflowClient(f"sqlite:///{clone.folder}/mlruns/mlflow.db")
     versions = {v.tags["lilliput.candidate"]: v for v in client.search_model_versions("name = 'lilliput'")}
     assert versions.keys() == {"base", "small"}
     small = versions["small"].tags
@@ -102,16 +95,16 @@ def test_registry_holds_a_version_a_candidate_and_the_champions(reproduced):
     )
     assert run.data.params["gptq.bits"] == "4"
     assert len(client.get_metric_history(versions["small"].run_id, "layer_error")) == 4
-    promotion = json.loads((reproduced.folder / "promotion.json").read_text())
+    promotion = json.loads((clone.folder / "promotion.json").read_text())
     for device, decision in promotion.items():
         champion = client.get_model_version_by_alias("lilliput", f"champion-{device}")
         assert champion.tags["lilliput.candidate"] == decision["champion"]
 
 
 @pytest.fixture(scope="module")
-def other_bits(reproduced):
-    reproduced.set_param("strategies.gptq.bits", 8)
-    return reproduced
+def other_bits(clone):
+    clone.set_param("strategies.gptq.bits", 8)
+    return clone
 
 
 def test_plan_says_what_one_changed_setting_reaches_and_runs_nothing(other_bits):
@@ -202,11 +195,12 @@ def _post(url: str) -> list[dict]:
         return json.load(answer)
 
 
-def test_going_back_to_old_settings_restores_instead_of_working(other_bits):
-    for bits in (4, 8):  # the deployment made 8
-        other_bits.set_param("strategies.gptq.bits", bits)
-        done = other_bits.run("python", "-m", "flows.democratize", "--only", "small")
-        assert done.returncode == 0, done.stderr
-        manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
-        assert manifest["config"]["bits"] == bits
-    assert "Restored" in done.stderr, done.stderr
+@pytest.mark.parametrize(("bits", "maker"), [(4, "dvc repro"), (8, "the deployment")])
+def test_going_back_to_old_settings_restores_what_either_door_made(other_bits, bits, maker):
+    del maker
+    other_bits.set_param("strategies.gptq.bits", bits)
+    done = other_bits.run("python", "-m", "flows.democratize", "--only", "small")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
+    assert manifest["config"]["bits"] == bits
+    assert done.stderr.count("Restored") >= 2, done.stderr

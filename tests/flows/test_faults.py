@@ -1,6 +1,6 @@
 """What goes wrong: bad input, a stage that refuses, a killed run, a broken candidate beside whole ones.
 
-The tests of this file are one story, told in order on one clone.
+The tests of this file are one story, told in order on a clone in which both candidates stand made.
 """
 
 from __future__ import annotations
@@ -12,14 +12,6 @@ import subprocess
 import time
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def made(clone):
-    """The clone with both candidates made and measured."""
-    done = clone.run("python", "-m", "flows.democratize", "--only", "small")
-    assert done.returncode == 0, done.stderr
-    return clone
 
 
 def status(clone) -> str:
@@ -34,38 +26,37 @@ def status(clone) -> str:
         (None, ["--only", "nobody"], "unknown candidate nobody"),
     ],
 )
-def test_bad_input_is_one_clear_message_before_anything_starts(made, change, arguments, message):
-    params = made.folder / "params.yaml"
-    kept, lock = params.read_text(), (made.folder / "dvc.lock").read_bytes()
+def test_bad_input_is_one_clear_message_before_anything_starts(clone, change, arguments, message):
+    params = clone.folder / "params.yaml"
+    kept, lock = params.read_text(), (clone.folder / "dvc.lock").read_bytes()
     try:
         if change:
-            made.set_param(*change)
-        done = made.run("python", "-m", "flows.democratize", *arguments)
+            clone.set_param(*change)
+        done = clone.run("python", "-m", "flows.democratize", *arguments)
     finally:
         params.write_text(kept)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert (made.folder / "dvc.lock").read_bytes() == lock
+    assert (clone.folder / "dvc.lock").read_bytes() == lock
 
 
-def test_a_stage_that_refuses_ends_with_its_own_message_and_leaves_no_artefact(made):
-    params = made.folder / "params.yaml"
+def test_a_stage_that_refuses_ends_with_its_own_message_and_leaves_no_artefact(clone):
+    params = clone.folder / "params.yaml"
     kept = params.read_text()
-    made.set_param("source.sha256", "0" * 64)
+    clone.set_param("source.sha256", "0" * 64)
     try:
-        done = made.run("python", "-m", "tasks", "source")
+        done = clone.run("python", "-m", "tasks", "source")
     finally:
         params.write_text(kept)
     assert done.returncode == 2
     assert "is pinned" in done.stderr
     assert "Traceback" not in done.stderr
-    assert (made.folder / "models" / "source" / "lilliput.json").exists()  # the old one is still whole
+    assert (clone.folder / "models" / "source" / "lilliput.json").exists()  # the old one is still whole
 
 
-def test_a_killed_run_leaves_nothing_half_made_and_the_next_one_goes_on(made):
-    clone = made
+def test_a_killed_run_leaves_nothing_half_made_and_the_next_one_goes_on(clone):
     clone.set_param("strategies.gptq.bits", 2)
     process = subprocess.Popen(
         ["python", "-m", "tasks", "compress", "small"],
@@ -86,8 +77,7 @@ def test_a_killed_run_leaves_nothing_half_made_and_the_next_one_goes_on(made):
     assert "small" not in status(clone)
 
 
-def test_a_broken_stage_stops_what_needs_it_and_nothing_else(made):
-    clone = made
+def test_a_broken_stage_stops_what_needs_it_and_nothing_else(clone):
     clone.set_param("strategies.gptq.group_size", 48)  # divides no layer of the tiny model
     clone.set_param("evaluation.timed_queries", 2)  # so that the other candidate has work to do
     done = clone.run("python", "-m", "flows.democratize")
