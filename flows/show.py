@@ -45,8 +45,6 @@ def next_commands(folder: Path) -> str:
 def print_summary(folder: Path, states: Mapping[str, str]) -> None:
     """Prints the table of candidates, the decisions with their reasons and the next commands."""
     console = _console()
-    cached = [name for name, state in states.items() if state == "Cached"]
-    made = [name for name in states if name not in cached]
     rows = candidate_rows(folder)
     if rows:
         console.print(_table("Candidates: value ± half of the 95 % interval", rows))
@@ -57,7 +55,9 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
         )
         for name, reason in decision["refused"].items():
             console.print(f"  not {name}: {reason}", style="dim", highlight=False)
-    console.print(f"\nMade now: {', '.join(made) or 'nothing'}\nCached: {', '.join(cached) or 'nothing'}")
+    console.print()
+    for label, state in (("Made now", "Completed"), ("Restored", "Restored"), ("Cached", "Cached")):
+        console.print(f"{label}: {', '.join(name for name in states if states[name] == state) or 'nothing'}")
     console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,7 +1,8 @@
 """Where a run does its work: the project itself, or for other parameters a workspace of its own beside it.
 
 A workspace is a copy of the code with its own params.yaml, its own DVC repository and its own results, so that a
-rehearsal never touches the models of the real run. `dvc repro` works in it as it does in the project.
+rehearsal never touches the models of the real run. DVC's cache is the project's: what one of them made from the same
+inputs, the others restore. `dvc repro` works in a workspace as it does in the project.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _DVC_CONFIG = """\
     analytics = false
     no_scm = true
 [cache]
+    dir = ../../../.dvc/cache
     type = "reflink,hardlink,copy"
 """
 

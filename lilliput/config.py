@@ -248,6 +248,7 @@ class EvaluationConfig(Section):
     Attributes:
         max_new_tokens: of a free answer.
         timed_queries: queries whose latency and energy are taken, each of at most `query_tokens` new tokens.
+        timed_seconds: after so many no further one of them is begun, if four were.
         timed_threads: CPU threads that those queries may use; one is steady on a machine that does other work.
         benchmarks: public benchmarks besides; they need the extra `benchmarks`.
     """
@@ -257,6 +258,7 @@ class EvaluationConfig(Section):
     free_questions: Positive
     max_new_tokens: Positive
     timed_queries: Positive
+    timed_seconds: PositiveFloat
     timed_threads: Positive
     query_tokens: Annotated[int, Field(gt=0, le=256)]
     resamples: Annotated[int, Field(ge=100)]

@@ -225,9 +225,11 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
     """`model` in float32 with plain linear layers in place of GPTQModel's, changed in place."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, TorchLinear):
-            model.set_submodule(name, _dense(module))
+    # GPTQModel compiles the formula on its first use, which takes longer than running it on every layer.
+    with torch.compiler.set_stance("force_eager"):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TorchLinear):
+                model.set_submodule(name, _dense(module))
     for parameter in model.parameters():  # not the buffers, see save_model
         parameter.data = parameter.data.float()
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ def _evaluated(candidate: str) -> dict[str, Any] | None:
 
 def _start_parent(client: MlflowClient, experiment: str) -> str:
     flow_run = os.environ.get(FLOW_RUN, "")
-    run = client.create_run(
-        experiment, run_name=flow_run or "dvc repro", tags={"mlflow.source.git.commit": git_commit() or ""}
-    )
+    name = f"{'democratize' if flow_run else 'dvc repro'} {datetime.now().astimezone():%Y-%m-%d %H:%M}"
+    run = client.create_run(experiment, run_name=name, tags={"mlflow.source.git.commit": git_commit() or ""})
     if flow_run:
         client.set_tag(run.info.run_id, "prefect.flow_run", flow_run)
     client.log_artifact(run.info.run_id, str(layout.PARAMS))

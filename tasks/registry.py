@@ -36,7 +36,8 @@ def experiment_id(mlflow_client: MlflowClient) -> str:
     if found:
         return found.experiment_id
     place = None if "MLFLOW_TRACKING_URI" in os.environ else (layout.MLRUNS / "artifacts").absolute().as_uri()
-    return mlflow_client.create_experiment(EXPERIMENT, artifact_location=place)
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on chat traces: there are none
+    return mlflow_client.create_experiment(EXPERIMENT, artifact_location=place, tags=kind)
 
 
 def ensure_model(mlflow_client: MlflowClient) -> None:

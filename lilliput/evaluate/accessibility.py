@@ -18,6 +18,7 @@ from lilliput.runtime.protocol import Ids, Runtime
 
 MIB = 2**20
 WARM_UP_TOKENS = 8
+FEWEST_QUERIES = 4  # fewer have no interval worth the name
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,22 @@ class TimedQuery:
     energy_j: float | None
 
 
-def time_queries(runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter) -> list[TimedQuery]:
-    """Each prompt answered by itself, after the beginning of an untimed answer to warm up."""
+def time_queries(
+    runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter, most_seconds: float
+) -> list[TimedQuery]:
+    """The prompts answered one by one, after the beginning of an untimed answer to warm up.
+
+    After `most_seconds` no other is begun, if FEWEST_QUERIES were: a model that rambles is timed on fewer.
+    """
     for _ in runtime.stream(prompts[0], WARM_UP_TOKENS):
         pass
-    return [_time_query(runtime, prompt, max_tokens, meter) for prompt in prompts]
+    timed: list[TimedQuery] = []
+    begun = time.perf_counter()
+    for prompt in prompts:
+        if len(timed) >= FEWEST_QUERIES and time.perf_counter() - begun > most_seconds:
+            break
+        timed.append(_time_query(runtime, prompt, max_tokens, meter))
+    return timed
 
 
 def _time_query(runtime: Runtime, prompt: Ids, max_tokens: int, meter: EnergyMeter) -> TimedQuery:

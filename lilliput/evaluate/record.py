@@ -75,16 +75,17 @@ def evaluate_candidate(
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
     meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
     drawn = spread(questions, config.timed_queries, config.seed)
+    random.Random(config.seed).shuffle(drawn)  # so that those that are reached in time are a fair draw too
     prompts = _prompts(tokenizer, params, drawn)
     with cpu_threads(config.timed_threads):
-        timed = accessibility.time_queries(runtime, prompts, config.query_tokens, meter)
+        timed = accessibility.time_queries(runtime, prompts, config.query_tokens, meter, config.timed_seconds)
         details = runtime.stats()
     peak_rss_bytes = accessibility.peak_rss_bytes()
 
     rows: dict[str, dict[str, Any]] = {question.id: {"id": question.id} for question in questions}
     for identity in contaminated:
         rows[identity]["contaminated"] = True
-    for question, query in zip(drawn, timed, strict=True):
+    for question, query in zip(drawn, timed, strict=False):
         rows[question.id] |= {"ttft_ms": query.ttft_ms, "energy_j": query.energy_j, "energy_source": meter.source}
     perplexity = _ask_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
     verdicts = _ask_freely(runtime, tokenizer, params, questions, rows)
