@@ -11,7 +11,7 @@ from typing import Any
 from lilliput.artifacts import read_history, write_text, writing
 from lilliput.config import Params
 from lilliput.evaluate.compare import compare
-from lilliput.graph import ROOT, topological_order
+from lilliput.graph import ancestors, topological_order
 from lilliput.report import charts
 from lilliput.report.page import render
 from tasks import layout
@@ -35,7 +35,7 @@ def report(params: Params) -> None:
     promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
     histories = {name: read_history(layout.model(name)) for name in names}
     page = render(
-        candidates=[_candidate(params, name, records[name], promotion) for name in names],
+        candidates=[_candidate(params, name, records[name], names, promotion) for name in names],
         differences=list(_differences(params, names)),
         promotion=promotion,
         costs=list(_costs(names, records)),
@@ -47,23 +47,45 @@ def report(params: Params) -> None:
         _write_plots(directory / "plots", records, histories)
 
 
-def _candidate(params: Params, name: str, record: Mapping[str, Any], promotion: Mapping[str, Any]) -> dict[str, Any]:
+def _candidate(
+    params: Params, name: str, record: Mapping[str, Any], names: Sequence[str], promotion: Mapping[str, Any]
+) -> dict[str, Any]:
     spec = params.candidates[name]
     champion_of = [device for device, decision in promotion.items() if decision["champion"] == name]
-    return {"name": name, "strategy": spec.apply, "parent": spec.parent, "record": record, "champion_of": champion_of}
+    return {
+        "name": name,
+        "strategy": _strategy(params, name),
+        "parent": spec.parent,
+        "steps": {reference: steps for reference, steps in _steps(params, name).items() if reference in names},
+        "record": record,
+        "champion_of": champion_of,
+    }
+
+
+def _strategy(params: Params, name: str) -> str:
+    """What makes `name`, with the settings of its own: `gptq (bits 8)`."""
+    spec = params.candidates[name]
+    own = ", ".join(f"{key} {value}" for key, value in spec.with_.items())
+    return f"{spec.apply} ({own})" if own else spec.apply
+
+
+def _steps(params: Params, name: str) -> dict[str, str]:
+    """What `name` is compared with, its parent and the base of its chain, and the strategies that lead from there."""
+    chain = [name, *ancestors(params, name)]
+    made_by = [_strategy(params, link) for link in reversed(chain[:-1])]
+    return {chain[1]: made_by[-1]} | {chain[-1]: " → ".join(made_by)} if made_by else {}
 
 
 def _differences(params: Params, names: Sequence[str]) -> Iterable[dict[str, Any]]:
-    for name in names:
-        parent = params.candidates[name].parent
-        if parent == ROOT or parent not in names:
-            continue
-        answers = [_answers(candidate) for candidate in (parent, name)]
-        for metric, comparison in compare(*answers, params.evaluation.seed, params.evaluation.resamples).items():
+    answers = {name: _answers(name) for name in names}
+    pairs = [(name, reference) for name in names for reference in _steps(params, name) if reference in names]
+    for name, reference in pairs:
+        compared = compare(answers[reference], answers[name], params.evaluation.seed, params.evaluation.resamples)
+        for metric, comparison in compared.items():
             difference = comparison.difference
             yield {
                 "candidate": name,
-                "parent": parent,
+                "reference": reference,
                 "metric": metric,
                 "difference": {key: getattr(difference, key) for key in ("value", "low", "high", "n")},
                 "p": comparison.p_value,

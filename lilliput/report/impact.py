@@ -31,22 +31,20 @@ class Impact:
 
 
 def impacts(candidates: Sequence[Mapping[str, Any]], differences: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each candidate that has a parent: candidate, strategy, parent and an Impact for each of METRICS.
+    """A row for each candidate and what it is compared with: strategy, candidate, reference, an Impact per METRICS.
 
     Args:
-        candidates: rows of name, strategy, parent and record.
-        differences: rows of candidate, metric, difference (value, low, high, n) and whether it is real.
+        candidates: rows of name, record and `steps`: by candidate to compare with, the strategies that lead from there.
+        differences: rows of candidate, reference, metric, difference (value, low, high, n) and whether it is real.
     """
-    found = {(row["candidate"], row["metric"]): row for row in differences}
-    records = {row["name"]: row["record"] for row in candidates}
+    found = {(row["candidate"], row["reference"], row["metric"]): row for row in differences}
+    sizes = {row["name"]: row["record"]["size_bytes"] for row in candidates}
     rows = []
     for row in candidates:
-        if row["parent"] in records:
-            cells = {metric: _of_difference(found.get((row["name"], metric)), metric) for metric in METRICS}
-            cells["size_bytes"] = _of_sizes(records[row["parent"]]["size_bytes"], row["record"]["size_bytes"])
-            rows.append(
-                {"candidate": row["name"], "strategy": row["strategy"], "parent": row["parent"], "cells": cells}
-            )
+        for reference, strategy in row["steps"].items():
+            cells = {metric: _of_difference(found.get((row["name"], reference, metric)), metric) for metric in METRICS}
+            cells["size_bytes"] = _of_sizes(sizes[reference], sizes[row["name"]])
+            rows.append({"strategy": strategy, "candidate": row["name"], "reference": reference, "cells": cells})
     return rows
 
 

@@ -1,22 +1,25 @@
 from lilliput.report.impact import impacts
 
 SIZES = {"base": 400, "lora": 400, "pocket": 100}
-PARENTS = {"base": "source", "lora": "base", "pocket": "lora"}
-CANDIDATES = [
-    {"name": name, "strategy": "load", "parent": PARENTS[name], "record": {"size_bytes": size}}
-    for name, size in SIZES.items()
-]
+STEPS = {"base": {}, "lora": {"base": "lora"}, "pocket": {"lora": "gptq", "base": "lora → gptq"}}
+CANDIDATES = [{"name": name, "steps": STEPS[name], "record": {"size_bytes": size}} for name, size in SIZES.items()]
 
 
-def difference(metric, value, low, high, candidate="lora"):
+def difference(metric, value, low, high, candidate="lora", reference="base"):
     row = {"value": value, "low": low, "high": high, "n": 40}
-    return {"candidate": candidate, "metric": metric, "difference": row, "real": low > 0 or high < 0}
+    real = low > 0 or high < 0
+    return {"candidate": candidate, "reference": reference, "metric": metric, "difference": row, "real": real}
 
 
 def cells(differences):
     rows = impacts(CANDIDATES, differences)
-    assert [row["candidate"] for row in rows] == ["lora", "pocket"]  # the base has nothing to be compared with
-    return {row["candidate"]: row["cells"] for row in rows}
+    # The base has nothing to be compared with, a chain of two both its parent and the base.
+    assert [(row["candidate"], row["strategy"]) for row in rows] == [
+        ("lora", "lora"),
+        ("pocket", "gptq"),
+        ("pocket", "lora → gptq"),
+    ]
+    return {(row["candidate"], row["reference"]): row["cells"] for row in rows}
 
 
 def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_metric():
@@ -27,7 +30,7 @@ def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_met
             difference("energy_per_query_j", -2.0, -3.0, -1.0),
             difference("ttft_ms", 0.5, -0.5, 1.5),
         ]
-    )["lora"]
+    )["lora", "base"]
     assert [(cell.arrow, cell.good) for cell in found.values()] == [
         ("↑", True),
         ("↑", False),
@@ -40,6 +43,17 @@ def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_met
 
 def test_what_was_not_compared_has_no_arrow_and_bytes_are_counted():
     found = cells([])
-    assert (found["lora"]["energy_per_query_j"].arrow, found["lora"]["size_bytes"].arrow) == ("–", "≈")
-    smaller = found["pocket"]["size_bytes"]
+    assert (found["lora", "base"]["energy_per_query_j"].arrow, found["lora", "base"]["size_bytes"].arrow) == ("–", "≈")
+    smaller = found["pocket", "lora"]["size_bytes"]
     assert (smaller.arrow, smaller.good, smaller.behind) == ("↓", True, "-75%, counted")
+
+
+def test_a_sequence_is_held_against_the_base_as_well_as_its_last_step_against_the_parent():
+    found = cells(
+        [
+            difference("accuracy_choice", -0.01, -0.05, 0.03, "pocket", "lora"),
+            difference("accuracy_choice", 0.2, 0.1, 0.3, "pocket", "base"),
+        ]
+    )
+    assert found["pocket", "lora"]["accuracy_choice"].arrow == "≈"
+    assert found["pocket", "base"]["accuracy_choice"].arrow == "↑"
