@@ -268,15 +268,12 @@ class EvaluationConfig(Section):
 
 
 class DeviceConfig(Section):
-    """What a model may use on a device, and what its owner prefers among those that fit.
+    """What a model may use on a device.
 
     Attributes:
         storage_budget_mib: for the model's files.
         ram_budget_mib: for weights, KV cache at `context_tokens` and `runtime_overhead_mib`.
         watts_per_core: what a busy core draws; declared, and used for estimates alone.
-        prefer: the metric by which the winner is picked from the Pareto front.
-        max_accuracy_drop: choice accuracy may lie this far below the base's, paired interval included.
-        max_hallucination_rise: hallucination rate may lie this far above the base's, likewise.
     """
 
     storage_budget_mib: PositiveFloat
@@ -284,6 +281,17 @@ class DeviceConfig(Section):
     context_tokens: Positive
     runtime_overhead_mib: PositiveFloat
     watts_per_core: PositiveFloat
+
+
+class PromotionConfig(Section):
+    """Who may become a device's champion. Nothing is measured again when this changes.
+
+    Attributes:
+        prefer: the metric by which the winner is picked from the Pareto front.
+        max_accuracy_drop: choice accuracy may lie this far below the base's, paired interval included.
+        max_hallucination_rise: hallucination rate may lie this far above the base's, likewise.
+    """
+
     prefer: Literal["accuracy", "hallucination", "energy", "size"]
     max_accuracy_drop: Share
     max_hallucination_rise: Share
@@ -298,6 +306,7 @@ class Params(Section):
     candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]
     evaluation: EvaluationConfig
     devices: Annotated[dict[Name, DeviceConfig], Field(min_length=1)]
+    promotion: dict[Name, PromotionConfig]
 
     @model_validator(mode="after")
     def _energy_profile_is_a_device(self) -> Params:
@@ -306,6 +315,12 @@ class Params(Section):
             raise ValueError(
                 f"evaluation.energy.profile: {profile!r} is no device; name one of {', '.join(self.devices)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _promotion_is_for_devices(self) -> Params:
+        if unknown := [name for name in self.promotion if name not in self.devices]:
+            raise ValueError(f"promotion: {', '.join(unknown)}: no such device; name one of {', '.join(self.devices)}")
         return self
 
     @property
@@ -363,7 +378,9 @@ def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str
         return f"{file}: {place}: unknown key{_suggestion(problem['loc'], model)}; remove it or correct its name"
     if problem["type"] == "missing":
         return f"{file}: {place}: missing; add it (the default params.yaml shows every key)"
-    return f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')}; found {problem['input']!r:.80}"
+    message = f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')}"
+    # A rule about several keys is told of them all, which would bury what it says.
+    return message if isinstance(problem["input"], dict) else f"{message}; found {problem['input']!r:.80}"
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[Section]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from lilliput.config import DeviceConfig
+from lilliput.config import PromotionConfig
 from lilliput.evaluate.compare import Comparison
 
 Record = Mapping[str, Any]
@@ -34,7 +34,7 @@ class Decision(BaseModel):
 
 def decide(
     device: str,
-    rules: DeviceConfig,
+    rules: PromotionConfig,
     records: Mapping[str, Record],
     against_base: Mapping[str, Mapping[str, Comparison]],
 ) -> Decision:
@@ -46,7 +46,7 @@ def decide(
 
     Args:
         device: its name in params.yaml.
-        rules: its profile.
+        rules: what it prefers and how much worse than the base a candidate may be.
         records: evaluation records by candidate.
         against_base: paired differences from the base by candidate and metric.
     """
@@ -81,9 +81,9 @@ def objective(name: str, record: Record) -> float | None:
     return value.get("value") if isinstance(value, Mapping) else value
 
 
-def _refusal(device: str, rules: DeviceConfig, record: Record, differences: Mapping[str, Comparison]) -> str | None:
+def _refusal(device: str, rules: PromotionConfig, record: Record, differences: Mapping[str, Comparison]) -> str | None:
     if not record["fits"][device]:
-        return f"does not fit {device} (storage {rules.storage_budget_mib:g} MiB, memory {rules.ram_budget_mib:g} MiB)"
+        return f"does not fit the storage and memory of {device}"
     if objective(rules.prefer, record) is None:
         return f"its {rules.prefer} is unavailable, and an unavailable metric never wins"
     accuracy = differences.get("accuracy_choice")

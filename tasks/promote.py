@@ -24,7 +24,7 @@ def promote(params: Params) -> None:
     answers = {name: _answers(name) for name in names}
     seed, resamples = params.evaluation.seed, params.evaluation.resamples
     against_base = {name: compare(answers[base], answers[name], seed, resamples) for name in names if name != base}
-    decisions = [decide(device, rules, records, against_base) for device, rules in params.devices.items()]
+    decisions = [decide(device, rules, records, against_base) for device, rules in params.promotion.items()]
     registry.point_champions(registered, decisions)
     write_json(layout.PROMOTION, {decision.device: decision.model_dump(mode="json") for decision in decisions})
 

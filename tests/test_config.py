@@ -114,3 +114,8 @@ def test_unpinned_source_is_refused(raw, tmp_path):
 @pytest.mark.parametrize("name", ["examples/tiny.yaml"])
 def test_examples_are_valid(name):
     assert load_params(PROJECT / name).candidates
+
+
+def test_promotion_rules_for_a_device_that_is_none_are_refused(raw, tmp_path):
+    raw["promotion"]["toaster"] = raw["promotion"]["laptop"]
+    assert "promotion: toaster: no such device; name one of" in refusal(raw, tmp_path)

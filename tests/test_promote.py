@@ -2,21 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lilliput.config import DeviceConfig
+from lilliput.config import PromotionConfig
 from lilliput.evaluate.compare import Comparison
 from lilliput.evaluate.intervals import Estimate
 from lilliput.promote import decide
 
-RULES = DeviceConfig(
-    storage_budget_mib=100.0,
-    ram_budget_mib=200.0,
-    context_tokens=128,
-    runtime_overhead_mib=10.0,
-    watts_per_core=1.0,
-    prefer="accuracy",
-    max_accuracy_drop=0.02,
-    max_hallucination_rise=0.02,
-)
+RULES = PromotionConfig(prefer="accuracy", max_accuracy_drop=0.02, max_hallucination_rise=0.02)
 
 
 def record(accuracy=0.5, hallucination=0.5, energy=5.0, size=100, fits=True, source="rapl"):
