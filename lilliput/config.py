@@ -17,6 +17,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Bits = Literal[2, 3, 4, 8]
 
 
 class Section(BaseModel):
@@ -156,16 +157,50 @@ class DistillConfig(TrainingConfig):
     kl_weight: Share
 
 
-class GptqConfig(Section):
-    """GPTQ (Frantar et al., arXiv 2210.17323), written in AutoGPTQ's checkpoint format."""
+class QuantisationConfig(Section):
+    """The grid of a quantised checkpoint in AutoGPTQ's format: `group_size` weights of a row share scale and zero."""
 
-    bits: Literal[2, 3, 4, 8]
-    group_size: Positive
+    bits: Bits
+    group_size: Literal[16, 32, 64, 128, 256, 512, 1024]
     symmetric: bool
+
+
+class RtnConfig(QuantisationConfig):
+    """Rounding to nearest: no calibration, nothing to choose but the grid."""
+
+
+class AwqConfig(QuantisationConfig):
+    """AWQ (Lin et al., arXiv 2306.00978): scales by activation folded into the model, then rounding to nearest.
+
+    Attributes:
+        scale_steps: how many exponents in [0, 1) are tried for each group of layers.
+    """
+
+    calibration_examples: Positive
+    scale_steps: Positive
+
+
+class MixedConfig(Section):
+    """Bits chosen for each linear layer by sensitivity, within a budget for all of the checkpoint's files."""
+
+    budget_mib: PositiveFloat
+    choices: Annotated[tuple[Bits, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _choices_differ(self) -> MixedConfig:
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError("`choices` names a width twice; name each once")
+        return self
+
+
+class GptqConfig(QuantisationConfig):
+    """GPTQ (Frantar et al., arXiv 2210.17323); with `mixed`, layers have bits of their own and `bits` is not read."""
+
     act_order: bool
     calibration_examples: Positive
     damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
     seed: int
+    mixed: MixedConfig | None = None
 
 
 class StrategiesConfig(Section):
@@ -176,11 +211,13 @@ class StrategiesConfig(Section):
     prune: PruneConfig
     distill: DistillConfig
     gptq: GptqConfig
+    rtn: RtnConfig
+    awq: AwqConfig
 
 
 Model = TypeVar("Model", bound=Section)
-StrategyName = Literal["load", "lora", "prune", "distill", "gptq"]
-StrategyConfig = LoadConfig | LoraConfig | PruneConfig | DistillConfig | GptqConfig
+StrategyName = Literal["load", "lora", "prune", "distill", "gptq", "rtn", "awq"]
+StrategyConfig = LoadConfig | LoraConfig | PruneConfig | DistillConfig | GptqConfig | RtnConfig | AwqConfig
 
 
 class CandidateConfig(Section):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from lilliput.config import GptqConfig, LoraConfig, Params, PruneConfig
+from lilliput.config import LoraConfig, Params, PruneConfig, QuantisationConfig
 from lilliput.errors import ConfigError
 
 ROOT = "source"
@@ -90,10 +90,10 @@ def _bad_successions(params: Params) -> Iterable[str]:
         if spec.parent == ROOT:
             continue
         parent = params.candidates[spec.parent]
-        if parent.apply == "gptq":
+        if isinstance(getattr(params.strategies, parent.apply), QuantisationConfig):
             yield (
-                f"candidates.{name}: `{spec.apply}` needs a float parent, but `{spec.parent}` is quantised by gptq; "
-                f"apply {spec.apply} first and quantise last (from: {parent.parent})"
+                f"candidates.{name}: `{spec.apply}` needs a float parent, but `{spec.parent}` is quantised by "
+                f"{parent.apply}; apply {spec.apply} first and quantise last (from: {parent.parent})"
             )
         if parent.apply == "lora" and not _merges(params, spec.parent):
             yield (
@@ -149,7 +149,7 @@ def _shape_problems(params: Params, name: str, chain: list[str], model_config: A
             "lower strategies.prune.layers"
         )
     sizes = (model_config.hidden_size, getattr(model_config, "intermediate_size", model_config.hidden_size))
-    if isinstance(configs[0], GptqConfig) and any(size % configs[0].group_size for size in sizes):
+    if isinstance(configs[0], QuantisationConfig) and any(size % configs[0].group_size for size in sizes):
         fitting = [str(size) for size in (128, 64, 32, 16) if not any(inputs % size for inputs in sizes)]
         yield (
             f"candidates.{name}: group_size {configs[0].group_size} does not divide the layers' input sizes "

@@ -6,7 +6,16 @@ from pathlib import Path
 
 from lilliput.artifacts import Manifest, seal, verify, write_history, writing
 from lilliput.compress.result import Result
-from lilliput.config import DistillConfig, GptqConfig, LoadConfig, LoraConfig, Params, PruneConfig
+from lilliput.config import (
+    AwqConfig,
+    DistillConfig,
+    GptqConfig,
+    LoadConfig,
+    LoraConfig,
+    Params,
+    PruneConfig,
+    RtnConfig,
+)
 from lilliput.data.corpus import read_corpus
 from lilliput.graph import check_shape
 from lilliput.models import open_model, parameter_count, probe_logits, prove_reload, read_config, save_model
@@ -51,10 +60,18 @@ def _apply(params: Params, candidate: str) -> Result:
         assert spec.teacher is not None, "held by check_graph"
         teacher = open_model(layout.model(spec.teacher))
         return distill(open_model(parent_dir), teacher, corpus.train, system_prompt, config)
+    held_out = [question for question in corpus.questions if question.answerable][:32]
+    if isinstance(config, RtnConfig):
+        from lilliput.compress.rtn import rtn
+
+        return rtn(parent_dir, held_out, system_prompt, config)
+    if isinstance(config, AwqConfig):
+        from lilliput.compress.awq import awq
+
+        return awq(parent_dir, corpus.calibration, held_out, system_prompt, config)
     assert isinstance(config, GptqConfig)
     from lilliput.compress.gptq import gptq
 
-    held_out = [question for question in corpus.questions if question.answerable][:32]
     return gptq(parent_dir, corpus.calibration, held_out, system_prompt, config)
 
 

@@ -68,11 +68,12 @@ def test_teacher_elsewhere_than_distillation_is_refused(with_candidates):
     )
 
 
-@pytest.mark.parametrize("strategy", ["lora", "prune", "gptq", "distill"])
-def test_nothing_follows_a_quantised_candidate(with_candidates, strategy):
+@pytest.mark.parametrize("quantiser", ["gptq", "rtn", "awq"])
+@pytest.mark.parametrize("strategy", ["lora", "prune", "gptq", "rtn", "awq", "distill"])
+def test_nothing_follows_a_quantised_candidate(with_candidates, strategy, quantiser):
     child = {"from": "q", "apply": strategy} | ({"teacher": "base"} if strategy == "distill" else {})
-    message = problems(with_candidates({"base": BASE, "q": {"from": "base", "apply": "gptq"}, "child": child}))
-    assert "needs a float parent, but `q` is quantised" in message
+    message = problems(with_candidates({"base": BASE, "q": {"from": "base", "apply": quantiser}, "child": child}))
+    assert f"needs a float parent, but `q` is quantised by {quantiser}" in message
 
 
 def test_an_adapter_kept_apart_has_no_descendants(with_candidates):
@@ -95,13 +96,14 @@ def test_several_problems_come_together(with_candidates):
     assert "bitz" in message
 
 
-def test_shape_is_checked_for_all_descendants(with_candidates):
+@pytest.mark.parametrize("quantiser", ["gptq", "rtn", "awq"])
+def test_shape_is_checked_for_all_descendants(with_candidates, quantiser):
     shape = SimpleNamespace(num_hidden_layers=4, hidden_size=576, intermediate_size=1536)
-    good = {"base": BASE, "p": {"from": "base", "apply": "prune"}, "q": {"from": "p", "apply": "gptq"}}
+    good = {"base": BASE, "p": {"from": "base", "apply": "prune"}, "q": {"from": "p", "apply": quantiser}}
     check_shape(with_candidates(good), "base", shape)
     bad = good | {
         "p": {"from": "base", "apply": "prune", "with": {"layers": 4}},
-        "q": {"from": "p", "apply": "gptq", "with": {"group_size": 128}},
+        "q": {"from": "p", "apply": quantiser, "with": {"group_size": 128}},
     }
     with pytest.raises(ConfigError) as caught:
         check_shape(with_candidates(bad), "base", shape)

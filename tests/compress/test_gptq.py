@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lilliput.compress.gptq import gptq
+from lilliput.compress.gptq import _layer_errors, gptq
 from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
@@ -84,14 +84,65 @@ def test_same_seed_same_bytes(quantised, checkpoint, facts, tmp_path):
     assert first == second
 
 
-def test_eight_bits_are_nearer_than_four(quantised, checkpoint, facts):
-    result = gptq(checkpoint, facts, facts[:2], SYSTEM, GptqConfig(**CONFIG | {"bits": 8, "symmetric": False}))
+@pytest.fixture(scope="module")
+def made(checkpoint, facts, tmp_path_factory):
+    """Makes and saves a checkpoint with other settings, once for each."""
+    known = {}
+
+    def make(**changes):
+        key = tuple(sorted(changes.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp("made")
+            result = gptq(checkpoint, facts, facts[:2], SYSTEM, GptqConfig(**CONFIG | changes))
+            result.save(folder)
+            known[key] = result, folder
+        return known[key]
+
+    return make
+
+
+GRIDS = [
+    {"bits": 8, "group_size": 32, "symmetric": False, "act_order": False},
+    {"bits": 4, "group_size": 16, "symmetric": False, "act_order": True},
+    {"bits": 3, "group_size": 32, "symmetric": False, "act_order": False},
+    {"bits": 3, "group_size": 16, "symmetric": True, "act_order": True},
+    {"bits": 2, "group_size": 32, "symmetric": False, "act_order": False},
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
+def test_every_grid_reopens_to_the_model_in_memory_and_lies_near_the_float_weights(made, checkpoint, grid):
+    result, folder = made(**grid)
+    reopened, tensors = open_model(folder)[0], load_file(folder / "model.safetensors")
+    torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
+    up = "model.layers.2.mlp.up_proj"
+    assert tensors[f"{up}.qweight"].shape == (64 * grid["bits"] // 32, 128)
+    groups = tensors[f"{up}.g_idx"].long()
+    assert (groups.tolist() == sorted(groups.tolist())) is not grid["act_order"]
+    steps = tensors[f"{up}.scales"].float()[groups].T
+    original = load_file(checkpoint / "model.safetensors")[f"{up}.weight"]
+    distance = ((reopened.get_submodule(up).weight - original).abs() / steps).mean()
+    assert distance < 0.6  # rounding to nearest gives 0.25; GPTQ moves some weights further to mend others
+
+
+def test_error_falls_with_bits(quantised, made, checkpoint):
     original = probe_logits(*open_model(checkpoint))
-    four = (probe_logits(quantised[0].model, result.tokenizer) - original).abs().mean()
-    eight = (probe_logits(result.model, result.tokenizer) - original).abs().mean()
-    assert eight < 0.3 * four
+    plain = {grid["bits"]: made(**grid)[0] for grid in GRIDS if grid["group_size"] == 32} | {4: quantised[0]}
+    errors = [
+        (probe_logits(result.model, result.tokenizer) - original).square().mean().sqrt().item()
+        for _, result in sorted(plain.items())
+    ]
+    assert len(errors) == 4
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.3 * errors[2]
+
+
+def test_a_layer_that_gptqmodel_rounded_instead_is_refused():
+    log = [{"layer": "3", "module": "mlp.up_proj", "loss": "rtn fallback"}]
+    with pytest.raises(StrategyError, match=r"layer 3, mlp\.up_proj: its Hessian could not be inverted"):
+        _layer_errors(log)
 
 
 def test_group_size_that_divides_no_layer_is_refused_before_anything_is_quantised(checkpoint, facts):
-    with pytest.raises(StrategyError, match=r"48 does not divide.*64, 128; choose one of 64, 32, 16"):
-        gptq(checkpoint, facts, facts, SYSTEM, GptqConfig(**CONFIG | {"group_size": 48}))
+    with pytest.raises(StrategyError, match=r"128 does not divide.*64; choose one of 64, 32, 16"):
+        gptq(checkpoint, facts, facts, SYSTEM, GptqConfig(**CONFIG | {"group_size": 128}))

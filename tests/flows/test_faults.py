@@ -78,11 +78,11 @@ def test_a_killed_run_leaves_nothing_half_made_and_the_next_one_goes_on(clone):
 
 
 def test_a_broken_stage_stops_what_needs_it_and_nothing_else(clone):
-    clone.set_param("strategies.gptq.group_size", 48)  # divides no layer of the tiny model
+    clone.set_param("strategies.gptq.group_size", 256)  # divides no layer of the tiny model
     clone.set_param("evaluation.timed_queries", 2)  # so that the other candidate has work to do
     done = clone.run("python", "-m", "flows.democratize")
     assert done.returncode == 2
-    assert re.search(r"group_size:? 48 does not divide", done.stderr)
+    assert re.search(r"group_size:? 256 does not divide", done.stderr)
     assert "not done for want of it: evaluate@small, register, promote, report" in done.stderr
     assert json.loads((clone.folder / "metrics" / "base.json").read_text())["ttft_ms"]["n"] == 2
     assert json.loads((clone.folder / "metrics" / "small.json").read_text())["ttft_ms"]["n"] == 3

@@ -1,0 +1,117 @@
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lilliput.compress.gptq import gptq
+from lilliput.compress.mixed import allocate, choose_bits, loss_rises, overrides, packed_bytes
+from lilliput.compress.packing import linears, rounded
+from lilliput.compress.training import encode_examples
+from lilliput.config import GptqConfig
+from lilliput.errors import StrategyError
+from lilliput.models import open_model
+
+SYSTEM = "Answer briefly."
+MIB = 2**20
+
+
+def config(budget_mib: float) -> GptqConfig:
+    settings = {"bits": 4, "group_size": 32, "symmetric": False, "act_order": False, "calibration_examples": 16}
+    settings |= {"damp_percent": 0.05, "seed": 3, "mixed": {"budget_mib": budget_mib, "choices": [2, 3, 4, 8]}}
+    return GptqConfig.model_validate_json(json.dumps(settings))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_allocation_is_that_of_brute_force(seed):
+    draw = random.Random(seed)
+    sizes = [[2 * unit, 3 * unit, 4 * unit, 8 * unit] for unit in (draw.choice([96, 192, 480]) for _ in range(6))]
+    costs = [[10 ** draw.uniform(-4, 4) / 4**bits for bits in (2, 3, 4, 8)] for _ in range(6)]
+    smallest, largest = sum(row[0] for row in sizes), sum(row[3] for row in sizes)
+    budget = round(smallest + draw.random() * (largest - smallest))
+
+    def total(table, choice):
+        return sum(row[index] for row, index in zip(table, choice, strict=True))
+
+    fitting = (choice for choice in itertools.product(range(4), repeat=6) if total(sizes, choice) <= budget)
+    best = min(total(costs, choice) for choice in fitting)
+    found = allocate(costs, sizes, budget)
+    assert total(sizes, found) <= budget
+    assert total(costs, found) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("room", [0, 10**9])
+def test_allocation_at_its_ends(room):
+    sizes, costs = [[20, 30, 80]] * 3, [[9.0, 4.0, 1.0]] * 3
+    assert allocate(costs, sizes, 60 + room) == ([0, 0, 0] if room == 0 else [2, 2, 2])
+
+
+def test_predicted_rise_is_the_formula_and_near_the_true_one(opened, facts):
+    model, tokenizer = opened
+    texts = [example.input_ids for example in encode_examples(tokenizer, SYSTEM, facts[:6])]
+    rises = loss_rises(model, texts, [2, 4, 8], config(100.0))
+    assert all(rise[0] > rise[1] > rise[2] > 0 for rise in rises.values())
+    name, weight = "model.layers.1.mlp.down_proj", model.model.layers[1].mlp.down_proj.weight
+    assert weight.grad is None
+    assert weight.requires_grad
+    x, gradient = [], []
+    for text in texts:
+        handles = [
+            model.get_submodule(name).register_forward_hook(
+                lambda _, args, out: (x.append(args[0][0].detach()), out.register_hook(lambda g: gradient.append(g[0])))
+                and None
+            )
+        ]
+        ids = torch.tensor([text])
+        cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+        handles[0].remove()
+    error = (weight - rounded(weight, 4, 32, symmetric=False)).detach() ** 2
+    expected = 0.5 * (torch.cat(gradient) ** 2).mean(0) @ error @ (torch.cat(x) ** 2).mean(0)
+    assert rises[name][1] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_the_commonest_width_needs_no_rule():
+    assert overrides({"a": 3, "b": 4, "c": 3}) == (3, {"b": {"bits": 4}})
+    assert overrides({"a": 8}) == (8, {})
+
+
+def test_a_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(checkpoint, facts, tmp_path):
+    budget = 15.48
+    result = gptq(checkpoint, facts, facts[:2], SYSTEM, config(budget))
+    result.save(tmp_path)
+    written = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert written <= budget * MIB
+    reopened = open_model(tmp_path)[0]
+    torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
+    original = linears(open_model(checkpoint)[0])
+    rules = json.loads((tmp_path / "quantize_config.json").read_text())
+    widths = {name: rules["dynamic"].get(name, rules)["bits"] for name in original}
+    assert len(set(widths.values())) > 1
+    for name, layer in linears(reopened).items():  # a code of so many bits takes at most so many values in a group
+        distinct = max(len(group.unique()) for group in layer.weight.reshape(-1, 32))
+        assert 2 ** (widths[name] - 1) < distinct <= 2 ** widths[name] or (widths[name] == 8 and distinct > 16)
+    weights = {name: layer.weight.numel() for name, layer in original.items()}
+    mean = sum(widths[name] * weights[name] for name in weights) / sum(weights.values())
+    assert result.facts["bits"] == pytest.approx(mean)
+    assert [layer for layer, _ in result.history["bits"]] == [0, 1, 2, 3]
+
+
+def test_predicted_bytes_of_a_layer_are_those_written(checkpoint, facts, tmp_path):
+    from safetensors.torch import load_file
+
+    from lilliput.compress.rtn import rtn
+    from lilliput.config import RtnConfig
+
+    layers = linears(open_model(checkpoint)[0])
+    rtn(checkpoint, facts[:1], SYSTEM, RtnConfig(bits=3, group_size=16, symmetric=True)).save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, layer in layers.items():
+        written = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.startswith(f"{name}."))
+        assert packed_bytes(layer, 3, 16) == written
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_the_smallest_possible(opened, checkpoint):
+    with pytest.raises(StrategyError, match=r"15 MiB cannot be met; the smallest possible is 15\.\d\d MiB, 2 bits"):
+        choose_bits(opened[0], checkpoint, [], torch.float32, config(15.0))

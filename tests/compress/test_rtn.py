@@ -1,0 +1,64 @@
+import hashlib
+import json
+
+import pytest
+import torch
+
+from lilliput.compress.packing import rounded
+from lilliput.compress.rtn import rtn
+from lilliput.config import RtnConfig
+from lilliput.errors import StrategyError
+from lilliput.models import open_model
+
+SYSTEM = "Answer briefly."
+
+
+def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> torch.Tensor:
+    """Rounding to nearest, written out."""
+    groups = weight.reshape(weight.shape[0], -1, group_size)
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    if symmetric:
+        scale = groups.abs().amax(-1, keepdim=True) * 2 / (2**bits - 1)
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        scale = (high - low) / (2**bits - 1)
+        zero = (-low / scale).round()
+    codes = ((groups / scale).round() + zero).clamp(0, 2**bits - 1)
+    return ((codes - zero) * scale).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_grid_is_that_of_rounding_to_nearest(bits, symmetric):
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(5))
+    expected = nearest(weight, bits, 16, symmetric)
+    torch.testing.assert_close(rounded(weight, bits, 16, symmetric), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
+def test_the_reopened_checkpoint_is_the_float_model_rounded(checkpoint, facts, tmp_path, bits, symmetric):
+    result = rtn(checkpoint, facts[:2], SYSTEM, RtnConfig(bits=bits, group_size=32, symmetric=symmetric))
+    result.save(tmp_path)
+    original, reopened = open_model(checkpoint)[0], open_model(tmp_path)[0]
+    torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.3.mlp.down_proj"):
+        expected = nearest(original.get_submodule(name).weight, bits, 32, symmetric)
+        # Scales are stored in float16, a relative 2^-11 of each weight.
+        torch.testing.assert_close(reopened.get_submodule(name).weight, expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(reopened.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    assert json.loads((tmp_path / "quantize_config.json").read_text())["checkpoint_format"] == "gptq"
+
+
+def test_same_parent_same_bytes(checkpoint, facts, tmp_path):
+    config = RtnConfig(bits=4, group_size=32, symmetric=False)
+    hashes = set()
+    for name in ("one", "two"):
+        rtn(checkpoint, facts[:2], SYSTEM, config).save(tmp_path / name)
+        files = sorted((tmp_path / name).iterdir())
+        hashes.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+    assert len(hashes) == 1
+
+
+def test_group_size_that_divides_no_layer_is_refused(checkpoint, facts):
+    with pytest.raises(StrategyError, match="128 does not divide"):
+        rtn(checkpoint, facts[:2], SYSTEM, RtnConfig(bits=4, group_size=128, symmetric=False))
