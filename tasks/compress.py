@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lilliput.artifacts import Manifest, seal, verify, write_history, writing
 from lilliput.compress.result import Result
-from lilliput.config import DistillConfig, GptqConfig, LoadConfig, LoraConfig, Params, PruneConfig
+from lilliput.config import DistillConfig, GptqConfig, LoadConfig, LoraConfig, Params, PruneConfig, SparsifyConfig
 from lilliput.data.corpus import read_corpus
 from lilliput.graph import check_shape
 from lilliput.models import open_model, parameter_count, probe_logits, prove_reload, read_config, save_model
@@ -45,6 +45,10 @@ def _apply(params: Params, candidate: str) -> Result:
         from lilliput.compress.prune import prune
 
         return prune(open_model(parent_dir), corpus.calibration, system_prompt, config)
+    if isinstance(config, SparsifyConfig):
+        from lilliput.compress.sparsify import sparsify
+
+        return sparsify(open_model(parent_dir), corpus.calibration, system_prompt, config)
     if isinstance(config, DistillConfig):
         from lilliput.compress.distill import distill
 
