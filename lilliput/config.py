@@ -116,37 +116,68 @@ class LoraConfig(TrainingConfig):
     merge: bool
 
 
-class PruneConfig(Section):
-    """What is taken away, by what measure. Depth and width give a smaller model, Wanda one with zeros in it.
+class PruneAmount(Section):
+    """How much pruning takes away (`removed_…`), or how much of the parent it leaves at most (`kept_…`).
 
     Attributes:
-        method: `block_influence` or `perplexity` (whole layers), `width` (neurons of the feed-forward part), `wanda`
-            (single weights).
-        layers: how many decoder layers go (depth).
-        width_share: share of each layer's feed-forward neurons that goes (width).
-        width_multiple: what remains is a multiple of this, so that groups of a later quantisation divide it (width).
-        sparsity: share of each linear layer's weights that become zero (Wanda); 0.5 for the pattern 2:4.
-        pattern: any place in a row, or two of every four in a row, which GPUs skip (Wanda).
+        by: `removed_count` or `removed_share` of the method's own units; `kept_parameters` or `kept_latency_estimate`
+            as a share of the parent's; `kept_mib` of weights as they are stored.
+        value: a whole number, a share or MiB.
     """
 
-    method: Literal["block_influence", "perplexity", "width", "wanda"]
-    layers: Positive
-    width_share: Annotated[float, Field(gt=0.0, lt=1.0)]
-    width_multiple: Positive
+    by: Literal["removed_count", "removed_share", "kept_parameters", "kept_latency_estimate", "kept_mib"]
+    value: Annotated[int | float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _value_is_of_its_kind(self) -> PruneAmount:
+        if self.by == "removed_count" and self.value != int(self.value):
+            raise ValueError("`by: removed_count` takes a whole number; for a share choose `by: removed_share`")
+        if self.by not in {"removed_count", "kept_mib"} and self.value >= 1:
+            raise ValueError(f"`by: {self.by}` takes a share between 0 and 1; for a number choose `by: removed_count`")
+        return self
+
+
+class PruneConfig(Section):
+    """What is taken away whole, and how much; a smaller model of the same architecture remains.
+
+    Attributes:
+        method: `block_influence` or `perplexity` (decoder layers), `neurons` (of the feed-forward part), `kv_groups`
+            (key-value heads with their query heads), `query_heads` (as many of each group), `hidden` (channels of the
+            residual stream).
+        multiple: neurons and channels left are a multiple of this, so that groups of a later quantisation divide them.
+    """
+
+    method: Literal["block_influence", "perplexity", "neurons", "kv_groups", "query_heads", "hidden"]
+    amount: PruneAmount
+    multiple: Positive
+    calibration_examples: Positive
+
+
+class SparsifyConfig(Section):
+    """Which single weights become zero. The shape stays.
+
+    Attributes:
+        method: `wanda` (arXiv 2306.11695) zeroes; `sparsegpt` (arXiv 2301.00774) also changes the weights that stay.
+        sparsity: share of each linear layer's weights that become zero; 0.5 for the pattern 2:4.
+        pattern: any place, or two of every four in a row, which GPUs skip.
+        damp_percent: of the Hessian's mean diagonal, added to its diagonal (`sparsegpt`).
+        block_size: columns for which a mask is chosen at once (`sparsegpt`).
+    """
+
+    method: Literal["wanda", "sparsegpt"]
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)]
     pattern: Literal["unstructured", "2:4"]
+    damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
+    block_size: Positive
     calibration_examples: Positive
 
     @model_validator(mode="after")
-    def _pattern_is_half(self) -> PruneConfig:
+    def _pattern_fits(self) -> SparsifyConfig:
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise ValueError("the pattern 2:4 is a sparsity of 0.5; set `sparsity: 0.5` or `pattern: unstructured`")
+        if self.pattern == "2:4" and self.block_size % 4:
+            raise ValueError("the pattern 2:4 needs a `block_size` in fours")
         return self
-
-    @property
-    def removed_layers(self) -> int:
-        """How many decoder layers this setting takes away."""
-        return self.layers if self.method in {"block_influence", "perplexity"} else 0
 
 
 class DistillConfig(TrainingConfig):
@@ -209,6 +240,7 @@ class StrategiesConfig(Section):
     load: LoadConfig
     lora: LoraConfig
     prune: PruneConfig
+    sparsify: SparsifyConfig
     distill: DistillConfig
     gptq: GptqConfig
     rtn: RtnConfig
@@ -216,8 +248,10 @@ class StrategiesConfig(Section):
 
 
 Model = TypeVar("Model", bound=Section)
-StrategyName = Literal["load", "lora", "prune", "distill", "gptq", "rtn", "awq"]
-StrategyConfig = LoadConfig | LoraConfig | PruneConfig | DistillConfig | GptqConfig | RtnConfig | AwqConfig
+StrategyName = Literal["load", "lora", "prune", "sparsify", "distill", "gptq", "rtn", "awq"]
+StrategyConfig = (
+    LoadConfig | LoraConfig | PruneConfig | SparsifyConfig | DistillConfig | GptqConfig | RtnConfig | AwqConfig
+)
 
 
 class CandidateConfig(Section):

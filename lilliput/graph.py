@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from lilliput.config import LoraConfig, Params, PruneConfig, QuantisationConfig
-from lilliput.errors import ConfigError
+from lilliput.config import LoraConfig, Params, PruneConfig, QuantisationConfig, SparsifyConfig
+from lilliput.errors import ConfigError, StrategyError
+from lilliput.shape import linear_inputs, pruned
 
 ROOT = "source"
 
@@ -95,6 +96,11 @@ def _bad_successions(params: Params) -> Iterable[str]:
                 f"candidates.{name}: `{spec.apply}` needs a float parent, but `{spec.parent}` is quantised by "
                 f"{parent.apply}; apply {spec.apply} first and quantise last (from: {parent.parent})"
             )
+        if parent.apply == "sparsify":
+            yield (
+                f"candidates.{name}: `{spec.apply}` would not keep the zeros of `{spec.parent}`; apply {spec.apply} "
+                f"first and sparsify last (from: {parent.parent})"
+            )
         if parent.apply == "lora" and not _merges(params, spec.parent):
             yield (
                 f"candidates.{name}: `{spec.parent}` keeps its LoRA adapter apart (merge: false), so `{spec.apply}` "
@@ -129,7 +135,8 @@ def check_shape(params: Params, candidate: str, model_config: Any) -> None:
         model_config: the transformers configuration of that checkpoint.
 
     Raises:
-        ConfigError: too many layers would be removed, or a group size divides no layer, further down the chain.
+        ConfigError: more would be pruned than there is, or a group size or the pattern 2:4 divides no layer, further
+            down the chain.
     """
     problems = []
     for name in params.candidates:
@@ -141,17 +148,26 @@ def check_shape(params: Params, candidate: str, model_config: Any) -> None:
 
 
 def _shape_problems(params: Params, name: str, chain: list[str], model_config: Any) -> Iterable[str]:
-    configs = [params.strategy_config(link) for link in chain]
-    removed = sum(config.removed_layers for config in configs if isinstance(config, PruneConfig))
-    if isinstance(configs[0], PruneConfig) and configs[0].removed_layers and removed >= model_config.num_hidden_layers:
+    weight_bytes = model_config.dtype.itemsize if model_config.dtype else 4
+    for link in reversed(chain):
+        config = params.strategy_config(link)
+        if isinstance(config, PruneConfig):
+            try:
+                model_config = pruned(model_config, config, weight_bytes)
+            except StrategyError as error:
+                if link == name:  # else it is reported there
+                    yield f"candidates.{name}: {error}"
+                return
+    yield from _indivisible(params, name, linear_inputs(model_config))
+
+
+def _indivisible(params: Params, name: str, sizes: tuple[int, ...]) -> Iterable[str]:
+    config, listed = params.strategy_config(name), ", ".join(map(str, sizes))
+    if isinstance(config, QuantisationConfig) and any(size % config.group_size for size in sizes):
+        fitting = [str(size) for size in (128, 64, 32, 16, 8) if not any(inputs % size for inputs in sizes)]
         yield (
-            f"candidates.{name}: removing {removed} of {model_config.num_hidden_layers} layers leaves none; "
-            "lower strategies.prune.layers"
+            f"candidates.{name}: group_size {config.group_size} does not divide the layers' input sizes {listed}; "
+            f"choose {', '.join(fitting) or 'a common divisor'}"
         )
-    sizes = (model_config.hidden_size, getattr(model_config, "intermediate_size", model_config.hidden_size))
-    if isinstance(configs[0], QuantisationConfig) and any(size % configs[0].group_size for size in sizes):
-        fitting = [str(size) for size in (128, 64, 32, 16) if not any(inputs % size for inputs in sizes)]
-        yield (
-            f"candidates.{name}: group_size {configs[0].group_size} does not divide the layers' input sizes "
-            f"{' and '.join(map(str, sizes))}; choose {', '.join(fitting) or 'a common divisor'}"
-        )
+    if isinstance(config, SparsifyConfig) and config.pattern == "2:4" and any(size % 4 for size in sizes):
+        yield f"candidates.{name}: pattern 2:4 needs inputs in fours, but layers have {listed}; choose unstructured"

@@ -15,6 +15,7 @@ from lilliput.config import (
     Params,
     PruneConfig,
     RtnConfig,
+    SparsifyConfig,
 )
 from lilliput.data.corpus import read_corpus
 from lilliput.graph import check_shape
@@ -54,6 +55,10 @@ def _apply(params: Params, candidate: str) -> Result:
         from lilliput.compress.prune import prune
 
         return prune(open_model(parent_dir), corpus.calibration, system_prompt, config)
+    if isinstance(config, SparsifyConfig):
+        from lilliput.compress.sparsify import sparsify
+
+        return sparsify(open_model(parent_dir), corpus.calibration, system_prompt, config)
     if isinstance(config, DistillConfig):
         from lilliput.compress.distill import distill
 

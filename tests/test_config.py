@@ -62,12 +62,18 @@ def test_unknown_key_is_named_with_the_nearest_known_one(raw, tmp_path):
         ("lora", "merge", 1),
         ("distill", "kl_weight", 1.01),
         ("distill", "temperature", 0),
-        ("prune", "layers", True),
+        ("prune", "amount", {"by": "removed_count", "value": True}),
+        ("prune", "amount", {"by": "removed_count", "value": 2.5}),
+        ("prune", "amount", {"by": "removed_count", "value": 0}),
+        ("prune", "amount", {"by": "removed_share", "value": 1}),
+        ("prune", "amount", {"by": "kept_parameters", "value": 1.5}),
+        ("prune", "amount", {"by": "kept_mib", "value": -1.0}),
+        ("prune", "amount", {"by": "layers", "value": 4}),
     ],
 )
 def test_wrong_type_or_value_is_refused_at_its_place(raw, tmp_path, section, key, value):
     raw["strategies"][section][key] = value
-    assert f"strategies.{section}.{key}: " in refusal(raw, tmp_path)
+    assert f"strategies.{section}.{key}" in refusal(raw, tmp_path)
 
 
 def test_all_problems_are_told_at_once(raw, tmp_path):

@@ -1,12 +1,28 @@
-from types import SimpleNamespace
-
 import pytest
+from transformers import LlamaConfig
 
 from lilliput.config import Params
 from lilliput.errors import ConfigError
 from lilliput.graph import ancestors, check_graph, check_shape, topological_order
 
 BASE = {"from": "source", "apply": "load"}
+SHAPE = LlamaConfig(  # 9 query heads of 64 channels over 3 key-value heads
+    num_hidden_layers=4,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=1000,
+    dtype="bfloat16",
+)
+
+
+def prune(parent, method, by, value, multiple=32):
+    return {
+        "from": parent,
+        "apply": "prune",
+        "with": {"method": method, "amount": {"by": by, "value": value}, "multiple": multiple},
+    }
 
 
 @pytest.fixture
@@ -76,6 +92,12 @@ def test_nothing_follows_a_quantised_candidate(with_candidates, strategy, quanti
     assert f"needs a float parent, but `q` is quantised by {quantiser}" in message
 
 
+@pytest.mark.parametrize("strategy", ["lora", "prune", "gptq"])
+def test_nothing_follows_a_sparse_candidate(with_candidates, strategy):
+    graph = {"base": BASE, "s": {"from": "base", "apply": "sparsify"}, "child": {"from": "s", "apply": strategy}}
+    assert "would not keep the zeros of `s`" in problems(with_candidates(graph))
+
+
 def test_an_adapter_kept_apart_has_no_descendants(with_candidates):
     graph = {
         "base": BASE,
@@ -96,25 +118,50 @@ def test_several_problems_come_together(with_candidates):
     assert "bitz" in message
 
 
+def shape_problems(params) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_shape(params, "base", SHAPE)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("quantiser", ["gptq", "rtn", "awq"])
 def test_shape_is_checked_for_all_descendants(with_candidates, quantiser):
-    shape = SimpleNamespace(num_hidden_layers=4, hidden_size=576, intermediate_size=1536)
     good = {"base": BASE, "p": {"from": "base", "apply": "prune"}, "q": {"from": "p", "apply": quantiser}}
-    check_shape(with_candidates(good), "base", shape)
-    bad = good | {
-        "p": {"from": "base", "apply": "prune", "with": {"layers": 4}},
-        "q": {"from": "p", "apply": quantiser, "with": {"group_size": 128}},
-    }
-    with pytest.raises(ConfigError) as caught:
-        check_shape(with_candidates(bad), "base", shape)
-    assert "removing 4 of 4 layers" in str(caught.value)
-    assert "group_size 128 does not divide" in str(caught.value)
-    assert "choose 64, 32, 16" in str(caught.value)
+    check_shape(with_candidates(good), "base", SHAPE)
+    bad = {"base": BASE, "p": prune("base", "perplexity", "removed_count", 4)}
+    bad["q"] = {"from": "base", "apply": quantiser, "with": {"group_size": 128}}
+    message = shape_problems(with_candidates(bad))
+    assert "candidates.p: strategies.prune.amount: removed_count 4 leaves 0 of 4 layers" in message
+    assert "group_size 128 does not divide the layers' input sizes 576, 1536; choose 64, 32, 16" in message
 
 
 def test_layers_removed_twice_are_added_up(with_candidates):
-    shape = SimpleNamespace(num_hidden_layers=4, hidden_size=64, intermediate_size=128)
-    two = {"from": "base", "apply": "prune", "with": {"layers": 2}}
-    params = with_candidates({"base": BASE, "p": two, "pp": {**two, "from": "p"}})
-    with pytest.raises(ConfigError, match=r"candidates\.pp: removing 4 of 4"):
-        check_shape(params, "base", shape)
+    two = prune("base", "block_influence", "removed_count", 2)
+    message = shape_problems(with_candidates({"base": BASE, "p": two, "pp": {**two, "from": "p"}}))
+    assert message.startswith("candidates.pp: strategies.prune.amount: removed_count 2 leaves 0 of 2 layers")
+
+
+def test_group_size_has_to_divide_the_widths_that_pruning_will_leave(with_candidates):
+    def graph(multiple, value):
+        narrow = prune("base", "neurons", "removed_count", value, multiple)
+        return with_candidates({"base": BASE, "p": narrow, "q": {"from": "p", "apply": "gptq"}})
+
+    check_shape(graph(32, 384), "base", SHAPE)
+    message = shape_problems(graph(8, 8))
+    assert "candidates.q: group_size 32 does not divide the layers' input sizes 576, 1528; choose 8" in message
+
+
+def test_channels_that_heads_cannot_share_are_refused_but_not_after_a_head_went(with_candidates):
+    straight = with_candidates({"base": BASE, "h": prune("base", "hidden", "removed_count", 96)})
+    assert "leaves 480 of 576 hidden channels; choose a smaller `multiple` than 32" in shape_problems(straight)
+    heads = prune("base", "kv_groups", "removed_count", 1)
+    graph = {"base": BASE, "g": heads, "h": prune("g", "hidden", "removed_count", 96)}
+    check_shape(with_candidates(graph | {"q": {"from": "h", "apply": "gptq"}}), "base", SHAPE)
+
+
+def test_the_pattern_needs_the_widths_that_pruning_will_leave_in_fours(with_candidates):
+    graph = {"base": BASE, "p": prune("base", "neurons", "removed_count", 2, 2)}
+    graph["s"] = {"from": "p", "apply": "sparsify", "with": {"pattern": "2:4"}}
+    assert "candidates.s: pattern 2:4 needs inputs in fours, but layers have 576, 1534" in shape_problems(
+        with_candidates(graph)
+    )

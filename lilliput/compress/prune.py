@@ -1,18 +1,18 @@
-"""Pruning: whole layers, neurons of the feed-forward part, or single weights, chosen on calibration text.
+"""Structured pruning: whole layers, neurons, attention heads or channels, chosen on calibration text.
 
-Depth by block influence (Men et al., ShortGPT, arXiv 2403.03853) or perplexity (Song et al., SLEB, arXiv 2402.09025);
-width by how much a neuron gives to the layer's output (Muralidharan et al., Minitron, arXiv 2407.14679); weights by
-|W| · ‖X‖ (Sun et al., Wanda, arXiv 2306.11695). Depth and width leave an architecture that plain transformers opens.
+Layers by block influence (Men et al., ShortGPT, arXiv 2403.03853) or perplexity (Song et al., SLEB, arXiv 2402.09025);
+widths by activations (Muralidharan et al., Minitron, arXiv 2407.14679). Plain transformers opens what remains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch.nn.functional import cosine_similarity
+from torch.nn import Linear, Parameter
+from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -22,13 +22,18 @@ from lilliput.config import PruneConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import perplexity
-from lilliput.models import Opened, decoder_layers
+from lilliput.models import Opened, decoder_layers, stored_dtype
+from lilliput.shape import head_dim, parameters, pruned, size, weights_read_per_token
 
 Texts = Sequence[Sequence[int]]
+History = dict[str, list[tuple[int, float]]]
+
+_READING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # from the residual stream
+_WRITING = ("o_proj", "down_proj")  # to it
 
 
 def prune(parent: Opened, calibration: Sequence[Question], system_prompt: str, config: PruneConfig) -> Result:
-    """`parent` without what matters least on the calibration text, by `config.method`.
+    """`parent` without what matters least on the calibration text, by `config.method` and `config.amount`.
 
     Args:
         parent: float model and tokenizer; the model is changed in place.
@@ -37,36 +42,45 @@ def prune(parent: Opened, calibration: Sequence[Question], system_prompt: str, c
         config: method and how much goes.
 
     Raises:
-        StrategyError: nothing would remain, or the model has no such part.
+        StrategyError: the amount cannot be had, or the model has no such part.
     """
     model, tokenizer = parent
     examples = encode_examples(tokenizer, system_prompt, calibration[: config.calibration_examples])
     texts = [example.input_ids for example in examples]
-    if config.method == "width":
-        facts = narrow_mlp(model, texts, config.width_share, config.width_multiple)
-        return Result(model, tokenizer, facts)
-    if config.method == "wanda":
-        facts = {"zeros": sparsify(model, texts, config.sparsity, config.pattern), "pattern": config.pattern}
-        return Result(model, tokenizer, facts)
-    return _prune_depth(model, tokenizer, texts, config)
+    before, after = model.config, pruned(model.config, config, stored_dtype(model).itemsize)
+    facts = _amounts(before, after, config.method)
+    left, history = facts["units_after"], {}
+    match config.method:
+        case "neurons":
+            prune_neurons(model, texts, left)
+        case "kv_groups" | "query_heads":
+            prune_heads(model, texts, config.method, left)
+        case "hidden":
+            prune_hidden(model, texts, left)
+        case _:
+            removed, history = _least_needed_layers(model, texts, config.method, facts["units_before"] - left)
+            remove_layers(model, removed)
+            facts["removed_layers"] = removed
+    return Result(model, tokenizer, facts, history)
 
 
-def _prune_depth(model: PreTrainedModel, tokenizer: Any, texts: Texts, config: PruneConfig) -> Result:
-    total = len(decoder_layers(model))
-    if config.layers >= total:
-        raise StrategyError(
-            f"strategies.prune.layers: {config.layers} of {total} layers cannot be removed; leave at least one"
-        )
-    if config.method == "perplexity":
-        removed, history = _least_missed(model, texts, config.layers)
-        name = "perplexity_without"
-    else:
-        influence = block_influence(model, texts)
-        removed = sorted(sorted(range(total), key=influence.__getitem__)[: config.layers])
-        name, history = "block_influence", list(enumerate(influence))
-    remove_layers(model, removed)
-    facts = {"removed_layers": removed, "layers_before": total, "layers_after": total - len(removed)}
-    return Result(model, tokenizer, facts, {name: history})
+def _amounts(before: Any, after: Any, method: str) -> dict[str, Any]:
+    """What went, counted in each way an amount can be given."""
+    return {
+        "units_before": size(before, method),
+        "units_after": size(after, method),
+        "kept_parameters": parameters(after) / parameters(before),
+        "kept_latency_estimate": weights_read_per_token(after) / weights_read_per_token(before),
+    }
+
+
+def _least_needed_layers(model: PreTrainedModel, texts: Texts, method: str, count: int) -> tuple[list[int], History]:
+    if method == "perplexity":
+        removed, first = _least_missed(model, texts, count)
+        return removed, {"perplexity_without": first}
+    influence = block_influence(model, texts)
+    removed = sorted(sorted(range(len(influence)), key=influence.__getitem__)[:count])
+    return removed, {"block_influence": list(enumerate(influence))}
 
 
 @torch.inference_mode()
@@ -82,12 +96,8 @@ def block_influence(model: PreTrainedModel, texts: Texts) -> list[float]:
 
         return record
 
-    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
+    with _hooks([layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]):
         tokens = _run(model, texts, "block influence")
-    finally:
-        for handle in handles:
-            handle.remove()
     return (1.0 - similarity / tokens).tolist()
 
 
@@ -114,12 +124,8 @@ def _without(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[None]:
     def pass_on(_module, args, output) -> Any:  # noqa: ANN001
         return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
 
-    handles = [layers[index].register_forward_hook(pass_on) for index in skipped]
-    try:
+    with _hooks([layers[index].register_forward_hook(pass_on) for index in skipped]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> None:
@@ -136,139 +142,215 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> None:
         config.layer_types = [config.layer_types[index] for index in kept]
 
 
-@torch.inference_mode()
-def narrow_mlp(model: PreTrainedModel, texts: Texts, share: float, multiple: int) -> dict[str, Any]:
-    """Takes `share` of the feed-forward neurons out of every layer in place, those that give least to its output.
-
-    Neuron j gives E[|a_j|] · ‖W_down[:, j]‖, where a is what goes into the down projection.
-
-    Args:
-        model: a decoder of the Llama kind with gated feed-forward layers.
-        texts: calibration token ids.
-        share: of the neurons that go.
-        multiple: what remains is the nearest multiple of it.
+@torch.no_grad()  # not inference_mode: what remains is to be trained
+def prune_neurons(model: PreTrainedModel, texts: Texts, left: int) -> None:
+    """Leaves in every layer the `left` feed-forward neurons that add most to the residual stream, in place.
 
     Raises:
-        StrategyError: nothing would go or remain, or the layers have no such projections.
+        StrategyError: the layers have no gated feed-forward part.
     """
-    mlps = [_gated_mlp(layer) for layer in decoder_layers(model)]
-    before = mlps[0].down_proj.in_features
-    after = multiple * round(before * (1.0 - share) / multiple)
-    if not 0 < after < before:
+    mlps = [_part(layer, "mlp", ("gate_proj", "up_proj", "down_proj"), "neurons") for layer in decoder_layers(model)]
+    given = _mean_contributions(model, texts, [mlp.down_proj for mlp in mlps], 1)
+    for mlp, importance in zip(mlps, given, strict=True):
+        kept = _largest(importance, left)
+        _keep(mlp.gate_proj, kept, 0)
+        _keep(mlp.up_proj, kept, 0)
+        _keep(mlp.down_proj, kept, 1)
+    cast("Any", model.config).intermediate_size = left
+
+
+@torch.no_grad()  # not inference_mode: what remains is to be trained
+def prune_heads(model: PreTrainedModel, texts: Texts, method: str, left: int) -> None:
+    """Leaves in every layer the attention heads that add most to the residual stream, in place.
+
+    Args:
+        model: a decoder of the Llama kind.
+        texts: calibration token ids.
+        method: `kv_groups`, key-value heads with all their query heads; or `query_heads`, as many of each group.
+        left: groups a layer, or query heads a group.
+
+    Raises:
+        StrategyError: the layers have no such attention.
+    """
+    config, channels = cast("Any", model.config), head_dim(model.config)
+    groups, heads = config.num_key_value_heads, size(config, "query_heads")
+    attentions = [_attention(layer, groups * heads, channels) for layer in decoder_layers(model)]
+    outputs = [attention.o_proj for attention in attentions]
+    given = _mean_contributions(model, texts, outputs, channels * (heads if method == "kv_groups" else 1))
+    for attention, importance in zip(attentions, given, strict=True):
+        numbers = torch.arange(groups * heads, device=importance.device).view(groups, heads)
+        if method == "kv_groups":
+            kept_groups = _largest(importance, left)
+            kept = numbers[kept_groups]
+        else:
+            kept_groups = torch.arange(groups, device=importance.device)
+            kept = numbers.gather(1, _largest(importance.view(groups, heads), left))
+        _keep(attention.q_proj, _channels_of(kept, channels), 0)
+        _keep(attention.o_proj, _channels_of(kept, channels), 1)
+        _keep(attention.k_proj, _channels_of(kept_groups, channels), 0)
+        _keep(attention.v_proj, _channels_of(kept_groups, channels), 0)
+        attention.num_key_value_groups = kept.shape[1]
+    config.num_attention_heads, config.num_key_value_heads = kept.numel(), len(kept_groups)
+    config.head_dim = channels
+
+
+def _channels_of(heads: torch.Tensor, channels: int) -> torch.Tensor:
+    return (heads.flatten()[:, None] * channels + torch.arange(channels, device=heads.device)).flatten()
+
+
+@torch.no_grad()  # not inference_mode: what remains is to be trained
+def prune_hidden(model: PreTrainedModel, texts: Texts, left: int) -> None:
+    """Leaves the `left` channels of the residual stream that the norms give out most of, the same in every layer.
+
+    Importance of channel i: E|norm(x)_i|, summed over all norms (Minitron). Beyond the paper, each norm's weight is
+    multiplied by √E[mean square of the channels left / of all channels], so that what it gives out keeps its size.
+
+    Raises:
+        StrategyError: the norms are no RMS norms, or parts of a layer are not known.
+    """
+    layers, config = decoder_layers(model), cast("Any", model.config)
+    for layer in layers:
+        _require_llama_parts(layer)
+    norms = _norms(model)
+    channels = config.hidden_size
+    sums, energy = (torch.zeros(len(norms), channels, dtype=torch.float64) for _ in range(2))
+
+    def record(index: int) -> Callable[..., None]:
+        def hook(_module: Any, args: Any, output: torch.Tensor) -> None:
+            squares = args[0].reshape(-1, channels).double().square()
+            energy[index] += normalize(squares, p=1.0, dim=-1).sum(0).cpu()
+            sums[index] += output.reshape(-1, channels).double().abs().sum(0).cpu()
+
+        return hook
+
+    with _hooks([norm.register_forward_hook(record(index)) for index, norm in enumerate(norms)]):
+        _run(model, texts, "hidden")
+    kept = _largest(sums.sum(0), left)
+    gains = (energy[:, kept].sum(1) / energy.sum(1) * channels / left).sqrt()
+    kept = kept.to(norms[0].weight.device)
+    for norm, gain in zip(norms, gains.tolist(), strict=True):
+        norm.weight = Parameter(norm.weight[kept] * gain)
+    _keep_channels(model, kept)
+    config.head_dim, config.hidden_size = head_dim(config), left
+
+
+def _keep_channels(model: PreTrainedModel, kept: torch.Tensor) -> None:
+    """Trims embeddings and projections to the channels `kept`; tied embeddings stay tied."""
+    for layer in decoder_layers(model):
+        for name, module in layer.named_modules():
+            if isinstance(module, Linear):
+                _keep(module, kept, 0 if name.endswith(_WRITING) else 1)
+    table, vocabulary = cast("Any", model.get_input_embeddings()), cast("Any", model.get_output_embeddings())
+    tied = vocabulary.weight is table.weight
+    table.weight, table.embedding_dim = Parameter(table.weight[:, kept].clone()), len(kept)
+    _keep(vocabulary, kept, 1)
+    if tied:
+        vocabulary.weight = table.weight
+
+
+def _norms(model: PreTrainedModel) -> list[Any]:
+    """Every norm of the residual stream, proven to be an RMS norm times its weight."""
+    found = [cast("Any", model.model).norm]
+    for layer in decoder_layers(model):
+        found += [child for name, child in layer.named_children() if "norm" in name]
+    for norm in found:
+        weight = norm.weight
+        trial = torch.linspace(-1.0, 2.0, len(weight), device=weight.device)
+        expected = trial * trial.square().mean().rsqrt() * weight
+        if not torch.allclose(norm(trial), expected, rtol=1e-2, atol=1e-5):
+            raise StrategyError(
+                f"strategies.prune.method: hidden: {type(norm).__name__} is no RMS norm times its weight; "
+                "choose another method"
+            )
+    return found
+
+
+def _require_llama_parts(layer: Any) -> None:
+    _part(layer, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"), "hidden")
+    _part(layer, "mlp", ("gate_proj", "up_proj", "down_proj"), "hidden")
+    for name, parameter in layer.named_parameters():
+        if parameter.dim() > 1 and name.split(".")[-2] not in (*_READING, *_WRITING):
+            raise StrategyError(
+                f"strategies.prune.method: hidden: {type(layer).__name__} has a part it does not know, {name}; "
+                "choose another method"
+            )
+
+
+def _attention(layer: Any, heads: int, channels: int) -> Any:
+    attention = _part(layer, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"), "attention heads")
+    others = [p for name, p in attention.named_parameters() if not name.split(".")[0].endswith("_proj")]
+    shared = all(parameter.numel() == channels for parameter in others)  # by all heads, as Qwen 3's norms
+    if not shared or {attention.q_proj.out_features, attention.o_proj.in_features} != {heads * channels}:
         raise StrategyError(
-            f"strategies.prune.width_share: {share} of {before} neurons leaves {after} (a multiple of {multiple}); "
-            "choose another share or a smaller width_multiple"
+            f"strategies.prune.method: attention heads: {type(attention).__name__} has parts of other sizes than "
+            "its heads; choose another method"
         )
-    sums = [torch.zeros(before, dtype=torch.float64, device=mlp.down_proj.weight.device) for mlp in mlps]
-    handles = [
-        mlp.down_proj.register_forward_pre_hook(_adding_to(total, lambda x: x.abs().sum(0)))
-        for mlp, total in zip(mlps, sums, strict=True)
-    ]
+    return attention
+
+
+def _part(layer: Any, name: str, projections: Sequence[str], method: str) -> Any:
+    part = getattr(layer, name, None)
+    if any(not isinstance(getattr(part, projection, None), Linear) for projection in projections):
+        raise StrategyError(
+            f"strategies.prune.method: {method}: {type(layer).__name__} has no {name} with {', '.join(projections)}; "
+            "choose block_influence"
+        )
+    return part
+
+
+def _mean_contributions(model: PreTrainedModel, texts: Texts, outputs: list[Linear], width: int) -> list[torch.Tensor]:
+    """For each projection and each `width` consecutive inputs u of it, E‖W[:, u] x_u‖: what these add to its output.
+
+    The norm is taken as √(x_uᵀ (W[:, u]ᵀ W[:, u]) x_u). Each result is float64, (inputs / width,).
+    """
+    grams, sums = [], []
+    for output in outputs:
+        weight = output.weight.double().unflatten(1, (-1, width))
+        grams.append(torch.einsum("oui,ouj->uij", weight, weight))
+        sums.append(torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device))
+
+    def adding(gram: torch.Tensor, total: torch.Tensor) -> Callable[..., None]:
+        def hook(_module: Any, args: Any) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).double().unflatten(1, (-1, width))
+            squares = (torch.einsum("nui,uij->nuj", x, gram) * x).sum(-1)
+            total.add_(squares.clamp_min(0.0).sqrt().sum(0))
+
+        return hook
+
+    with _hooks(
+        [
+            output.register_forward_pre_hook(adding(gram, total))
+            for output, gram, total in zip(outputs, grams, sums, strict=True)
+        ]
+    ):
+        tokens = _run(model, texts, "contributions")
+    return [total / tokens for total in sums]
+
+
+def _largest(importance: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` largest values of the last dimension, ascending."""
+    return importance.topk(count).indices.sort(-1).values
+
+
+def _keep(linear: Linear, kept: torch.Tensor, dim: int) -> None:
+    linear.weight = Parameter(linear.weight.index_select(dim, kept).clone())
+    linear.out_features, linear.in_features = linear.weight.shape
+    if linear.bias is not None and dim == 0:
+        linear.bias = Parameter(linear.bias.index_select(0, kept).clone())
+
+
+@contextmanager
+def _hooks(handles: Sequence[Any]) -> Iterator[None]:
     try:
-        _run(model, texts, "neurons")
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    for mlp, total in zip(mlps, sums, strict=True):
-        importance = total * mlp.down_proj.weight.double().norm(dim=0)
-        kept = importance.topk(after).indices.sort().values
-        for projection in (mlp.gate_proj, mlp.up_proj):
-            _keep(projection, kept, 0)
-        _keep(mlp.down_proj, kept, 1)
-    cast("Any", model.config).intermediate_size = after
-    return {"neurons_before": before, "neurons_after": after}
-
-
-def _gated_mlp(layer: Any) -> Any:
-    mlp = getattr(layer, "mlp", None)
-    if any(not isinstance(getattr(mlp, name, None), torch.nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
-        raise StrategyError(
-            f"strategies.prune.method: width: {type(layer).__name__} has no gated feed-forward part (gate_proj, "
-            "up_proj, down_proj); choose block_influence"
-        )
-    return mlp
-
-
-def _keep(linear: torch.nn.Linear, kept: torch.Tensor, dim: int) -> None:
-    linear.weight = torch.nn.Parameter(linear.weight.index_select(dim, kept).clone())
-    linear.out_features, linear.in_features = linear.weight.shape
-    if linear.bias is not None and dim == 0:
-        linear.bias = torch.nn.Parameter(linear.bias.index_select(0, kept).clone())
-
-
-@torch.inference_mode()
-def sparsify(model: PreTrainedModel, texts: Texts, sparsity: float, pattern: str) -> float:
-    """Zeroes weights of every decoder layer's linear parts in place by Wanda; the share of zeros there.
-
-    Layer by layer, each on what the pruned layers before it give out, as in the paper's algorithm 1.
-    """
-    zeros = weights = 0
-    for layer in tqdm(decoder_layers(model), desc="wanda", unit="layer"):
-        linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-        squares = [torch.zeros(linear.in_features, dtype=torch.float64) for linear in linears]
-        handles = [
-            linear.register_forward_pre_hook(_adding_to(total, lambda x: x.square().sum(0)))
-            for linear, total in zip(linears, squares, strict=True)
-        ]
-        handles.append(layer.register_forward_hook(_stop))
-        try:
-            _run(model, texts, "")
-        finally:
-            for handle in handles:
-                handle.remove()
-        for linear, total in zip(linears, squares, strict=True):
-            mask = wanda_mask(linear.weight, total.sqrt(), sparsity, pattern)
-            linear.weight[mask] = 0.0
-            zeros, weights = zeros + int((linear.weight == 0).sum()), weights + linear.weight.numel()
-    return zeros / weights
-
-
-def wanda_mask(weight: torch.Tensor, input_norms: torch.Tensor, sparsity: float, pattern: str) -> torch.Tensor:
-    """Which weights go: in each row, or each four of a row, those of the lowest |W_ij| · ‖X_j‖ (Wanda, eq. 1).
-
-    Args:
-        weight: (outputs, inputs).
-        input_norms: ‖X_j‖ over all tokens, (inputs,).
-        sparsity: share of a row that goes; not used by the pattern 2:4.
-        pattern: `unstructured` or `2:4`.
-
-    Returns:
-        Bool tensor of `weight`'s shape.
-
-    Raises:
-        StrategyError: the inputs are no multiple of four, for the pattern 2:4.
-    """
-    scores = weight.double().abs() * input_norms.to(weight.device)
-    width, gone = weight.shape[1], round(weight.shape[1] * sparsity)
-    if pattern == "2:4":
-        if width % 4:
-            raise StrategyError(f"strategies.prune.pattern: 2:4 needs inputs in fours, but a layer has {width}")
-        scores, gone = scores.reshape(-1, 4), 2
-    lowest = scores.argsort(dim=1, stable=True)[:, :gone]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True).reshape(weight.shape)
-
-
-class _Enough(Exception):
-    """A forward pass has come as far as it is needed."""
-
-
-def _stop(*_: Any) -> None:
-    raise _Enough
-
-
-def _adding_to(total: torch.Tensor, of: Any) -> Any:
-    def hook(_module, args) -> None:  # noqa: ANN001
-        total.add_(of(args[0].reshape(-1, args[0].shape[-1]).double()).to(total.device))
-
-    return hook
 
 
 def _run(model: PreTrainedModel, texts: Texts, label: str) -> int:
     """Runs `model` over `texts`, one at a time, for its hooks; the number of tokens."""
     where = next(model.parameters()).device
-    for text in tqdm(texts, desc=label, unit="text", disable=not label):
-        try:
-            model(input_ids=torch.tensor([list(text)], device=where), use_cache=False)
-        except _Enough:
-            continue
+    for text in tqdm(texts, desc=label, unit="text"):
+        model(input_ids=torch.tensor([list(text)], device=where), use_cache=False)
     return sum(map(len, texts))

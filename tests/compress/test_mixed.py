@@ -56,19 +56,19 @@ def test_predicted_rise_is_the_formula_and_near_the_true_one(opened, facts):
     name, weight = "model.layers.1.mlp.down_proj", model.model.layers[1].mlp.down_proj.weight
     assert weight.grad is None
     assert weight.requires_grad
-    x, gradient = [], []
+    x, gradients = [], []
+
+    def record(_module, args, output) -> None:
+        x.append(args[0][0].detach())
+        output.register_hook(lambda gradient: gradients.append(gradient[0]))
+
+    handle = model.get_submodule(name).register_forward_hook(record)
     for text in texts:
-        handles = [
-            model.get_submodule(name).register_forward_hook(
-                lambda _, args, out: (x.append(args[0][0].detach()), out.register_hook(lambda g: gradient.append(g[0])))
-                and None
-            )
-        ]
         ids = torch.tensor([text])
         cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
-        handles[0].remove()
+    handle.remove()
     error = (weight - rounded(weight, 4, 32, symmetric=False)).detach() ** 2
-    expected = 0.5 * (torch.cat(gradient) ** 2).mean(0) @ error @ (torch.cat(x) ** 2).mean(0)
+    expected = 0.5 * (torch.cat(gradients) ** 2).mean(0) @ error @ (torch.cat(x) ** 2).mean(0)
     assert rises[name][1] == pytest.approx(expected.item(), rel=1e-3)
 
 

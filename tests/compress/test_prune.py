@@ -1,28 +1,32 @@
+import copy
+import hashlib
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
+from transformers import AutoModelForCausalLM, CohereConfig, MistralConfig, Olmo2Config, Qwen2Config, Qwen3Config
 
-from lilliput.compress.prune import block_influence, narrow_mlp, prune, remove_layers, sparsify, wanda_mask
+from lilliput.compress.prune import block_influence, prune, prune_heads, prune_hidden, prune_neurons, remove_layers
 from lilliput.compress.training import encode_examples
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import perplexity
-from lilliput.models import open_model, parameter_count, probe_logits, save_model
+from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
 
 SYSTEM = "Answer briefly."
+TOKENS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0}
 
 
-def config(**changes):
-    values = {
-        "method": "block_influence",
-        "layers": 1,
-        "width_share": 0.25,
-        "width_multiple": 32,
-        "sparsity": 0.5,
-        "pattern": "unstructured",
-        "calibration_examples": 4,
-    }
-    return PruneConfig(**values | changes)
+def config(method="block_influence", by="removed_count", value=1, multiple=32):
+    return PruneConfig(method=method, amount={"by": by, "value": value}, multiple=multiple, calibration_examples=4)
+
+
+def reopened(model, tokenizer, folder):
+    """What plain transformers makes of the checkpoint."""
+    save_model(model, tokenizer, folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_a_layer_that_does_nothing_goes_first(opened, facts):
 
 def test_the_smaller_checkpoint_opens_and_generates(opened, facts, tmp_path):
     before = parameter_count(opened[0])
-    result = prune(opened, facts, SYSTEM, config(layers=2))
+    result = prune(opened, facts, SYSTEM, config(value=2))
     save_model(result.model, result.tokenizer, tmp_path)
     again, _ = open_model(tmp_path)
     assert torch.allclose(
@@ -67,8 +71,8 @@ def test_the_smaller_checkpoint_opens_and_generates(opened, facts, tmp_path):
 
 
 def test_removing_every_layer_is_refused(opened, facts):
-    with pytest.raises(StrategyError, match="leave at least one"):
-        prune(opened, facts, SYSTEM, config(layers=4))
+    with pytest.raises(StrategyError, match=r"leaves 0 of 4 layers.*leaves 1, 2, 3"):
+        prune(opened, facts, SYSTEM, config(value=4))
 
 
 def test_one_entry_a_layer_of_the_configuration_goes_too(opened):
@@ -80,7 +84,7 @@ def test_one_entry_a_layer_of_the_configuration_goes_too(opened):
 
 
 def test_by_perplexity_the_layer_goes_without_which_the_text_is_likeliest(opened, checkpoint, facts, texts):
-    result = prune(opened, facts, SYSTEM, config(method="perplexity"))
+    result = prune(opened, facts, SYSTEM, config("perplexity"))
     without = []
     for layer in range(4):
         model, _ = open_model(checkpoint)
@@ -97,70 +101,135 @@ def test_neurons_that_give_nothing_go_first_and_the_model_is_the_same(opened, fa
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data[:, dead] = 0.0
     expected = probe_logits(model, tokenizer)
-    result = prune(opened, facts, SYSTEM, config(method="width"))
-    assert result.facts == {"neurons_before": 128, "neurons_after": 96}
+    result = prune(opened, facts, SYSTEM, config("neurons", "removed_share", 0.25))
+    assert (result.facts["units_before"], result.facts["units_after"]) == (128, 96)
     assert torch.allclose(probe_logits(result.model, tokenizer), expected, atol=1e-5)
-    save_model(result.model, tokenizer, tmp_path)
-    again, _ = open_model(tmp_path)
+    again = reopened(result.model, tokenizer, tmp_path)
     assert again.config.intermediate_size == again.model.layers[0].mlp.up_proj.out_features == 96
     assert torch.allclose(probe_logits(again, tokenizer), expected, atol=1e-5)
+
+
+def inputs_of(module, model, texts):
+    found = []
+    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0][0].detach()))
+    for text in texts:
+        model(input_ids=torch.tensor([text]))
+    handle.remove()
+    return torch.cat(found)
 
 
 def test_neurons_are_weighed_by_activation_and_outgoing_weights(opened, texts):
     model = opened[0]
     mlp = model.model.layers[0].mlp
-    inputs = []
-    handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].detach()))
-    for text in texts:
-        model(input_ids=torch.tensor([text]))
-    handle.remove()
     weight = mlp.down_proj.weight.detach().clone()
-    importance = torch.cat(inputs).abs().mean(0) * weight.norm(dim=0)
-    narrow_mlp(model, texts, 0.5, 32)
+    importance = inputs_of(mlp.down_proj, model, texts).abs().mean(0) * weight.norm(dim=0)
+    prune_neurons(model, texts, 64)
     kept = importance.topk(64).indices.sort().values
     assert torch.equal(mlp.down_proj.weight, weight[:, kept])
 
 
-def test_a_share_that_takes_nothing_is_refused(opened, texts):
-    with pytest.raises(StrategyError, match=r"width_share: 0.1 of 128 neurons leaves 128"):
-        narrow_mlp(opened[0], texts, 0.1, 32)
+@pytest.mark.parametrize(("method", "left"), [("kv_groups", (2, 1)), ("query_heads", (2, 2))])
+def test_pruned_heads_are_those_that_add_least_and_as_if_their_outputs_were_zero(opened, texts, tmp_path, method, left):
+    model, tokenizer = opened
+    parent = copy.deepcopy(model)
+    for layer, masked in zip(model.model.layers, parent.model.layers, strict=True):  # 4 heads of 16 channels, 2 groups
+        x, weight = inputs_of(layer.self_attn.o_proj, model, texts), masked.self_attn.o_proj.weight.data
+        heads = [x[:, head * 16 : head * 16 + 16] @ weight[:, head * 16 : head * 16 + 16].T for head in range(4)]
+        if method == "kv_groups":
+            sizes = torch.stack([(heads[2 * group] + heads[2 * group + 1]).norm(dim=1).mean() for group in range(2)])
+            gone = [2 * int(sizes.argmin()), 2 * int(sizes.argmin()) + 1]
+        else:
+            sizes = torch.stack([head.norm(dim=1).mean() for head in heads]).view(2, 2)
+            gone = [2 * group + int(sizes[group].argmin()) for group in range(2)]
+        for head in gone:
+            weight[:, head * 16 : head * 16 + 16] = 0.0
+    prune_heads(model, texts, method, 1)
+    again = reopened(model, tokenizer, tmp_path)
+    assert torch.allclose(probe_logits(again, tokenizer), probe_logits(parent, tokenizer), atol=1e-4)
+    assert (again.config.num_attention_heads, again.config.num_key_value_heads) == left
+    assert again.config.head_dim == 16
+    ids = torch.tensor([[5, 6, 7, 8]])  # step by step, in memory, as in one pass
+    past = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    step = model(input_ids=ids[:, 3:], past_key_values=past).logits[0, -1]
+    assert torch.allclose(step, again(input_ids=ids).logits[0, -1], atol=1e-4)
 
 
-def test_wanda_takes_the_lowest_products_of_each_row():
-    weight = torch.tensor([[4.0, -1.0, 2.0, 3.0], [0.1, 0.2, 0.3, 0.4]])
-    norms = torch.tensor([0.1, 10.0, 1.0, 1.0])  # 0.4, 10, 2, 3 and 0.01, 2, 0.3, 0.4
-    lowest = torch.tensor([[True, False, True, False], [True, False, True, False]])
-    assert torch.equal(wanda_mask(weight, norms, 0.5, "unstructured"), lowest)
-    assert wanda_mask(weight, norms, 0.25, "unstructured").sum(1).tolist() == [1, 1]
+def test_channels_that_are_zero_go_first_and_the_model_is_the_same(opened, facts, tmp_path):
+    model, tokenizer = opened
+    gone = torch.arange(0, 64, 2)
+    model.model.embed_tokens.weight.data[:, gone] = 0.0
+    for layer in model.model.layers:
+        for writing in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writing.weight.data[gone] = 0.0
+    expected = probe_logits(model, tokenizer)
+    result = prune(opened, facts, SYSTEM, config("hidden", "removed_share", 0.5))
+    again = reopened(result.model, tokenizer, tmp_path)
+    assert torch.allclose(probe_logits(result.model, tokenizer), expected, atol=1e-3)
+    assert torch.allclose(probe_logits(again, tokenizer), expected, atol=1e-3)
+    assert (again.config.hidden_size, again.config.head_dim) == (32, 16)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-def test_two_of_every_four_go_wherever_the_small_ones_are():
-    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    mask = wanda_mask(weight, torch.ones(16), 0.5, "2:4")
-    assert mask.reshape(-1, 4).sum(1).tolist() == [2] * 24
-    scores = weight.abs().reshape(-1, 4)
-    assert (
-        scores.masked_fill(~mask.reshape(-1, 4), 0).amax(1) <= scores.masked_fill(mask.reshape(-1, 4), 9).amin(1)
-    ).all()
-    with pytest.raises(StrategyError, match="2:4 needs inputs in fours"):
-        wanda_mask(weight[:, :6], torch.ones(6), 0.5, "2:4")
+def test_channels_are_weighed_by_what_all_norms_give_out(opened, texts):
+    model = opened[0]
+    for layer in model.model.layers:
+        torch.nn.init.uniform_(layer.input_layernorm.weight)
+    states = [model(input_ids=torch.tensor([t]), output_hidden_states=True).hidden_states for t in texts]
+    importance = torch.cat([h[-1][0] for h in states]).abs().mean(0)  # transformers' last is after the final norm
+    for layer in model.model.layers:
+        importance += inputs_of(layer.self_attn.q_proj, model, texts).abs().mean(0)
+        importance += inputs_of(layer.mlp.up_proj, model, texts).abs().mean(0)
+    table = model.model.embed_tokens.weight.detach().clone()
+    prune_hidden(model, texts, 32)
+    assert torch.equal(model.model.embed_tokens.weight, table[:, importance.topk(32).indices.sort().values])
 
 
-def test_wanda_disturbs_the_outputs_less_than_magnitude_alone(opened, checkpoint, texts):
-    def outputs(model):
-        with torch.no_grad():
-            return torch.cat([model(input_ids=torch.tensor([text])).logits[0] for text in texts])
+@pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config, Qwen3Config])
+def test_other_architectures_open_as_they_were_pruned(kind, tmp_path):
+    model = random_model(kind(**SMALL), seed=0).eval()
+    prune_neurons(model, TOKENS, 20)
+    prune_heads(model, TOKENS, "query_heads", 1)
+    prune_heads(model, TOKENS, "kv_groups", 1)
+    prune_hidden(model, TOKENS, 12)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor(TOKENS[:1])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+    assert (again.config.hidden_size, again.config.num_attention_heads, again.config.head_dim) == (12, 1, 4)
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
 
-    whole = outputs(opened[0])
-    assert sparsify(opened[0], texts, 0.5, "unstructured") == pytest.approx(0.5)
-    by_magnitude, _ = open_model(checkpoint)
-    for layer in by_magnitude.model.layers:
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.data[wanda_mask(module.weight, torch.ones(module.in_features), 0.5, "unstructured")] = 0.0
-    assert (outputs(opened[0]) - whole).norm() < (outputs(by_magnitude) - whole).norm()
+
+def test_what_is_not_of_the_llama_kind_is_refused_before_anything_is_cut():
+    by_all_heads = random_model(Olmo2Config(**SMALL), seed=0)
+    with pytest.raises(StrategyError, match="parts of other sizes than its heads"):
+        prune_heads(by_all_heads, TOKENS, "kv_groups", 1)
+    other_norm = random_model(CohereConfig(**SMALL), seed=0)
+    before = parameter_count(other_norm)
+    with pytest.raises(StrategyError, match="no RMS norm times its weight"):
+        prune_hidden(other_norm, TOKENS, 12)
+    assert parameter_count(other_norm) == before
 
 
-def test_the_pattern_needs_half(opened):
-    with pytest.raises(ValueError, match=r"2:4 is a sparsity of 0\.5"):
-        config(pattern="2:4", sparsity=0.6)
+@pytest.mark.parametrize("method", ["neurons", "query_heads", "hidden"])
+def test_same_inputs_same_bytes(checkpoint, facts, tmp_path, method):
+    def digest(name):
+        model = prune(open_model(checkpoint), facts, SYSTEM, config(method, "removed_share", 0.5)).model
+        model.save_pretrained(tmp_path / name)
+        return hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
+
+    assert digest("first") == digest("second")
+
+
+@pytest.mark.parametrize(
+    ("method", "by", "value", "left"),
+    [
+        ("perplexity", "kept_parameters", 0.98, 2),
+        ("neurons", "kept_mib", 12.3, 32),
+        ("hidden", "kept_parameters", 0.6, 32),
+    ],
+)
+def test_the_largest_size_within_the_target_is_left(opened, facts, method, by, value, left):
+    parameters = parameter_count(opened[0])
+    result = prune(opened, facts, SYSTEM, config(method, by, value))
+    assert result.facts["units_after"] == left
+    assert result.facts["kept_parameters"] == parameter_count(result.model) / parameters
