@@ -13,6 +13,7 @@ BASE = {"from": "source", "apply": "load"}
 def with_candidates(tiny_params):
     def make(candidates) -> Params:
         raw = tiny_params.model_dump(mode="json", by_alias=True) | {"candidates": candidates}
+        raw["caching"]["candidates"] = []
         return Params.model_validate_json(__import__("json").dumps(raw))
 
     return make
@@ -116,3 +117,13 @@ def test_layers_removed_twice_are_added_up(with_candidates):
     params = with_candidates({"base": BASE, "p": two, "pp": {**two, "from": "p"}})
     with pytest.raises(ConfigError, match=r"candidates\.pp: removing 4 of 4"):
         check_shape(params, "base", shape)
+
+
+def test_caching_needs_known_candidates_and_a_recipe(with_candidates):
+    params = with_candidates({"base": BASE})
+    caching = params.caching.model_copy(update={"candidates": ("base", "pockt")})
+    data = params.data.model_copy(update={"source": "mine.jsonl"})
+    message = problems(params.model_copy(update={"caching": caching, "data": data}))
+    assert "caching.candidates: unknown candidate `pockt`; name one of: base" in message
+    assert "caching.candidates: paraphrases come from the phrasings of a recipe" in message
+    check_graph(params.model_copy(update={"data": data}), "params.yaml")  # not asked for, not refused

@@ -31,7 +31,7 @@ class Impact:
 
 
 def impacts(candidates: Sequence[Mapping[str, Any]], differences: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each candidate that has a parent: candidate, strategy, parent and an Impact for each of METRICS.
+    """A row for each candidate that has a parent: candidate, title and an Impact for each of METRICS.
 
     Args:
         candidates: rows of name, strategy, parent and record.
@@ -44,10 +44,31 @@ def impacts(candidates: Sequence[Mapping[str, Any]], differences: Iterable[Mappi
         if row["parent"] in records:
             cells = {metric: _of_difference(found.get((row["name"], metric)), metric) for metric in METRICS}
             cells["size_bytes"] = _of_sizes(records[row["parent"]]["size_bytes"], row["record"]["size_bytes"])
-            rows.append(
-                {"candidate": row["name"], "strategy": row["strategy"], "parent": row["parent"], "cells": cells}
-            )
+            title = f"{row['strategy']} ({row['name']} from {row['parent']})"
+            rows.append({"candidate": row["name"], "title": title, "cells": cells})
     return rows
+
+
+def caching_impacts(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the same form for prefix reuse, and for the answer cache on top of it.
+
+    Args:
+        measured: the caching record of each candidate that has one.
+    """
+    rows = []
+    for name, record in measured.items():
+        steps = {"prefix": "prefix reuse", "cache": "answer cache, added to prefix reuse"}
+        for step, title in steps.items():
+            found = record["differences"][step]
+            cells = {metric: _of_difference(_as_row(found.get(metric)), metric) for metric in METRICS}
+            more = record["cache_bytes"] if step == "cache" else 0
+            cells["size_bytes"] = _of_sizes(record["size_bytes"], record["size_bytes"] + more)
+            rows.append({"candidate": name, "title": f"{title} ({name}, {record['queries']} queries)", "cells": cells})
+    return rows
+
+
+def _as_row(found: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return found and {"difference": found, "real": found["real"]}
 
 
 def _of_difference(row: Mapping[str, Any] | None, metric: str) -> Impact:
