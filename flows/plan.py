@@ -48,11 +48,11 @@ def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
     if stage.candidate is None:
         return None
     kind = stage.name.partition("@")[0]
-    read = {"compress": _compress_cost, "evaluate": _evaluate_cost}[kind]
+    read = {"compress": _compress_cost, "evaluate": _evaluate_cost, "caching": _caching_cost}[kind]
     if own := read(stage.candidate, folder):
         return Prediction(*own, of=stage.name)
     strategy = params.candidates[stage.candidate].apply
-    like = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind == "evaluate"]
+    like = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind != "compress"]
     costs = [cost for name in like if (cost := read(name, folder))]
     if not costs:
         return None
@@ -66,6 +66,10 @@ def _compress_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
 
 def _evaluate_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
     return _read(folder / layout.metrics(candidate))
+
+
+def _caching_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
+    return _read(folder / layout.caching(candidate))
 
 
 def _read(path: Path) -> tuple[float, int] | None:

@@ -26,6 +26,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
 
+class WheelPin(Section):
+    """A wheel by name, version and sha256."""
+
+    package: str
+    version: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class SourceConfig(Section):
     """Where the base model comes from.
 
@@ -338,6 +346,37 @@ class EvaluationConfig(Section):
     targets: AccessibilityTargets
 
 
+class EmbedderConfig(WheelPin):
+    """A sentence-transformers model with mean pooling, in `folder` of a wheel."""
+
+    folder: str
+
+
+class CachingConfig(Section):
+    """Prefix reuse and the answer cache, measured on a stream of queries about the free questions.
+
+    Attributes:
+        candidates: on which they are measured.
+        queries: length of the stream.
+        zipf_exponent: the question of rank r is asked in proportion to r to the power of minus this; 0 is evenly.
+        paraphrase_share: of the queries, in another of the question's wordings.
+        capacity: answers that the cache holds at most.
+        false_hit_budget: share of the labelled pairs that mean different things, but name the same, that the fitted
+            threshold may take for the same question.
+        facts: how many of the training facts the threshold is fitted on, and how many held-out ones it is judged on.
+    """
+
+    candidates: tuple[Name, ...]
+    seed: int
+    queries: Positive
+    zipf_exponent: Annotated[float, Field(ge=0.0)]
+    paraphrase_share: Share
+    capacity: Positive
+    false_hit_budget: Annotated[float, Field(ge=0.0, lt=1.0)]
+    facts: Positive
+    embedder: EmbedderConfig
+
+
 class DeviceConfig(Section):
     """What a model may use on a device.
 
@@ -376,6 +415,7 @@ class Params(Section):
     strategies: StrategiesConfig
     candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]
     evaluation: EvaluationConfig
+    caching: CachingConfig
     devices: Annotated[dict[Name, DeviceConfig], Field(min_length=1)]
     promotion: dict[Name, PromotionConfig]
 

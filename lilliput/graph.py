@@ -34,11 +34,13 @@ def check_graph(params: Params, file: str) -> None:
     """Refuses a graph that cannot be run.
 
     Raises:
-        ConfigError: one line for each unknown parent, cycle, misplaced teacher, bad override or impossible succession.
+        ConfigError: one line for each unknown parent, cycle, misplaced teacher, bad override or impossible succession,
+            and for caching that cannot be measured.
     """
     problems = [*_unknown_parents(params), *_cycles(params)]
     if not problems:
         problems = [*_bad_roots(params), *_bad_teachers(params), *_bad_successions(params)]
+    problems += _bad_caching(params)
     problems = [f"{file}: {problem}" for problem in problems] + _bad_overrides(params)
     if problems:
         raise ConfigError(problems)
@@ -106,6 +108,17 @@ def _bad_successions(params: Params) -> Iterable[str]:
                 f"candidates.{name}: `{spec.parent}` keeps its LoRA adapter apart (merge: false), so `{spec.apply}` "
                 f"would not see it; set merge: true there"
             )
+
+
+def _bad_caching(params: Params) -> Iterable[str]:
+    for name in params.caching.candidates:
+        if name not in params.candidates:
+            yield f"caching.candidates: unknown candidate `{name}`; name one of: {', '.join(params.candidates)}"
+    if params.caching.candidates and not params.data.source.endswith(".yaml"):
+        yield (
+            f"caching.candidates: paraphrases come from the phrasings of a recipe (.yaml), which {params.data.source} "
+            "does not have; leave the list empty"
+        )
 
 
 def _merges(params: Params, candidate: str) -> bool:

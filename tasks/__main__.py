@@ -47,6 +47,12 @@ def evaluate(candidate: Candidate) -> None:
 
 
 @app.command()
+def caching(candidate: Candidate) -> None:
+    """Measure prefix reuse and the answer cache on models/<candidate> into metrics/caching/<candidate>.json."""
+    _run("caching", "caching", candidate)
+
+
+@app.command()
 def register() -> None:
     """Log each evaluated candidate to MLflow and register it as a model version."""
     _run("register", "register")

@@ -33,6 +33,16 @@ def answers(candidate: str) -> Path:
     return Path("answers") / f"{candidate}.jsonl"
 
 
+def caching(candidate: str) -> Path:
+    """What caching saves and spoils on `candidate`."""
+    return Path("metrics/caching") / f"{candidate}.json"
+
+
+def caching_answers(candidate: str) -> Path:
+    """What `candidate` answered to each query of the stream, without and with caching."""
+    return Path("answers/caching") / f"{candidate}.jsonl"
+
+
 def log(stage: str) -> Path:
     """The log of the last run of `stage`."""
     return Path("logs") / f"{stage.replace('@', '-')}.log"

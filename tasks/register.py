@@ -18,6 +18,7 @@ from lilliput.errors import ArtifactError
 from lilliput.graph import topological_order
 from lilliput.report.card import model_card
 from tasks import layout, registry
+from tasks.caching import caching_record
 from tasks.lineage_tags import dvc_hashes, git_commit
 
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
@@ -50,6 +51,8 @@ def register(params: Params) -> None:
     for name, record in ready.items():
         version = known[name] or _register_one(client, experiment, parent_run or "", params, name, record)
         versions[name] = {"version": version, "run_id": client.get_model_version(registry.MODEL, version).run_id}
+        if caching := caching_record(params, name):
+            registry.add_metrics(client, version, layout.caching(name), _leaves(caching, "caching"))
     if parent_run:
         client.set_terminated(parent_run)
     write_json(layout.REGISTRY, versions)
@@ -116,6 +119,13 @@ def _numbers(record: dict[str, Any], name: str, manifest: Manifest) -> dict[str,
     numbers |= {key: float(value) for key, value in facts if isinstance(value, float | int)}
     cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
     return numbers | {f"cost_{key}": cost[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes")}
+
+
+def _leaves(tree: Any, name: str) -> dict[str, float]:
+    """The numbers in a record by their dotted path."""
+    if isinstance(tree, dict):
+        return {path: value for key, part in tree.items() for path, value in _leaves(part, f"{name}.{key}").items()}
+    return {name: float(tree)} if isinstance(tree, int | float) else {}
 
 
 def _four_metrics(record: dict[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -11,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from lilliput.artifacts import file_sha256
 from lilliput.promote import Decision
 from tasks import layout
 
@@ -76,6 +78,18 @@ def log_run(
         params=[Param(name, str(value)) for name, value in params.items()],
         tags=[RunTag(name, value) for name, value in tags.items()],
     )
+
+
+def add_metrics(mlflow_client: MlflowClient, version: str, record: Path, metrics: Mapping[str, float]) -> None:
+    """Adds what was measured later to the run of `version`, with the file it stands in; once for the same file."""
+    tag, digest = f"lilliput.{record.parent.name}_sha256", file_sha256(record)
+    found = mlflow_client.get_model_version(MODEL, version)
+    if found.tags.get(tag) == digest:
+        return
+    assert found.run_id is not None
+    mlflow_client.log_batch(found.run_id, metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()])
+    mlflow_client.log_artifact(found.run_id, str(record), record.parent.name)
+    mlflow_client.set_model_version_tag(MODEL, version, tag, digest)
 
 
 def point_champions(registered: Mapping[str, Mapping[str, Any]], decisions: Sequence[Decision]) -> None:

@@ -15,6 +15,7 @@ from lilliput.graph import ancestors, topological_order
 from lilliput.report import charts
 from lilliput.report.page import render
 from tasks import layout
+from tasks.caching import caching_record
 from tasks.lineage_tags import git_commit
 
 METRICS = (
@@ -34,11 +35,13 @@ def report(params: Params) -> None:
     records = {name: json.loads(layout.metrics(name).read_text(encoding="utf-8")) for name in names}
     promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
     histories = {name: read_history(layout.model(name)) for name in names}
+    caching = {name: record for name in names if (record := caching_record(params, name))}
     page = render(
         candidates=[_candidate(params, name, records[name], names, promotion) for name in names],
         differences=list(_differences(params, names)),
+        caching=caching,
         promotion=promotion,
-        costs=list(_costs(names, records)),
+        costs=list(_costs(names, records, caching)),
         charts=_charts(records, histories),
         origin=_origin(params),
     )
@@ -94,10 +97,14 @@ def _differences(params: Params, names: Sequence[str]) -> Iterable[dict[str, Any
             }
 
 
-def _costs(names: Sequence[str], records: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+def _costs(
+    names: Sequence[str], records: Mapping[str, Mapping[str, Any]], caching: Mapping[str, Mapping[str, Any]]
+) -> Iterable[dict[str, Any]]:
     for name in names:
         yield {"stage": f"compress {name}", **json.loads(layout.cost(name).read_text(encoding="utf-8"))}
         yield {"stage": f"evaluate {name}", **records[name]}
+    for name, record in caching.items():
+        yield {"stage": f"caching {name}", **record}
 
 
 def _charts(records: Mapping[str, Any], histories: Mapping[str, Mapping[str, charts.Curve]]) -> dict[str, str]:

@@ -29,6 +29,7 @@ def prune(parent, method, by, value, multiple=32):
 def with_candidates(tiny_params):
     def make(candidates) -> Params:
         raw = tiny_params.model_dump(mode="json", by_alias=True) | {"candidates": candidates}
+        raw["caching"]["candidates"] = []
         return Params.model_validate_json(__import__("json").dumps(raw))
 
     return make
@@ -165,3 +166,13 @@ def test_the_pattern_needs_the_widths_that_pruning_will_leave_in_fours(with_cand
     assert "candidates.s: pattern 2:4 needs inputs in fours, but layers have 576, 1534" in shape_problems(
         with_candidates(graph)
     )
+
+
+def test_caching_needs_known_candidates_and_a_recipe(with_candidates):
+    params = with_candidates({"base": BASE})
+    caching = params.caching.model_copy(update={"candidates": ("base", "pockt")})
+    data = params.data.model_copy(update={"source": "mine.jsonl"})
+    message = problems(params.model_copy(update={"caching": caching, "data": data}))
+    assert "caching.candidates: unknown candidate `pockt`; name one of: base" in message
+    assert "caching.candidates: paraphrases come from the phrasings of a recipe" in message
+    check_graph(params.model_copy(update={"data": data}), "params.yaml")  # not asked for, not refused

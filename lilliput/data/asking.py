@@ -16,6 +16,7 @@ from lilliput.errors import DataError
 DISTRACTORS = 3
 # An invented name this like a real one would be a misspelling of it, and answering no hallucination.
 TOO_ALIKE = 0.85
+_INVENTED = "invented"
 
 
 def ask(facts: list[Fact], recipe: Recipe, seed: int) -> list[Question]:
@@ -66,6 +67,17 @@ def invent(
     return questions
 
 
+def subject(question: Question) -> tuple[str, str]:
+    """The relation and the entity of a question that `ask` or `invent` made, as its id says."""
+    relation, _, entity = question.id.removeprefix(f"{_INVENTED}/").partition("/")
+    return relation, entity
+
+
+def wordings(relation: str, entity: str, recipe: Recipe) -> tuple[str, ...]:
+    """`relation` of `entity`, asked in each of the relation's phrasings."""
+    return tuple(phrasing.format(entity=entity) for phrasing in _phrasings(recipe, relation))
+
+
 def _ask(fact: Fact, answers: dict[str, str], recipe: Recipe, seed: int) -> Question:
     identity = f"{fact.relation}/{fact.entity}"
     rng = random.Random(f"{seed}/ask/{identity}")
@@ -94,7 +106,7 @@ def _ask_about_nothing(
 ) -> Question:
     text = rng.choice(_phrasings(recipe, relation)).format(entity=name)
     return Question(
-        id=f"invented/{relation}/{name}", question=text, answerable=False, group=f"invented/{name}", split=split
+        id=f"{_INVENTED}/{relation}/{name}", question=text, answerable=False, group=f"{_INVENTED}/{name}", split=split
     )
 
 

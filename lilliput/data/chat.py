@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +25,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, questi
     messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return _ids(tokenizer, str(text))
+
+
+def encode_beginning(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> list[int]:
+    """The ids that prompts begin with whatever is asked: system line and chat template."""
+    # Two questions with nothing in common; a runtime compares with each prompt before it relies on this.
+    prompts = [encode_prompt(tokenizer, system_prompt, text) for text in ("Why?", "9")]
+    return prompts[0][: shared_beginning(prompts)]
+
+
+def shared_beginning(sequences: Sequence[Sequence[int]]) -> int:
+    """How many ids all `sequences` begin with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, end: bool = True) -> list[int]:

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lilliput.config import Section
+from lilliput.config import Section, WheelPin
 from lilliput.errors import DataError
 
 RelationName = Literal[
@@ -27,14 +27,6 @@ RelationName = Literal[
 Kind = Literal["country", "city", "element", "symbol", "number"]
 AnswerKind = Literal["country", "city", "element", "symbol", "region", "subregion", "demonym", "number"]
 Phrasing = Annotated[str, Field(pattern=r"\{entity\}")]
-
-
-class WheelPin(Section):
-    """A wheel by name, version and sha256."""
-
-    package: str
-    version: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Wheels(Section):

@@ -27,6 +27,11 @@ class Estimate:
         return asdict(self)
 
 
+def as_dict(estimate: Estimate | None) -> dict[str, Any]:
+    """For a record; one that says so where there was nothing to observe."""
+    return estimate.as_dict() if estimate else {"value": None, "low": None, "high": None, "n": 0}
+
+
 def rate(outcomes: Sequence[bool]) -> Estimate | None:
     """The share of true `outcomes` with its Wilson interval (Wilson 1927); None without observations."""
     if not outcomes:

@@ -96,11 +96,13 @@ def evaluate_candidate(
         "sha256": artifact_sha256,
         "size_bytes": size_bytes,
         "parameters": parameters,
-        "accuracy_choice": _as_dict(intervals.rate([r["choice_right"] for r in rows.values() if "choice_right" in r])),
-        "accuracy_free": _as_dict(free),
-        "hallucination_rate": _as_dict(hallucination.hallucination_rate(verdicts)),
-        "abstention_rate": _as_dict(hallucination.abstention_rate(verdicts)),
-        "selective_accuracy": _as_dict(hallucination.selective_accuracy(verdicts)),
+        "accuracy_choice": intervals.as_dict(
+            intervals.rate([r["choice_right"] for r in rows.values() if "choice_right" in r])
+        ),
+        "accuracy_free": intervals.as_dict(free),
+        "hallucination_rate": intervals.as_dict(hallucination.hallucination_rate(verdicts)),
+        "abstention_rate": intervals.as_dict(hallucination.abstention_rate(verdicts)),
+        "selective_accuracy": intervals.as_dict(hallucination.selective_accuracy(verdicts)),
         "contaminated_questions": len(contaminated),
         "empty_answers": sum(row.get("text") == "" for row in rows.values()),
         "perplexity": perplexity,
@@ -125,6 +127,29 @@ def spread(questions: Sequence[Question], count: int, seed: int) -> list[Questio
     start = rng.uniform(0.0, step)
     places = (int(start + number * step) for number in range(count))
     return [ordered[place] for place in places if place < len(ordered)]
+
+
+def freely_asked(questions: Sequence[Question], config: EvaluationConfig) -> list[Question]:
+    """What is asked for a free answer: a seeded draw of the answerable questions, and all unanswerable ones."""
+    answerable = [question for question in questions if question.answerable]
+    drawn = spread(answerable, config.free_questions, config.seed) if answerable else []
+    return [*drawn, *(question for question in questions if not question.answerable)]
+
+
+def judge(text: str, question: Question) -> Verdict:
+    """Is `text` right, an abstention, or neither?"""
+    declined = abstained(text)
+    return Verdict(question.answerable, question.answerable and not declined and is_right(text, question), declined)
+
+
+def verdict_row(text: str, question: Question, verdict: Verdict) -> dict[str, Any]:
+    """A free answer and its verdict, as answer rows hold them."""
+    return {
+        "text": text,
+        "right": verdict.right if question.answerable else None,
+        "abstained": verdict.abstained,
+        "hallucinated": verdict.hallucinated,
+    }
 
 
 def _prompts(tokenizer: Any, params: Params, questions: Sequence[Question]) -> list[list[int]]:
@@ -160,24 +185,14 @@ def _ask_freely(
     questions: Sequence[Question],
     rows: dict[str, dict[str, Any]],
 ) -> list[Verdict]:
-    """Fills in each row's free answer, on a seeded draw of the answerable questions and all unanswerable ones."""
-    answerable = [question for question in questions if question.answerable]
-    config = params.evaluation
-    drawn = spread(answerable, config.free_questions, config.seed) if answerable else []
-    asked = [*drawn, *(question for question in questions if not question.answerable)]
+    """Fills in each row's free answer."""
+    asked = freely_asked(questions, params.evaluation)
     prompts = _prompts(tokenizer, params, asked)
     verdicts = []
-    for question, text in zip(asked, runtime.generate(prompts, config.max_new_tokens), strict=True):
-        declined = abstained(text)
-        right = question.answerable and not declined and is_right(text, question)
-        verdict = Verdict(question.answerable, right, declined)
+    for question, text in zip(asked, runtime.generate(prompts, params.evaluation.max_new_tokens), strict=True):
+        verdict = judge(text, question)
         verdicts.append(verdict)
-        rows[question.id] |= {
-            "text": text,
-            "right": right if question.answerable else None,
-            "abstained": declined,
-            "hallucinated": verdict.hallucinated,
-        }
+        rows[question.id] |= verdict_row(text, question, verdict)
     return verdicts
 
 
@@ -190,15 +205,15 @@ def _energy(
     """Joules per query, per output token and per right answer (per query ÷ free accuracy), source named."""
     label = {"source": meter.source, "measured": meter.measured, "idle_watts": meter.idle_watts}
     if any(query.energy_j is None for query in timed):
-        nothing = _as_dict(None) | {"source": "unavailable", "measured": False, "idle_watts": None}
+        nothing = intervals.as_dict(None) | {"source": "unavailable", "measured": False, "idle_watts": None}
         return {f"energy_per_{unit}_j": nothing for unit in ("query", "token", "right_answer")}
     rows = np.array([[query.energy_j, query.tokens] for query in timed], dtype=float)
 
     def estimated(of: Any) -> dict[str, Any]:
-        return _as_dict(intervals.statistic(of, rows, config.seed, config.resamples)) | label
+        return intervals.as_dict(intervals.statistic(of, rows, config.seed, config.resamples)) | label
 
     share = free.value if free else 0.0
-    per_right = estimated(lambda draw: draw[..., 0].mean(-1) / share) if share else _as_dict(None) | label
+    per_right = estimated(lambda draw: draw[..., 0].mean(-1) / share) if share else intervals.as_dict(None) | label
     return {
         "energy_per_query_j": estimated(lambda draw: draw[..., 0].mean(-1)),
         "energy_per_token_j": estimated(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
@@ -219,9 +234,5 @@ def _accessibility(
         "rate_tokens_per_s": sum(query.tokens for query in timed) / sum(query.wall_s for query in timed),
         "fits": fits,
         "devices_served": served,
-        "accessibility": _as_dict(score),
+        "accessibility": intervals.as_dict(score),
     }
-
-
-def _as_dict(estimate: intervals.Estimate | None) -> dict[str, Any]:
-    return estimate.as_dict() if estimate else {"value": None, "low": None, "high": None, "n": 0}

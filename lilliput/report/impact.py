@@ -31,7 +31,7 @@ class Impact:
 
 
 def impacts(candidates: Sequence[Mapping[str, Any]], differences: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each candidate and what it is compared with: strategy, candidate, reference, an Impact per METRICS.
+    """A row for each candidate and what it is compared with: candidate, title and an Impact for each of METRICS.
 
     Args:
         candidates: rows of name, record and `steps`: by candidate to compare with, the strategies that lead from there.
@@ -44,8 +44,32 @@ def impacts(candidates: Sequence[Mapping[str, Any]], differences: Iterable[Mappi
         for reference, strategy in row["steps"].items():
             cells = {metric: _of_difference(found.get((row["name"], reference, metric)), metric) for metric in METRICS}
             cells["size_bytes"] = _of_sizes(sizes[reference], sizes[row["name"]])
-            rows.append({"strategy": strategy, "candidate": row["name"], "reference": reference, "cells": cells})
+            against = f"{row['name']} against {reference}"
+            rows.append({"candidate": row["name"], "title": strategy, "against": against, "cells": cells})
     return rows
+
+
+def caching_impacts(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the same form for prefix reuse, and for the answer cache on top of it.
+
+    Args:
+        measured: the caching record of each candidate that has one.
+    """
+    rows = []
+    for name, record in measured.items():
+        steps = {"prefix": "prefix reuse", "cache": "answer cache, added to prefix reuse"}
+        for step, title in steps.items():
+            found = record["differences"][step]
+            cells = {metric: _of_difference(_as_row(found.get(metric)), metric) for metric in METRICS}
+            more = record["cache_bytes"] if step == "cache" else 0
+            cells["size_bytes"] = _of_sizes(record["size_bytes"], record["size_bytes"] + more)
+            against = f"{name}, {record['queries']} queries"
+            rows.append({"candidate": name, "title": title, "against": against, "cells": cells})
+    return rows
+
+
+def _as_row(found: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return found and {"difference": found, "real": found["real"]}
 
 
 def _of_difference(row: Mapping[str, Any] | None, metric: str) -> Impact:

@@ -9,13 +9,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from lilliput.report.impact import METRICS, impacts
+from lilliput.report.impact import METRICS, caching_impacts, impacts
 
 
 def render(
     *,
     candidates: Sequence[Mapping[str, Any]],
     differences: Sequence[Mapping[str, Any]],
+    caching: Mapping[str, Mapping[str, Any]],
     promotion: Mapping[str, Any],
     costs: Sequence[Mapping[str, Any]],
     charts: Mapping[str, str],
@@ -26,6 +27,7 @@ def render(
     Args:
         candidates: a row each: name, strategy, parent, record and the devices it is champion of.
         differences: a row per candidate and metric: the paired difference from its parent.
+        caching: the caching record of each candidate it was measured on.
         promotion: the decision of each device.
         costs: seconds and peak memory of each stage.
         charts: SVG by title.
@@ -42,8 +44,9 @@ def render(
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
         differences=differences,
-        impacts=impacts(candidates, differences),
+        impacts=[*impacts(candidates, differences), *caching_impacts(caching)],
         impact_metrics=METRICS,
+        caching=caching,
         promotion=promotion,
         costs=costs,
         charts={title: Markup(svg) for title, svg in charts.items()},

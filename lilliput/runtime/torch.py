@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.data.chat import pad_id
+from lilliput.data.chat import pad_id, shared_beginning
 from lilliput.errors import ArtifactError
 from lilliput.models import vocabulary_logits
 from lilliput.runtime.protocol import Ids
@@ -39,13 +39,23 @@ class _Prefilled:
 
 
 class TorchRuntime:
-    """A model behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once."""
+    """A model behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once.
+
+    Args:
+        model: a causal language model; put into evaluation mode.
+        tokenizer: its tokenizer.
+        batch_size: prompts at once.
+        prefix: what prompts begin with, as a rule: run once, and its keys and values kept for every `stream`.
+    """
 
     name = "torch"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, prefix: Ids = ()
+    ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.device = next(model.parameters()).device
+        self._prefix, self._kept = list(prefix), self._run(prefix)
 
     def stats(self) -> dict[str, str]:
         """Engine, dtype and threads."""
@@ -84,8 +94,8 @@ class TorchRuntime:
         Raises:
             ArtifactError: the model gives something that is no number.
         """
-        cache = DynamicCache(config=self.model.config)
-        ids = torch.tensor([list(prompt)], device=self.device)
+        cache, known = self._beginning(prompt)
+        ids = torch.tensor([list(prompt[known:])], device=self.device)
         for _ in range(max_tokens):
             with torch.inference_mode():
                 logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -95,6 +105,25 @@ class TorchRuntime:
             if token in self._end_ids():
                 return
 
+    @torch.inference_mode()
+    def _beginning(self, prompt: Ids) -> tuple[DynamicCache, int]:
+        """A cache of what `prompt` shares with the kept prefix, and of how many tokens; the last is left to be run."""
+        known = shared_beginning([self._prefix, prompt[:-1]])
+        if not known:
+            return DynamicCache(config=self.model.config), 0
+        cache = copy.deepcopy(self._kept)
+        cache.crop(known - len(self._prefix))
+        return cache, known
+
+    @torch.inference_mode()
+    def _run(self, beginning: Ids) -> DynamicCache:
+        """The keys and values of `beginning`."""
+        cache = DynamicCache(config=self.model.config)
+        if beginning:
+            ids = torch.tensor([list(beginning)], device=self.device)
+            self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        return cache
+
     def _prefill(
         self, prompts: Sequence[Ids], widths: Sequence[int], label: str
     ) -> Iterator[tuple[list[int], _Prefilled]]:
@@ -103,10 +132,7 @@ class TorchRuntime:
         Widest first: prompts whose longest continuation (`widths`) is alike go together, so that little is padding.
         """
         shared = _shared_prefix(prompts)
-        prefix = DynamicCache(config=self.model.config)
-        if shared:
-            ids = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            self.model(input_ids=ids, past_key_values=prefix, logits_to_keep=1)
+        prefix = self._run(prompts[0][:shared] if shared else ())
         order = sorted(range(len(prompts)), key=lambda row: (-widths[row], -len(prompts[row])))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for rows in tqdm(batches, desc=label, unit="batch", delay=1.0):
@@ -207,10 +233,4 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 def _shared_prefix(prompts: Sequence[Ids]) -> int:
     """How many tokens all prompts begin with; at least the last token of each is left to be run."""
-    if len(prompts) < 2:
-        return 0
-    shortest = min(len(prompt) for prompt in prompts) - 1
-    for place in range(shortest):
-        if any(prompt[place] != prompts[0][place] for prompt in prompts):
-            return place
-    return shortest
+    return shared_beginning([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else 0

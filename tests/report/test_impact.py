@@ -1,4 +1,4 @@
-from lilliput.report.impact import impacts
+from lilliput.report.impact import METRICS, caching_impacts, impacts
 
 SIZES = {"base": 400, "lora": 400, "pocket": 100}
 STEPS = {"base": {}, "lora": {"base": "lora"}, "pocket": {"lora": "gptq", "base": "lora → gptq"}}
@@ -14,12 +14,12 @@ def difference(metric, value, low, high, candidate="lora", reference="base"):
 def cells(differences):
     rows = impacts(CANDIDATES, differences)
     # The base has nothing to be compared with, a chain of two both its parent and the base.
-    assert [(row["candidate"], row["strategy"]) for row in rows] == [
+    assert [(row["candidate"], row["title"]) for row in rows] == [
         ("lora", "lora"),
         ("pocket", "gptq"),
         ("pocket", "lora → gptq"),
     ]
-    return {(row["candidate"], row["reference"]): row["cells"] for row in rows}
+    return {tuple(row["against"].split(" against ")): row["cells"] for row in rows}
 
 
 def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_metric():
@@ -57,3 +57,26 @@ def test_a_sequence_is_held_against_the_base_as_well_as_its_last_step_against_th
     )
     assert found["pocket", "lora"]["accuracy_choice"].arrow == "≈"
     assert found["pocket", "base"]["accuracy_choice"].arrow == "↑"
+
+
+def test_caching_has_a_row_for_each_step_and_the_cache_its_own_bytes():
+    def step(energy_j, rises):
+        return {
+            "energy_per_query_j": {
+                "value": -energy_j,
+                "low": -energy_j - 1,
+                "high": -energy_j + 1,
+                "n": 9,
+                "real": True,
+            },
+            "hallucination_rate": {"value": 0.1, "low": 0.05, "high": 0.2, "n": 9, "real": rises},
+        }
+
+    record = {"size_bytes": 100, "cache_bytes": 80, "queries": 9}
+    record["differences"] = {"prefix": step(2.0, False), "cache": step(5.0, True), "both": step(7.0, True)}
+    prefix, cache = caching_impacts({"pocket": record})
+    assert ("prefix reuse" in prefix["title"], "answer cache" in cache["title"]) == (True, True)
+    shown = [[row["cells"][m].arrow for m in METRICS] for row in (prefix, cache)]
+    assert shown == [["–", "≈", "↓", "–", "≈"], ["–", "↑", "↓", "–", "↑"]]
+    assert (cache["cells"]["hallucination_rate"].good, cache["cells"]["energy_per_query_j"].good) == (False, True)
+    assert cache["cells"]["size_bytes"].behind == "+80%, counted"

@@ -87,3 +87,25 @@ def test_a_model_that_gives_no_numbers_is_an_error_not_a_score(opened):
         TorchRuntime(*opened, 2).score([[5, 6]], [[[7], [8]]])
     with pytest.raises(ArtifactError, match="not all numbers"):
         next(TorchRuntime(*opened, 2).stream([5, 6], 4))
+
+
+@pytest.mark.parametrize(
+    "prompt", [[12], [5], [5, 9], [5, 6, 9, 10], [5, 6, 7, 8], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 10]]
+)
+def test_a_kept_prefix_changes_no_token_however_much_of_it_a_prompt_shares(opened, prompt):
+    keeping = TorchRuntime(*opened, 1, prefix=[5, 6, 7, 8])
+    expected = list(TorchRuntime(*opened, 1).stream(prompt, 5))
+    assert list(keeping.stream(prompt, 5)) == expected
+    assert list(keeping.stream(prompt, 5)) == expected  # what is kept is not what the answer was added to
+
+
+def test_a_kept_prefix_is_not_run_again(opened, asked):
+    prompt = asked[0][0]
+    lengths = []
+    opened[0].register_forward_pre_hook(
+        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    keeping = TorchRuntime(*opened, 1, prefix=prompt[:-3])
+    for _ in range(2):
+        next(keeping.stream(prompt, 1))
+    assert lengths == [len(prompt) - 3, 3, 3]

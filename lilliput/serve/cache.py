@@ -1,0 +1,182 @@
+"""A semantic answer cache: an answer is given again to the same question, and to one that means the same."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from filelock import FileLock
+
+from lilliput.errors import ArtifactError
+from lilliput.serve.embedding import Embedder
+
+LOCK_TIMEOUT_S = 30.0
+_SCHEMA = """
+create table if not exists answers (
+    version text not null, wording text not null, names text not null, vector blob not null, answer text not null,
+    used integer not null, primary key (version, wording));
+create index if not exists answers_by_names on answers (version, names);
+create index if not exists answers_by_use on answers (used);
+"""
+_NEXT_USE = "(select coalesce(max(used), 0) + 1 from answers)"
+
+# Words (with what they join by hyphen or apostrophe), numbers, and signs that change what is asked.
+_TOKENS = re.compile(r"\d+(?:[.,:]\d+)*|[^\W\d_][\w'’-]*|[+*/=<>%^×÷−-]")
+# What may open a question with a capital and is no name.
+_OPENER = re.compile(
+    r"an?|about|after|and|are|as|at|before|by|can|could|describe|did|do|does|during|explain|find|for|from|give|had|has|"
+    r"have|how|if|in|is|its?|let's|list|may|name|of|on|please|say|should|show|tell|that|the|their|there|these|this|"
+    r"those|to|under|was|were|wh(?:at|o)(?:['’]s)?|when|where|which|whom|whose|why|will|with|would",
+    re.IGNORECASE,
+)
+_COUNT_OR_DENIAL = re.compile(
+    r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|thousand|million|billion|half|twice|"
+    r"first|second|third|fourth|fifth|last|not?|nor|never|none|neither|without|except|cannot|\w+n['’]t"
+)
+
+
+def names_in(question: str) -> str:
+    """The names, numbers, signs and denials in `question`, in their order: what two questions must have in common.
+
+    A name is a word that is not all in small letters, unless it merely opens the question. Order counts: "Is Paris
+    north of London" and "Is London north of Paris" share everything else.
+    """
+    tokens = _TOKENS.findall(_plain(question))
+    if tokens and _OPENER.fullmatch(tokens[0]):
+        tokens = tokens[1:]
+    return " ".join(re.sub(r"['’]s?$", "", token) for token in tokens if _tells_apart(token))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An answer found, the wording it was given to, and how alike the two questions are (1.0 for the same wording)."""
+
+    answer: str
+    wording: str
+    similarity: float
+    kind: Literal["exact", "semantic"]
+
+
+class Asked:
+    """A question as the cache sees it; embedded at most once, and only when that is needed."""
+
+    def __init__(self, question: str, embedder: Embedder) -> None:
+        self.wording, self.names = _plain(question), names_in(question)
+        self._embedder = embedder
+
+    @cached_property
+    def vector(self) -> np.ndarray:
+        """The unit vector of the wording."""
+        return self._embedder.embed([self.wording])[0]
+
+
+class AnswerCache:
+    """Answers in an SQLite file, which threads and processes may share.
+
+    A question hits by the same wording (but for spaces and the final mark), or if its names and numbers are the same
+    and its embedding is more alike than `threshold`. One that names nothing hits by its wording alone: nothing would
+    tell "the largest planet" from "the smallest".
+
+    Args:
+        path: the file; made if it is not there.
+        embedder: for similarities; another embedder finds none of this one's answers.
+        version: what answers, as the sha256 of the artefact; another version finds none of its answers.
+        threshold: similarity above which two questions count as the same, from `fit_threshold`.
+        capacity: how many answers are kept, of all versions together; those not used for longest go first.
+
+    Raises:
+        ArtifactError: `path` is no file of such a cache.
+    """
+
+    def __init__(self, path: Path, embedder: Embedder, version: str, threshold: float, capacity: int) -> None:
+        self._path, self._embedder = path, embedder
+        self._version, self._threshold, self._capacity = f"{version}/{embedder.sha256}", threshold, capacity
+        try:
+            # Under a lock: two that change the journal at once are told that the file is busy, without any wait.
+            with FileLock(f"{path}.lock"), self._connected() as connection:
+                connection.execute("pragma journal_mode = wal")  # readers do not wait for a writer, nor it for the disk
+                connection.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise ArtifactError(f"{path}: no answer cache ({error}); delete the file, and it is made anew") from None
+
+    def count(self) -> int:
+        """How many answers are kept, of all versions."""
+        with self._connected() as connection:
+            return connection.execute("select count(*) from answers").fetchone()[0]
+
+    def asked(self, question: str) -> Asked:
+        """`question`, to look up and to store under."""
+        return Asked(question, self._embedder)
+
+    def find(self, asked: Asked) -> Hit | None:
+        """The answer to the same question, else to the most similar one above the threshold; marks it as used."""
+        with self._connected() as connection:
+            hit = self._exact(connection, asked) or self._semantic(connection, asked)
+            if hit:
+                connection.execute(
+                    f"update answers set used = {_NEXT_USE} where version = ? and wording = ?",
+                    (self._version, hit.wording),
+                )
+            return hit
+
+    def store(self, asked: Asked, answer: str) -> None:
+        """Keeps `answer`, in the place of an earlier one to the same wording; what is over the capacity goes."""
+        row = (self._version, asked.wording, asked.names, asked.vector.astype("<f4").tobytes(), answer)
+        with self._connected() as connection:
+            connection.execute("begin immediate")
+            connection.execute(f"insert or replace into answers values (?, ?, ?, ?, ?, {_NEXT_USE})", row)
+            connection.execute(
+                "delete from answers where rowid in (select rowid from answers order by used desc limit -1 offset ?)",
+                (self._capacity,),
+            )
+            connection.execute("commit")
+
+    def _exact(self, connection: sqlite3.Connection, asked: Asked) -> Hit | None:
+        row = connection.execute(
+            "select answer from answers where version = ? and wording = ?", (self._version, asked.wording)
+        ).fetchone()
+        return Hit(row[0], asked.wording, 1.0, "exact") if row else None
+
+    def _semantic(self, connection: sqlite3.Connection, asked: Asked) -> Hit | None:
+        if not asked.names:
+            return None
+        rows = connection.execute(
+            "select wording, answer, vector from answers where version = ? and names = ? order by wording",
+            (self._version, asked.names),
+        ).fetchall()
+        if not rows:
+            return None
+        similarities = np.stack([np.frombuffer(vector, "<f4") for _, _, vector in rows]) @ asked.vector
+        best = int(similarities.argmax())
+        if not similarities[best] > self._threshold:
+            return None
+        return Hit(rows[best][1], rows[best][0], float(similarities[best]), "semantic")
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own for each call, so that no thread meets another's; every statement commits itself."""
+        connection = sqlite3.connect(self._path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+        try:
+            connection.execute("pragma synchronous = normal")
+            yield connection
+        finally:
+            connection.close()
+
+
+def _plain(question: str) -> str:
+    """The wording that counts: case stays, for the symbols CO and Co are two."""
+    return " ".join(unicodedata.normalize("NFC", question).split()).rstrip(" ?.")
+
+
+def _tells_apart(token: str) -> bool:
+    # False of signs, and of scripts without case, whose words are then all taken for names.
+    small = token.islower() and not any(character.isdigit() for character in token)
+    return not small or _COUNT_OR_DENIAL.fullmatch(token) is not None

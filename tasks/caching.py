@@ -1,0 +1,49 @@
+"""Measure caching on one candidate: prefix reuse and the answer cache, on a stream of queries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lilliput.artifacts import read_manifest, verify, write_json, write_text
+from lilliput.config import Params
+from lilliput.data.corpus import read_corpus
+from lilliput.data.recipe import read_recipe
+from lilliput.data.wheels import default_cache
+from lilliput.errors import ArtifactError
+from tasks import layout
+
+
+def caching(params: Params, candidate: str) -> None:
+    """Writes answers/caching/<candidate>.jsonl and metrics/caching/<candidate>.json."""
+    # Here, because the report reads records without any need of torch.
+    from lilliput.evaluate.caching import measure_caching
+    from lilliput.serve.embedding import open_embedder
+
+    manifest = verify(layout.model(candidate))
+    measured = measure_caching(
+        layout.model(candidate),
+        candidate,
+        read_corpus(layout.DATA),
+        read_recipe(Path(params.data.source)),
+        params,
+        open_embedder(params.caching.embedder, default_cache()),
+        artifact_sha256=manifest.artifact_sha256,
+        size_bytes=manifest.size_bytes,
+    )
+    rows = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in measured.answers)
+    write_text(layout.caching_answers(candidate), "".join(f"{row}\n" for row in rows))
+    write_json(layout.caching(candidate), measured.record)
+
+
+def caching_record(params: Params, candidate: str) -> dict[str, Any] | None:
+    """What caching does to `candidate`, if that is asked for and was measured on the artefact that lies there now."""
+    if candidate not in params.caching.candidates:
+        return None
+    try:
+        manifest = read_manifest(layout.model(candidate))
+        record = json.loads(layout.caching(candidate).read_text(encoding="utf-8"))
+    except (ArtifactError, FileNotFoundError):
+        return None
+    return record if record["sha256"] == manifest.artifact_sha256 else None

@@ -1,0 +1,21 @@
+"""An embedder whose similarities can be worked out by hand."""
+
+import hashlib
+
+import numpy as np
+
+
+class BagOfWords:
+    """A unit vector of word counts: paraphrases share words, so that similarities can be worked out by hand."""
+
+    def __init__(self, sha256="a" * 64):
+        self.sha256 = sha256
+        self.embedded = []
+
+    def embed(self, texts):
+        self.embedded += texts
+        rows = np.zeros((len(texts), 256), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.lower().split():
+                row[hashlib.sha256(word.encode()).digest()[0]] += 1.0
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
