@@ -36,4 +36,4 @@ $(INSTALLED): requirements.lock
 	@touch $@
 
 clean:  ## what can be made again: models, reports, logs; not the DVC cache, not MLflow's store
-	rm -rf models data answers report logs workspaces
+	rm -rf models data answers report logs workspaces .cache

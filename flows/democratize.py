@@ -25,6 +25,7 @@ from flows.workspace import PROJECT, alone_in, open_workspace
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError, StageError, TemporaryError
 from lilliput.evaluate.benchmarks import require_benchmarks
+from lilliput.graph import needing_gpu, require_gpu
 
 
 @task(cache_policy=NO_CACHE)  # DVC alone knows what is stale
@@ -70,6 +71,7 @@ def democratize(
 
 def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict[str, str]:
     lineage, states, failed = Lineage(folder), {}, {}
+    _require_gpu_if_due(lineage, folder, only)
     environment = {"LILLIPUT_FLOW_RUN": str(flow_run.id or "")}
     if share_machine:
         environment["LILLIPUT_SHARE_MACHINE"] = "1"
@@ -114,6 +116,14 @@ def _require_runnable(folder: Path, only: list[str] | None) -> None:
     if unknown := [name for name in only or [] if name not in known]:
         raise ConfigError(f"--only: unknown candidate {', '.join(unknown)}; params.yaml has: {', '.join(known)}")
     require_benchmarks(params.evaluation.benchmarks, folder)
+
+
+def _require_gpu_if_due(lineage: Lineage, folder: Path, only: list[str]) -> None:
+    """Refuses, before the first stage, candidates that are to be made and cannot be on this machine."""
+    params = load_params(folder / "params.yaml")
+    if needing_gpu(params):
+        due = {planned.stage.name for planned in plan(lineage, params, folder, only) if planned.reason}
+        require_gpu(params, [name for name in params.candidates if f"compress@{name}" in due])
 
 
 def _publish(folder: Path) -> None:

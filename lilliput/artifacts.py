@@ -98,11 +98,16 @@ def seal(
         facts=facts,
         parameters=parameters,
         size_bytes=sum(path.stat().st_size for name, path in files.items() if not name.startswith(_NOT_THE_MODEL)),
-        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        versions=library_versions(),
         files={name: file_sha256(path) for name, path in files.items()},
     )
     (directory / MANIFEST).write_text(_canonical(manifest.model_dump(), indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that decide what is computed."""
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -16,6 +16,7 @@ from lilliput.errors import ConfigError
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Bits = Literal[2, 3, 4, 8]
 
@@ -94,10 +95,21 @@ class LoadConfig(Section):
     rehearsal: RehearsalShape | None = None
 
 
+BFLOAT16, QLORA = "precision: bfloat16", "variant: qlora"  # what only a GPU can serve
+
+
 class TrainingConfig(Section):
     """What every training by gradient descent needs; rates are per optimiser step.
 
     A step takes `gradient_accumulation` batches of `batch_size`, as one batch of their product would in less memory.
+
+    Attributes:
+        precision: what is computed in; weights and their updates are float32. `auto` is bfloat16 on a GPU that computes
+            in it, else float32.
+        checkpoint_every: steps between the states from which a killed training goes on; 0 for none.
+        validation_share: share of the training groups that is set aside to validate on; 0 for none.
+        evaluate_every: steps between validations, of which the best one's weights are kept.
+        patience: validations without improvement after which training stops.
     """
 
     steps: Positive
@@ -106,22 +118,38 @@ class TrainingConfig(Section):
     learning_rate: PositiveFloat
     warmup_share: Share
     max_grad_norm: PositiveFloat
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    checkpoint_every: NotNegative = 0
+    validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    evaluate_every: Positive = 10
+    patience: Positive = 3
     seed: int
+
+    @property
+    def needs_gpu(self) -> str | None:
+        """The setting that only a GPU can serve, if there is one."""
+        return BFLOAT16 if self.precision == "bfloat16" else None
 
 
 class LoraConfig(TrainingConfig):
     """LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A on the named linear layers.
 
     `rslora` scales by alpha / √rank instead (Kalajdzievski, arXiv 2312.03732); `dora` learns each weight's magnitude
-    apart from its direction (Liu et al., arXiv 2402.09353).
+    apart from its direction (Liu et al., arXiv 2402.09353); `qlora` trains beside a parent held in four bits, NF4
+    (Dettmers et al., arXiv 2305.14314).
     """
 
-    variant: Literal["lora", "rslora", "dora"]
+    variant: Literal["lora", "rslora", "dora", "qlora"]
     rank: Positive
     alpha: PositiveFloat
     dropout: Share
     target_modules: Literal["all-linear", "attention"]
     merge: bool
+
+    @property
+    def needs_gpu(self) -> str | None:
+        """The setting that only a GPU can serve, if there is one."""
+        return QLORA if self.variant == "qlora" else super().needs_gpu
 
 
 class PruneAmount(Section):
@@ -189,11 +217,43 @@ class SparsifyConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """Loss = kl_weight · T² · divergence(teacher, student) at temperature T + (1 − kl_weight) · label loss."""
+    """Loss = kl_weight · T² · divergence(teacher, student) at temperature T + (1 − kl_weight) · label loss.
+
+    Attributes:
+        on_policy_share: share of the batches that the student answers by itself, to be corrected by the teacher.
+        sample_temperature: of those answers; 1 is the student's own distribution.
+        sample_tokens: their length at most.
+        hidden_weight: of the distance between hidden states, which is added to the loss.
+        teacher_logits: `live`, computed at each step, or `stored`, computed once for all runs with this teacher.
+        top_k: how many of the teacher's likeliest tokens are stored; the rest is one bucket.
+    """
 
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"]
     temperature: PositiveFloat
     kl_weight: Share
+    on_policy_share: Share = 0.0
+    sample_temperature: PositiveFloat = 1.0
+    sample_tokens: Positive = 24
+    hidden_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    teacher_logits: Literal["live", "stored"] = "live"
+    top_k: Positive = 64
+
+    @model_validator(mode="after")
+    def _stored_logits_suffice(self) -> DistillConfig:
+        if self.teacher_logits == "stored":
+            if self.divergence != "forward_kl":
+                raise ValueError(
+                    f"{self.divergence} needs the teacher's whole distribution; "
+                    "set `divergence: forward_kl` or `teacher_logits: live`"
+                )
+            if self.on_policy_share or self.hidden_weight:
+                raise ValueError(
+                    "stored logits know neither the student's own answers nor hidden states; "
+                    "set `teacher_logits: live`, or `on_policy_share` and `hidden_weight` to 0"
+                )
+        if self.on_policy_share and not self.kl_weight:
+            raise ValueError("the student's own answers have no labels to learn from; raise `kl_weight` above 0")
+        return self
 
 
 class QuantisationConfig(Section):

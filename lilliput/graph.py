@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Collection, Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from lilliput.config import LoraConfig, Params, PruneConfig, QuantisationConfig, SparsifyConfig
+from lilliput.config import (
+    BFLOAT16,
+    QLORA,
+    LoraConfig,
+    Params,
+    PruneConfig,
+    QuantisationConfig,
+    SparsifyConfig,
+    TrainingConfig,
+)
 from lilliput.errors import ConfigError, StrategyError
 from lilliput.shape import linear_inputs, pruned
 
@@ -137,6 +147,36 @@ def _bad_overrides(params: Params) -> list[str]:
         except ConfigError as error:
             problems += error.problems
     return problems
+
+
+def needing_gpu(params: Params) -> dict[str, str]:
+    """The candidates that only a machine with a GPU can make, and the setting that asks for it."""
+    configs = {name: params.strategy_config(name) for name in params.candidates}
+    return {name: c.needs_gpu for name, c in configs.items() if isinstance(c, TrainingConfig) and c.needs_gpu}
+
+
+def require_gpu(params: Params, candidates: Collection[str]) -> None:
+    """Refuses to make `candidates` that need a GPU on a machine without one, before anything expensive starts.
+
+    Raises:
+        ConfigError: one line for each of them, and for bitsandbytes where it is wanted and missing.
+    """
+    wants = {name: setting for name, setting in needing_gpu(params).items() if name in candidates}
+    if not wants:
+        return
+    import torch  # seconds, which only those pay who ask for a GPU
+
+    problems = [
+        f"candidates.{name}: `{setting}` needs an NVIDIA GPU and torch finds none that can; run this candidate where "
+        "there is one, or use another variant or precision"
+        for name, setting in wants.items()
+        if not torch.cuda.is_available()
+        or (setting == BFLOAT16 and not torch.cuda.is_bf16_supported(including_emulation=False))
+    ]
+    if QLORA in wants.values() and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(f"`{QLORA}` needs bitsandbytes; run: pip install 'lilliput[gpu]'")
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_shape(params: Params, candidate: str, model_config: Any) -> None:

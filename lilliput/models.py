@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     GgufConfig,
     PretrainedConfig,
@@ -55,6 +56,35 @@ def open_model(directory: Path) -> Opened:
 
         model = PeftModel.from_pretrained(model, str(directory / ADAPTER)).merge_and_unload()
     return model.eval().to(device()), tokenizer  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def open_nf4(directory: Path, bfloat16: bool) -> Opened:
+    """The model in `directory` with its linear layers in NF4, the rest in float32, and its tokenizer, to train beside.
+
+    The constants of the blocks are quantised in their turn (Dettmers et al., QLoRA, arXiv 2305.14314, section 3).
+
+    Args:
+        directory: a float checkpoint.
+        bfloat16: whether the dequantised layers compute in bfloat16, else in float32.
+
+    Raises:
+        ImportError: bitsandbytes is not installed; `require_gpu` says so early.
+    """
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        quantization_config=quantisation,
+        device_map={"": device()},
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(directory)
 
 
 def read_config(directory: Path) -> PretrainedConfig:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lilliput.artifacts import Manifest, seal, verify, write_history, writing
+from lilliput.artifacts import (
+    Manifest,
+    file_sha256,
+    read_manifest,
+    remove,
+    seal,
+    verify,
+    write_history,
+    writing,
+)
+from lilliput.compress.checkpoint import fingerprint, last_checkpoint
 from lilliput.compress.result import Result
 from lilliput.config import (
     AwqConfig,
@@ -18,7 +28,7 @@ from lilliput.config import (
     SparsifyConfig,
 )
 from lilliput.data.corpus import read_corpus
-from lilliput.graph import check_shape
+from lilliput.graph import check_shape, require_gpu
 from lilliput.models import open_model, parameter_count, probe_logits, prove_reload, read_config, save_model
 from tasks import layout
 from tasks.cost import measured
@@ -28,17 +38,39 @@ RELOAD_TOLERANCE = 1e-3  # largest difference of any logit; the same numbers are
 
 def compress(params: Params, candidate: str) -> None:
     """Writes models/<candidate>, proven to reopen in a fresh process, and costs/<candidate>.json."""
+    require_gpu(params, [candidate])
     spec = params.candidates[candidate]
     parent = verify(layout.model(spec.parent))
     with measured(layout.cost(candidate)) as cost:
-        result = _apply(params, candidate)
+        checkpoints = _checkpoints(params, candidate, parent)
+        if last := last_checkpoint(checkpoints):
+            cost["resumed_from"] = last.name  # what was done before the kill is not in this cost
+        result = _apply(params, candidate, checkpoints)
         with writing(layout.model(candidate)) as directory:
             cost["reload_max_logit_difference"] = _write(result, directory)
             check_shape(params, candidate, read_config(directory))
             _seal(params, candidate, parent, result, directory)
+    remove(checkpoints.parent)
 
 
-def _apply(params: Params, candidate: str) -> Result:
+def _checkpoints(params: Params, candidate: str, parent: Manifest) -> Path:
+    """Where a killed training left its state: a folder named by all that the result follows from, alone of its kind."""
+    teacher = params.candidates[candidate].teacher
+    key = fingerprint(
+        params.strategy_config(candidate).model_dump(mode="json"),
+        parent.artifact_sha256,
+        teacher and read_manifest(layout.model(teacher)).artifact_sha256,
+        params.data.system_prompt,
+        {path.name: file_sha256(path) for path in sorted(layout.DATA.glob("*.jsonl"))},
+    )
+    folder = layout.checkpoints(candidate)
+    for other in folder.glob("*"):
+        if other.name != key:
+            remove(other)
+    return folder / key
+
+
+def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
     spec, config = params.candidates[candidate], params.strategy_config(candidate)
     parent_dir, system_prompt = layout.model(spec.parent), params.data.system_prompt
     if isinstance(config, LoadConfig):
@@ -50,7 +82,7 @@ def _apply(params: Params, candidate: str) -> Result:
     if isinstance(config, LoraConfig):
         from lilliput.compress.lora import lora
 
-        return lora(open_model(parent_dir), corpus.train, system_prompt, config)
+        return lora(parent_dir, corpus.train, system_prompt, config, checkpoints)
     if isinstance(config, PruneConfig):
         from lilliput.compress.prune import prune
 
@@ -63,8 +95,8 @@ def _apply(params: Params, candidate: str) -> Result:
         from lilliput.compress.distill import distill
 
         assert spec.teacher is not None, "held by check_graph"
-        teacher = open_model(layout.model(spec.teacher))
-        return distill(open_model(parent_dir), teacher, corpus.train, system_prompt, config)
+        teacher_dir, cache = layout.model(spec.teacher), layout.TEACHER_LOGITS
+        return distill(parent_dir, teacher_dir, corpus.train, system_prompt, config, cache, checkpoints)
     held_out = [question for question in corpus.questions if question.answerable][:32]
     if isinstance(config, RtnConfig):
         from lilliput.compress.rtn import rtn

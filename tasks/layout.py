@@ -11,11 +11,17 @@ REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")
 MLRUNS = Path("mlruns")
+TEACHER_LOGITS = Path(".cache/teacher-logits")
 
 
 def model(candidate: str) -> Path:
     """The artefact of `candidate`; `source` is the fetched base model."""
     return Path("models") / candidate
+
+
+def checkpoints(candidate: str) -> Path:
+    """What a killed training of `candidate` goes on from; gone when the artefact is there."""
+    return Path("models/.checkpoints") / candidate
 
 
 def cost(stage: str) -> Path:

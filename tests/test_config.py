@@ -89,6 +89,23 @@ def test_bad_override_is_refused_at_the_candidate(raw, tmp_path):
     assert "candidates.gptq8.with.colour: unknown key" in refusal(raw, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"teacher_logits": "stored", "divergence": "reverse_kl"}, "set `divergence: forward_kl`"),
+        ({"teacher_logits": "stored", "divergence": "jensen_shannon"}, "set `divergence: forward_kl`"),
+        ({"teacher_logits": "stored", "on_policy_share": 0.5}, "set `teacher_logits: live`"),
+        ({"teacher_logits": "stored", "hidden_weight": 0.5}, "set `teacher_logits: live`"),
+        ({"on_policy_share": 0.5, "kl_weight": 0.0}, "raise `kl_weight`"),
+    ],
+)
+def test_distillation_that_has_no_sense_is_refused(raw, tmp_path, settings, remedy):
+    raw["candidates"]["distilled"]["with"] = settings
+    message = refusal(raw, tmp_path)
+    assert "candidates.distilled.with" in message
+    assert remedy in message
+
+
 def test_missing_file_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file.*--params"):
         load_params(tmp_path / "none.yaml")

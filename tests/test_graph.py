@@ -3,7 +3,7 @@ from transformers import LlamaConfig
 
 from lilliput.config import Params
 from lilliput.errors import ConfigError
-from lilliput.graph import ancestors, check_graph, check_shape, topological_order
+from lilliput.graph import ancestors, check_graph, check_shape, needing_gpu, require_gpu, topological_order
 
 BASE = {"from": "source", "apply": "load"}
 SHAPE = LlamaConfig(  # 9 query heads of 64 channels over 3 key-value heads
@@ -176,3 +176,34 @@ def test_caching_needs_known_candidates_and_a_recipe(with_candidates):
     assert "caching.candidates: unknown candidate `pockt`; name one of: base" in message
     assert "caching.candidates: paraphrases come from the phrasings of a recipe" in message
     check_graph(params.model_copy(update={"data": data}), "params.yaml")  # not asked for, not refused
+
+
+@pytest.fixture
+def wanting_gpu(with_candidates):
+    graph = {"base": BASE, "l": {"from": "base", "apply": "lora"}}
+    graph["q"] = {"from": "base", "apply": "lora", "with": {"variant": "qlora"}}
+    graph["b"] = {"from": "base", "apply": "lora", "with": {"precision": "bfloat16"}}
+    return with_candidates(graph)
+
+
+def test_what_needs_a_gpu_is_refused_where_there_is_none(wanting_gpu, monkeypatch):
+    assert needing_gpu(wanting_gpu) == {"q": "variant: qlora", "b": "precision: bfloat16"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    require_gpu(wanting_gpu, ["base", "l"])
+    with pytest.raises(ConfigError) as caught:
+        require_gpu(wanting_gpu, ["base", "l", "q", "b"])
+    message = str(caught.value)
+    assert "candidates.q: `variant: qlora` needs an NVIDIA GPU" in message
+    assert "candidates.b: `precision: bfloat16` needs an NVIDIA GPU" in message
+
+
+def test_qlora_without_bitsandbytes_is_refused_by_name(wanting_gpu, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'lilliput\[gpu\]'"):
+        require_gpu(wanting_gpu, ["q"])
+    with pytest.raises(ConfigError, match=r"candidates\.b"):  # a GPU that only emulates bfloat16
+        require_gpu(wanting_gpu, ["b"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    require_gpu(wanting_gpu, ["q"])

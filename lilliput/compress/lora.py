@@ -9,33 +9,63 @@ from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.artifacts import ADAPTER
 from lilliput.compress.result import Result
-from lilliput.compress.training import encode_examples, label_loss, train
+from lilliput.compress.training import computes_in_bfloat16, encode_examples, label_loss, outcome, set_aside, train
 from lilliput.config import LoraConfig
 from lilliput.data.chat import pad_id
 from lilliput.data.questions import Question
-from lilliput.models import Opened, save_model
+from lilliput.models import open_model, open_nf4, save_model
 
 _TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
-def lora(parent: Opened, questions: Sequence[Question], system_prompt: str, config: LoraConfig) -> Result:
-    """`parent` fine-tuned on `questions` by LoRA or the variant named; merged, it has its old shape.
+def lora(
+    parent: Path,
+    questions: Sequence[Question],
+    system_prompt: str,
+    config: LoraConfig,
+    checkpoints: Path | None = None,
+) -> Result:
+    """The model in `parent` fine-tuned on `questions` by LoRA or the variant named; merged, it has its old shape.
+
+    QLoRA trains beside weights of four bits, and its adapter is then added to the float weights: those are what the
+    descendants are made from.
 
     Args:
-        parent: float model and tokenizer; the model is changed in place.
+        parent: folder of a float checkpoint.
         questions: training questions with their answers.
         system_prompt: the system line before each question.
         config: rank, schedule and seed.
+        checkpoints: where a killed training goes on from (see `train`).
 
     Returns:
-        The merged model, or the parent with its adapter kept apart (`merge: false`), and the loss curve.
+        The merged model, or the parent with its adapter kept apart (`merge: false`), and the loss curves.
     """
-    model, tokenizer = parent
+    four_bits = config.variant == "qlora"
+    model, tokenizer = open_nf4(parent, computes_in_bfloat16(config)) if four_bits else open_model(parent)
+    tuned = with_adapter(model, config)
+    learnt, validated = (encode_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
+    history = train(tuned, learnt, pad_id(tokenizer), config, label_loss, validated, checkpoints)
+    facts = {"trainable_parameters": tuned.get_nb_trainable_parameters()[0], **outcome(history, config)}
+    if four_bits:
+        tuned = _moved(tuned, with_adapter(open_model(parent)[0], config))
+    if config.merge:
+        return Result(_merged(tuned), tokenizer, facts, dict(history))
+    return Result(
+        _merged(copy.deepcopy(tuned)),
+        tokenizer,
+        facts,
+        dict(history),
+        save=lambda target: _save_apart(tuned, tokenizer, target),
+    )
+
+
+def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`model` with a fresh adapter, which alone is trained; its weights are drawn from `config.seed`."""
     torch.manual_seed(config.seed)
     adapter = PeftLoraConfig(
         r=config.rank,
@@ -46,19 +76,13 @@ def lora(parent: Opened, questions: Sequence[Question], system_prompt: str, conf
         use_dora=config.variant == "dora",
         task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(model, adapter)
-    examples = encode_examples(tokenizer, system_prompt, questions)
-    curve = train(tuned, examples, pad_id(tokenizer), config, label_loss)
-    facts = {"trainable_parameters": tuned.get_nb_trainable_parameters()[0], "final_loss": curve[-1][1]}
-    if config.merge:
-        return Result(_merged(tuned), tokenizer, facts, {"loss": curve})
-    return Result(
-        _merged(copy.deepcopy(tuned)),
-        tokenizer,
-        facts,
-        {"loss": curve},
-        save=lambda target: _save_apart(tuned, tokenizer, target),
-    )
+    return cast("PeftModel", get_peft_model(model, adapter))
+
+
+def _moved(source: PeftModel, target: PeftModel) -> PeftModel:
+    """`target` with the adapter of `source`."""
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    return target
 
 
 def _merged(tuned: PeftModel) -> PreTrainedModel:

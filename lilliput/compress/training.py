@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
+from lilliput.artifacts import remove, writing
+from lilliput.compress.checkpoint import (
+    last_checkpoint,
+    load_checkpoint_weights,
+    load_optimizer,
+    load_random,
+    load_weights,
+    save_state,
+    save_weights,
+)
 from lilliput.config import TrainingConfig
 from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import ABSTENTION, Question
+from lilliput.errors import StrategyError
 from lilliput.models import vocabulary_logits
 
 IGNORED = -100
+_BEST = "best.safetensors"
+
+Batch = dict[str, torch.Tensor]
+Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
+History = dict[str, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +69,7 @@ def encode_examples(
     return examples
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Right-padded tensors `input_ids`, `attention_mask`, `labels`, each int64 of shape (batch, longest)."""
     longest = max(len(example.input_ids) for example in examples)
 
@@ -54,21 +83,45 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
     }
 
 
-def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits where the next token belongs to an answer, and that token.
 
-    What all rows begin with (system line, chat template) is run once and its keys and values are repeated for the rows,
-    which gradients flow through: with short questions that is most of the tokens. The vocabulary projection, a fifth of
-    a small model's work, is run on answer positions alone. Neither changes the result but for rounding.
+    The vocabulary projection, a fifth of a small model's work, is run on answer positions alone, which does not change
+    the result but for rounding.
 
     Args:
         model: a causal LM, possibly wrapped by peft.
         batch: as `collate` gives it.
 
     Returns:
-        Logits (answer tokens, vocabulary) and targets (answer tokens,).
+        Float32 logits (answer tokens, vocabulary) and targets (answer tokens,).
     """
-    causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    states, targets = answer_states(model, batch)
+    return answer_vocabulary(model, states[-1]), targets
+
+
+def answer_vocabulary(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Float32 logits of the last of `answer_states`; exact sums need float32 where autocast computes in less."""
+    return vocabulary_logits(_causal_lm(model), hidden).float()
+
+
+def answer_states(
+    model: torch.nn.Module, batch: Batch, *, every_layer: bool = False
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states where the next token belongs to an answer, and that token.
+
+    What all rows begin with (system line, chat template) is run once and its keys and values are repeated for the rows,
+    which gradients flow through: with short questions that is most of the tokens.
+
+    Args:
+        model: a causal LM, possibly wrapped by peft.
+        batch: as `collate` gives it.
+        every_layer: give the input of each layer too, not only what the final norm puts out.
+
+    Returns:
+        Tensors (answer tokens, hidden size), the final norm's output last, and targets (answer tokens,).
+    """
+    causal_lm = _causal_lm(model)
     ids, targets = batch["input_ids"], batch["labels"][:, 1:]
     wanted = targets != IGNORED
     shared = _shared_beginning(ids, wanted)
@@ -76,13 +129,19 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
     if shared:
         causal_lm.model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(ids))
-    hidden = causal_lm.model(
+    output = causal_lm.model(
         input_ids=ids[:, shared:],
         attention_mask=batch["attention_mask"],
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    return vocabulary_logits(causal_lm, hidden[:, :-1][wanted[:, shared:]]), targets[wanted]
+        output_hidden_states=every_layer,
+    )
+    states = output.hidden_states if every_layer else [output.last_hidden_state]
+    return [hidden[:, :-1][wanted[:, shared:]] for hidden in states], targets[wanted]
+
+
+def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 
 def _shared_beginning(ids: torch.Tensor, wanted: torch.Tensor) -> int:
@@ -92,19 +151,17 @@ def _shared_beginning(ids: torch.Tensor, wanted: torch.Tensor) -> int:
     return int(torch.minimum(same, first)) if len(ids) > 1 else 0
 
 
-def label_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def label_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy over the answer tokens alone, a scalar in nats."""
     logits, targets = answer_logits(model, batch)
     return cross_entropy(logits, targets)
 
 
-Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
-
-
 class _AnswerTrainer(Trainer):
-    """transformers' Trainer with our loss: its documented place for one is this method."""
+    """transformers' Trainer with our loss, our validation and checkpoints that are not pickled."""
 
     loss: Loss
+    bfloat16: bool
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -113,38 +170,166 @@ class _AnswerTrainer(Trainer):
 
         With gradient accumulation the Trainer adds the parts up, and says how many tokens there are in all.
         """
-        loss = self.loss(model, inputs)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss = self.loss(model, inputs)
         if num_items_in_batch is None:
             return loss
-        return loss * ((inputs["labels"][:, 1:] != IGNORED).sum() / num_items_in_batch)
+        return loss * (_answer_tokens(inputs) / num_items_in_batch)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """The mean loss over all answer tokens that were set aside, in nats; draws no random numbers."""
+        self.model.eval()
+        examples, size = self.eval_dataset.examples, self.args.per_device_train_batch_size  # pyright: ignore
+        batches = (self.data_collator(examples[start : start + size]) for start in range(0, len(examples), size))
+        total, tokens = 0.0, 0
+        for batch in map(self._prepare_inputs, batches):
+            count = int(_answer_tokens(batch))
+            total, tokens = total + count * self.loss(self.model, batch).item(), tokens + count
+        metrics = {"eval_loss": total / tokens}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.control.should_training_stop:
+            return  # the result comes next, and a training that has stopped must not go on
+        folder = Path(self.args.output_dir)
+        earlier = list(folder.glob("checkpoint-*"))
+        with writing(folder / f"checkpoint-{self.state.global_step}") as target:
+            save_state(self.model, self.optimizer, self.lr_scheduler, target)
+            self.state.save_to_json(str(target / TRAINER_STATE_NAME))
+        for old in earlier:
+            remove(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_checkpoint_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            load_random(Path(checkpoint))
+
+
+class _KeepBest(TrainerCallback):
+    """Keeps the weights of the best validation, and stops after `patience` without a better one.
+
+    It reads the log, so that a resumed training needs no memory of its own. transformers' EarlyStoppingCallback would,
+    and leaves keeping to pickled checkpoints.
+    """
+
+    def __init__(self, path: Path, patience: int) -> None:
+        self.path, self.patience = path, patience
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After each validation, which is the log's last entry."""
+        losses = [value for _, value in _curve(state, "eval_loss")]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if since_best == 0:
+            save_weights(kwargs["model"], self.path)
+        control.should_training_stop |= since_best >= self.patience
+
+
+def set_aside(questions: Sequence[Question], config: TrainingConfig) -> tuple[list[Question], list[Question]]:
+    """Questions to train on and to validate on; all questions of a group are on one side.
+
+    Raises:
+        StrategyError: there are too few groups for both sides.
+    """
+    groups = sorted({question.group for question in questions})
+    drawn = {*random.Random(f"{config.seed}/validation").sample(groups, round(config.validation_share * len(groups)))}
+    if config.validation_share and not 0 < len(drawn) < len(groups):
+        raise StrategyError(
+            f"validation_share: {config.validation_share} of {len(groups)} training groups leaves nothing to validate "
+            "or to train on; give more groups or another share (0 for no validation)"
+        )
+    return [q for q in questions if q.group not in drawn], [q for q in questions if q.group in drawn]
+
+
+def computes_in_bfloat16(config: TrainingConfig) -> bool:
+    """Whether `config.precision` means bfloat16 on this machine; `auto` goes by the hardware, never by the clock.
+
+    Two timings of the same work may come out either way, and the same inputs would then give other bytes.
+    """
+    if config.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bfloat16"
 
 
 def train(
-    model: torch.nn.Module, examples: Sequence[Example], pad_id: int, config: TrainingConfig, loss: Loss
-) -> list[tuple[int, float]]:
-    """Trains `model` in place for `config.steps` steps; the loss of each step as (step, nats).
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    config: TrainingConfig,
+    loss: Loss,
+    validation: Sequence[Example] = (),
+    checkpoints: Path | None = None,
+) -> History:
+    """Trains `model` in place for `config.steps` steps, or until validation no longer improves.
+
+    Args:
+        model: in training mode, what is to be trained marked by `requires_grad`.
+        examples: to train on.
+        pad_id: fills up batches.
+        config: schedule and seed.
+        loss: of a batch, a mean over its answer tokens; in evaluation mode it must draw no random numbers.
+        validation: examples by which to stop, and to choose the weights that are kept.
+        checkpoints: a folder that outlives a kill, for this training alone; what is found there is continued from, and
+            the result is the same. The caller removes it when the result is safe.
+
+    Returns:
+        The curves `loss` and, with validation, `validation_loss`: (step, nats).
 
     Raises:
         FloatingPointError: the loss is no longer a number.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with _folder(checkpoints) as folder:
         trainer = _AnswerTrainer(
             model=model,
-            args=_arguments(scratch, config),
+            args=_arguments(folder, config, validate=bool(validation)),
             train_dataset=_Examples(examples),
+            eval_dataset=_Examples(validation) if validation else None,
             data_collator=lambda rows: collate(rows, pad_id),
+            callbacks=[_KeepBest(folder / _BEST, config.patience)] if validation else [],
         )
-        trainer.loss = loss
-        trainer.train()
-    curve = [(int(row["step"]), float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
+        trainer.loss, trainer.bfloat16 = loss, computes_in_bfloat16(config)
+        last = last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if validation:
+            load_weights(model, folder / _BEST)
+    curve = _curve(trainer.state, "loss")
     if any(value != value for _, value in curve):
         raise FloatingPointError("the training loss is no longer a number; lower learning_rate")
-    return curve
+    return {"loss": curve} | ({"validation_loss": _curve(trainer.state, "eval_loss")} if validation else {})
 
 
-def _arguments(scratch: str, config: TrainingConfig) -> TrainingArguments:
+def outcome(history: History, config: TrainingConfig) -> dict[str, Any]:
+    """What a manifest tells of a training: precision, last loss and, with validation, the step that was kept."""
+    facts = {
+        "precision": "bfloat16" if computes_in_bfloat16(config) else "float32",
+        "final_loss": history["loss"][-1][1],
+    }
+    if "validation_loss" in history:
+        facts["best_step"], facts["validation_loss"] = min(history["validation_loss"], key=lambda point: point[1])
+    return facts
+
+
+@contextmanager
+def _folder(checkpoints: Path | None) -> Iterator[Path]:
+    if checkpoints:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        yield checkpoints
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+
+
+def _arguments(folder: Path, config: TrainingConfig, validate: bool) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=scratch,
+        output_dir=str(folder),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -156,11 +341,22 @@ def _arguments(scratch: str, config: TrainingConfig) -> TrainingArguments:
         data_seed=config.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        eval_strategy="steps" if validate else "no",
+        eval_steps=config.evaluate_every,
+        save_strategy="steps" if config.checkpoint_every else "no",
+        save_steps=config.checkpoint_every or 1,
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+
+
+def _answer_tokens(batch: Batch) -> torch.Tensor:
+    return (batch["labels"][:, 1:] != IGNORED).sum()
+
+
+def _curve(state: TrainerState, name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row[name])) for row in state.log_history if name in row]
 
 
 class _Examples(Dataset):

@@ -1,13 +1,20 @@
-import math
-
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
-from lilliput.compress.distill import distill, distillation_loss, divergence
-from lilliput.compress.lora import lora
-from lilliput.compress.training import IGNORED, answer_logits, collate, encode_examples, label_loss
-from lilliput.config import DistillConfig, LoraConfig
+from lilliput.compress import lora as lora_module
+from lilliput.compress.checkpoint import fingerprint, last_checkpoint
+from lilliput.compress.lora import lora, with_adapter
+from lilliput.compress.training import (
+    IGNORED,
+    answer_logits,
+    answer_states,
+    collate,
+    computes_in_bfloat16,
+    encode_examples,
+    label_loss,
+    set_aside,
+)
+from lilliput.config import LoraConfig
 from lilliput.data.questions import ABSTENTION
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, probe_logits, prove_reload, save_model
@@ -39,6 +46,16 @@ def test_answer_logits_equal_those_of_the_whole_forward(opened, batch):
     assert label_loss(model, batch).item() == pytest.approx(reference.item(), rel=1e-5)
 
 
+def test_hidden_states_are_those_of_the_whole_forward(opened, batch):
+    states, _ = answer_states(opened[0], batch, every_layer=True)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    whole = opened[0](**inputs, output_hidden_states=True).hidden_states
+    wanted = batch["labels"][:, 1:] != IGNORED
+    assert len(states) == len(whole) == 5
+    for own, expected in zip(states, whole, strict=True):
+        assert torch.allclose(own, expected[:, :-1][wanted], atol=1e-5)
+
+
 def test_running_the_shared_beginning_once_leaves_every_gradient_as_it_was(opened, checkpoint, batch):
     shared, whole = opened[0], open_model(checkpoint)[0]
     label_loss(shared, batch).backward()
@@ -64,8 +81,8 @@ LORA |= {"learning_rate": 2e-2, "warmup_share": 0.1, "max_grad_norm": 1.0, "seed
 
 def test_lora_learns_repeatably_and_merges(opened, checkpoint, facts):
     before = opened[0].model.layers[0].mlp.up_proj.weight.clone()
-    first = lora(opened, facts, SYSTEM, LoraConfig(**LORA))
-    second = lora(open_model(checkpoint), facts, SYSTEM, LoraConfig(**LORA))
+    first = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA))
+    second = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA))
     curve = [value for _, value in first.history["loss"]]
     assert [step for step, _ in first.history["loss"]] == list(range(1, 13))
     assert sum(curve[-3:]) < sum(curve[:3]) - 1.0
@@ -76,14 +93,14 @@ def test_lora_learns_repeatably_and_merges(opened, checkpoint, facts):
 
 def test_rslora_scales_by_the_root_of_the_rank(checkpoint, facts):
     # alpha / √4 of rsLoRA is alpha / 4 of LoRA at twice the alpha.
-    rooted = lora(open_model(checkpoint), facts, SYSTEM, LoraConfig(**LORA | {"variant": "rslora", "steps": 4}))
-    doubled = lora(open_model(checkpoint), facts, SYSTEM, LoraConfig(**LORA | {"alpha": 16.0, "steps": 4}))
+    rooted = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"variant": "rslora", "steps": 4}))
+    doubled = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"alpha": 16.0, "steps": 4}))
     assert rooted.history == doubled.history
 
 
 def test_dora_learns_a_magnitude_too_and_merges_into_the_old_shape(opened, checkpoint, facts, tmp_path):
     before = opened[0].model.layers[0].mlp.up_proj.weight.clone()
-    result = lora(opened, facts, SYSTEM, LoraConfig(**LORA | {"variant": "dora"}))
+    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"variant": "dora"}))
     curve = [value for _, value in result.history["loss"]]
     assert sum(curve[-3:]) < sum(curve[:3]) - 1.0
     change = (result.model.model.layers[0].mlp.up_proj.weight - before).detach()
@@ -95,9 +112,9 @@ def test_dora_learns_a_magnitude_too_and_merges_into_the_old_shape(opened, check
 def test_accumulated_batches_make_the_step_of_one_large_batch(checkpoint, facts):
     # The same four examples a step, whatever their order, need a data set of four.
     settings = LORA | {"steps": 3, "warmup_share": 0.0}
-    whole = lora(open_model(checkpoint), facts[:4], SYSTEM, LoraConfig(**settings))
+    whole = lora(checkpoint, facts[:4], SYSTEM, LoraConfig(**settings))
     parts = lora(
-        open_model(checkpoint),
+        checkpoint,
         facts[:4],
         SYSTEM,
         LoraConfig(**settings | {"batch_size": 2, "gradient_accumulation": 2}),
@@ -107,88 +124,156 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(checkpoint, facts)
     )
 
 
-def test_an_adapter_kept_apart_opens_as_the_merged_model_would(opened, facts, tmp_path):
-    result = lora(opened, facts, SYSTEM, LoraConfig(**LORA | {"merge": False, "steps": 2}))
+def test_an_adapter_kept_apart_opens_as_the_merged_model_would(checkpoint, facts, tmp_path):
+    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"merge": False, "steps": 2}))
     result.save(tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert prove_reload(tmp_path, probe_logits(result.model, result.tokenizer), 1e-3) <= 1e-3
 
 
-DISTILL = {
-    "divergence": "forward_kl",
-    "gradient_accumulation": 1,
-    "temperature": 2.0,
-    "kl_weight": 0.9,
-    "steps": 12,
-    "batch_size": 4,
-    "learning_rate": 2e-3,
-    "warmup_share": 0.1,
-}
-DISTILL |= {"max_grad_norm": 1.0, "seed": 2}
-
-
-def test_distillation_loss_is_the_formula(opened, checkpoint, batch):
-    student, teacher = opened[0], open_model(checkpoint)[0]
-    torch.manual_seed(0)
-    teacher.lm_head.weight.data += 0.1 * torch.randn_like(teacher.lm_head.weight)
-    loss = distillation_loss(teacher, DistillConfig(**DISTILL))(student, batch)
-    (s, targets), (t, _) = answer_logits(student, batch), answer_logits(teacher, batch)
-    p, log_q = (t / 2).softmax(-1), (s / 2).log_softmax(-1)
-    kl = (p * (p.log() - log_q)).sum(-1).mean()
-    assert kl.item() > 0.01
-    assert loss.item() == pytest.approx((0.9 * 4 * kl + 0.1 * cross_entropy(s, targets)).item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
-def test_divergences_are_their_formulas(kind):
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = (3 * torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    m = (p + q) / 2
-
-    def kl(a, b):
-        return (a * (a / b).log()).sum(-1).mean()
-
-    plain = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jensen_shannon": (kl(p, m) + kl(q, m)) / 2}
-    assert divergence(teacher, student, kind).item() == pytest.approx(plain[kind].item())
-    assert divergence(teacher, teacher, kind).item() == pytest.approx(0.0, abs=1e-12)
-    far = 50.0 * torch.eye(2, dtype=torch.float64)
-    assert divergence(far, far.flip(0), "jensen_shannon").item() == pytest.approx(math.log(2.0))
-
-
-def test_a_student_of_itself_has_only_the_label_loss(opened, checkpoint, batch):
-    loss = distillation_loss(open_model(checkpoint)[0], DistillConfig(**DISTILL))(opened[0], batch)
-    assert loss.item() == pytest.approx(0.1 * label_loss(opened[0], batch).item(), rel=1e-4)
-
-
-def test_the_student_comes_nearer_to_its_teacher_and_the_teacher_stays(opened, checkpoint, facts):
-    teacher = lora(open_model(checkpoint), facts, SYSTEM, LoraConfig(**LORA | {"steps": 20}))
-    before = probe_logits(teacher.model, teacher.tokenizer)
-    batch = collate(encode_examples(opened[1], SYSTEM, facts), 2)
-    distance = distillation_loss(teacher.model, DistillConfig(**DISTILL | {"kl_weight": 1.0}))
-    at_first = distance(opened[0], batch).item()
-    result = distill(opened, (teacher.model, teacher.tokenizer), facts, SYSTEM, DistillConfig(**DISTILL))
-    assert distance(result.model, batch).item() < 0.8 * at_first
-    assert torch.equal(probe_logits(teacher.model, teacher.tokenizer), before)
-
-
-def test_another_tokenizer_is_refused(opened, facts):
-    class Other:
-        def get_vocab(self):
-            return {"a": 0}
-
-    with pytest.raises(StrategyError, match="different tokenizers"):
-        distill(opened, (opened[0], Other()), facts, SYSTEM, DistillConfig(**DISTILL))
-
-
-def test_loss_that_is_no_number_stops_the_training(opened, facts):
+def test_loss_that_is_no_number_stops_the_training(checkpoint, facts):
     with pytest.raises((FloatingPointError, StrategyError)):
-        lora(opened, facts, SYSTEM, LoraConfig(**LORA | {"learning_rate": 1e30, "max_grad_norm": 1e30}))
-    assert math.isfinite(LORA["learning_rate"])
+        lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"learning_rate": 1e30, "max_grad_norm": 1e30}))
 
 
-def test_a_merged_model_reloads(opened, facts, tmp_path):
-    result = lora(opened, facts, SYSTEM, LoraConfig(**LORA | {"steps": 2}))
+def test_a_merged_model_reloads(checkpoint, facts, tmp_path):
+    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"steps": 2}))
     save_model(result.model, result.tokenizer, tmp_path, torch.bfloat16)
     expected = probe_logits(result.model.float(), result.tokenizer)
     assert torch.allclose(probe_logits(*open_model(tmp_path)), expected, atol=1e-3)
+
+
+def weights(result):
+    return {name: weight.detach().clone() for name, weight in result.model.named_parameters()}
+
+
+def stop_at(call, loss):
+    """`loss`, but a kill in its place when it is called for the `call`th time."""
+    calls = []
+
+    def killed(model, batch):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return loss(model, batch)
+
+    return killed
+
+
+# Twenty examples are five steps of an epoch, so 5 is a checkpoint between two epochs. Dropout draws random numbers.
+@pytest.mark.parametrize(("every", "killed_at"), [(3, 6), (5, 7)])
+def test_a_killed_training_goes_on_to_the_same_bytes(checkpoint, facts, tmp_path, monkeypatch, every, killed_at):
+    config = LoraConfig(**LORA | {"dropout": 0.2, "checkpoint_every": every, "steps": 8})
+    whole = lora(checkpoint, facts, SYSTEM, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_module, "label_loss", stop_at(killed_at, label_loss))
+        with pytest.raises(KeyboardInterrupt):
+            lora(checkpoint, facts, SYSTEM, config, tmp_path)
+    assert last_checkpoint(tmp_path).name == f"checkpoint-{(killed_at - 1) // every * every}"
+    files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json"}
+    calls = []
+    monkeypatch.setattr(lora_module, "label_loss", lambda *args: calls.append(1) or label_loss(*args))
+    resumed = lora(checkpoint, facts, SYSTEM, config, tmp_path)
+    assert len(calls) == 8 - (killed_at - 1) // every * every
+    assert resumed.history == whole.history
+    assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(resumed).items())
+
+
+VALIDATED = LoraConfig(
+    **LORA
+    | {"validation_share": 0.25, "evaluate_every": 2, "patience": 2, "checkpoint_every": 4}
+    | {"learning_rate": 1e-1, "steps": 30}  # soon too much
+)
+
+
+@pytest.fixture(scope="module")
+def validated(checkpoint, facts):
+    return lora(checkpoint, facts, SYSTEM, VALIDATED)
+
+
+def test_the_best_validation_decides_what_is_kept_and_when_to_stop(validated, facts):
+    curve = dict(validated.history["validation_loss"])
+    best = min(curve, key=curve.__getitem__)
+    assert list(curve) == list(range(2, best + 5, 2))
+    assert (validated.facts["best_step"], validated.facts["validation_loss"]) == (best, curve[best])
+    held = collate(encode_examples(validated.tokenizer, SYSTEM, set_aside(facts, VALIDATED)[1]), 2)
+    assert label_loss(validated.model, held).item() == pytest.approx(curve[best], rel=1e-4)
+
+
+def test_validation_goes_on_where_it_was_killed_too(validated, checkpoint, facts, tmp_path, monkeypatch):
+    last = validated.history["loss"][-1][0]
+    # Two steps and two batches of validation are four calls; the kill comes in the last validation.
+    monkeypatch.setattr(lora_module, "label_loss", stop_at(2 * last, label_loss))
+    with pytest.raises(KeyboardInterrupt):
+        lora(checkpoint, facts, SYSTEM, VALIDATED, tmp_path)
+    monkeypatch.undo()
+    assert last_checkpoint(tmp_path) is not None
+    resumed = lora(checkpoint, facts, SYSTEM, VALIDATED, tmp_path)
+    assert (resumed.history, resumed.facts) == (validated.history, validated.facts)
+    assert all(torch.equal(weight, weights(validated)[name]) for name, weight in weights(resumed).items())
+
+
+def test_validation_takes_whole_groups(facts):
+    twice = facts + [question.model_copy(update={"id": f"again/{question.id}"}) for question in facts]
+    learnt, validated = set_aside(twice, LoraConfig(**LORA | {"validation_share": 0.2}))
+    assert len(validated) == 8
+    assert not {question.group for question in learnt} & {question.group for question in validated}
+    assert sorted(question.id for question in learnt + validated) == sorted(question.id for question in twice)
+    assert set_aside(facts, LoraConfig(**LORA)) == (facts, [])
+    with pytest.raises(StrategyError, match=r"validation_share: 0\.2 of 1 training groups"):
+        set_aside(facts[:1], LoraConfig(**LORA | {"validation_share": 0.2}))
+
+
+def test_a_fingerprint_changes_with_any_part():
+    settings = LoraConfig(**LORA).model_dump(mode="json")
+    same = fingerprint(settings, "parent", None)
+    assert same == fingerprint(dict(reversed(settings.items())), "parent", None)
+    others = [fingerprint(settings | {"steps": 13}, "parent", None), fingerprint(settings, "other", None)]
+    assert len({same, *others}) == 3
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_automatic_precision_goes_by_the_hardware(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert computes_in_bfloat16(LoraConfig(**LORA | {"precision": "auto"})) == supported
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not computes_in_bfloat16(LoraConfig(**LORA | {"precision": "auto"}))
+
+
+def test_an_adapter_moves_to_the_float_parent_of_its_quantised_one(opened, checkpoint):
+    config = LoraConfig(**LORA)
+    trained, target = with_adapter(opened[0], config), with_adapter(open_model(checkpoint)[0], config)
+    torch.manual_seed(7)
+    for name, weight in trained.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn_like(weight)
+    a, b = (trained.base_model.model.model.layers[0].mlp.up_proj, target.base_model.model.model.layers[0].mlp.up_proj)
+    before = b.base_layer.weight.detach().clone()
+    merged = lora_module._moved(trained, target).merge_and_unload()
+    update = config.alpha / config.rank * a.lora_B["default"].weight @ a.lora_A["default"].weight
+    assert torch.allclose(merged.model.layers[0].mlp.up_proj.weight, before + update, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_qlora_learns_beside_four_bits_and_merges_into_the_float_parent(checkpoint, facts, precision):
+    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"variant": "qlora", "precision": precision}))
+    curve = [value for _, value in result.history["loss"]]
+    assert sum(curve[-3:]) < sum(curve[:3]) - 1.0
+    update = (
+        result.model.model.layers[0].mlp.up_proj.weight - open_model(checkpoint)[0].model.layers[0].mlp.up_proj.weight
+    )
+    assert result.model.dtype == torch.float32
+    assert torch.linalg.matrix_rank(update.detach()).item() == 4
+
+
+@pytest.mark.gpu
+def test_bfloat16_learns_nearly_the_same(checkpoint, facts):
+    curves = [
+        lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"precision": precision})).history["loss"]
+        for precision in ("float32", "bfloat16")
+    ]
+    assert curves[0] != curves[1]
+    assert [value for _, value in curves[1]] == pytest.approx([value for _, value in curves[0]], rel=0.05)

@@ -1,0 +1,334 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lilliput.artifacts import seal
+from lilliput.compress import distill as distill_module
+from lilliput.compress.distill import (
+    distill,
+    distillation_loss,
+    divergence,
+    hidden_distance,
+    layer_origins,
+    own_answers,
+    stored_distillation_loss,
+)
+from lilliput.compress.prune import remove_layers
+from lilliput.compress.stored_logits import buckets, stored_logits
+from lilliput.compress.training import IGNORED, answer_logits, answer_states, collate, encode_examples, label_loss
+from lilliput.config import DistillConfig
+from lilliput.errors import StrategyError
+from lilliput.models import open_model, save_model
+
+SYSTEM = "Answer briefly."
+
+DISTILL = {
+    "divergence": "forward_kl",
+    "gradient_accumulation": 1,
+    "temperature": 2.0,
+    "kl_weight": 0.9,
+    "steps": 8,
+    "batch_size": 4,
+    "learning_rate": 2e-3,
+    "warmup_share": 0.1,
+}
+DISTILL |= {"max_grad_norm": 1.0, "seed": 2}
+
+
+def config(**changes):
+    return DistillConfig(**DISTILL | changes)
+
+
+def sealed(folder, candidate="teacher", parent=None, **facts):
+    return seal(folder, candidate=candidate, strategy="x", config={}, parent=parent, parameters=0, facts=facts)
+
+
+@pytest.fixture(scope="module")
+def taught(checkpoint, tmp_path_factory):
+    """A teacher: the tiny model with its layers moved a little."""
+    model, tokenizer = open_model(checkpoint)
+    torch.manual_seed(0)
+    for weight in model.model.layers.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    save_model(model, tokenizer, folder)
+    sealed(folder)
+    return folder
+
+
+@pytest.fixture
+def teacher(taught):
+    return open_model(taught)[0]
+
+
+@pytest.fixture
+def batch(opened, facts):
+    return collate(encode_examples(opened[1], SYSTEM, facts[:3]), 2)
+
+
+def test_distillation_loss_is_the_formula(opened, teacher, batch):
+    student, tokenizer = opened
+    loss = distillation_loss(teacher, tokenizer, config())(student, batch)
+    (s, targets), (t, _) = answer_logits(student, batch), answer_logits(teacher, batch)
+    p, log_q = (t / 2).softmax(-1), (s / 2).log_softmax(-1)
+    kl = (p * (p.log() - log_q)).sum(-1).mean()
+    assert kl.item() > 0.01
+    assert loss.item() == pytest.approx((0.9 * 4 * kl + 0.1 * cross_entropy(s, targets)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_divergences_are_their_formulas(kind):
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    m = (p + q) / 2
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1).mean()
+
+    plain = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jensen_shannon": (kl(p, m) + kl(q, m)) / 2}
+    assert divergence(teacher, student, kind).item() == pytest.approx(plain[kind].item())
+    assert divergence(teacher, teacher, kind).item() == pytest.approx(0.0, abs=1e-12)
+    far = 50.0 * torch.eye(2, dtype=torch.float64)
+    assert divergence(far, far.flip(0), "jensen_shannon").item() == pytest.approx(math.log(2.0))
+
+
+def test_a_student_of_itself_has_only_the_label_loss(opened, checkpoint, batch):
+    loss = distillation_loss(open_model(checkpoint)[0], opened[1], config(hidden_weight=1.0), range(4))
+    assert loss(opened[0], batch).item() == pytest.approx(0.1 * label_loss(opened[0], batch).item(), rel=1e-4)
+
+
+def test_the_student_comes_nearer_to_its_teacher(opened, checkpoint, taught, teacher, facts, tmp_path):
+    batch = collate(encode_examples(opened[1], SYSTEM, facts), 2)
+    distance = distillation_loss(teacher, opened[1], config(kl_weight=1.0))
+    at_first = distance(opened[0], batch).item()
+    result = distill(checkpoint, taught, facts, SYSTEM, config(), tmp_path)
+    assert distance(result.model, batch).item() < 0.8 * at_first
+    assert result.history["loss"][-1] == (8, result.facts["final_loss"])
+
+
+def test_another_tokenizer_is_refused_before_weights_are_read(checkpoint, tokenizer, facts, tmp_path):
+    other = type(tokenizer).from_pretrained(checkpoint)
+    other.add_tokens(["<lilliput>"])
+    other.save_pretrained(tmp_path)  # and no weights at all
+    with pytest.raises(StrategyError, match="different tokenizers"):
+        distill(checkpoint, tmp_path, facts, SYSTEM, config(), tmp_path)
+
+
+def test_hidden_states_of_another_size_are_refused_before_weights_are_read(checkpoint, tokenizer, facts, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    shape = json.loads((checkpoint / "config.json").read_text()) | {"hidden_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(StrategyError, match="64 values and the teacher's 128"):
+        distill(checkpoint, tmp_path, facts, SYSTEM, config(hidden_weight=1.0), tmp_path)
+
+
+def test_hidden_distance_is_the_mean_relative_squared_error_of_the_layers_kept():
+    torch.manual_seed(0)
+    student, teacher = [torch.randn(3, 5) for _ in range(4)], [torch.randn(3, 5) * 10**i for i in range(6)]
+    # Student layers 0, 1, 2 were the teacher's 0, 2, 4; states[i + 1] is what layer i puts out.
+    pairs = [(student[1], teacher[1]), (student[2], teacher[3])]
+    plain = sum((own - other).pow(2).sum() / other.pow(2).sum() for own, other in pairs) / 2
+    assert hidden_distance(student, teacher, [0, 2, 4]).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_a_pruned_student_agrees_with_its_teacher_up_to_the_first_gap(opened, teacher, taught, batch):
+    pruned = open_model(taught)[0]
+    remove_layers(pruned, [2])
+    own, other = (answer_states(model, batch, every_layer=True)[0] for model in (pruned, teacher))
+    assert hidden_distance(own, other, [0, 1, 3]).item() == pytest.approx(0.0, abs=1e-9)
+    assert hidden_distance(own, other, [0, 2, 3]).item() > 0.01
+
+
+def artefact(folder, layers, parent=None, **facts):
+    folder.mkdir()
+    shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(shape))
+    return sealed(folder, folder.name, parent, **facts)
+
+
+def test_layers_are_traced_through_the_manifests_to_the_teacher(tmp_path):
+    base = artefact(tmp_path / "base", 8)
+    once = artefact(tmp_path / "once", 6, base, removed_layers=[1, 5])  # leaves 0 2 3 4 6 7
+    tuned = artefact(tmp_path / "tuned", 6, once)
+    artefact(tmp_path / "twice", 4, tuned, removed_layers=[2, 5])  # takes 3 and 7 of them
+    artefact(tmp_path / "stranger", 4)
+    assert layer_origins(tmp_path / "twice", tmp_path / "base") == [0, 2, 4, 6]
+    assert layer_origins(tmp_path / "twice", tmp_path / "tuned") == [0, 1, 3, 4]
+    assert layer_origins(tmp_path / "tuned", tmp_path / "tuned") == list(range(6))
+    assert layer_origins(tmp_path / "stranger", tmp_path / "base") == [1, 3, 5, 7]
+
+
+def test_hidden_matching_draws_hidden_states_nearer(opened, taught, teacher, facts, tmp_path):
+    pruned = open_model(taught)
+    remove_layers(pruned[0], [1])
+    save_model(*pruned, tmp_path / "pruned")
+    shutil.copytree(taught, tmp_path / "teacher")
+    sealed(tmp_path / "pruned", "pruned", sealed(tmp_path / "teacher"), removed_layers=[1])
+    folders, batch = (tmp_path / "pruned", tmp_path / "teacher"), collate(encode_examples(opened[1], SYSTEM, facts), 2)
+
+    def distance(model):
+        own, other = (answer_states(each, batch, every_layer=True)[0] for each in (model, teacher))
+        return hidden_distance(own, other, [0, 2, 3]).item()
+
+    settings = config(hidden_weight=10.0, steps=20)
+    result = distill(*folders, facts, SYSTEM, settings, tmp_path)
+    assert result.facts["matched_teacher_layers"] == [0, 2, 3]
+    assert distance(result.model) < 0.8 * distance(open_model(folders[0])[0])
+
+
+def test_own_answers_follow_the_prompts_and_the_students_distribution(opened, facts):
+    student, tokenizer = opened
+    batch = collate(encode_examples(tokenizer, SYSTEM, [facts[0]] * 64), 2)
+    settings = config(sample_temperature=0.5, sample_tokens=1)
+    torch.manual_seed(3)
+    drawn = own_answers(student, tokenizer, batch, settings)
+    prompt = encode_examples(tokenizer, SYSTEM, facts[:1])[0].labels.count(IGNORED)
+    assert torch.equal(drawn["input_ids"][:, :prompt], batch["input_ids"][:, :prompt])
+    assert (drawn["labels"][:, :prompt] == IGNORED).all()
+    assert drawn["input_ids"].shape[1] == prompt + 1
+    logits = student(drawn["input_ids"][:1, :prompt]).logits[0, -1].double()
+    likelihood = (logits / 0.5).log_softmax(-1)
+    tokens = drawn["input_ids"][:, prompt]
+    # The mean log-likelihood of 64 draws lies within four standard errors of minus the entropy.
+    entropy = -(likelihood.exp() * likelihood).sum()
+    spread = ((likelihood.exp() * (likelihood + entropy) ** 2).sum() / 64).sqrt()
+    assert abs(likelihood[tokens].mean() + entropy) < 4 * spread
+    torch.manual_seed(3)
+    assert torch.equal(own_answers(student, tokenizer, batch, settings)["input_ids"], drawn["input_ids"])
+
+
+def test_own_answers_end_with_the_end_token_and_unequal_prompts_stay_whole(opened, facts):
+    student, tokenizer = opened
+    questions = [
+        facts[0].model_copy(update={"question": "Capital of France, and of nothing else, please?"}),
+        *facts[:3],
+    ]
+    batch = collate(encode_examples(tokenizer, SYSTEM, questions), 2)
+    torch.manual_seed(0)
+    drawn = own_answers(student, tokenizer, batch, config(sample_temperature=50.0, sample_tokens=6))
+    for old, new in zip(encode_examples(tokenizer, SYSTEM, questions), drawn["labels"], strict=True):
+        assert (new[: old.labels.count(IGNORED)] == IGNORED).all()
+        answer = new[old.labels.count(IGNORED) :]
+        answer = answer[answer != IGNORED].tolist()
+        assert 1 <= len(answer) <= 6
+        assert tokenizer.eos_token_id not in answer[:-1]
+
+
+def test_the_loss_on_own_answers_is_the_divergence_there(opened, teacher, batch):
+    student, tokenizer = opened
+    settings = config(on_policy_share=1.0, sample_tokens=5)
+    torch.manual_seed(4)
+    loss = distillation_loss(teacher, tokenizer, settings)(student.train(), batch)
+    torch.manual_seed(4)
+    torch.rand(())  # whether to answer by itself
+    drawn = own_answers(student, tokenizer, batch, settings)
+    p = (answer_logits(teacher, drawn)[0] / 2).softmax(-1)
+    q = (answer_logits(student, drawn)[0] / 2).softmax(-1)
+    assert loss.item() == pytest.approx((0.9 * 4 * (p * (p / q).log()).sum(-1).mean()).item(), rel=1e-4)
+    assert loss.requires_grad
+    student.eval()  # validation is on the right answers and draws nothing
+    assert distillation_loss(teacher, tokenizer, settings)(student, batch).item() == pytest.approx(
+        distillation_loss(teacher, tokenizer, config())(student, batch).item()
+    )
+
+
+def test_own_answers_are_drawn_again_after_a_kill(checkpoint, taught, facts, tmp_path, monkeypatch):
+    settings = config(on_policy_share=0.5, sample_tokens=3, steps=6, checkpoint_every=2)
+    whole = distill(checkpoint, taught, facts, SYSTEM, settings, tmp_path)
+    calls = []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return divergence(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_module, "divergence", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(checkpoint, taught, facts, SYSTEM, settings, tmp_path, tmp_path / "left")
+    assert (tmp_path / "left" / "checkpoint-4").is_dir()
+    resumed = distill(checkpoint, taught, facts, SYSTEM, settings, tmp_path, tmp_path / "left")
+    assert resumed.history == whole.history
+    for own, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_buckets_are_the_named_tokens_and_the_rest():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    expected = torch.tensor([[0.4, 0.3, 0.3]])
+    assert torch.allclose(buckets(logits, torch.tensor([[1, 3]])).exp(), expected)
+    everything = buckets(logits, torch.arange(4)[None])
+    assert torch.allclose(everything[:, :4].exp(), logits.exp())
+    assert everything[0, 4].exp().item() == pytest.approx(0.0, abs=1e-30)
+
+
+@pytest.fixture
+def store(taught, opened, facts, tmp_path):
+    examples = encode_examples(opened[1], SYSTEM, facts)
+
+    def make(top_k, open_teacher=lambda: open_model(taught)[0]):
+        return stored_logits(tmp_path, "sha", open_teacher, examples, 2, 2.0, top_k)
+
+    return make
+
+
+def test_stored_logits_of_the_whole_vocabulary_give_the_live_loss_and_gradient(
+    opened, checkpoint, teacher, store, batch
+):
+    live, stored = opened[0], open_model(checkpoint)[0]
+    settings = config(top_k=10**6)
+    expected = distillation_loss(teacher, opened[1], settings)(live, batch)
+    loss = stored_distillation_loss(store(10**6), settings)(stored, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    loss.backward()
+    named = dict(live.named_parameters())
+    for name, weight in stored.named_parameters():
+        assert torch.allclose(weight.grad, named[name].grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_fewer_stored_logits_never_overstate_the_divergence(opened, teacher, store, batch):
+    settings = config(kl_weight=1.0)
+    exact = distillation_loss(teacher, opened[1], settings)(opened[0], batch).item()
+    losses = [stored_distillation_loss(store(k), settings)(opened[0], batch).item() for k in (1, 16, 1024, 16384)]
+    assert losses == sorted(losses)
+    assert 0.0 < losses[0] < losses[-1] <= exact * (1 + 1e-5)
+    (p, q) = ((answer_logits(model, batch)[0] / 2).softmax(-1) for model in (teacher, opened[0]))
+    top = p.topk(16).indices
+    (a, b) = (x.gather(-1, top) for x in (p, q))
+    (c, d) = (1 - a.sum(-1), 1 - b.sum(-1))
+    plain = ((a * (a / b).log()).sum(-1) + c * (c / d).log()).mean()
+    assert losses[1] == pytest.approx(4 * plain.item(), rel=1e-3)
+
+
+def test_what_is_stored_needs_no_teacher_again(store, tmp_path):
+    def never():
+        raise AssertionError("the teacher was opened")
+
+    first, second = store(8), store(8, never)
+    assert torch.equal(first.log_probabilities, second.log_probabilities)
+    assert first.rows == second.rows
+    with pytest.raises(AssertionError, match="opened"):
+        store(9, never)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+
+
+def test_a_second_student_learns_the_same_from_stored_logits_without_the_teachers_weights(
+    checkpoint, taught, teacher, opened, facts, tmp_path
+):
+    shutil.copytree(taught, tmp_path / "teacher")
+    settings = config(teacher_logits="stored", top_k=8192)  # a random teacher is far from sure
+    first = distill(checkpoint, tmp_path / "teacher", facts, SYSTEM, settings, tmp_path / "cache")
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    second = distill(checkpoint, tmp_path / "teacher", facts, SYSTEM, settings, tmp_path / "cache")
+    for own, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(own, other)
+    batch = collate(encode_examples(opened[1], SYSTEM, facts), 2)
+    distance = distillation_loss(teacher, opened[1], config(kl_weight=1.0))
+    assert distance(first.model, batch).item() < 0.8 * distance(opened[0], batch).item()
