@@ -190,8 +190,8 @@ def prune_heads(model: PreTrainedModel, texts: Texts, method: str, left: int) ->
         _keep(attention.k_proj, _channels_of(kept_groups, channels), 0)
         _keep(attention.v_proj, _channels_of(kept_groups, channels), 0)
         attention.num_key_value_groups = kept.shape[1]
-    config.num_attention_heads, config.num_key_value_heads = kept.numel(), len(kept_groups)
-    config.head_dim = channels
+    groups, heads = (left, heads) if method == "kv_groups" else (groups, left)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = groups * heads, groups, channels
 
 
 def _channels_of(heads: torch.Tensor, channels: int) -> torch.Tensor:

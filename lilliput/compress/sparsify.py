@@ -47,33 +47,32 @@ def sparsify(parent: Opened, calibration: Sequence[Question], system_prompt: str
 @torch.inference_mode()
 def sparsify_layers(model: PreTrainedModel, texts: Sequence[Sequence[int]], config: SparsifyConfig) -> list[float]:
     """Zeroes weights of `model` in place; for each layer ‖outputs now − outputs before‖² / ‖outputs before‖²."""
-    layers = decoder_layers(model)
+    layers = list(decoder_layers(model))
     states, settings = _layer_inputs(model, layers, texts)
     changes = []
     for index, layer in enumerate(tqdm(layers, desc=config.method, unit="layer")):
         linears = [module for module in layer.modules() if isinstance(module, Linear)]
-        hessians = [torch.zeros(linear.in_features, linear.in_features).double() for linear in linears]
+        squares = [_no_squares(linear, config.method) for linear in linears]
         handles = [
-            linear.register_forward_pre_hook(_adding_to(hessian))
-            for linear, hessian in zip(linears, hessians, strict=True)
+            linear.register_forward_pre_hook(_adding_to(total)) for linear, total in zip(linears, squares, strict=True)
         ]
         dense = _outputs(layer, states, settings[index])
         for handle in handles:
             handle.remove()
-        for linear, hessian in zip(linears, hessians, strict=True):
-            linear.weight.copy_(sparse_weight(linear.weight, hessian, config))
+        for linear, total in zip(linears, squares, strict=True):
+            linear.weight.copy_(sparse_weight(linear.weight, total, config))
         states = _outputs(layer, states, settings[index])
         changed = sum((new - old).square().sum() for new, old in zip(states, dense, strict=True))
         changes.append(float(changed / sum(old.square().sum() for old in dense)))
     return changes
 
 
-def sparse_weight(weight: torch.Tensor, hessian: torch.Tensor, config: SparsifyConfig) -> torch.Tensor:
+def sparse_weight(weight: torch.Tensor, squares: torch.Tensor, config: SparsifyConfig) -> torch.Tensor:
     """`weight` with zeros in it.
 
     Args:
         weight: (outputs, inputs).
-        hessian: XᵀX over all tokens, (inputs, inputs), float64.
+        squares: XᵀX over all tokens, (inputs, inputs), for SparseGPT; its diagonal, (inputs,), for Wanda. float64.
         config: method, sparsity, pattern; damping and block size for SparseGPT.
 
     Raises:
@@ -84,10 +83,9 @@ def sparse_weight(weight: torch.Tensor, hessian: torch.Tensor, config: SparsifyC
             f"strategies.sparsify.pattern: 2:4 needs inputs in fours, but a layer has {weight.shape[1]}; "
             "choose unstructured"
         )
-    hessian = hessian.to(weight.device)
     if config.method == "wanda":
-        return weight.masked_fill(wanda_mask(weight, hessian.diagonal().sqrt(), config.sparsity, config.pattern), 0.0)
-    return sparsegpt(weight.double(), hessian, config).to(weight.dtype)
+        return weight.masked_fill(wanda_mask(weight, squares.sqrt(), config.sparsity, config.pattern), 0.0)
+    return sparsegpt(weight.double(), squares, config).to(weight.dtype)
 
 
 def wanda_mask(weight: torch.Tensor, input_norms: torch.Tensor, sparsity: float, pattern: str) -> torch.Tensor:
@@ -190,9 +188,14 @@ def _outputs(layer: Module, states: Sequence[torch.Tensor], settings: Sequence[d
     return [output[0] if isinstance(output, tuple) else output for output in given]
 
 
-def _adding_to(hessian: torch.Tensor) -> Any:
+def _no_squares(linear: Linear, method: str) -> torch.Tensor:
+    sides = 1 if method == "wanda" else 2
+    return torch.zeros([linear.in_features] * sides, dtype=torch.float64, device=linear.weight.device)
+
+
+def _adding_to(squares: torch.Tensor) -> Any:
     def hook(_module: Module, args: Any) -> None:
-        inputs = args[0].reshape(-1, args[0].shape[-1]).double()
-        hessian.add_((inputs.T @ inputs).to(hessian.device))
+        inputs = args[0].reshape(-1, args[0].shape[-1])
+        squares.add_(inputs.T @ inputs if squares.dim() == 2 else inputs.square().sum(0))
 
     return hook
