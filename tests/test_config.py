@@ -142,3 +142,11 @@ def test_examples_are_valid(name):
 def test_promotion_rules_for_a_device_that_is_none_are_refused(raw, tmp_path):
     raw["promotion"]["toaster"] = raw["promotion"]["laptop"]
     assert "promotion: toaster: no such device; name one of" in refusal(raw, tmp_path)
+
+
+def test_the_example_of_all_strategies_differs_from_the_default_in_its_graph_alone(raw):
+    example = YAML(typ="safe").load((PROJECT / "examples" / "strategies.yaml").read_text())
+    assert raw["candidates"].items() <= example["candidates"].items()
+    assert example["caching"] == raw["caching"] | {"candidates": ["pocket"]}
+    same = raw.keys() - {"candidates", "caching"}
+    assert {key: example[key] for key in same} == {key: raw[key] for key in same}
