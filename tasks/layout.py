@@ -11,6 +11,9 @@ REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")
 MLRUNS = Path("mlruns")
+SEARCH = Path("search.json")  # these three in the workspace of a search only
+STUDY = Path("search.db")
+WINNER = Path("winner.yaml")
 
 
 def model(candidate: str) -> Path:
