@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn, cast
+from typing import Annotated, cast
 
 import typer
 from dvc.exceptions import DvcException
-from prefect import flow, get_run_logger, task
+from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
-from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Failed
 
-from flows.lineage import Lineage, Stage
+from flows.lineage import Lineage
 from flows.plan import plan
-from flows.process import run_process
-from flows.show import candidate_rows, next_commands, print_plan, print_summary
+from flows.show import candidate_rows, fail, next_commands, print_plan, print_summary
+from flows.stages import run_stages
 from flows.workspace import PROJECT, alone_in, open_workspace
 from lilliput.config import load_params
-from lilliput.errors import ConfigError, LilliputError, StageError, TemporaryError
+from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
-
-
-@task(cache_policy=NO_CACHE)  # DVC alone knows what is stale
-def run_stage(stage: Stage, lineage: Lineage, folder: Path, environment: dict[str, str]) -> State:
-    """Does the work of `stage` unless DVC finds nothing changed, and records it with DVC."""
-    changes = lineage.changes(stage.name)
-    if not changes:
-        return Completed(name="Cached", message=f"{stage.name}: nothing changed, cached")
-    get_run_logger().info("%s: %s", stage.name, "; ".join(changes[:3]))
-    if lineage.restore(stage.name):
-        lineage.commit(stage.name)
-        return Completed(name="Restored", message=f"{stage.name}: made from these inputs before, restored")
-    try:
-        run_process(stage, folder, environment)
-    except TemporaryError:
-        raise  # Prefect tries again
-    except StageError as error:
-        return Failed(message=str(error))
-    lineage.commit(stage.name)
-    return Completed(message=f"{stage.name}: done")
 
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
@@ -70,44 +47,15 @@ def democratize(
 
 
 def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict[str, str]:
-    lineage, states, failed = Lineage(folder), {}, {}
+    lineage = Lineage(folder)
     _require_gpu_if_due(lineage, folder, only)
-    environment = {"LILLIPUT_FLOW_RUN": str(flow_run.id or "")}
-    if share_machine:
-        environment["LILLIPUT_SHARE_MACHINE"] = "1"
-    for stage in lineage.stages(only):
-        if failed.keys() & lineage.upstream(stage.name):
-            continue  # what does not need the broken stage is still worth having in the morning
-        work = run_stage.with_options(
-            name=stage.name.partition("@")[0],
-            task_run_name=stage.title.replace("{", "(").replace("}", ")"),
-            retries=2,
-            retry_delay_seconds=10,
-            retry_condition_fn=_may_help,
-        )
-        state = work(stage, lineage, folder, environment, return_state=True)
-        if state.is_completed():
-            states[stage.name] = state.name
-        elif state.is_failed():
-            failed[stage.name] = _reason(state, stage)
-        else:  # crashed or cancelled
-            return Failed(message=_reason(state, stage))
+    states, failed = run_stages(lineage.stages(only), lineage, folder, share_machine)
     _publish(folder)
     if failed:
         left = [stage.name for stage in lineage.stages(only) if stage.name not in states | failed]
         undone = f"\nnot done for want of it: {', '.join(left)}" if left else ""
         return Failed(message="\n".join(failed.values()) + undone)
     return states
-
-
-def _may_help(_task: object, _run: object, state: State) -> bool:
-    """Whether to try again: after a failed download, not after a failed training, which would fail again."""
-    return isinstance(state.result(raise_on_failure=False), TemporaryError)
-
-
-def _reason(state: State, stage: Stage) -> str:
-    error = state.result(raise_on_failure=False)
-    return str(error) if isinstance(error, LilliputError) else state.message or f"{stage.name} did not finish"
 
 
 def _require_runnable(folder: Path, only: list[str] | None) -> None:
@@ -158,20 +106,15 @@ def main(
                 print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))
             return
     except (LilliputError, DvcException) as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     os.chdir(PROJECT)
     try:
         state = democratize(str(params), only, share_machine, return_state=True)
     except KeyboardInterrupt:
-        _fail("stopped; nothing is half-written, and the same command goes on from here", 130)
+        fail("stopped; nothing is half-written, and the same command goes on from here", 130)
     if not state.is_completed():
-        _fail(state.message or "the flow did not finish", 2)
+        fail(state.message or "the flow did not finish", 2)
     print_summary(folder, cast("dict[str, str]", state.result()))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"\nerror: {message}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ class Lineage:
         except DvcException as error:
             raise ConfigError(f"{folder}/dvc.yaml: {error}") from None
 
+    def close(self) -> None:
+        """Lets go of DVC's files."""
+        self._repo.close()
+
     def stages(self, only: Sequence[str] = ()) -> list[Stage]:
         """The stages in the order they can run.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.table import Table
 from flows.plan import PlannedStage
 from lilliput.config import load_params
 from lilliput.graph import topological_order
+from lilliput.report.page import figure
 from tasks import layout
 
 MIB = 2**20
@@ -61,6 +63,37 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
     console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
 
 
+def front_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a chain on the front of a search, after the base's: its objectives as `value ± half interval`."""
+    shown = [*found["reference"], *(trial for trial in found["trials"] if trial["pareto"])]
+    return [
+        {"candidate": row["candidate"], "chain": row["chain"]}
+        | {metric: _figure(metric, row["figures"][metric]) for metric in found["objectives"]}
+        for row in shown
+    ]
+
+
+def print_search(folder: Path) -> None:
+    """Prints the front, who won on which device, and the lines that make the winners."""
+    found, console = _read(folder / layout.SEARCH), _console()
+    console.print(
+        _table(f"{found['study']}: the base and the Pareto front, value ± half of the 95 % interval", front_rows(found))
+    )
+    for trial in found["trials"]:
+        if trial["reason"]:
+            console.print(f"failed: {trial['chain']}: {trial['reason']}", style="dim", highlight=False, markup=False)
+    console.print(f"\nEnded: {found['stopped']}.\n", highlight=False, markup=False)
+    console.print((folder / layout.WINNER).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"These lines: {(folder / layout.WINNER).absolute()}", highlight=False, markup=False, soft_wrap=True)
+    console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends this process with `message` on stderr."""
+    print(f"\nerror: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 def print_plan(planned: Sequence[PlannedStage]) -> None:
     """Prints what would run, what is cached, and what earlier runs say it costs."""
     rows = []
@@ -103,6 +136,10 @@ def _estimate(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
     half = (estimate["high"] - estimate["low"]) / 2
     mark = "" if estimate.get("measured", True) else "~"
     return f"{mark}{estimate['value']:.{digits}f} ± {half:.{digits}f}"
+
+
+def _figure(metric: str, value: Mapping[str, Any] | float | None) -> str:
+    return _estimate(value) if isinstance(value, Mapping) and "low" in value else figure(value, metric)
 
 
 def _energy_source(folder: Path) -> str:

@@ -30,10 +30,11 @@ _DVC_CONFIG = """\
 """
 
 
-def open_workspace(params_file: Path) -> Path:
+def open_workspace(params_file: Path, kind: str = "") -> Path:
     """The folder to work in for `params_file`, checked and ready.
 
     The project's own params.yaml means the project; any other file a workspace under `workspaces/`, named after it.
+    Work of a certain `kind` has a workspace of its own for each file.
 
     Raises:
         ConfigError: the parameters are refused.
@@ -44,11 +45,11 @@ def open_workspace(params_file: Path) -> Path:
     home = PROJECT if (PROJECT / source).exists() else params_file.parent
     if not (home / source).exists():
         raise DataError(f"{params_file}: data.source: no such file: {source}; paths are relative to the project")
-    if params_file.resolve() == PROJECT / "params.yaml":
+    if params_file.resolve() == PROJECT / "params.yaml" and not kind:
         return PROJECT
     if not params_file.stem.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{params_file}: its name names a workspace; use letters, digits, - and _")
-    folder = PROJECT / "workspaces" / params_file.stem
+    folder = PROJECT / "workspaces" / ".".join(filter(None, [params_file.stem, kind]))
     return make_workspace(folder, params_file, home / source, source)
 
 

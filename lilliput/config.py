@@ -520,15 +520,24 @@ def load_params(path: Path) -> Params:
     """
     from lilliput.graph import check_graph  # the graph's rules need Params, Params's reader needs the rules
 
+    params = read_section(Params, path)
+    check_graph(params, str(path))
+    return params
+
+
+def read_section(model: type[Model], path: Path, option: str = "--params") -> Model:
+    """The YAML file at `path`, which `option` names on the command line, as a `model`, complete and checked.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or holds unknown keys or wrong types; all problems at once.
+    """
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; run from the project's folder or name one with --params") from None
+        raise ConfigError(f"{path}: no such file; run from the project's folder or name one with {option}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    params = _validate(Params, raw, str(path))
-    check_graph(params, str(path))
-    return params
+    return _validate(model, raw, str(path))
 
 
 def _validate(model: type[Model], raw: object, file: str, prefix: str = "") -> Model:
@@ -548,7 +557,7 @@ def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str
     if problem["type"] == "extra_forbidden":
         return f"{file}: {place}: unknown key{_suggestion(problem['loc'], model)}; remove it or correct its name"
     if problem["type"] == "missing":
-        return f"{file}: {place}: missing; add it (the default params.yaml shows every key)"
+        return f"{file}: {place}: missing; add it (docs/configuration.md shows every key)"
     message = f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')}"
     # A rule about several keys is told of them all, which would bury what it says.
     return message if isinstance(problem["input"], dict) else f"{message}; found {problem['input']!r:.80}"

@@ -70,6 +70,12 @@ def report() -> None:
     _run("report", "report")
 
 
+@app.command()
+def search() -> None:
+    """Log the search that this workspace holds to MLflow."""
+    _run("search", "log")
+
+
 def _run(module: str, function: str, candidate: str | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = f"{module}@{candidate}" if candidate else module

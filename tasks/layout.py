@@ -12,6 +12,9 @@ PROMOTION = Path("promotion.json")
 REPORT = Path("report")
 MLRUNS = Path("mlruns")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
+SEARCH = Path("search.json")  # these three in the workspace of a search only
+STUDY = Path("search.db")
+WINNER = Path("winner.yaml")
 
 
 def model(candidate: str) -> Path:

@@ -18,6 +18,7 @@ from tasks import layout
 
 MODEL = "lilliput"
 EXPERIMENT = "lilliput"
+SEARCHES = "searches"
 
 
 def client() -> MlflowClient:
@@ -32,14 +33,14 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(layout.MLRUNS / 'mlflow.db').absolute()}")
 
 
-def experiment_id(mlflow_client: MlflowClient) -> str:
+def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:
     """The id of the experiment, made if it is not there."""
-    found = mlflow_client.get_experiment_by_name(EXPERIMENT)
+    found = mlflow_client.get_experiment_by_name(name)
     if found:
         return found.experiment_id
     place = None if "MLFLOW_TRACKING_URI" in os.environ else (layout.MLRUNS / "artifacts").absolute().as_uri()
     kind = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on chat traces: there are none
-    return mlflow_client.create_experiment(EXPERIMENT, artifact_location=place, tags=kind)
+    return mlflow_client.create_experiment(name, artifact_location=place, tags=kind)
 
 
 def ensure_model(mlflow_client: MlflowClient) -> None:

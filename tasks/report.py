@@ -14,6 +14,7 @@ from lilliput.evaluate.compare import compare
 from lilliput.graph import ancestors, topological_order
 from lilliput.report import charts
 from lilliput.report.page import render
+from lilliput.search import value
 from tasks import layout
 from tasks.caching import caching_record
 from tasks.lineage_tags import git_commit
@@ -44,6 +45,7 @@ def report(params: Params) -> None:
         costs=list(_costs(names, records, caching)),
         charts=_charts(records, histories),
         origin=_origin(params),
+        search=_search(),
     )
     with writing(layout.REPORT) as directory:
         write_text(directory / "index.html", page)
@@ -118,6 +120,21 @@ def _charts(records: Mapping[str, Any], histories: Mapping[str, Mapping[str, cha
         if series := {name: history[kind] for name, history in histories.items() if kind in history}:
             found[title] = charts.curves(series, x_label, y_label)
     return found
+
+
+def _search() -> dict[str, Any] | None:
+    """What the search found that this workspace belongs to; None elsewhere."""
+    if not layout.SEARCH.exists():
+        return None
+    found = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
+    reference = [row["candidate"] for row in found["reference"]]
+    points = {
+        row["candidate"]: row["figures"]
+        for row in found["reference"] + found["trials"]
+        if all(value(row["figures"], metric) is not None for metric in found["objectives"])
+    }
+    front = [row["candidate"] for row in found["trials"] if row["pareto"]]
+    return {**found, "chart": charts.trade_offs(points, front, list(found["objectives"]), reference)}
 
 
 def _origin(params: Params) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -27,6 +27,50 @@ def accuracy_against_size(records: Mapping[str, Mapping[str, Any]]) -> str:
     axes.set_ylabel("choice accuracy")
     axes.margins(x=0.15)
     return _svg(figure)
+
+
+def trade_offs(
+    found: Mapping[str, Mapping[str, Any]],
+    front: Collection[str],
+    objectives: Sequence[str],
+    reference: Collection[str],
+) -> str:
+    """The first objective against each other one: the front named and with its intervals, what it beats in grey.
+
+    Args:
+        found: figures by candidate: an estimate (value, low, high) or a plain number for each objective.
+        front: the candidates that none dominates.
+        objectives: metrics, two at least.
+        reference: what the search started from, drawn hollow.
+    """
+    first, *others = objectives
+    figure = Figure(figsize=(7, 4 * len(others)))
+    for axes, other in zip(figure.subplots(len(others), squeeze=False)[:, 0], others, strict=True):
+        for name, figures in found.items():
+            (x, x_reach), (y, y_reach) = _point(figures[other], other), _point(figures[first], first)
+            if name not in front and name not in reference:
+                axes.plot(x, y, "o", color="0.7", markersize=4)
+                continue
+            axes.errorbar(
+                x, y, xerr=x_reach, yerr=y_reach, fmt="o", capsize=3, mfc="none" if name in reference else None
+            )
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 5))
+        axes.set_xlabel(_label(other))
+        axes.set_ylabel(_label(first))
+        axes.margins(x=0.15)
+    return _svg(figure)
+
+
+def _point(figure: Mapping[str, Any] | float, metric: str) -> tuple[float, list[list[float]] | None]:
+    """The value and how far its interval reaches below and above; sizes in MiB."""
+    if not isinstance(figure, Mapping):
+        return figure / 2**20 if metric.endswith("_bytes") else figure, None
+    value = figure["value"]
+    return value, [[value - figure["low"]], [figure["high"] - value]] if "low" in figure else None
+
+
+def _label(metric: str) -> str:
+    return f"{metric.removesuffix('_bytes')} (MiB)" if metric.endswith("_bytes") else metric
 
 
 def curves(series: Mapping[str, Curve], x_label: str, y_label: str) -> str:

@@ -21,6 +21,7 @@ def render(
     costs: Sequence[Mapping[str, Any]],
     charts: Mapping[str, str],
     origin: Mapping[str, str],
+    search: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -32,6 +33,7 @@ def render(
         costs: seconds and peak memory of each stage.
         charts: SVG by title.
         origin: commit, command and what else tells where the page comes from.
+        search: what a search found, where these candidates are a search's; and its chart, as SVG under `chart`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -41,6 +43,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["estimate"] = estimate
+    environment.filters["figure"] = figure
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
         differences=differences,
@@ -51,7 +54,18 @@ def render(
         costs=costs,
         charts={title: Markup(svg) for title, svg in charts.items()},
         origin=origin,
+        search=search and {**search, "chart": Markup(search["chart"])},
     )
+
+
+def figure(value: Mapping[str, Any] | float | None, metric: str) -> str:
+    """`value` as it fits `metric`: an estimate with its interval, bytes as MiB, any other number as it is."""
+    if isinstance(value, Mapping) and "low" in value:
+        return estimate(value)
+    number = value["value"] if isinstance(value, Mapping) else value
+    if number is None:
+        return "unavailable"
+    return f"{number / 2**20:.1f} MiB" if metric.endswith("_bytes") else f"{number:.3g}"
 
 
 def estimate(value: Mapping[str, Any] | None, digits: int = 3) -> str:

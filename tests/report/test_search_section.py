@@ -1,0 +1,61 @@
+import re
+
+from lilliput.report import charts
+from lilliput.report.page import render
+
+OBJECTIVES = {"accuracy_choice": "max", "size_bytes": "min", "perplexity": "min"}
+
+
+def figures(accuracy, mib):
+    estimate = {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "n": 9}
+    return {"accuracy_choice": estimate, "size_bytes": mib * 2**20, "perplexity": {"value": 3.25, "n": 9}}
+
+
+def trial(name, accuracy, mib, pareto, reason=None):
+    found = {} if reason else figures(accuracy, mib)
+    return {"candidate": name, "chain": f"chain of {name}", "pareto": pareto, "reason": reason, "figures": found}
+
+
+FOUND = {
+    "base": "base",
+    "objectives": OBJECTIVES,
+    "stopped": "3 trials are done",
+    "sequences": 7,
+    "reference": [{"candidate": "base", "chain": "", "figures": figures(0.5, 260)}],
+    "trials": [
+        trial("s-good", 0.8, 100, True),
+        trial("s-beaten", 0.4, 110, False),
+        trial("s-broken", 0.0, 0, False, "out of <memory>"),
+    ],
+}
+
+
+def page(search):
+    origin = {"commit": "c", "command": "k", "data": "d", "confidence": "95 %", "energy": "e"}
+    return render(
+        candidates=[], differences=[], caching={}, promotion={}, costs=[], charts={}, origin=origin, search=search
+    )
+
+
+def test_the_page_shows_the_front_beside_the_base_and_says_what_failed():
+    html = page({**FOUND, "chart": "<svg></svg>"})
+    rows = dict(re.findall(r'<tr><th scope="row">(\S+?)</th>(.*?)</tr>', html))
+    assert rows.keys() == {"base", "s-good"}
+    assert "<td>0.800 [0.700, 0.900]</td><td>100.0 MiB</td><td>3.25</td>" in rows["s-good"]
+    assert "<td>out of &lt;memory&gt;</td>" in html.replace(' class="prose"', "").replace("\n", "")
+    assert "accuracy_choice (max)" in html
+    assert "<svg></svg>" in html
+
+
+def test_without_a_search_the_page_says_nothing_of_one():
+    assert "Order" not in page(None)
+
+
+def test_the_chart_names_the_front_and_the_base_and_nothing_else():
+    points = {"base": figures(0.5, 260), "s-good": figures(0.8, 100), "s-beaten": figures(0.4, 110)}
+    svg = charts.trade_offs(points, ["s-good"], list(OBJECTIVES), ["base"])
+    assert svg.startswith("<svg")
+    assert svg.count("s-good") == svg.count("base") == len(OBJECTIVES) - 1  # a panel for each objective but the first
+    assert "s-beaten" not in svg
+    assert "size (MiB)" in svg
+    assert svg == charts.trade_offs(points, ["s-good"], list(OBJECTIVES), ["base"])
