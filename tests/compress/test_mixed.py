@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lilliput.compress.gptq import gptq
-from lilliput.compress.mixed import allocate, choose_bits, loss_rises, overrides, packed_bytes
+from lilliput.compress.mixed import allocate, choose_bits, loss_rises, overrides, packed_bytes, within_budget
 from lilliput.compress.packing import linears, rounded
 from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
@@ -56,19 +56,19 @@ def test_predicted_rise_is_the_formula_and_near_the_true_one(opened, facts):
     name, weight = "model.layers.1.mlp.down_proj", model.model.layers[1].mlp.down_proj.weight
     assert weight.grad is None
     assert weight.requires_grad
-    x, gradient = [], []
+    x, gradients = [], []
+
+    def record(_module, args, output) -> None:
+        x.append(args[0][0].detach())
+        output.register_hook(lambda gradient: gradients.append(gradient[0]))
+
+    handle = model.get_submodule(name).register_forward_hook(record)
     for text in texts:
-        handles = [
-            model.get_submodule(name).register_forward_hook(
-                lambda _, args, out: (x.append(args[0][0].detach()), out.register_hook(lambda g: gradient.append(g[0])))
-                and None
-            )
-        ]
         ids = torch.tensor([text])
         cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
-        handles[0].remove()
+    handle.remove()
     error = (weight - rounded(weight, 4, 32, symmetric=False)).detach() ** 2
-    expected = 0.5 * (torch.cat(gradient) ** 2).mean(0) @ error @ (torch.cat(x) ** 2).mean(0)
+    expected = 0.5 * (torch.cat(gradients) ** 2).mean(0) @ error @ (torch.cat(x) ** 2).mean(0)
     assert rises[name][1] == pytest.approx(expected.item(), rel=1e-3)
 
 
@@ -95,7 +95,10 @@ def test_a_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(
     weights = {name: layer.weight.numel() for name, layer in original.items()}
     mean = sum(widths[name] * weights[name] for name in weights) / sum(weights.values())
     assert result.facts["bits"] == pytest.approx(mean)
-    assert [layer for layer, _ in result.history["bits"]] == [0, 1, 2, 3]
+    assert sum(result.facts["layers_by_bits"].values()) == 28
+    curve = dict(result.history["bits"])
+    third = {name: size for name, size in weights.items() if ".layers.2." in name}
+    assert curve[2] == pytest.approx(sum(widths[name] * size for name, size in third.items()) / sum(third.values()))
 
 
 def test_predicted_bytes_of_a_layer_are_those_written(checkpoint, facts, tmp_path):
@@ -110,6 +113,12 @@ def test_predicted_bytes_of_a_layer_are_those_written(checkpoint, facts, tmp_pat
     for name, layer in layers.items():
         written = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.startswith(f"{name}."))
         assert packed_bytes(layer, 3, 16) == written
+
+
+def test_a_checkpoint_beyond_the_budget_is_refused_however_it_came_about(tmp_path):
+    save = within_budget(lambda target: (target / "weights").write_bytes(bytes(2 * MIB)) and None, 1.5)
+    with pytest.raises(StrategyError, match=r"2\.00 MiB were written for a budget of 1\.5 MiB"):
+        save(tmp_path)
 
 
 def test_a_budget_that_cannot_be_met_is_refused_with_the_smallest_possible(opened, checkpoint):
