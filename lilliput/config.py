@@ -263,6 +263,11 @@ class QuantisationConfig(Section):
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024]
     symmetric: bool
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every number of bits that a layer may get."""
+        return (self.bits,)
+
 
 class RtnConfig(QuantisationConfig):
     """Rounding to nearest: no calibration, nothing to choose but the grid."""
@@ -300,6 +305,11 @@ class GptqConfig(QuantisationConfig):
     damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
     seed: int
     mixed: MixedConfig | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every number of bits that a layer may get."""
+        return self.mixed.choices if self.mixed else (self.bits,)
 
 
 class StrategiesConfig(Section):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lilliput.compress.mixed import choose_bits, overrides
+from lilliput.compress.mixed import choose_bits, overrides, within_budget
 from lilliput.compress.packing import linears, load_to_quantise, open_parent, packed_result, two_workers
 from lilliput.compress.result import Result
 from lilliput.compress.training import encode_examples
@@ -50,13 +52,17 @@ def gptq(
     bits = dict.fromkeys(linears(model), config.bits)
     if config.mixed is not None:
         bits = choose_bits(model, parent_dir, texts, parent.dtype, config)
-        facts |= {"bits": _mean_bits(model, bits)}
+        facts["bits"] = _mean_bits(model, bits)
+        facts["layers_by_bits"] = {str(width): count for width, count in sorted(Counter(bits.values()).items())}
         history["bits"] = _bits_by_layer(model, bits)
     del model
     gc.collect()
     quantised, log = _quantise(parent_dir, texts, bits, config)
     history["layer_error"] = _layer_errors(log)
-    return packed_result(quantised, parent, config, facts, history)
+    result = packed_result(quantised, parent, config, facts, history)
+    if config.mixed is not None and result.save is not None:
+        return replace(result, save=within_budget(result.save, config.mixed.budget_mib))
+    return result
 
 
 def _quantise(
@@ -122,11 +128,10 @@ def _mean_bits(model: torch.nn.Module, bits: Mapping[str, int]) -> float:
     return sum(bits[name] * weights[name] for name in bits) / sum(weights.values())
 
 
-def _bits_by_layer(model: torch.nn.Module, bits: Mapping[str, int]) -> list[tuple[int, float]]:
-    layers = decoder_layers(cast("PreTrainedModel", model))
-    names = {id(module): name for name, module in model.named_modules()}
-    inside = [{names[id(module)] for module in layer.modules()} for layer in layers]
-    return [
-        (index, _mean_bits(model, {name: width for name, width in bits.items() if name in inside[index]}))
-        for index in range(len(layers))
-    ]
+def _bits_by_layer(model: PreTrainedModel, bits: Mapping[str, int]) -> list[tuple[int, float]]:
+    curve = []
+    for index, layer in enumerate(decoder_layers(model)):
+        inside = {id(module) for module in layer.modules()}
+        own = {name: width for name, width in bits.items() if id(model.get_submodule(name)) in inside}
+        curve.append((index, _mean_bits(model, own)))
+    return curve

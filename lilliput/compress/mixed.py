@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +60,26 @@ def choose_bits(
     rises = loss_rises(model, texts, mixed.choices, config)
     chosen = allocate([rises[name] for name in layers], sizes, left)
     return {name: mixed.choices[choice] for name, choice in zip(layers, chosen, strict=True)}
+
+
+def within_budget(save: Callable[[Path], None], budget_mib: float) -> Callable[[Path], None]:
+    """`save`, which then makes sure that what it wrote keeps the budget.
+
+    Raises (when called):
+        StrategyError: GPTQModel left a layer in float, a router of experts say, that was reckoned as quantised.
+    """
+
+    def checked(target: Path) -> None:
+        save(target)
+        written = sum(file.stat().st_size for file in target.iterdir())
+        if written > budget_mib * MIB:
+            raise StrategyError(
+                f"strategies.gptq.mixed.budget_mib: {written / MIB:.2f} MiB were written for a budget of "
+                f"{budget_mib:g} MiB: GPTQModel leaves layers of this architecture in float; choose one width (mixed: "
+                "null)"
+            )
+
+    return checked
 
 
 def overrides(bits: Mapping[str, int]) -> tuple[int, dict[str, dict[str, int]]]:

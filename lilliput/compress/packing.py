@@ -66,10 +66,17 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None:
-    """Raises StrategyError for layers that groups of `config.group_size` inputs do not divide.
+    """Raises StrategyError for layers that groups of `config.group_size` inputs do not divide, or 3 bits cannot pack.
 
-    GPTQModel quantises and saves such a layer without a word, and the checkpoint then fails at inference.
+    GPTQModel quantises and saves the former without a word, and the checkpoint then fails at inference. The latter
+    end in an index error after all the work: codes of 3 bits are packed 32 at a time.
     """
+    shapes = {size for linear in linears(model).values() for size in linear.weight.shape}
+    if 3 in config.widths and (bad := sorted(size for size in shapes if size % 32)):
+        raise StrategyError(
+            f"bits: 3 are packed 32 at a time, which does not divide layers of {', '.join(map(str, bad))} inputs or "
+            "outputs; choose 2, 4 or 8"
+        )
     sizes = {linear.in_features for linear in linears(model).values()}
     if bad := sorted(size for size in sizes if size % config.group_size):
         fitting = [size for size in (128, 64, 32, 16) if not any(inputs % size for inputs in sizes)]

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lilliput.compress.gptq import gptq
-from lilliput.compress.mixed import allocate, choose_bits, loss_rises, overrides, packed_bytes
+from lilliput.compress.mixed import allocate, choose_bits, loss_rises, overrides, packed_bytes, within_budget
 from lilliput.compress.packing import linears, rounded
 from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
@@ -95,7 +95,10 @@ def test_a_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(
     weights = {name: layer.weight.numel() for name, layer in original.items()}
     mean = sum(widths[name] * weights[name] for name in weights) / sum(weights.values())
     assert result.facts["bits"] == pytest.approx(mean)
-    assert [layer for layer, _ in result.history["bits"]] == [0, 1, 2, 3]
+    assert sum(result.facts["layers_by_bits"].values()) == 28
+    curve = dict(result.history["bits"])
+    third = {name: size for name, size in weights.items() if ".layers.2." in name}
+    assert curve[2] == pytest.approx(sum(widths[name] * size for name, size in third.items()) / sum(third.values()))
 
 
 def test_predicted_bytes_of_a_layer_are_those_written(checkpoint, facts, tmp_path):
@@ -110,6 +113,12 @@ def test_predicted_bytes_of_a_layer_are_those_written(checkpoint, facts, tmp_pat
     for name, layer in layers.items():
         written = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.startswith(f"{name}."))
         assert packed_bytes(layer, 3, 16) == written
+
+
+def test_a_checkpoint_beyond_the_budget_is_refused_however_it_came_about(tmp_path):
+    save = within_budget(lambda target: (target / "weights").write_bytes(bytes(2 * MIB)) and None, 1.5)
+    with pytest.raises(StrategyError, match=r"2\.00 MiB were written for a budget of 1\.5 MiB"):
+        save(tmp_path)
 
 
 def test_a_budget_that_cannot_be_met_is_refused_with_the_smallest_possible(opened, checkpoint):

@@ -1,10 +1,11 @@
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lilliput.compress.packing import rounded
+from lilliput.compress.packing import require_packable, rounded
 from lilliput.compress.rtn import rtn
 from lilliput.config import RtnConfig
 from lilliput.errors import StrategyError
@@ -57,6 +58,14 @@ def test_same_parent_same_bytes(checkpoint, facts, tmp_path):
         files = sorted((tmp_path / name).iterdir())
         hashes.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
     assert len(hashes) == 1
+
+
+def test_layers_that_three_bits_cannot_pack_are_refused():
+    model = SimpleNamespace(model=SimpleNamespace(layers=torch.nn.ModuleList([torch.nn.Linear(64, 48)])))
+    model.named_modules = lambda: [("layer", model.model.layers[0])]
+    with pytest.raises(StrategyError, match="bits: 3 are packed 32 at a time, which does not divide layers of 48"):
+        require_packable(model, RtnConfig(bits=3, group_size=32, symmetric=False))
+    require_packable(model, RtnConfig(bits=4, group_size=32, symmetric=False))
 
 
 def test_group_size_that_divides_no_layer_is_refused(checkpoint, facts):
