@@ -312,6 +312,29 @@ class GptqConfig(QuantisationConfig):
         return self.mixed.choices if self.mixed else (self.bits,)
 
 
+class MoeConfig(Section):
+    """A mixture of experts carved out of each feed-forward layer (CMoE, arXiv 2502.04416).
+
+    Its neurons are shared out evenly: `experts + shared` parts of which a token is computed with `active + shared`.
+
+    Attributes:
+        experts: that a router chooses from.
+        shared: always computed; so many times the size of one of the others.
+        active: how many of `experts` the router chooses for a token.
+    """
+
+    experts: Annotated[int, Field(ge=2)]
+    shared: Positive
+    active: Positive
+    calibration_examples: Positive
+
+    @model_validator(mode="after")
+    def _some_are_idle(self) -> MoeConfig:
+        if self.active >= self.experts:
+            raise ValueError(f"`active` {self.active} of {self.experts} `experts` leaves none idle; lower `active`")
+        return self
+
+
 class StrategiesConfig(Section):
     """The settings of each strategy; a candidate's `with` overrides single values."""
 
@@ -323,12 +346,21 @@ class StrategiesConfig(Section):
     gptq: GptqConfig
     rtn: RtnConfig
     awq: AwqConfig
+    moe: MoeConfig
 
 
 Model = TypeVar("Model", bound=Section)
-StrategyName = Literal["load", "lora", "prune", "sparsify", "distill", "gptq", "rtn", "awq"]
+StrategyName = Literal["load", "lora", "prune", "sparsify", "distill", "gptq", "rtn", "awq", "moe"]
 StrategyConfig = (
-    LoadConfig | LoraConfig | PruneConfig | SparsifyConfig | DistillConfig | GptqConfig | RtnConfig | AwqConfig
+    LoadConfig
+    | LoraConfig
+    | PruneConfig
+    | SparsifyConfig
+    | DistillConfig
+    | GptqConfig
+    | RtnConfig
+    | AwqConfig
+    | MoeConfig
 )
 
 

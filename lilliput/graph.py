@@ -11,7 +11,9 @@ from typing import Any
 from lilliput.config import (
     BFLOAT16,
     QLORA,
+    DistillConfig,
     LoraConfig,
+    MoeConfig,
     Params,
     PruneConfig,
     QuantisationConfig,
@@ -49,7 +51,7 @@ def check_graph(params: Params, file: str) -> None:
     """
     problems = [*_unknown_parents(params), *_cycles(params)]
     if not problems:
-        problems = [*_bad_roots(params), *_bad_teachers(params), *_bad_successions(params)]
+        problems = [*_bad_roots(params), *_bad_teachers(params), *_bad_successions(params), *_bad_after_experts(params)]
     problems += _bad_caching(params)
     problems = [f"{file}: {problem}" for problem in problems] + _bad_overrides(params)
     if problems:
@@ -118,6 +120,26 @@ def _bad_successions(params: Params) -> Iterable[str]:
                 f"candidates.{name}: `{spec.parent}` keeps its LoRA adapter apart (merge: false), so `{spec.apply}` "
                 f"would not see it; set merge: true there"
             )
+
+
+def _bad_after_experts(params: Params) -> Iterable[str]:
+    for name, spec in params.candidates.items():
+        mixture = next((link for link in ancestors(params, name) if params.candidates[link].apply == "moe"), None)
+        if mixture and not _handles_experts(params, name):
+            yield (
+                f"candidates.{name}: `{spec.apply}` with these settings does not reach the experts of `{mixture}`, "
+                f"which moe made; apply {spec.apply} before moe (from: {params.candidates[mixture].parent})"
+            )
+
+
+def _handles_experts(params: Params, candidate: str) -> bool:
+    """Training does, and taking whole layers away."""
+    try:
+        config = params.strategy_config(candidate)
+    except ConfigError:
+        return True  # the bad override is reported by itself
+    layers = isinstance(config, PruneConfig) and config.method in {"block_influence", "perplexity"}
+    return layers or isinstance(config, LoraConfig | DistillConfig)
 
 
 def _bad_caching(params: Params) -> Iterable[str]:
@@ -212,6 +234,16 @@ def _shape_problems(params: Params, name: str, chain: list[str], model_config: A
                     yield f"candidates.{name}: {error}"
                 return
     yield from _indivisible(params, name, linear_inputs(model_config))
+    yield from _unshared(params, name, model_config)
+
+
+def _unshared(params: Params, name: str, model_config: Any) -> Iterable[str]:
+    config = params.strategy_config(name)
+    if isinstance(config, MoeConfig) and model_config.intermediate_size % (config.experts + config.shared):
+        yield (
+            f"candidates.{name}: {config.experts} experts and {config.shared} shared ones do not divide the "
+            f"{model_config.intermediate_size} neurons of a layer; choose numbers whose sum does"
+        )
 
 
 def _indivisible(params: Params, name: str, sizes: tuple[int, ...]) -> Iterable[str]:

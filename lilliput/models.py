@@ -233,6 +233,9 @@ def _checkpoint(directory: Path) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{directory}: no safetensors checkpoint that opens: {_first_line(error)}") from None
     model.stored_dtype = getattr(torch, json.loads((directory / "config.json").read_text()).get("dtype", "float32"))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".mlp.gate.weight"):
+            parameter.requires_grad_(False)  # a carved router's logits are thousandths: one step of Adam drowns them
     return model
 
 

@@ -22,6 +22,7 @@ from lilliput.config import (
     GptqConfig,
     LoadConfig,
     LoraConfig,
+    MoeConfig,
     Params,
     PruneConfig,
     RtnConfig,
@@ -97,6 +98,10 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
         assert spec.teacher is not None, "held by check_graph"
         teacher_dir, cache = layout.model(spec.teacher), layout.TEACHER_LOGITS
         return distill(parent_dir, teacher_dir, corpus.train, system_prompt, config, cache, checkpoints)
+    if isinstance(config, MoeConfig):
+        from lilliput.compress.moe import moe
+
+        return moe(open_model(parent_dir), corpus.calibration, system_prompt, config)
     held_out = [question for question in corpus.questions if question.answerable][:32]
     if isinstance(config, RtnConfig):
         from lilliput.compress.rtn import rtn

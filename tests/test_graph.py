@@ -207,3 +207,34 @@ def test_qlora_without_bitsandbytes_is_refused_by_name(wanting_gpu, monkeypatch)
         require_gpu(wanting_gpu, ["b"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     require_gpu(wanting_gpu, ["q"])
+
+
+@pytest.mark.parametrize(
+    "child",
+    [
+        {"apply": "gptq"},
+        {"apply": "moe"},
+        {"apply": "prune", "with": {"method": "neurons"}},
+        {"apply": "sparsify"},
+    ],
+)
+def test_what_does_not_reach_experts_cannot_follow_a_mixture(with_candidates, child):
+    graph = {"base": BASE, "m": {"from": "base", "apply": "moe"}}
+    graph |= {"d": {"from": "m", "apply": "distill", "teacher": "base"}, "child": {"from": "d"} | child}
+    message = problems(with_candidates(graph))
+    assert f"`{child['apply']}` with these settings does not reach the experts of `m`" in message
+    assert "(from: base)" in message
+
+
+def test_training_and_depth_pruning_may_follow_a_mixture(with_candidates):
+    graph = {"base": BASE, "m": {"from": "base", "apply": "moe"}, "l": {"from": "m", "apply": "lora"}}
+    graph |= {"d": {"from": "l", "apply": "distill", "teacher": "base"}, "p": {"from": "d", "apply": "prune"}}
+    check_graph(with_candidates(graph), "params.yaml")
+
+
+def test_experts_must_divide_the_neurons_that_pruning_will_leave(with_candidates):
+    mixture = {"from": "base", "apply": "moe", "with": {"experts": 5}}
+    message = shape_problems(with_candidates({"base": BASE, "m": mixture}))
+    assert "candidates.m: 5 experts and 2 shared ones do not divide the 1536 neurons of a layer" in message
+    narrow = prune("base", "neurons", "removed_count", 136, 8)
+    check_shape(with_candidates({"base": BASE, "p": narrow, "m": {**mixture, "from": "p"}}), "base", SHAPE)

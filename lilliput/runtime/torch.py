@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.data.chat import pad_id, shared_beginning
 from lilliput.errors import ArtifactError
 from lilliput.models import vocabulary_logits
+from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.protocol import Ids
 
 
@@ -55,6 +56,7 @@ class TorchRuntime:
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.device = next(model.parameters()).device
+        model.set_experts_implementation(ONE_BY_ONE)  # concerns mixtures of experts alone
         self._prefix, self._kept = list(prefix), self._run(prefix)
 
     def stats(self) -> dict[str, str]:

@@ -1,0 +1,252 @@
+import pytest
+import torch
+from torch.nn.functional import silu
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
+
+from lilliput.compress.distill import distill
+from lilliput.compress.moe import ROUTER_LOGIT_RMS, carve, cluster, feed_forward_inputs, fit_router, moe
+from lilliput.compress.prune import prune
+from lilliput.compress.training import answer_logits, collate, encode_examples
+from lilliput.config import DistillConfig, MoeConfig, PruneConfig
+from lilliput.errors import StrategyError
+from lilliput.evaluate.accessibility import kv_cache_bytes
+from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
+
+SYSTEM = "Answer briefly."
+
+
+def config(**changes):
+    return MoeConfig(**{"experts": 6, "shared": 2, "active": 2, "calibration_examples": 6} | changes)
+
+
+@pytest.fixture
+def texts(opened, facts):
+    return [example.input_ids for example in encode_examples(opened[1], SYSTEM, facts[:6])]
+
+
+@pytest.fixture
+def mixture(opened, facts):
+    return moe(opened, facts, SYSTEM, config()).model
+
+
+def all_active(model):
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = layer.mlp.experts.num_experts
+    return model
+
+
+def test_with_all_experts_active_it_is_the_dense_model(opened, facts):
+    model, tokenizer = opened
+    expected = probe_logits(model, tokenizer)
+    result = moe(opened, facts, SYSTEM, config())
+    assert not torch.allclose(probe_logits(result.model, tokenizer), expected, atol=0.1)
+    everything = all_active(result.model)
+    assert torch.allclose(probe_logits(everything, tokenizer), expected, atol=2e-2)  # experts weigh 1 ± 0.0005 or so
+    for layer in everything.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+    assert torch.allclose(probe_logits(everything, tokenizer), expected, atol=1e-4)
+
+
+def test_every_neuron_has_one_place(opened, texts):
+    model, _ = opened
+    inputs = feed_forward_inputs(model, texts)
+    carving = carve(model.model.layers[1].mlp, inputs.states[1], inputs.counts, config())
+    assert carving.shared.shape == (32,)
+    assert carving.experts.shape == (6, 16)
+    assert torch.cat([carving.shared, carving.experts.flatten()]).sort().values.tolist() == list(range(128))
+
+
+@torch.inference_mode()
+def test_a_token_gets_the_shared_neurons_and_those_of_its_best_experts(opened, mixture, texts):
+    layer = mixture.model.layers[0].mlp
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    best = (x @ layer.gate.weight.T).topk(2, dim=1).indices
+    gates_ups, downs = layer.experts.gate_up_proj, layer.experts.down_proj
+    shared = layer.shared_experts
+    for token, chosen, found in zip(x, best, layer(x[None])[0], strict=True):
+        expected = shared.down_proj(silu(shared.gate_proj(token)) * shared.up_proj(token))
+        for expert in chosen:
+            gate, up = (gates_ups[expert] @ token).chunk(2)
+            expected = expected + downs[expert] @ (silu(gate) * up)
+        assert torch.allclose(found, expected, atol=5e-3)  # experts weigh 1 ± 0.0005 or so
+
+
+def test_what_goes_into_each_layer_is_what_whole_texts_give(opened, texts):
+    model, _ = opened
+    inputs = feed_forward_inputs(model, texts)
+    seen = []
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].detach()))
+    for text in texts:
+        model(input_ids=torch.tensor([text]))
+    handle.remove()
+    whole = torch.cat(seen)
+    assert inputs.counts.sum() == len(whole)
+    assert len(inputs.counts) < len(whole)
+    weighted = (inputs.states[2] * inputs.counts).sum(0)
+    assert torch.allclose(weighted, whole.sum(0), rtol=1e-3, atol=1e-2)
+
+
+def test_one_text_alone_will_do(opened, texts):
+    assert len(feed_forward_inputs(opened[0], texts[:1]).counts) == len(texts[0])
+
+
+def test_neurons_that_serve_the_same_tokens_go_together():
+    groups = torch.tensor([0, 1, 2, 1, 0, 2, 2, 0, 1])
+    tokens = torch.arange(30) % 3
+    noise = torch.rand(30, 9, generator=torch.Generator().manual_seed(0))
+    owner = cluster((tokens[:, None] == groups).float() + 0.1 * noise, 3)
+    assert owner.bincount().tolist() == [3, 3, 3]
+    assert all(len(owner[groups == group].unique()) == 1 for group in range(3))
+
+
+def test_the_router_sends_each_token_where_most_is_given():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=generator)
+    mass = x @ torch.randn(8, 4, generator=generator)
+    router = fit_router(x[:300], mass[:300], torch.ones(300, 1))
+    logits = x[:300] @ router.T
+    assert logits.square().mean().sqrt().item() == pytest.approx(ROUTER_LOGIT_RMS, rel=1e-4)
+    right = (x[300:] @ router.T).argmax(1) == mass[300:].argmax(1)
+    assert right.float().mean() > 0.95
+
+
+def test_counts_are_repetitions():
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    mass = torch.rand(20, 3, generator=torch.Generator().manual_seed(1))
+    twice = torch.cat([x, x[:5]]), torch.cat([mass, mass[:5]]), torch.ones(25, 1)
+    counts = torch.ones(20, 1)
+    counts[:5] = 2
+    found, expected = fit_router(x, mass, counts), fit_router(*twice)
+    assert torch.allclose(found / found.norm(), expected / expected.norm(), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_captured_is_the_share_of_contributions_that_are_computed(opened, texts):
+    model, _ = opened
+    inputs = feed_forward_inputs(model, texts)
+    mlp, states = model.model.layers[0].mlp, inputs.states[0]
+    carving = carve(mlp, states, inputs.counts, config())
+    given = (silu(mlp.gate_proj(states)) * mlp.up_proj(states)).abs() * mlp.down_proj.weight.norm(dim=0)
+    kept = torch.zeros_like(given)
+    for token, chosen in enumerate((states @ carving.router.T).topk(2, dim=1).indices):
+        computed = torch.cat([carving.shared, carving.experts[chosen].flatten()])
+        kept[token, computed] = given[token, computed]
+    expected = (kept * inputs.counts).sum() / (given * inputs.counts).sum()
+    assert carving.captured == pytest.approx(expected.item(), rel=1e-4)
+    assert carving.captured > 0.5  # half of the neurons, not drawn by chance
+
+
+def test_the_checkpoint_is_plain_proven_and_the_same_every_time(checkpoint, facts, tmp_path):
+    for name in ("one", "two"):
+        opened = open_model(checkpoint)
+        opened[0].stored_dtype = torch.bfloat16
+        result = moe(opened, facts, SYSTEM, config())
+        save_model(result.model, result.tokenizer, tmp_path / name)
+    again, _ = open_model(tmp_path / "two")
+    assert torch.equal(probe_logits(again, result.tokenizer), probe_logits(result.model.float(), result.tokenizer))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert plain.dtype == torch.bfloat16
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert kv_cache_bytes(plain.config, 10) == kv_cache_bytes(opened[0].config, 10)
+
+
+def test_active_and_all_parameters_are_told(opened, facts):
+    before = parameter_count(opened[0])
+    result = moe(opened, facts, SYSTEM, config())
+    routers = 4 * 6 * 64
+    assert parameter_count(result.model) == before + routers
+    assert result.facts["active_parameters"] == before + routers - 4 * 4 * 3 * 64 * 16
+    assert [layer for layer, _ in result.history["captured"]] == [0, 1, 2, 3]
+
+
+def test_it_learns_from_the_dense_model_and_keeps_its_routers(checkpoint, facts, tmp_path):
+    result = moe(open_model(checkpoint), facts, SYSTEM, config())
+    save_model(result.model, result.tokenizer, tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in open_model(tmp_path)[0].named_parameters()}
+    settings = DistillConfig(
+        divergence="forward_kl",
+        temperature=2.0,
+        kl_weight=1.0,
+        steps=6,
+        batch_size=8,
+        gradient_accumulation=1,
+        learning_rate=1e-3,
+        warmup_share=0.0,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    trained = distill(tmp_path, checkpoint, facts[:8], SYSTEM, settings, tmp_path / "unused")
+    losses = [loss for _, loss in trained.history["loss"]]
+    assert losses[-1] < losses[0]
+    changed = {name for name, parameter in trained.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {name for name in before if "experts" in name} <= changed
+    assert not any("gate.weight" in name for name in changed)
+
+
+def test_answers_are_scored_as_in_whole_texts(mixture, opened, facts):
+    examples = encode_examples(opened[1], SYSTEM, facts[:3])
+    logits, _ = answer_logits(mixture, collate(examples, 0))
+    whole = [mixture(input_ids=torch.tensor([e.input_ids])).logits[0] for e in examples]
+    wanted = [
+        row[place - 1] for e, row in zip(examples, whole, strict=True) for place, t in enumerate(e.labels) if t >= 0
+    ]
+    assert torch.allclose(logits, torch.stack(wanted), atol=1e-3)
+
+
+def test_whole_layers_may_go_afterwards(opened, mixture, facts):
+    amount = {"by": "removed_count", "value": 1}
+    settings = PruneConfig(method="block_influence", amount=amount, multiple=32, calibration_examples=2)
+    assert prune((mixture, opened[1]), facts, SYSTEM, settings).model.config.num_hidden_layers == 3
+
+
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.mark.parametrize("family", [Qwen2Config, Qwen3Config])  # attention biases; norms of queries and keys
+def test_relatives_of_llama_are_carved_too(family, tokenizer, facts):
+    model = random_model(family(**SHAPE), seed=0).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.bias"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    expected = probe_logits(model, tokenizer)
+    found = all_active(moe((model, tokenizer), facts, SYSTEM, config(calibration_examples=2)).model)
+    assert torch.allclose(probe_logits(found, tokenizer), expected, atol=5e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (Gemma2Config, "attend to a window|parts differ"),
+        (lambda **s: MistralConfig(sliding_window=8, **s), "window of 8"),
+    ],
+)
+def test_what_glm_cannot_compute_is_refused(family, reason, tokenizer, facts):
+    with pytest.raises(StrategyError, match=reason):
+        moe((random_model(family(**SHAPE), seed=0).eval(), tokenizer), facts, SYSTEM, config())
+
+
+def test_a_mixture_is_not_carved_again(opened, mixture, facts):
+    with pytest.raises(StrategyError, match="not gate, up and down projection"):
+        moe((mixture, opened[1]), facts, SYSTEM, config())
+
+
+def test_experts_that_do_not_divide_the_neurons_are_refused(opened, facts):
+    with pytest.raises(StrategyError, match="7 experts and 2 shared ones do not divide the 128 neurons"):
+        moe(opened, facts, SYSTEM, config(experts=7))
+
+
+def test_a_mixture_without_idle_experts_is_refused():
+    with pytest.raises(ValueError, match="leaves none idle"):
+        config(active=6)
