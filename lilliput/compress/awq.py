@@ -188,7 +188,7 @@ def fold(group: Group, scales: torch.Tensor, dtype: torch.dtype) -> None:
     if isinstance(writer, torch.nn.Linear):
         writer.weight /= scales[:, None]
         if writer.bias is not None:
-            writer.bias /= scales
+            writer.bias.div_(scales)
     else:
         stored = (writer.weight / scales).to(dtype).float()
         scales = torch.where(stored == 0, scales, writer.weight / stored)

@@ -207,7 +207,8 @@ def fit_router(states: torch.Tensor, mass: torch.Tensor, counts: torch.Tensor) -
 def _empty_mixture(dense: PreTrainedModel, config: MoeConfig) -> PreTrainedModel:
     """A mixture with all of `dense` but its feed-forward layers, routers of zero and all experts active."""
     _require_fitting(dense, config)
-    mixture = random_model(_mixture_config(dense, config), seed=0).eval().to(next(dense.parameters()).device)
+    mixture = random_model(_mixture_config(dense, config), seed=0).eval()
+    cast("Any", mixture).to(next(dense.parameters()).device)
     keys = mixture.load_state_dict(dense.state_dict(), strict=False)
     if strange := [key for key in (*keys.missing_keys, *keys.unexpected_keys) if ".mlp." not in key]:
         raise _unlike(dense, f"its parts differ: {', '.join(strange[:3])}")
@@ -242,7 +243,7 @@ def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
         "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
     )
-    return Glm4MoeConfig(
+    return cast("Any", Glm4MoeConfig)(  # head_dim is taken as any other key
         **{name: getattr(source, name) for name in kept.split()},
         head_dim=attention.head_dim,
         rope_parameters={**source.rope_parameters, "partial_rotary_factor": 1.0},
