@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
@@ -190,7 +190,8 @@ def own_answers(
     prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], asked, strict=True)]
     pad, end, longest = pad_id(tokenizer), end_id(tokenizer), max(map(len, prompts))
     where = batch["input_ids"].device
-    drawn = model.eval().generate(
+    model.eval()
+    drawn = cast("Any", model).generate(
         input_ids=torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=where),
         attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=where),
         generation_config=GenerationConfig(
@@ -204,7 +205,7 @@ def own_answers(
         ),
     )
     model.train()
-    answers = [_until(end, row) for row in cast("torch.Tensor", drawn)[:, longest:].tolist()]
+    answers = [_until(end, row) for row in drawn[:, longest:].tolist()]
     examples = [Example(p + a, [IGNORED] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
     return {name: tensor.to(where) for name, tensor in collate(examples, pad).items()}
 

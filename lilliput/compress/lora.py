@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -52,6 +53,7 @@ def lora(
     history = train(tuned, learnt, pad_id(tokenizer), config, label_loss, validated, checkpoints)
     facts = {"trainable_parameters": tuned.get_nb_trainable_parameters()[0], **outcome(history, config)}
     if four_bits:
+        facts["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
         tuned = _moved(tuned, with_adapter(open_model(parent)[0], config))
     if config.merge:
         return Result(_merged(tuned), tokenizer, facts, dict(history))

@@ -160,6 +160,7 @@ def label_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 class _AnswerTrainer(Trainer):
     """transformers' Trainer with our loss, our validation and checkpoints that are not pickled."""
 
+    model: Any
     loss: Loss
     bfloat16: bool
 
@@ -194,7 +195,7 @@ class _AnswerTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.control.should_training_stop:
             return  # the result comes next, and a training that has stopped must not go on
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         earlier = list(folder.glob("checkpoint-*"))
         with writing(folder / f"checkpoint-{self.state.global_step}") as target:
             save_state(self.model, self.optimizer, self.lr_scheduler, target)
