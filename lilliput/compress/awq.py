@@ -186,12 +186,12 @@ def fold(group: Group, scales: torch.Tensor, dtype: torch.dtype) -> None:
     """
     writer: Any = group.writer
     if isinstance(writer, torch.nn.Linear):
-        writer.weight /= scales[:, None]
+        writer.weight.div_(scales[:, None])
         if writer.bias is not None:
-            writer.bias /= scales
+            writer.bias.div_(scales)
     else:
         stored = (writer.weight / scales).to(dtype).float()
         scales = torch.where(stored == 0, scales, writer.weight / stored)
         writer.weight.copy_(stored)
     for reader in group.readers:
-        reader.weight *= scales
+        reader.weight.mul_(scales)
