@@ -186,7 +186,7 @@ def fold(group: Group, scales: torch.Tensor, dtype: torch.dtype) -> None:
     """
     writer: Any = group.writer
     if isinstance(writer, torch.nn.Linear):
-        writer.weight /= scales[:, None]
+        writer.weight.div_(scales[:, None])
         if writer.bias is not None:
             writer.bias.div_(scales)
     else:
@@ -194,4 +194,4 @@ def fold(group: Group, scales: torch.Tensor, dtype: torch.dtype) -> None:
         scales = torch.where(stored == 0, scales, writer.weight / stored)
         writer.weight.copy_(stored)
     for reader in group.readers:
-        reader.weight *= scales
+        reader.weight.mul_(scales)

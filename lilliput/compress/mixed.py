@@ -147,9 +147,7 @@ def _second_moments(
     handles = []
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: add(inputs[name], args[0])))
-        handles.append(
-            layer.register_full_backward_hook(lambda _, __, out, name=name: add(gradients[str(name)], out[0]))
-        )
+        handles.append(layer.register_full_backward_hook(lambda _, __, out, name=name: add(gradients[name], out[0])))  # pyright: ignore[reportArgumentType]
     try:
         with _without_weight_gradients(model):
             for text in tqdm(texts, desc="gradients", unit="text"):

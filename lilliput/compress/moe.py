@@ -22,7 +22,6 @@ from transformers import DynamicCache, Glm4MoeConfig, PreTrainedModel
 from lilliput.compress.result import Result
 from lilliput.compress.training import encode_examples
 from lilliput.config import MoeConfig
-from lilliput.data.chat import shared_beginning
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import Opened, decoder_layers, parameter_count, probe_logits, random_model, stored_dtype
@@ -30,6 +29,11 @@ from lilliput.models import Opened, decoder_layers, parameter_count, probe_logit
 ROUTER_LOGIT_RMS = 1e-3  # an expert then weighs 1 ± 0.0005, and float32 still tells a thousandth of this apart
 RIDGE = 1e-2  # of the mean diagonal of XᵀX
 ROUNDS = 5  # of the clustering, at most
+_KEPT = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+)  # keys of a configuration that mean the same in GLM-4-MoE
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def feed_forward_inputs(model: PreTrainedModel, texts: Sequence[list[int]]) -> I
         cast("Any", layer.mlp).register_forward_pre_hook(lambda _, args, of=of: of.append(args[0][0].clone()))
         for layer, of in zip(decoder_layers(model), seen, strict=True)
     ]
-    shared = shared_beginning([text[:-1] for text in texts])
+    shared = _common_beginning(texts)
     cache = DynamicCache(config=model.config)
     try:
         for text in tqdm([texts[0][:shared], *(text[shared:] for text in texts)], desc="read", unit="text"):
@@ -127,6 +131,12 @@ def feed_forward_inputs(model: PreTrainedModel, texts: Sequence[list[int]]) -> I
     counts = torch.ones(len(states[0]), 1, device=where)
     counts[:shared] = len(texts)
     return Inputs(states, counts)
+
+
+def _common_beginning(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with; at least the last one of each is left to be run."""
+    together = zip(*(text[:-1] for text in texts), strict=False)
+    return next((place for place, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, texts)) - 1)
 
 
 @torch.inference_mode()
@@ -208,7 +218,7 @@ def _empty_mixture(dense: PreTrainedModel, config: MoeConfig) -> PreTrainedModel
     """A mixture with all of `dense` but its feed-forward layers, routers of zero and all experts active."""
     _require_fitting(dense, config)
     mixture = random_model(_mixture_config(dense, config), seed=0).eval()
-    cast("Any", mixture).to(next(dense.parameters()).device)
+    cast("torch.nn.Module", mixture).to(next(dense.parameters()).device)
     keys = mixture.load_state_dict(dense.state_dict(), strict=False)
     if strange := [key for key in (*keys.missing_keys, *keys.unexpected_keys) if ".mlp." not in key]:
         raise _unlike(dense, f"its parts differ: {', '.join(strange[:3])}")
@@ -221,6 +231,8 @@ def _empty_mixture(dense: PreTrainedModel, config: MoeConfig) -> PreTrainedModel
 
 def _require_fitting(dense: PreTrainedModel, config: MoeConfig) -> None:
     source = cast("Any", dense.config)
+    if missing := [name for name in _KEPT if not hasattr(source, name)]:
+        raise _unlike(dense, f"its configuration has no {', '.join(missing)}")
     for layer in decoder_layers(dense):
         linears = [getattr(layer.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         if any(not isinstance(linear, torch.nn.Linear) or linear.bias is not None for linear in linears):
@@ -239,14 +251,9 @@ def _require_fitting(dense: PreTrainedModel, config: MoeConfig) -> None:
 
 def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
     source, attention = cast("Any", dense.config), cast("Any", decoder_layers(dense)[0]).self_attn
-    kept = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-    )
-    return cast("Any", Glm4MoeConfig)(  # head_dim is taken as any other key
-        **{name: getattr(source, name) for name in kept.split()},
-        head_dim=attention.head_dim,
-        rope_parameters={**source.rope_parameters, "partial_rotary_factor": 1.0},
+    rotary = source.rope_parameters | {"partial_rotary_factor": 1.0}  # GLM-4 itself rotates half of a head
+    return Glm4MoeConfig(
+        **{name: getattr(source, name) for name in _KEPT} | {"head_dim": attention.head_dim, "rope_parameters": rotary},
         attention_bias=attention.q_proj.bias is not None,
         use_qk_norm=hasattr(attention, "q_norm"),
         moe_intermediate_size=source.intermediate_size // (config.experts + config.shared),
