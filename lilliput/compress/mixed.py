@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -144,10 +145,16 @@ def _second_moments(
     def add(total: torch.Tensor, values: torch.Tensor) -> None:
         total.add_(values.detach().reshape(-1, values.shape[-1]).square().sum(0, dtype=torch.float64))
 
+    def add_input(total: torch.Tensor, _module: torch.nn.Module, args: Any) -> None:
+        add(total, args[0])
+
+    def add_gradient(total: torch.Tensor, _module: torch.nn.Module, _into: Any, out: Any) -> None:
+        add(total, out[0])
+
     handles = []
     for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: add(inputs[name], args[0])))
-        handles.append(layer.register_full_backward_hook(lambda _, __, out, name=name: add(gradients[name], out[0])))  # pyright: ignore[reportArgumentType]
+        handles.append(layer.register_forward_pre_hook(partial(add_input, inputs[name])))
+        handles.append(layer.register_full_backward_hook(partial(add_gradient, gradients[name])))
     try:
         with _without_weight_gradients(model):
             for text in tqdm(texts, desc="gradients", unit="text"):
