@@ -28,6 +28,7 @@ def test_reload_is_proven_in_a_fresh_process(opened, checkpoint):
     assert prove_reload(checkpoint, probe_logits(*opened), 1e-4) <= 1e-4
 
 
+@pytest.mark.slow
 def test_reload_of_another_model_is_refused(opened, checkpoint):
     with pytest.raises(ArtifactError, match="not what was made"):
         prove_reload(checkpoint, probe_logits(*opened) + 0.5, 1e-3)

@@ -72,6 +72,7 @@ def test_folding_is_exact_though_norms_are_rounded(writer):
         torch.testing.assert_close(reader(writer(x)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reopened_checkpoint_is_the_scaled_model_rounded(checkpoint, facts, tmp_path):
     result = awq(checkpoint, facts, facts[:2], SYSTEM, CONFIG)
     result.save(tmp_path)

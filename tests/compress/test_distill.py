@@ -237,6 +237,7 @@ def test_the_loss_on_own_answers_is_the_divergence_there(opened, teacher, batch)
     )
 
 
+@pytest.mark.slow
 def test_own_answers_are_drawn_again_after_a_kill(checkpoint, taught, facts, tmp_path, monkeypatch):
     settings = config(on_policy_share=0.9, sample_tokens=3, steps=4, checkpoint_every=2)
     whole = distill(checkpoint, taught, facts, SYSTEM, settings, tmp_path)

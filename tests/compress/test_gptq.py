@@ -110,6 +110,7 @@ GRIDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
 def test_every_grid_reopens_to_the_model_in_memory_and_lies_near_the_float_weights(made, checkpoint, grid):
     result, folder = made(**grid)

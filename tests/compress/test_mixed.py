@@ -77,6 +77,7 @@ def test_the_commonest_width_needs_no_rule():
     assert overrides({"a": 8}) == (8, {})
 
 
+@pytest.mark.slow
 def test_a_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(checkpoint, facts, tmp_path):
     budget = 15.48
     result = gptq(checkpoint, facts, facts[:2], SYSTEM, config(budget))

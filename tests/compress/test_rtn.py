@@ -37,6 +37,7 @@ def test_the_grid_is_that_of_rounding_to_nearest(bits, symmetric):
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
+@pytest.mark.slow
 def test_the_reopened_checkpoint_is_the_float_model_rounded(checkpoint, facts, tmp_path, bits, symmetric):
     result = rtn(checkpoint, facts[:2], SYSTEM, RtnConfig(bits=bits, group_size=32, symmetric=symmetric))
     result.save(tmp_path)
@@ -50,6 +51,7 @@ def test_the_reopened_checkpoint_is_the_float_model_rounded(checkpoint, facts, t
     assert json.loads((tmp_path / "quantize_config.json").read_text())["checkpoint_format"] == "gptq"
 
 
+@pytest.mark.slow
 def test_same_parent_same_bytes(checkpoint, facts, tmp_path):
     config = RtnConfig(bits=4, group_size=32, symmetric=False)
     hashes = set()
