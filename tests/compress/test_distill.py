@@ -320,6 +320,7 @@ def test_what_is_stored_needs_no_teacher_again(store, tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
 
 
+@pytest.mark.slow
 def test_a_second_student_learns_the_same_from_stored_logits_without_the_teachers_weights(
     checkpoint, taught, teacher, opened, facts, tmp_path
 ):

@@ -45,6 +45,7 @@ def test_codes_are_the_weights_within_half_a_step_on_average(quantised, checkpoi
     assert steps < 0.5  # rounding to nearest gives 0.25; GPTQ moves some weights further to mend others
 
 
+@pytest.mark.slow
 def test_reopened_in_a_fresh_process_it_is_the_model_in_memory(quantised):
     result, folder = quantised
     assert prove_reload(folder, probe_logits(result.model, result.tokenizer), 1e-3) <= 1e-3

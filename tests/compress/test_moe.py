@@ -161,6 +161,7 @@ def test_active_and_all_parameters_are_told(opened, facts):
     assert [layer for layer, _ in result.history["captured"]] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_it_learns_from_the_dense_model_and_keeps_its_routers(checkpoint, facts, tmp_path):
     result = moe(open_model(checkpoint), facts, SYSTEM, config())
     save_model(result.model, result.tokenizer, tmp_path)

@@ -83,6 +83,7 @@ def test_one_entry_a_layer_of_the_configuration_goes_too(opened):
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
 
 
+@pytest.mark.slow
 def test_by_perplexity_the_layer_goes_without_which_the_text_is_likeliest(opened, checkpoint, facts, texts):
     result = prune(opened, facts, SYSTEM, config("perplexity"))
     without = []

@@ -124,6 +124,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(checkpoint, facts)
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_kept_apart_opens_as_the_merged_model_would(checkpoint, facts, tmp_path):
     result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"merge": False, "steps": 2}))
     result.save(tmp_path)

@@ -315,6 +315,7 @@ def test_a_setting_that_closes_one_way_leaves_the_other_open(tiny_params):
 
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # from a library of DVC's to DVC
+@pytest.mark.slow
 def test_dvc_finds_shared_beginnings_made(tiny_params, tmp_path, monkeypatch):
     """The workspace, its graph and DVC are real; what a stage would write is not."""
     folder = make_workspace(tmp_path / "search", TINY, PROJECT / tiny_params.data.source, Path(tiny_params.data.source))
