@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,32 +49,39 @@ def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
     if stage.candidate is None:
         return None
     kind = stage.name.partition("@")[0]
-    read = {"compress": _compress_cost, "evaluate": _evaluate_cost, "caching": _caching_cost}[kind]
+    read = _COSTS[kind]
     if own := read(stage.candidate, folder):
         return Prediction(*own, of=stage.name)
+    if kind in {"compile", "devices"}:
+        return _mean([cost for name in params.compile if (cost := read(name, folder))], f"{kind} of others")
     strategy = params.candidates[stage.candidate].apply
     like = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind != "compress"]
-    costs = [cost for name in like if (cost := read(name, folder))]
+    return _mean([cost for name in like if (cost := read(name, folder))], f"{strategy} elsewhere")
+
+
+def _mean(costs: list[tuple[float, int]], of: str) -> Prediction | None:
     if not costs:
         return None
-    seconds = sum(cost[0] for cost in costs) / len(costs)
-    return Prediction(seconds, max(cost[1] for cost in costs), of=f"{strategy} elsewhere")
+    return Prediction(sum(cost[0] for cost in costs) / len(costs), max(cost[1] for cost in costs), of=of)
 
 
-def _compress_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
-    return _read(folder / layout.cost(candidate))
+def _cost_in(place: Callable[[str], Path]) -> Callable[[str, Path], tuple[float, int] | None]:
+    """Reads seconds and peak memory from the record that lies at `place(name)` in a folder."""
+
+    def read(name: str, folder: Path) -> tuple[float, int] | None:
+        path = folder / place(name)
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["seconds"], record["peak_rss_bytes"]
+
+    return read
 
 
-def _evaluate_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
-    return _read(folder / layout.metrics(candidate))
-
-
-def _caching_cost(candidate: str, folder: Path) -> tuple[float, int] | None:
-    return _read(folder / layout.caching(candidate))
-
-
-def _read(path: Path) -> tuple[float, int] | None:
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record["seconds"], record["peak_rss_bytes"]
+_COSTS = {
+    "compress": _cost_in(layout.cost),
+    "evaluate": _cost_in(layout.metrics),
+    "caching": _cost_in(layout.caching),
+    "compile": _cost_in(lambda name: layout.cost(f"compile-{name}")),
+    "devices": _cost_in(layout.devices),
+}

@@ -18,8 +18,9 @@ from lilliput.errors import ArtifactError
 MANIFEST = "lilliput.json"
 HISTORY = "history.json"
 ADAPTER = "adapter"
+PARITY = "parity.json"
 # What a runtime does not need is not counted as the model's size.
-_NOT_THE_MODEL = (MANIFEST, HISTORY, f"{ADAPTER}/")
+_NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/")
 _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "safetensors")
 
 

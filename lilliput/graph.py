@@ -11,9 +11,13 @@ from typing import Any
 from lilliput.config import (
     BFLOAT16,
     QLORA,
+    AutogptqTarget,
     DistillConfig,
+    GgufTarget,
+    GptqConfig,
     LoraConfig,
     MoeConfig,
+    OnnxTarget,
     Params,
     PruneConfig,
     QuantisationConfig,
@@ -47,12 +51,14 @@ def check_graph(params: Params, file: str) -> None:
 
     Raises:
         ConfigError: one line for each unknown parent, cycle, misplaced teacher, bad override or impossible succession,
-            and for caching that cannot be measured.
+            for caching that cannot be measured, and for targets that cannot hold their candidate.
     """
     problems = [*_unknown_parents(params), *_cycles(params)]
     if not problems:
         problems = [*_bad_roots(params), *_bad_teachers(params), *_bad_successions(params), *_bad_after_experts(params)]
     problems += _bad_caching(params)
+    if not problems:
+        problems = [*_bad_compiles(params)]
     problems = [f"{file}: {problem}" for problem in problems] + _bad_overrides(params)
     if problems:
         raise ConfigError(problems)
@@ -151,6 +157,42 @@ def _bad_caching(params: Params) -> Iterable[str]:
             f"caching.candidates: paraphrases come from the phrasings of a recipe (.yaml), which {params.data.source} "
             "does not have; leave the list empty"
         )
+
+
+def _bad_compiles(params: Params) -> Iterable[str]:
+    for name, spec in params.compile.items():
+        if spec.candidate not in params.candidates:
+            yield f"compile.{name}: unknown candidate `{spec.candidate}`; name one of: {', '.join(params.candidates)}"
+            continue
+        if name != f"{spec.candidate}-{spec.target}":
+            yield f"compile.{name}: call it `{spec.candidate}-{spec.target}`, which is where its files will lie"
+        if problem := _unheld(params, spec):
+            yield f"compile.{name}: {problem}"
+
+
+def _unheld(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
+    """Why the target cannot hold the candidate's weights, as far as its settings tell."""
+    try:
+        config = params.strategy_config(spec.candidate)
+    except ConfigError:
+        return None  # the bad override is reported by itself
+    links = [spec.candidate, *ancestors(params, spec.candidate)]
+    if isinstance(spec, OnnxTarget) and any(params.candidates[link].apply == "moe" for link in links):
+        return "ONNX Runtime's builder does not take mixtures of experts; compile it for gguf"
+    if isinstance(config, LoraConfig) and not config.merge:
+        return "its LoRA adapter is kept apart (merge: false), so it would be left out; set merge: true"
+    if not isinstance(config, QuantisationConfig):
+        return "only a quantised candidate has AutoGPTQ's format" if isinstance(spec, AutogptqTarget) else None
+    if isinstance(config, GptqConfig) and config.act_order and not isinstance(spec, AutogptqTarget):
+        return "with act_order: true neighbouring weights share no scale, which this target needs; set it to false"
+    if isinstance(spec, OnnxTarget) and (len(config.widths) > 1 or config.bits not in {4, 8}):
+        return "ONNX Runtime's builder takes 4 or 8 bits, and the same for all layers"
+    if isinstance(spec, GgufTarget):
+        if config.group_size % 32:
+            return f"group_size {config.group_size}: GGUF's blocks hold 32 weights; quantise in groups of 32"
+        if 8 in config.widths and not config.symmetric:
+            return "GGUF has no type for 8-bit codes with a zero of their own; set symmetric: true"
+    return None
 
 
 def _merges(params: Params, candidate: str) -> bool:

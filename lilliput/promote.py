@@ -37,6 +37,7 @@ def decide(
     rules: PromotionConfig,
     records: Mapping[str, Record],
     against_base: Mapping[str, Mapping[str, Comparison]],
+    impossible: Mapping[str, str] | None = None,
 ) -> Decision:
     """The champion among `records` for `device`.
 
@@ -49,9 +50,12 @@ def decide(
         rules: what it prefers and how much worse than the base a candidate may be.
         records: evaluation records by candidate.
         against_base: paired differences from the base by candidate and metric.
+        impossible: candidates that the device cannot run, and why: not compiled for it, say.
     """
-    refused = {}
+    refused = dict(impossible or {})
     for name, record in records.items():
+        if name in refused:
+            continue
         if reason := _refusal(device, rules, record, against_base.get(name, {})):
             refused[name] = reason
     eligible = {name: record for name, record in records.items() if name not in refused}
@@ -83,7 +87,7 @@ def objective(name: str, record: Record) -> float | None:
 
 def _refusal(device: str, rules: PromotionConfig, record: Record, differences: Mapping[str, Comparison]) -> str | None:
     if not record["fits"][device]:
-        return f"does not fit the storage and memory of {device}"
+        return record.get("does_not_fit") or f"does not fit the storage and memory of {device}"
     if objective(rules.prefer, record) is None:
         return f"its {rules.prefer} is unavailable, and an unavailable metric never wins"
     accuracy = differences.get("accuracy_choice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -20,6 +21,7 @@ from tasks.machine import end_with_stdin, machine_for
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]
+Compiled = Annotated[str, typer.Argument(help="a name under `compile` in params.yaml, `pocket-gguf` say")]
 
 
 @app.command()
@@ -52,6 +54,18 @@ def caching(candidate: Candidate) -> None:
     _run("caching", "caching", candidate)
 
 
+@app.command(name="compile")
+def compile_(name: Compiled) -> None:
+    """Compile a candidate for a target into compiled/<candidate>/<target>, parity proven."""
+    _run("compile", "compile_candidate", name)
+
+
+@app.command()
+def devices(name: Compiled) -> None:
+    """Measure a compiled model on each device that runs its target, into metrics/devices/<name>.json."""
+    _run("devices", "devices", name)
+
+
 @app.command()
 def register() -> None:
     """Log each evaluated candidate to MLflow and register it as a model version."""
@@ -62,6 +76,12 @@ def register() -> None:
 def promote() -> None:
     """Decide the champion of each device and move its alias in the registry."""
     _run("promote", "promote")
+
+
+@app.command()
+def bundle() -> None:
+    """Write bundles/<device>: each champion's compiled model with all it takes to run it there."""
+    _run("bundle", "bundle")
 
 
 @app.command()
@@ -76,29 +96,34 @@ def search() -> None:
     _run("search", "log")
 
 
-def _run(module: str, function: str, candidate: str | None = None) -> None:
+def _run(module: str, function: str, name: str | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stage = f"{module}@{candidate}" if candidate else module
+    stage = f"{module}@{name}" if name else module
     end_with_stdin()
     with logging_to(layout.log(stage)) as terminal, machine_for(stage, terminal):
         try:
             params = load_params(layout.PARAMS)
             require_benchmarks(params.evaluation.benchmarks, Path())
             work = getattr(importlib.import_module(f"tasks.{module}"), function)
-            work(params, *_checked(params, candidate))
+            work(params, *_checked(params, module, name))
         except LilliputError as error:
             _tell(terminal, f"{stage}: {error}")
             sys.exit(EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                _tell(terminal, f"{stage}: {error}; free some space and run this again, nothing is half-written")
+                sys.exit(EXIT_REFUSED)
             traceback.print_exc()
             _tell(terminal, f"{stage}: {type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})")
             sys.exit(1)
 
 
-def _checked(params: Params, candidate: str | None) -> list[str]:
-    if candidate is not None and candidate not in params.candidates:
-        raise ConfigError(f"unknown candidate `{candidate}`; params.yaml has: {', '.join(params.candidates)}")
-    return [candidate] if candidate else []
+def _checked(params: Params, module: str, name: str | None) -> list[str]:
+    section = "compile" if module in {"compile", "devices"} else "candidates"
+    known = getattr(params, section)
+    if name is not None and name not in known:
+        raise ConfigError(f"unknown name `{name}`; params.yaml has under {section}: {', '.join(known) or 'nothing'}")
+    return [name] if name else []
 
 
 def _tell(terminal: TextIO, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from lilliput.artifacts import write_json
-from lilliput.evaluate.accessibility import peak_rss_bytes
+from lilliput.memory import peak_rss_bytes
 
 
 @contextmanager

@@ -10,6 +10,7 @@ SOURCE = Path("models/source")
 REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")
+BUNDLES = Path("bundles")
 MLRUNS = Path("mlruns")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
 SEARCH = Path("search.json")  # these three in the workspace of a search only
@@ -50,6 +51,16 @@ def caching(candidate: str) -> Path:
 def caching_answers(candidate: str) -> Path:
     """What `candidate` answered to each query of the stream, without and with caching."""
     return Path("answers/caching") / f"{candidate}.jsonl"
+
+
+def compiled(candidate: str, target: str) -> Path:
+    """What `candidate` was compiled to for `target`."""
+    return Path("compiled") / candidate / target
+
+
+def devices(compiled_name: str) -> Path:
+    """What the devices made of a compiled model, `pocket-gguf` say."""
+    return Path("metrics/devices") / f"{compiled_name}.json"
 
 
 def log(stage: str) -> Path:

@@ -19,6 +19,7 @@ from lilliput.graph import topological_order
 from lilliput.report.card import model_card
 from tasks import layout, registry
 from tasks.caching import caching_record
+from tasks.compile import device_record
 from tasks.lineage_tags import dvc_hashes, git_commit
 
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
@@ -53,6 +54,15 @@ def register(params: Params) -> None:
         versions[name] = {"version": version, "run_id": client.get_model_version(registry.MODEL, version).run_id}
         if caching := caching_record(params, name):
             registry.add_metrics(client, version, layout.caching(name), _leaves(caching, "caching"))
+        for compiled, config in params.compile.items():
+            if config.candidate == name and (record := device_record(params, compiled)):
+                registry.add_compiled(
+                    client,
+                    version,
+                    layout.compiled(name, config.target),
+                    layout.devices(compiled),
+                    _leaves(record["devices"], config.target),
+                )
     if parent_run:
         client.set_terminated(parent_run)
     write_json(layout.REGISTRY, versions)

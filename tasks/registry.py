@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from lilliput.artifacts import file_sha256
+from lilliput.artifacts import MANIFEST, PARITY, file_sha256
 from lilliput.promote import Decision
 from tasks import layout
 
@@ -83,13 +83,28 @@ def log_run(
 
 def add_metrics(mlflow_client: MlflowClient, version: str, record: Path, metrics: Mapping[str, float]) -> None:
     """Adds what was measured later to the run of `version`, with the file it stands in; once for the same file."""
-    tag, digest = f"lilliput.{record.parent.name}_sha256", file_sha256(record)
+    tag, digest = f"lilliput.{record.parent.name}.{record.stem}_sha256", file_sha256(record)
     found = mlflow_client.get_model_version(MODEL, version)
     if found.tags.get(tag) == digest:
         return
     assert found.run_id is not None
     mlflow_client.log_batch(found.run_id, metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()])
     mlflow_client.log_artifact(found.run_id, str(record), record.parent.name)
+    mlflow_client.set_model_version_tag(MODEL, version, tag, digest)
+
+
+def add_compiled(
+    mlflow_client: MlflowClient, version: str, folder: Path, record: Path, metrics: Mapping[str, float]
+) -> None:
+    """Adds a compiled form of `version`: what the devices made of it, its parity record, and where it lies."""
+    tag, digest = f"lilliput.compiled.{folder.name}_sha256", file_sha256(folder / MANIFEST)
+    add_metrics(mlflow_client, version, record, metrics)
+    found = mlflow_client.get_model_version(MODEL, version)
+    if found.tags.get(tag) == digest:
+        return
+    assert found.run_id is not None
+    mlflow_client.log_artifact(found.run_id, str(folder / PARITY), f"compiled/{folder.name}")
+    mlflow_client.set_model_version_tag(MODEL, version, f"lilliput.compiled.{folder.name}", folder.absolute().as_uri())
     mlflow_client.set_model_version_tag(MODEL, version, tag, digest)
 
 

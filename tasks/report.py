@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lilliput.artifacts import read_history, write_text, writing
+from lilliput.artifacts import PARITY, read_history, read_manifest, write_text, writing
 from lilliput.config import Params
 from lilliput.evaluate.compare import compare
 from lilliput.graph import ancestors, topological_order
@@ -17,6 +17,7 @@ from lilliput.report.page import render
 from lilliput.search import value
 from tasks import layout
 from tasks.caching import caching_record
+from tasks.compile import device_record
 from tasks.lineage_tags import git_commit
 
 METRICS = (
@@ -37,12 +38,14 @@ def report(params: Params) -> None:
     promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
     histories = {name: read_history(layout.model(name)) for name in names}
     caching = {name: record for name in names if (record := caching_record(params, name))}
+    compiled = [row for name in params.compile if (row := _compiled(params, name))]
     page = render(
         candidates=[_candidate(params, name, records[name], names, promotion) for name in names],
         differences=list(_differences(params, names)),
         caching=caching,
+        compiled=compiled,
         promotion=promotion,
-        costs=list(_costs(names, records, caching)),
+        costs=[*_costs(names, records, caching), *_compile_costs(params)],
         charts=_charts(records, histories),
         origin=_origin(params),
         search=_search(),
@@ -107,6 +110,30 @@ def _costs(
         yield {"stage": f"evaluate {name}", **records[name]}
     for name, record in caching.items():
         yield {"stage": f"caching {name}", **record}
+
+
+def _compiled(params: Params, name: str) -> dict[str, Any] | None:
+    """A compiled model, its parity with its checkpoint, and what each device made of it."""
+    record = device_record(params, name)
+    if record is None:
+        return None
+    folder = layout.compiled(record["candidate"], record["target"])
+    facts = read_manifest(folder).facts
+    return {
+        "record": record,
+        "parity": json.loads((folder / PARITY).read_text(encoding="utf-8")),
+        "types": ", ".join(f"{count} {kind}" for kind, count in facts.get("tensors_by_type", {}).items()),
+    }
+
+
+def _compile_costs(params: Params) -> Iterable[dict[str, Any]]:
+    for name in params.compile:
+        for stage, path in {
+            f"compile {name}": layout.cost(f"compile-{name}"),
+            f"devices {name}": layout.devices(name),
+        }.items():
+            if path.exists():
+                yield {"stage": stage, **json.loads(path.read_text(encoding="utf-8"))}
 
 
 def _charts(records: Mapping[str, Any], histories: Mapping[str, Mapping[str, charts.Curve]]) -> dict[str, str]:

@@ -41,7 +41,9 @@ def test_params_are_frozen(raw, tmp_path):
 
 def test_override_changes_one_value_of_one_candidate(raw, tmp_path):
     params = load(raw, tmp_path)
-    assert params.strategy_config("gptq8") == params.strategies.gptq.model_copy(update={"bits": 8})
+    assert params.strategy_config("gptq8") == params.strategies.gptq.model_copy(
+        update={"bits": 8, "calibration_examples": 32}
+    )
     assert params.strategy_config("gptq").bits == 4
 
 

@@ -30,6 +30,7 @@ def with_candidates(tiny_params):
     def make(candidates) -> Params:
         raw = tiny_params.model_dump(mode="json", by_alias=True) | {"candidates": candidates}
         raw["caching"]["candidates"] = []
+        raw["compile"] = {}
         return Params.model_validate_json(__import__("json").dumps(raw))
 
     return make
@@ -238,3 +239,38 @@ def test_experts_must_divide_the_neurons_that_pruning_will_leave(with_candidates
     assert "candidates.m: 5 experts and 2 shared ones do not divide the 1536 neurons of a layer" in message
     narrow = prune("base", "neurons", "removed_count", 136, 8)
     check_shape(with_candidates({"base": BASE, "p": narrow, "m": {**mixture, "from": "p"}}), "base", SHAPE)
+
+
+@pytest.fixture
+def with_compile(tiny_params):
+    def make(compiled, **changes) -> Params:
+        raw = tiny_params.model_dump(mode="json", by_alias=True) | {"compile": compiled}
+        for name, settings in changes.items():
+            raw["candidates"][name]["with"] = settings
+        return Params.model_validate_json(__import__("json").dumps(raw))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "settings", "problem"),
+    [
+        ("ghost-gguf", {"candidate": "ghost", "target": "gguf"}, {}, "unknown candidate `ghost`"),
+        ("phone", {"candidate": "pocket", "target": "gguf"}, {}, "call it `pocket-gguf`"),
+        ("pocket-gguf", {"candidate": "pocket", "target": "gguf"}, {"group_size": 16}, "GGUF's blocks hold 32"),
+        ("pocket-gguf", {"candidate": "pocket", "target": "gguf"}, {"bits": 8, "symmetric": False}, "symmetric: true"),
+        ("pocket-gguf", {"candidate": "pocket", "target": "gguf"}, {"act_order": True}, "act_order: true"),
+        ("pocket-onnx", {"candidate": "pocket", "target": "onnx"}, {"bits": 3}, "takes 4 or 8 bits"),
+        ("lora-autogptq", {"candidate": "lora", "target": "autogptq"}, {}, "only a quantised candidate"),
+    ],
+)
+def test_targets_that_cannot_hold_their_candidate_are_refused_early(with_compile, name, spec, settings, problem):
+    params = with_compile({name: spec}, **({"pocket": settings} if settings else {}))
+    told = problems(params)
+    assert f"compile.{name}: " in told
+    assert problem in told
+
+
+def test_what_a_target_holds_passes(with_compile):
+    for settings in ({"bits": 8}, {"bits": 2, "symmetric": False}, {"group_size": 64}):
+        check_graph(with_compile({"pocket-gguf": {"candidate": "pocket", "target": "gguf"}}, pocket=settings), "file")

@@ -125,3 +125,15 @@ def test_preference_picks_from_the_front(prefer):
         "size": record(0.1, 0.9, 3.0, 80),
     }
     assert champion(records, RULES.model_copy(update={"prefer": prefer})) == prefer
+
+
+def test_what_the_device_cannot_run_is_out_with_the_reason_given():
+    records = {"a": record(0.9), "b": record(0.1)}
+    decision = decide("phone", RULES, records, {}, {"a": "not compiled for gguf, which phone runs"})
+    assert decision.champion == "b"
+    assert decision.refused["a"] == "not compiled for gguf, which phone runs"
+
+
+def test_a_device_run_that_did_not_fit_gives_its_own_reason():
+    misfit = record(0.9, fits=False) | {"does_not_fit": "killed at 487 MiB, 400 MiB are allowed"}
+    assert decide("phone", RULES, {"a": misfit}, {}).refused["a"] == "killed at 487 MiB, 400 MiB are allowed"

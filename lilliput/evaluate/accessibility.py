@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,12 +70,6 @@ def quantiles(values: Sequence[float]) -> dict[str, float | int | None]:
         return {"p50": None, "p90": None, "n": 0}
     p50, p90 = np.quantile(values, [0.5, 0.9])
     return {"p50": float(p50), "p90": float(p90), "n": len(values)}
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident size this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def kv_cache_bytes(config: Any, context_tokens: int, bytes_per_value: int = 2) -> int:

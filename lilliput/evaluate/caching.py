@@ -21,10 +21,11 @@ from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
 from lilliput.data.recipe import Recipe
 from lilliput.evaluate import intervals
-from lilliput.evaluate.accessibility import WARM_UP_TOKENS, peak_rss_bytes, quantiles
+from lilliput.evaluate.accessibility import WARM_UP_TOKENS, quantiles
 from lilliput.evaluate.compare import compare
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.record import Evaluation, freely_asked, judge, verdict_row
+from lilliput.memory import peak_rss_bytes
 from lilliput.models import open_model
 from lilliput.runtime.protocol import Runtime
 from lilliput.runtime.torch import TorchRuntime, cpu_threads

@@ -17,6 +17,7 @@ def render(
     candidates: Sequence[Mapping[str, Any]],
     differences: Sequence[Mapping[str, Any]],
     caching: Mapping[str, Mapping[str, Any]],
+    compiled: Sequence[Mapping[str, Any]] = (),
     promotion: Mapping[str, Any],
     costs: Sequence[Mapping[str, Any]],
     charts: Mapping[str, str],
@@ -29,6 +30,7 @@ def render(
         candidates: a row each: name, strategy, parent, record and the devices it is champion of.
         differences: a row per candidate and metric: the paired difference from its parent.
         caching: the caching record of each candidate it was measured on.
+        compiled: each compiled model with its device record, its parity record and its tensors' types.
         promotion: the decision of each device.
         costs: seconds and peak memory of each stage.
         charts: SVG by title.
@@ -50,6 +52,7 @@ def render(
         impacts=[*impacts(candidates, differences), *caching_impacts(caching)],
         impact_metrics=METRICS,
         caching=caching,
+        compiled=compiled,
         promotion=promotion,
         costs=costs,
         charts={title: Markup(svg) for title, svg in charts.items()},

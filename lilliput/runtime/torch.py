@@ -108,6 +108,14 @@ class TorchRuntime:
                 return
 
     @torch.inference_mode()
+    def predictions(self, ids: Ids, start: int) -> list[tuple[float, int]]:
+        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""
+        logits = self.model(input_ids=torch.tensor([list(ids[:-1])], device=self.device)).logits[0, start - 1 :]
+        likelihoods = self._checked(logits).float().log_softmax(-1)
+        own = likelihoods.gather(-1, torch.tensor(ids[start:], device=self.device)[:, None])[:, 0]
+        return list(zip(own.tolist(), likelihoods.argmax(-1).tolist(), strict=True))
+
+    @torch.inference_mode()
     def _beginning(self, prompt: Ids) -> tuple[DynamicCache, int]:
         """A cache of what `prompt` shares with the kept prefix, and of how many tokens; the last is left to be run."""
         known = shared_beginning([self._prefix, prompt[:-1]])

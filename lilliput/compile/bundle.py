@@ -1,0 +1,113 @@
+"""What a device is given: the compiled model and all it takes to run it with stock software, in one folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lilliput.artifacts import Manifest, seal, write_json, write_text
+
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja")
+_START = {
+    "gguf": "llama-server -m model.gguf --jinja -c CONTEXT -t THREADS --temp 0",
+    "onnx": (
+        "python -c \"import onnxruntime_genai as og, json; m = og.Model('.'); t = og.Tokenizer(m); "
+        "p = json.load(open('prompt.json')); g = og.Generator(m, og.GeneratorParams(m)); "
+        "g.append_tokens(t.encode(p['template'].replace('{{system}}', p['system']).replace('{{question}}', input()))); "
+        "exec('while not g.is_done(): g.generate_next_token()'); print(t.decode(g.get_sequence(0)))\""
+    ),
+}
+_NEEDS = {
+    "gguf": "llama.cpp (https://github.com/ggml-org/llama.cpp); for Ollama: `ollama create {name} -f Modelfile`",
+    "onnx": "`pip install onnxruntime-genai`",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model is to be asked.
+
+    Attributes:
+        device: its name.
+        threads: CPU threads there.
+        context_tokens: of prompt and answer together.
+        system_prompt: the system line it was tuned and measured with.
+        max_new_tokens: of an answer.
+        licence: of the source model; None where nobody has named it.
+    """
+
+    device: str
+    threads: int
+    context_tokens: int
+    system_prompt: str
+    max_new_tokens: int
+    licence: str | None
+
+
+def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manifest, use: Use) -> Manifest:
+    """Fills `folder` with model, tokenizer, prompt, sampling defaults, how to start it, and a manifest of sha256 sums.
+
+    Args:
+        folder: an empty folder.
+        compiled: the compiled model, verified.
+        checkpoint: what it was compiled from.
+        manifest: of the compiled model.
+        use: how it is to be asked.
+    """
+    for path in sorted(compiled.iterdir()):
+        if path.name in manifest.files:
+            shutil.copyfile(path, folder / path.name)
+    for pattern in _TOKENIZER:
+        for path in checkpoint.glob(pattern):
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+    template = chat_template(checkpoint)
+    sampling = {"temperature": 0.0, "max_new_tokens": use.max_new_tokens}
+    write_json(folder / "prompt.json", {"system": use.system_prompt, "template": template, "sampling": sampling})
+    target = manifest.strategy
+    if target == "gguf":
+        write_text(folder / "Modelfile", _modelfile(template, use))
+    write_text(folder / "README.md", _readme(manifest, use))
+    return seal(
+        folder,
+        candidate=manifest.candidate,
+        strategy="bundle",
+        config={"device": use.device, "target": target, "context_tokens": use.context_tokens, "threads": use.threads},
+        parent=manifest,
+        parameters=manifest.parameters,
+        facts={"licence": use.licence, "candidate": manifest.config["candidate"]},
+    )
+
+
+def chat_template(checkpoint: Path) -> str:
+    """The model's own chat template, with `{{system}}` and `{{question}}` where those belong."""
+    messages = [{"role": "system", "content": "{{system}}"}, {"role": "user", "content": "{{question}}"}]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _modelfile(template: str, use: Use) -> str:
+    ollama = template.replace("{{system}}", "{{ .System }}").replace("{{question}}", "{{ .Prompt }}")
+    settings = {"temperature": 0, "num_ctx": use.context_tokens, "num_predict": use.max_new_tokens}
+    lines = ["FROM ./model.gguf", f'TEMPLATE """{ollama}"""', f'SYSTEM """{use.system_prompt}"""']
+    return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in settings.items())]) + "\n"
+
+
+def _readme(manifest: Manifest, use: Use) -> str:
+    target = manifest.strategy
+    start = _START[target].replace("CONTEXT", str(use.context_tokens)).replace("THREADS", str(use.threads))
+    return (
+        f"# {manifest.candidate} for {use.device}\n\n"
+        f"1. Needs: {_NEEDS[target].format(name=manifest.config['candidate'])}.\n"
+        f"2. Start: `{start}`\n"
+        f"3. Ask with this system line: {json.dumps(use.system_prompt, ensure_ascii=False)}; "
+        "prompt.json has the whole prompt.\n"
+        f"4. Answers were measured greedy, with up to {use.max_new_tokens} new tokens; "
+        "parity.json says how near it is to its checkpoint.\n"
+        f"5. Licence of the model: {use.licence or 'not named in params.yaml (source.licence); see its publisher'}. "
+        "lilliput.json has the sha256 of every file.\n"
+    )

@@ -1,0 +1,106 @@
+"""The integers of a quantised checkpoint in AutoGPTQ's format, unpacked: nothing is rounded again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from lilliput.errors import CompileError
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised linear layer: weight[o, i] = scales[o, g] · (codes[o, i] − zeros[o, g]), g the group of input i.
+
+    Attributes:
+        codes: uint8, shape (outputs, inputs), each below 2 ** bits.
+        scales: float16, shape (outputs, groups).
+        zeros: uint8, shape (outputs, groups).
+        bits: of a code.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale and a zero."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero stands in the middle of the grid."""
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    def in_groups_of(self, size: int) -> Codes:
+        """The same weights with a scale and a zero for every `size` inputs; `size` divides the group size."""
+        times = self.group_size // size
+        return Codes(self.codes, self.scales.repeat(times, 1), self.zeros.repeat(times, 1), self.bits)
+
+    def weight(self) -> np.ndarray:
+        """The weights, float32 of shape (outputs, inputs)."""
+        outputs, inputs = self.codes.shape
+        grouped = self.codes.reshape(outputs, -1, self.group_size).astype(np.float32)
+        centred = grouped - self.zeros[..., None].astype(np.float32)
+        return (centred * self.scales[..., None].astype(np.float32)).reshape(outputs, inputs)
+
+
+def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
+    """Each quantised layer of the checkpoint in `directory`, by its name without `.qweight`; none where all is float.
+
+    Raises:
+        CompileError: the checkpoint is in another format, or its groups are no runs of inputs (`act_order`).
+    """
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if settings is None:
+        return
+    if settings.get("quant_method") != "gptq" or settings.get("checkpoint_format", "gptq") != "gptq":
+        raise CompileError(
+            f"{directory}: quantised as {settings.get('quant_method')}/{settings.get('checkpoint_format')}; only "
+            "AutoGPTQ's format (gptq, version 1) is read, which is what gptq, rtn and awq write"
+        )
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "np") as tensors:
+            for name in sorted(tensors.keys()):
+                if name.endswith(".qweight"):
+                    layer = name.removesuffix(".qweight")
+                    parts = {part: tensors.get_tensor(f"{layer}.{part}") for part in PARTS}
+                    yield layer, _unpacked(layer, **parts)
+
+
+def _unpacked(layer: str, qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> Codes:
+    inputs = len(g_idx)
+    bits = qweight.shape[0] * 32 // inputs
+    if (g_idx != np.arange(inputs) // (inputs // len(scales))).any():
+        raise CompileError(
+            f"{layer}: its groups are no runs of neighbouring inputs (act_order: true), which no target can hold; "
+            "quantise with act_order: false"
+        )
+    codes = _fields(qweight.T, bits)
+    # Version 1 stores zeros less one. The one is added to whole words, as it was taken off: a zero may have borrowed.
+    ones = _words(np.ones(32, dtype=np.uint8), bits)
+    words = qzeros.view(np.uint32) + np.tile(ones, qzeros.shape[1] // len(ones) + 1)[: qzeros.shape[1]]
+    return Codes(codes, scales.T.copy(), _fields(words, bits)[:, : scales.shape[1]].T.copy(), bits)
+
+
+def _fields(words: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of `bits` bits out of rows of 32-bit words, lowest bits first; a number may reach into the next word."""
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    flags = np.unpackbits(stream, axis=1, bitorder="little")
+    fields = flags[:, : flags.shape[1] // bits * bits].reshape(len(flags), -1, bits)
+    return np.packbits(fields, axis=2, bitorder="little")[..., 0]
+
+
+def _words(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """32 numbers of `bits` bits each as 32-bit words: the inverse of `_fields`."""
+    flags = np.unpackbits(numbers[:, None], axis=1, bitorder="little")[:, :bits]
+    return np.packbits(flags.reshape(-1), bitorder="little").view(np.uint32)

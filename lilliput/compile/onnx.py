@@ -1,0 +1,68 @@
+"""ONNX for ONNX Runtime GenAI: its own builder takes the codes of an AutoGPTQ checkpoint as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lilliput.compile.codes import read_codes
+from lilliput.config import OnnxTarget
+from lilliput.errors import CompileError
+
+_BITS = {4: "int4", 8: "int8"}
+
+
+def compile_onnx(checkpoint: Path, target: Path, config: OnnxTarget) -> dict[str, Any]:
+    """Writes a folder for ONNX Runtime GenAI into `target`.
+
+    Quantised layers keep their codes; the embedding table, which is the output layer too, is rounded to
+    `config.embeddings`. A float checkpoint stays in float32.
+
+    Raises:
+        CompileError: the builder does not take this architecture or this grid, or is not done in time.
+    """
+    layers = dict(read_codes(checkpoint))
+    bits = {codes.bits for codes in layers.values()}
+    if len(bits) > 1 or bits - _BITS.keys():
+        raise CompileError(
+            f"{checkpoint}: layers of {', '.join(map(str, sorted(bits)))} bits; ONNX Runtime's builder takes 4 or 8, "
+            "and the same for all"
+        )
+    precision = _BITS[bits.pop()] if bits else "fp32"
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(target)]
+        command += ["-p", precision, "-e", "cpu", "-c", scratch, "--extra_options", "hf_token=false"]
+        if layers:
+            sizes = {codes.group_size for codes in layers.values()}
+            command += [f"block_size={min(sizes)}", "accuracy_level=4", "algo_config=rtn"]
+            if precision == "int4":
+                command.append(f"matmul_mixed_precision=last_matmul:{config.embeddings}")
+        _run(command, checkpoint, config.deadline_s)
+    settings = json.loads((target / "genai_config.json").read_text(encoding="utf-8"))
+    settings["search"] |= {"do_sample": False}  # what was measured is greedy
+    (target / "genai_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return {"precision": precision, "embeddings": config.embeddings if layers else "fp32", "code_layers": len(layers)}
+
+
+def _run(command: list[str], checkpoint: Path, deadline_s: float) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=deadline_s,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{checkpoint}: ONNX Runtime's builder was not done after {deadline_s:g} s") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise CompileError(f"{checkpoint}: ONNX Runtime's builder does not take this model: {last}")

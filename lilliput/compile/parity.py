@@ -1,0 +1,144 @@
+"""Parity: a compiled model, opened by its own runtime in a fresh process, is held against its own checkpoint.
+
+Strings are not compared: runtimes round differently, and greedy answers part at the first near tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lilliput.config import EvaluationConfig, ParityConfig
+from lilliput.data.chat import encode_answer, encode_prompt
+from lilliput.data.questions import Question
+from lilliput.devices import Job, Outcome, run_on_device
+from lilliput.errors import CompileError
+from lilliput.evaluate import intervals
+from lilliput.evaluate.compare import compare
+from lilliput.models import open_model
+
+
+def prove_parity(
+    target: str,
+    folder: Path,
+    checkpoint: Path,
+    questions: Sequence[Question],
+    choices: Mapping[str, str],
+    system_prompt: str,
+    config: ParityConfig,
+    evaluation: EvaluationConfig,
+) -> dict[str, Any]:
+    """The parity record of the compiled model in `folder`.
+
+    The text is the first answerable questions with their answers, up to `config.tokens` tokens. Both predict each of
+    its tokens; and the compiled model chooses answers to `config.questions` questions, to which those of the
+    checkpoint are known.
+
+    Args:
+        target: which of lilliput/compile made it.
+        folder: where it lies.
+        checkpoint: what it was made from: the quantised one itself, not its float parent.
+        questions: the question set.
+        choices: the checkpoint's choice by the question's id, as its evaluation recorded it.
+        system_prompt: the system line before each question.
+        config: how much is compared, and how far it may differ.
+        evaluation: seed and resamples of the intervals.
+
+    Raises:
+        CompileError: it is another model than its checkpoint.
+        ArtifactError: its runtime does not open it, crashes or hangs.
+    """
+    model, tokenizer = open_model(checkpoint)
+    text = _text(tokenizer, questions, config.tokens)
+    with torch.inference_mode():
+        expected = model(torch.tensor([text], device=model.device)).logits[0].float().log_softmax(-1).cpu()
+    del model
+    asked = [q for q in questions if q.answerable and q.choices and q.id in choices][: config.questions]
+    options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in asked]
+    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in asked]
+    longest = max(len(ids) + max(map(len, rest)) for ids, rest in zip(prompts, options, strict=True)) if asked else 0
+    job = Job(
+        target,
+        str(folder),
+        threads=config.threads,
+        context_tokens=max(len(text), longest) + 8,
+        predict=text,
+        score=list(zip(prompts, options, strict=True)),
+    )
+    outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
+    record = _agreement(text, expected, outcome, config) | _same_answers(asked, options, choices, outcome, evaluation)
+    record |= {"runtime": outcome.details, "limits": config.model_dump(mode="json")}
+    if problems := list(_problems(record, config)):
+        raise CompileError(f"{folder}: the compiled model is not the one in {checkpoint}: " + "; ".join(problems))
+    return record
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], tokens: int) -> list[int]:
+    lines = (f"{question.question} {question.answer}" for question in questions if question.answerable)
+    return list(tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"])[:tokens]  # pyright: ignore
+
+
+def _agreement(text: Sequence[int], expected: torch.Tensor, outcome: Outcome, config: ParityConfig) -> dict[str, Any]:
+    """How the predictions of each token but the first agree; `clear` are those without a near tie."""
+    best = expected[:-1].topk(2, dim=-1)
+    own = expected[:-1].gather(-1, torch.tensor(text[1:])[:, None])[:, 0]
+    same = np.array([int(a) == b for a, (_, b) in zip(best.indices[:, 0], outcome.predictions, strict=True)])
+    clear = (best.values[:, 0] - best.values[:, 1] >= config.clear_nats).numpy()
+    gaps = np.array([told for told, _ in outcome.predictions]) - own.double().numpy()
+    return {
+        "positions": len(same),
+        "same_argmax": _share(same),
+        "same_argmax_clear": _share(same[clear]),
+        "mean_difference_nats": float(gaps.mean()),
+        "mean_absolute_difference_nats": float(np.abs(gaps).mean()),
+    }
+
+
+def _share(flags: np.ndarray) -> dict[str, Any]:
+    return intervals.as_dict(intervals.rate([bool(flag) for flag in flags]))
+
+
+def _same_answers(
+    asked: Sequence[Question],
+    options: Sequence[Sequence[Sequence[int]]],
+    choices: Mapping[str, str],
+    outcome: Outcome,
+    evaluation: EvaluationConfig,
+) -> dict[str, Any]:
+    if not asked:
+        return {"questions": 0}
+    before, after = [], []
+    for question, ids, scores in zip(asked, options, outcome.scores, strict=True):
+        picked = question.choices[int(np.argmax([score / len(i) for score, i in zip(scores, ids, strict=True)]))]
+        before.append({"id": question.id, "choice_right": choices[question.id] == question.answer})
+        after.append({"id": question.id, "choice_right": picked == question.answer, "choice": picked})
+    difference = compare(before, after, evaluation.seed, evaluation.resamples)["accuracy_choice"]
+    return {
+        "questions": len(asked),
+        "same_choices": _share(np.array([row["choice"] == choices[row["id"]] for row in after])),
+        "accuracy_difference": intervals.as_dict(difference.difference),
+        "accuracy_differs": difference.real,
+    }
+
+
+def _problems(record: Mapping[str, Any], config: ParityConfig) -> Iterable[str]:
+    for key, least in {"same_argmax": config.same_argmax, "same_argmax_clear": config.same_argmax_clear}.items():
+        share = record[key]
+        if share["value"] is not None and share["value"] < least:
+            yield (
+                f"{key.replace('_', ' ')} on {share['value']:.3f} of {share['n']} positions, "
+                f"at least {least:g} is asked (parity.{key})"
+            )
+    if not abs(record["mean_difference_nats"]) <= config.mean_difference_nats:  # written so that NaN fails too
+        yield (
+            f"mean log-likelihood differs by {record['mean_difference_nats']:.3f} nats a token, "
+            f"{config.mean_difference_nats:g} is allowed (parity.mean_difference_nats)"
+        )
+    if record.get("accuracy_differs"):
+        found = record["accuracy_difference"]
+        yield f"choice accuracy differs by {found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"

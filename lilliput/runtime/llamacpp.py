@@ -1,0 +1,111 @@
+"""llama.cpp behind the Runtime protocol, in this very process, through xllamacpp."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+from lilliput.errors import ArtifactError
+from lilliput.runtime.protocol import Ids
+
+_engine: Any = xllamacpp  # compiled, and without types
+_FORCED = 1e5  # a bias in logits that no other token comes near; the probabilities told are those without it
+
+
+class LlamaCppRuntime:
+    """A GGUF file opened by llama.cpp, one sequence at a time, with the beginning of the last prompt kept.
+
+    Args:
+        file: the GGUF file.
+        threads: CPU threads for prompts and answers alike.
+        context_tokens: of prompt and answer together.
+
+    Raises:
+        ArtifactError: llama.cpp cannot open the file.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, file: Path, threads: int, context_tokens: int) -> None:
+        params = _engine.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = context_tokens, 1, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.warmup, params.verbosity, params.cache_ram_mib = False, 0, 0
+        self._threads, self._file = threads, file
+        try:
+            self._server = _engine.Server(params)
+        except Exception as error:  # its own class, without a name to import
+            raise ArtifactError(f"{file}: llama.cpp does not open it: {error}; compile this candidate again") from None
+
+    def stats(self) -> dict[str, str]:
+        """Engine, instruction sets used, threads."""
+        return {"engine": f"xllamacpp {xllamacpp.__version__}", "threads": str(self._threads)}
+
+    def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+        return [
+            [sum(own for own, _ in self.predictions([*prompt, *ids], len(prompt))) for ids in row]
+            for prompt, row in zip(prompts, continuations, strict=True)
+        ]
+
+    def predictions(self, ids: Ids, start: int) -> Iterator[tuple[float, int]]:
+        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token.
+
+        The server tells no probabilities of a prompt. So it is made to answer one token, namely the next of `ids`, and
+        tells how likely it was without being made to; what came before is still in its cache.
+        """
+        for place in range(start, len(ids)):
+            answer = self._complete(ids[:place], n_predict=1, n_probs=1, logit_bias=[[ids[place], _FORCED]])
+            told = answer["choices"][0]["logprobs"]["content"][0]
+            if told["id"] != ids[place]:
+                raise ArtifactError(
+                    f"{self._file}: llama.cpp answered token {told['id']} where {ids[place]} was forced"
+                )
+            yield float(told["logprob"]), int(told["top_logprobs"][0]["id"])
+
+    def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
+        """Greedy answers of at most `max_tokens` tokens, without the end token."""
+        return [self._complete(ids, n_predict=max_tokens)["choices"][0]["text"].strip() for ids in prompts]
+
+    def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
+        """Greedy tokens of one answer, each as soon as it is there, the end token included."""
+        chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def answer() -> None:
+            try:
+                self._server.handle_completions(
+                    _request(prompt, n_predict=max_tokens, n_probs=1, stream=True), chunks.put
+                )
+            except Exception as error:
+                chunks.put(error)
+            chunks.put(None)
+
+        worker = threading.Thread(target=answer, daemon=True)
+        worker.start()
+        while (chunk := chunks.get()) is not None:
+            if isinstance(chunk, Exception):
+                raise ArtifactError(f"{self._file}: llama.cpp: {chunk}")
+            yield from _tokens(chunk)
+        worker.join()
+
+    def _complete(self, prompt: Ids, **settings: Any) -> dict[str, Any]:
+        answer = self._server.handle_completions(_request(prompt, **settings))
+        if "choices" not in answer:
+            raise ArtifactError(f"{self._file}: llama.cpp: {answer}")
+        return answer
+
+
+def _request(prompt: Ids, **settings: Any) -> dict[str, Any]:
+    return {"prompt": list(prompt), "temperature": 0.0, "cache_prompt": True, **settings}
+
+
+def _tokens(chunk: dict[str, Any]) -> Iterator[int]:
+    for choice in chunk.get("choices", []):
+        for told in (choice.get("logprobs") or {}).get("content") or []:
+            yield int(told["id"])

@@ -1,0 +1,105 @@
+"""ONNX Runtime GenAI behind the Runtime protocol, in this very process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai
+
+from lilliput.errors import ArtifactError
+from lilliput.runtime.protocol import Ids
+
+genai: Any = onnxruntime_genai  # compiled, and without types
+
+
+class OnnxRuntime:
+    """A folder for ONNX Runtime GenAI opened by it, one sequence at a time, with the beginning of the last one kept.
+
+    Args:
+        folder: `genai_config.json`, the graph, its weights and the tokenizer.
+        threads: CPU threads for prompts and answers alike.
+        context_tokens: of prompt and answer together.
+
+    Raises:
+        ArtifactError: the runtime cannot open it.
+    """
+
+    name = "onnxruntime-genai"
+
+    def __init__(self, folder: Path, threads: int, context_tokens: int) -> None:
+        self._folder, self._threads = folder, threads
+        options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        try:
+            config = genai.Config(str(folder))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self._model = genai.Model(config)
+            self._tokenizer = genai.Tokenizer(self._model)
+            params = genai.GeneratorParams(self._model)
+            params.set_search_options(max_length=context_tokens, do_sample=False)
+            self._generator = genai.Generator(self._model, params)
+        except Exception as error:  # RuntimeError and its own classes
+            raise ArtifactError(
+                f"{folder}: ONNX Runtime does not open it: {_first_line(error)}; compile this candidate again"
+            ) from None
+        self._ids: list[int] = []
+
+    def stats(self) -> dict[str, str]:
+        """Engine and threads."""
+        return {"engine": f"onnxruntime-genai {genai.__version__}", "threads": str(self._threads)}
+
+    def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+        return [
+            [sum(own for own, _ in self.predictions([*prompt, *ids], len(prompt))) for ids in row]
+            for prompt, row in zip(prompts, continuations, strict=True)
+        ]
+
+    def predictions(self, ids: Ids, start: int) -> Iterator[tuple[float, int]]:
+        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""
+        self._feed(ids[:start])
+        logits = [self._generator.get_output("logits")[0, -1:]]
+        if len(ids) > start + 1:
+            self._append(ids[start:-1])
+            logits.append(self._generator.get_output("logits")[0])
+        for row, token in zip(np.concatenate(logits).astype(np.float64), ids[start:], strict=True):
+            highest = row.max()
+            yield float(row[token] - highest - np.log(np.exp(row - highest).sum())), int(row.argmax())
+
+    def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
+        """Greedy answers of at most `max_tokens` tokens, without the end token."""
+        return [str(self._tokenizer.decode(list(self.stream(ids, max_tokens)))).strip() for ids in prompts]
+
+    def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
+        """Greedy tokens of one answer, each as soon as it is there, the end token included."""
+        self._feed(prompt)
+        for _ in range(max_tokens):
+            self._generator.generate_next_token()
+            token = int(self._generator.get_next_tokens()[0])
+            self._ids.append(token)
+            yield token
+            if self._generator.is_done():
+                return
+
+    def _feed(self, ids: Ids) -> None:
+        """Brings the generator to `ids`; of what it has seen already, the common beginning stays."""
+        known = next((place for place, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), None)
+        keep = min(len(self._ids), len(ids)) - 1 if known is None else known
+        keep = max(0, min(keep, len(ids) - 1))
+        self._generator.rewind_to(keep)
+        self._ids = self._ids[:keep]
+        self._append(ids[keep:])
+
+    def _append(self, ids: Ids) -> None:
+        try:
+            self._generator.append_tokens(np.array(ids, dtype=np.int32))
+        except Exception as error:
+            raise ArtifactError(f"{self._folder}: ONNX Runtime: {_first_line(error)}") from None
+        self._ids += ids
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,36 @@
+"""Write what each device is given."""
+
+from __future__ import annotations
+
+import json
+
+from lilliput.artifacts import verify, writing
+from lilliput.compile.bundle import Use, write_bundle
+from lilliput.config import Params
+from lilliput.errors import ArtifactError
+from tasks import layout
+
+
+def bundle(params: Params) -> None:
+    """Writes bundles/<device> for each device whose champion was compiled for it."""
+    promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
+    with writing(layout.BUNDLES) as directory:
+        for device, decision in promotion.items():
+            if not decision["compiled"]:
+                continue
+            config = params.compile[decision["compiled"]["name"]]
+            compiled = layout.compiled(config.candidate, config.target)
+            manifest = verify(compiled)
+            if manifest.artifact_sha256 != decision["compiled"]["sha256"]:
+                raise ArtifactError(f"{compiled}: not what was promoted for {device}; run the stage promote again")
+            profile = params.devices[device]
+            use = Use(
+                device=device,
+                threads=profile.threads,
+                context_tokens=profile.context_tokens,
+                system_prompt=params.data.system_prompt,
+                max_new_tokens=params.evaluation.max_new_tokens,
+                licence=params.source.licence,
+            )
+            (directory / device).mkdir()
+            write_bundle(directory / device, compiled, layout.model(config.candidate), manifest, use)

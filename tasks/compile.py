@@ -1,0 +1,80 @@
+"""Compile one candidate for one target, and prove that what came out is still the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lilliput.artifacts import PARITY, read_manifest, seal, verify, write_json, writing
+from lilliput.compile.parity import prove_parity
+from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget, Params, TargetConfig
+from lilliput.data.corpus import read_corpus
+from lilliput.errors import ArtifactError
+from tasks import layout
+from tasks.cost import measured
+
+
+def compile_candidate(params: Params, name: str) -> None:
+    """Writes compiled/<candidate>/<target>, with its parity record in it, and costs/compile-<name>.json."""
+    config = params.compile[name]
+    checkpoint = layout.model(config.candidate)
+    parent = verify(checkpoint)
+    folder = layout.compiled(config.candidate, config.target)
+    with measured(layout.cost(f"compile-{name}")), writing(folder) as directory:
+        facts = _compile(checkpoint, directory, config)
+        parity = prove_parity(
+            config.target,
+            directory,
+            checkpoint,
+            read_corpus(layout.DATA).questions,
+            _choices(config.candidate),
+            params.data.system_prompt,
+            params.parity,
+            params.evaluation,
+        )
+        write_json(directory / PARITY, {"candidate": config.candidate, "target": config.target, **parity})
+        seal(
+            directory,
+            candidate=name,
+            strategy=config.target,
+            config=config.model_dump(mode="json"),
+            parent=parent,
+            parameters=parent.parameters,
+            facts=facts,
+        )
+
+
+def _compile(checkpoint: Path, directory: Path, config: TargetConfig) -> dict[str, Any]:
+    # Each target's own libraries are imported only where they are needed.
+    if isinstance(config, GgufTarget):
+        from lilliput.compile.gguf import compile_gguf
+
+        return compile_gguf(checkpoint, directory, config)
+    if isinstance(config, OnnxTarget):
+        from lilliput.compile.onnx import compile_onnx
+
+        return compile_onnx(checkpoint, directory, config)
+    assert isinstance(config, AutogptqTarget)
+    from lilliput.compile.autogptq import compile_autogptq
+
+    return compile_autogptq(checkpoint, directory, config)
+
+
+def _choices(candidate: str) -> dict[str, str]:
+    """What the checkpoint chose, by question, as its evaluation recorded it."""
+    rows = (json.loads(line) for line in layout.answers(candidate).read_text(encoding="utf-8").splitlines())
+    return {row["id"]: row["choice"] for row in rows if row.get("choice") is not None}
+
+
+def device_record(params: Params, name: str) -> dict[str, Any] | None:
+    """What the devices made of compiled model `name`, if that was measured on what lies there now, parity proven."""
+    config = params.compile[name]
+    folder = layout.compiled(config.candidate, config.target)
+    try:
+        manifest, checkpoint = read_manifest(folder), read_manifest(layout.model(config.candidate))
+        record = json.loads(layout.devices(name).read_text(encoding="utf-8"))
+    except (ArtifactError, FileNotFoundError):
+        return None
+    current = record["sha256"] == manifest.artifact_sha256 and manifest.parent_sha256 == checkpoint.artifact_sha256
+    return record if current and PARITY in manifest.files else None

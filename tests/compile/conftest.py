@@ -1,0 +1,35 @@
+"""Quantised forms of the tiny model, made once for all tests of compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lilliput.compress.rtn import rtn
+from lilliput.config import RtnConfig
+
+
+@pytest.fixture(scope="session")
+def quantised(checkpoint, facts, tmp_path_factory) -> Callable[..., Path]:
+    """The tiny model rounded to `bits`, as a checkpoint in AutoGPTQ's format."""
+    made: dict[tuple[int, int, bool], Path] = {}
+
+    def make(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Path:
+        key = (bits, group_size, symmetric)
+        if key not in made:
+            result = rtn(
+                checkpoint,
+                facts[:2],
+                "Answer.",
+                RtnConfig.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric}),
+            )
+            folder = tmp_path_factory.mktemp("quantised")
+            assert result.save is not None
+            result.save(folder)
+            result.tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make

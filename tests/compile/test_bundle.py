@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from lilliput.artifacts import read_manifest, seal, verify
+from lilliput.compile.bundle import Use, chat_template, write_bundle
+from lilliput.compile.gguf import compile_gguf
+from lilliput.config import GgufTarget
+from lilliput.devices import Job, run_on_device
+from lilliput.errors import ArtifactError
+
+USE = Use("phone", 2, 512, 'Say "I don\'t know" if so.', 24, "Apache-2.0")
+
+
+@pytest.fixture
+def bundle(quantised, tmp_path):
+    compiled, folder = tmp_path / "compiled", tmp_path / "phone"
+    compiled.mkdir()
+    folder.mkdir()
+    config = GgufTarget(candidate="small", target="gguf")
+    facts = compile_gguf(quantised(), compiled, config)
+    (compiled / "parity.json").write_text("{}")
+    manifest = seal(
+        compiled,
+        candidate="small-gguf",
+        strategy="gguf",
+        config=config.model_dump(mode="json"),
+        parent=None,
+        parameters=1,
+        facts=facts,
+    )
+    write_bundle(folder, compiled, quantised(), manifest, USE)
+    return folder
+
+
+def test_a_bundle_holds_all_a_device_needs_and_proves_it(bundle):
+    names = {path.name for path in bundle.iterdir()}
+    assert {
+        "model.gguf",
+        "tokenizer.json",
+        "prompt.json",
+        "parity.json",
+        "Modelfile",
+        "README.md",
+        "lilliput.json",
+    } <= names
+    manifest = verify(bundle)
+    assert manifest.facts["licence"] == "Apache-2.0"
+    assert manifest.parent == "small-gguf"
+
+
+def test_the_prompt_is_the_model_s_own_template(bundle, quantised):
+    prompt = json.loads((bundle / "prompt.json").read_text())
+    assert prompt["template"] == chat_template(quantised())
+    assert prompt["template"].count("{{question}}") == prompt["template"].count("{{system}}") == 1
+    assert prompt["sampling"] == {"temperature": 0.0, "max_new_tokens": 24}
+    modelfile = (bundle / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model.gguf\n")
+    assert "{{ .System }}" in modelfile
+    assert "{{ .Prompt }}" in modelfile
+    assert USE.system_prompt in modelfile
+
+
+def test_it_runs_where_nothing_else_lies(bundle):
+    assert run_on_device(
+        Job("gguf", str(bundle), 1, 64, answer=[[5, 6, 7]], max_tokens=2), memory_bytes=None, deadline_s=60
+    ).fits
+
+
+def test_a_tampered_bundle_is_noticed(bundle):
+    with (bundle / "model.gguf").open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read(1)
+        stream.seek(-1, 2)
+        stream.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"model\.gguf: altered or truncated"):
+        verify(bundle)
+    assert read_manifest(bundle).candidate == "small-gguf"
+
+
+def test_the_readme_starts_it_in_five_lines(bundle):
+    steps = [line for line in (bundle / "README.md").read_text().splitlines() if line[:1].isdigit()]
+    assert len(steps) == 5
+    assert "llama-server -m model.gguf --jinja -c 512 -t 2" in steps[1]

@@ -1,0 +1,116 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lilliput.compile.autogptq import compile_autogptq
+from lilliput.compile.gguf import compile_gguf
+from lilliput.compile.onnx import compile_onnx
+from lilliput.compile.parity import prove_parity
+from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget
+from lilliput.errors import ArtifactError, CompileError
+from lilliput.evaluate.accuracy import choose
+from lilliput.models import open_model
+from lilliput.runtime.torch import TorchRuntime
+
+SYSTEM = "Answer."
+FLOATS = GgufTarget(candidate="small", target="gguf", floats="f32", embeddings="f32")
+
+
+@pytest.fixture(scope="module")
+def chosen(facts):
+    """What the checkpoint in a folder chooses for each question."""
+
+    def ask(checkpoint):
+        model, tokenizer = open_model(checkpoint)
+        asked = [question for question in facts if question.choices]
+        scores = choose(TorchRuntime(model, tokenizer, 8), tokenizer, SYSTEM, asked)
+        return {q.id: q.choices[int(np.argmax(row))] for q, row in zip(asked, scores, strict=True)}
+
+    return ask
+
+
+@pytest.fixture
+def prove(facts, chosen, tiny_params):
+    def run(target, folder, checkpoint, **limits):
+        config = tiny_params.parity.model_copy(update={"questions": 12, **limits})
+        return prove_parity(
+            target, folder, checkpoint, facts, chosen(checkpoint), SYSTEM, config, tiny_params.evaluation
+        )
+
+    return run
+
+
+def test_in_float_llama_cpp_expects_what_the_checkpoint_expects(checkpoint, prove, tmp_path):
+    compile_gguf(checkpoint, tmp_path, FLOATS)
+    record = prove("gguf", tmp_path, checkpoint, same_argmax=0.99)
+    assert record["positions"] == 63
+    assert record["same_argmax"]["value"] >= 0.99
+    assert record["mean_absolute_difference_nats"] < 0.01
+    assert record["same_choices"]["value"] == 1.0
+    assert record["questions"] == 12
+
+
+def test_a_compiled_model_is_held_against_its_own_checkpoint_and_not_another(checkpoint, quantised, prove, tmp_path):
+    compile_gguf(quantised(), tmp_path, FLOATS)
+    assert prove("gguf", tmp_path, quantised())["mean_absolute_difference_nats"] < 0.2
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 3
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompileError, match=r"not the one in .*(same argmax|mean log-likelihood)"):
+        prove("gguf", tmp_path, other, same_argmax=0.99)
+
+
+def test_a_truncated_file_is_told_and_not_served(checkpoint, prove, tmp_path):
+    compile_gguf(checkpoint, tmp_path, FLOATS)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(file.read_bytes()[:-100_000])
+    with pytest.raises(ArtifactError, match=r"llama\.cpp does not open it"):
+        prove("gguf", tmp_path, checkpoint)
+
+
+def test_a_runtime_that_hangs_is_stopped(checkpoint, prove, tmp_path):
+    compile_gguf(checkpoint, tmp_path, FLOATS)
+    with pytest.raises(ArtifactError, match=r"not done after 0\.2 s and was stopped"):
+        prove("gguf", tmp_path, checkpoint, deadline_s=0.2)
+
+
+@pytest.mark.slow
+def test_onnx_runtime_expects_what_the_checkpoint_expects(quantised, prove, tmp_path):
+    facts = compile_onnx(quantised(), tmp_path, OnnxTarget(candidate="small", target="onnx"))
+    assert facts == {"precision": "int4", "embeddings": "int8", "code_layers": 28}
+    record = prove("onnx", tmp_path, quantised())
+    assert record["same_argmax_clear"]["value"] >= 0.99 or record["same_argmax_clear"]["n"] == 0
+    assert record["mean_absolute_difference_nats"] < 0.2
+
+
+def test_onnx_refuses_grids_its_builder_does_not_take(quantised, tmp_path):
+    with pytest.raises(CompileError, match="layers of 2 bits; ONNX"):
+        compile_onnx(quantised(2), tmp_path, OnnxTarget(candidate="small", target="onnx"))
+
+
+def test_onnx_tells_what_its_builder_says(quantised, tmp_path):
+    folder = shutil.copytree(quantised(), tmp_path / "model")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"architectures": ["MixtralForCausalLM"]}))
+    with pytest.raises(CompileError, match="builder does not take this model"):
+        compile_onnx(folder, tmp_path / "out", OnnxTarget(candidate="small", target="onnx"))
+
+
+def test_autogptq_gets_what_it_looks_for(quantised, prove, tmp_path):
+    compile_autogptq(quantised(), tmp_path, AutogptqTarget(candidate="small", target="autogptq"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert config["tie_word_embeddings"] is False
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert (tensors["lm_head.weight"] == tensors["model.embed_tokens.weight"]).all()
+    assert (tmp_path / "quantize_config.json").exists()
+    assert prove("autogptq", tmp_path, quantised())["mean_absolute_difference_nats"] < 0.02
+
+
+def test_autogptq_is_for_quantised_checkpoints(checkpoint, tmp_path):
+    with pytest.raises(CompileError, match="not quantised"):
+        compile_autogptq(checkpoint, tmp_path, AutogptqTarget(candidate="small", target="autogptq"))
