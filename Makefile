@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check repro plan ui clean
+.PHONY: demo test check interop repro plan ui clean
 
 demo: $(INSTALLED)  ## everything, on the embedded default: about 20 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -17,6 +17,13 @@ check: $(INSTALLED)  ## formatter, linter, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+interop: $(INSTALLED)  ## real auto-gptq, in an environment of its own, opens our export
+	test -d .venv-autogptq || $(PYTHON) -m venv .venv-autogptq
+	.venv-autogptq/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.49.0 peft==0.14.0 \
+		datasets==4.4.2 huggingface-hub==0.36.2 accelerate rouge gekko sentencepiece
+	.venv-autogptq/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: auto-gptq==0.7.1
+	LILLIPUT_AUTOGPTQ_PYTHON=$(CURDIR)/.venv-autogptq/bin/python $(BIN)/python -m pytest -m interop -n 0
 
 repro: $(INSTALLED)  ## the same work by DVC alone, without Prefect
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
@@ -36,4 +43,4 @@ $(INSTALLED): requirements.lock
 	@touch $@
 
 clean:  ## what can be made again: models, reports, logs; not the DVC cache, not MLflow's store
-	rm -rf models data answers report logs workspaces .cache
+	rm -rf models compiled bundles data answers report logs workspaces .cache

@@ -32,12 +32,34 @@ def candidate_rows(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def device_rows(folder: Path) -> list[dict[str, str]]:
+    """One row a device run: what was compiled, whether it fits, and what an answer takes there."""
+    rows = []
+    for name in load_params(folder / layout.PARAMS).compile:
+        record = _read(folder / layout.devices(name))
+        for device, run in record.get("devices", {}).items():
+            fits = run["fits"]
+            rows.append(
+                {
+                    "device": device,
+                    "compiled": name,
+                    "MiB": f"{record['size_bytes'] / MIB:.0f}",
+                    "fits": "yes" if fits else run["does_not_fit"],
+                    "peak MiB": f"{run['peak_rss_bytes'] / MIB:.0f}",
+                    "first token ms": f"{run['ttft_ms']['p50']:.0f}" if "ttft_ms" in run else "",
+                    "J/query": _estimate(run["energy_per_query_j"], 2) if "energy_per_query_j" in run else "",
+                }
+            )
+    return sorted(rows, key=lambda row: row["device"])
+
+
 def next_commands(folder: Path) -> str:
     """Where the report is, and how the two UIs are opened, as Markdown that reads well as text."""
     store = (folder / layout.MLRUNS / "mlflow.db").absolute()
     return "\n".join(
         [
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
+            f"- What each device is given: {(folder / layout.BUNDLES).absolute()}",
             f"- MLflow UI: `.venv/bin/mlflow ui --backend-store-uri sqlite:///{store} --port 5000`",
             "- Prefect UI: `.venv/bin/prefect server start`, then http://127.0.0.1:4200",
         ]
@@ -51,6 +73,9 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
     if rows:
         console.print(_table("Candidates: value ± half of the 95 % interval", rows))
         console.print(f"Energy: {_energy_source(folder)}", highlight=False)
+    if on_devices := device_rows(folder):
+        console.print()
+        console.print(_table("Compiled, on devices: emulated threads and memory on this processor", on_devices))
     for device, decision in _read(folder / layout.PROMOTION).items():
         console.print(
             f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'nobody'}[/bold]: {decision['reason']}"

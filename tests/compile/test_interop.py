@@ -1,0 +1,54 @@
+"""Real auto-gptq 0.7.1 opens our export. It wants other versions of nearly everything: `make interop` gives it its own."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lilliput.compile.autogptq import compile_autogptq
+from lilliput.config import AutogptqTarget
+from lilliput.models import PROBE_TEXT, open_model
+
+pytestmark = pytest.mark.interop
+
+OPEN = """
+import json, sys, torch
+from auto_gptq import AutoGPTQForCausalLM
+model = AutoGPTQForCausalLM.from_quantized(
+    sys.argv[1], device="cpu", use_triton=False, disable_exllama=True, disable_exllamav2=True, torch_dtype=torch.float32
+)
+ids = json.loads(sys.argv[2])
+with torch.inference_mode():
+    logits = model.model(torch.tensor([ids])).logits[0].float()
+json.dump(logits.tolist(), open(sys.argv[3], "w"))
+"""
+
+
+def test_auto_gptq_opens_what_we_export(quantised, tmp_path):
+    python = os.environ.get("LILLIPUT_AUTOGPTQ_PYTHON")
+    if not python:
+        pytest.skip("no auto-gptq: `make interop` makes an environment for it and runs this")
+    folder = tmp_path / "export"
+    folder.mkdir()
+    compile_autogptq(quantised(), folder, AutogptqTarget(candidate="small", target="autogptq"))
+    model, tokenizer = open_model(quantised())
+    ids = tokenizer(PROBE_TEXT)["input_ids"]
+    told = tmp_path / "logits.json"
+    done = subprocess.run(
+        [python, "-c", OPEN, str(folder), json.dumps(ids), str(told)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = torch.tensor(json.loads(Path(told).read_text()))
+    with torch.inference_mode():
+        ours = model(torch.tensor([ids])).logits[0]
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() >= 0.95
+    assert (ours - theirs).abs().mean() < 0.1
