@@ -1,4 +1,4 @@
-"""Real auto-gptq 0.7.1 opens our export. It wants other versions of nearly everything: `make interop` gives it its own."""
+"""Real auto-gptq 0.7.1 opens our export; `make interop` gives it an environment of its own."""
 
 import json
 import os
