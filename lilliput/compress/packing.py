@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.compress.result import Result
-from lilliput.compress.training import encode_examples
+from lilliput.compress.training import Example, encode_examples
 from lilliput.config import QuantisationConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.evaluate.perplexity import perplexity
+from lilliput.evaluate.perplexity import counted, perplexity
 from lilliput.models import decoder_layers, dequantise, open_model, parameter_count, stored_dtype
 
 
@@ -29,14 +29,14 @@ class Parent:
     """What is remembered of a float parent once its weights are gone.
 
     Attributes:
-        texts: token ids of held-out examples.
-        perplexity: of the parent on them.
+        texts: held-out questions with their answers.
+        perplexity: of the parent on the answers.
     """
 
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     parameters: int
-    texts: list[list[int]]
+    texts: list[Example]
     perplexity: float
 
 
@@ -50,7 +50,7 @@ def open_parent(
     """
     model, tokenizer = open_model(directory)
     require_packable(model, config)
-    texts = [example.input_ids for example in encode_examples(tokenizer, system_prompt, held_out)]
+    texts = encode_examples(tokenizer, system_prompt, held_out)
     parent = Parent(tokenizer, stored_dtype(model), parameter_count(model), texts, perplexity(model, texts))
     return model, parent
 
@@ -166,7 +166,7 @@ def packed_result(
         "group_size": config.group_size,
         "perplexity_before": parent.perplexity,
         "perplexity_after": perplexity(usable, parent.texts),
-        "perplexity_tokens": sum(len(text) - 1 for text in parent.texts),
+        "perplexity_tokens": counted(parent.texts),
         "float_modules": _left_in_float(quantised.model),
         "parameters": parent.parameters,
     }

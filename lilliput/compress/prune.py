@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lilliput.compress.result import Result
-from lilliput.compress.training import encode_examples
+from lilliput.compress.training import Example, encode_examples
 from lilliput.config import PruneConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
@@ -58,7 +58,7 @@ def prune(parent: Opened, calibration: Sequence[Question], system_prompt: str, c
         case "hidden":
             prune_hidden(model, texts, left)
         case _:
-            removed, history = _least_needed_layers(model, texts, config.method, facts["units_before"] - left)
+            removed, history = _least_needed_layers(model, examples, config.method, facts["units_before"] - left)
             remove_layers(model, removed)
             facts["removed_layers"] = removed
     return Result(model, tokenizer, facts, history)
@@ -74,11 +74,13 @@ def _amounts(before: Any, after: Any, method: str) -> dict[str, Any]:
     }
 
 
-def _least_needed_layers(model: PreTrainedModel, texts: Texts, method: str, count: int) -> tuple[list[int], History]:
+def _least_needed_layers(
+    model: PreTrainedModel, examples: list[Example], method: str, count: int
+) -> tuple[list[int], History]:
     if method == "perplexity":
-        removed, first = _least_missed(model, texts, count)
+        removed, first = _least_missed(model, examples, count)
         return removed, {"perplexity_without": first}
-    influence = block_influence(model, texts)
+    influence = block_influence(model, [example.input_ids for example in examples])
     removed = sorted(sorted(range(len(influence)), key=influence.__getitem__)[:count])
     return removed, {"block_influence": list(enumerate(influence))}
 
@@ -101,7 +103,9 @@ def block_influence(model: PreTrainedModel, texts: Texts) -> list[float]:
     return (1.0 - similarity / tokens).tolist()
 
 
-def _least_missed(model: PreTrainedModel, texts: Texts, count: int) -> tuple[list[int], list[tuple[int, float]]]:
+def _least_missed(
+    model: PreTrainedModel, examples: list[Example], count: int
+) -> tuple[list[int], list[tuple[int, float]]]:
     """The layers to remove, one after another the one whose absence raises perplexity least; and the first round."""
     removed: list[int] = []
     first: list[tuple[int, float]] = []
@@ -110,7 +114,7 @@ def _least_missed(model: PreTrainedModel, texts: Texts, count: int) -> tuple[lis
         rises = {}
         for index in tqdm(left, desc=f"layer {len(removed) + 1} of {count}", unit="layer"):
             with _without(model, [*removed, index]):
-                rises[index] = perplexity(model, texts, show=False)
+                rises[index] = perplexity(model, examples, show=False)
         first = first or sorted(rises.items())
         removed.append(min(rises, key=rises.__getitem__))
     return sorted(removed), first

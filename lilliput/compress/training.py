@@ -39,9 +39,9 @@ from lilliput.config import TrainingConfig
 from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import ABSTENTION, Question
 from lilliput.errors import StrategyError
+from lilliput.evaluate.perplexity import IGNORED
 from lilliput.models import vocabulary_logits
 
-IGNORED = -100
 _BEST = "best.safetensors"
 
 Batch = dict[str, torch.Tensor]

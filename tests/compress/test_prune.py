@@ -84,16 +84,16 @@ def test_one_entry_a_layer_of_the_configuration_goes_too(opened):
 
 
 @pytest.mark.slow
-def test_by_perplexity_the_layer_goes_without_which_the_text_is_likeliest(opened, checkpoint, facts, texts):
+def test_by_perplexity_the_layer_goes_without_which_the_answers_are_likeliest(opened, checkpoint, facts):
     result = prune(opened, facts, SYSTEM, config("perplexity"))
-    without = []
+    examples, without = encode_examples(opened[1], SYSTEM, facts[:4]), []
     for layer in range(4):
         model, _ = open_model(checkpoint)
         remove_layers(model, [layer])
-        without.append(perplexity(model, texts))
+        without.append(perplexity(model, examples))
     assert [value for _, value in result.history["perplexity_without"]] == pytest.approx(without, rel=1e-4)
     assert result.facts["removed_layers"] == [without.index(min(without))]
-    assert perplexity(result.model, texts) == pytest.approx(min(without), rel=1e-4)
+    assert perplexity(result.model, examples) == pytest.approx(min(without), rel=1e-4)
 
 
 def test_neurons_that_give_nothing_go_first_and_the_model_is_the_same(opened, facts, tmp_path):
