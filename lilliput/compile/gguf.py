@@ -141,7 +141,7 @@ def _imported(architecture: str) -> type[Any] | None:
         except NotImplementedError:
             return None
         except AttributeError as error:
-            if error.obj not in (gguf.MODEL_ARCH, gguf.MODEL_TENSOR):
+            if error.name is None or error.obj not in (gguf.MODEL_ARCH, gguf.MODEL_TENSOR):
                 raise
             setattr(error.obj, error.name, None)
 

@@ -16,8 +16,11 @@ IGNORED = -100
 class Text(Protocol):
     """Token ids, and which of them count: `labels` equals `input_ids` there and is IGNORED elsewhere."""
 
-    input_ids: list[int]
-    labels: list[int]
+    @property
+    def input_ids(self) -> list[int]: ...  # noqa: D102
+
+    @property
+    def labels(self) -> list[int]: ...  # noqa: D102
 
 
 def counted(texts: Sequence[Text]) -> int:

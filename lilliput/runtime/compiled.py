@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from lilliput.errors import ArtifactError
-from lilliput.runtime.protocol import Ids, Runtime
+from lilliput.runtime.protocol import Runtime
 
 
-class DeviceRuntime(Runtime, Protocol):
-    """A runtime that also tells what it expects next."""
-
-    def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
-        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""
-        ...
-
-
-def open_compiled(target: str, folder: Path, threads: int, context_tokens: int) -> DeviceRuntime:
+def open_compiled(target: str, folder: Path, threads: int, context_tokens: int) -> Runtime:
     """The compiled model in `folder` behind its runtime.
 
     Args:

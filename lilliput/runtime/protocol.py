@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 Ids = Sequence[int]
@@ -15,6 +15,10 @@ class Runtime(Protocol):
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+        ...
+
+    def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
+        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""
         ...
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
