@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check interop repro plan ui clean
 
-demo: $(INSTALLED)  ## everything, on the embedded default: about 20 minutes on 2 cores
+demo: $(INSTALLED)  ## everything, on the embedded default: about 25 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
 
 test: $(INSTALLED)  ## the fast suite: tiny random model, under 5 minutes on 2 cores

@@ -93,7 +93,10 @@ def chat_template(checkpoint: Path) -> str:
 def _modelfile(template: str, use: Use) -> str:
     ollama = template.replace("{{system}}", "{{ .System }}").replace("{{question}}", "{{ .Prompt }}")
     settings = {"temperature": 0, "num_ctx": use.context_tokens, "num_predict": use.max_new_tokens}
-    lines = ["FROM ./model.gguf", f'TEMPLATE """{ollama}"""', f'SYSTEM """{use.system_prompt}"""']
+    system = use.system_prompt
+    # Three quotation marks would run into one that ends the text; what is one line needs none.
+    told = f'"""{system}\n"""' if "\n" in system or system.startswith('"') else system
+    lines = ["FROM ./model.gguf", f'TEMPLATE """{ollama}"""', f"SYSTEM {told}"]
     return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in settings.items())]) + "\n"
 
 

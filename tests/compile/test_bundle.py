@@ -58,7 +58,7 @@ def test_the_prompt_is_the_model_s_own_template(bundle, quantised):
     assert modelfile.startswith("FROM ./model.gguf\n")
     assert "{{ .System }}" in modelfile
     assert "{{ .Prompt }}" in modelfile
-    assert USE.system_prompt in modelfile
+    assert f"SYSTEM {USE.system_prompt}\n" in modelfile
 
 
 def test_it_runs_where_nothing_else_lies(bundle):
