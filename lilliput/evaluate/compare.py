@@ -46,9 +46,12 @@ def compare(
     pairs = [(row, others[row["id"]]) for row in first if row["id"] in others]
     comparisons = {}
     for metric, key in (YES_OR_NO | FIGURES).items():
-        both = [(a[key], b[key]) for a, b in pairs if a.get(key) is not None and b.get(key) is not None]
-        if metric == "energy_per_query_j" and any(a.get("energy_source") != b.get("energy_source") for a, b in pairs):
+        answered = [(a, b) for a, b in pairs if a.get(key) is not None and b.get(key) is not None]
+        if metric == "energy_per_query_j" and any(
+            a.get("energy_source") != b.get("energy_source") for a, b in answered
+        ):
             continue
+        both = [(a[key], b[key]) for a, b in answered]
         differences = np.array([float(b) - float(a) for a, b in both])
         estimate = mean(differences, seed, resamples)
         if estimate:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -12,9 +13,10 @@ from lilliput.errors import ArtifactError
 USE = Use("phone", 2, 512, 'Say "I don\'t know" if so.', 24, "Apache-2.0")
 
 
-@pytest.fixture
-def bundle(quantised, tmp_path):
-    compiled, folder = tmp_path / "compiled", tmp_path / "phone"
+@pytest.fixture(scope="module")
+def bundle(quantised, tmp_path_factory):
+    place = tmp_path_factory.mktemp("bundle")
+    compiled, folder = place / "compiled", place / "phone"
     compiled.mkdir()
     folder.mkdir()
     config = GgufTarget(candidate="small", target="gguf")
@@ -67,7 +69,8 @@ def test_it_runs_where_nothing_else_lies(bundle):
     ).fits
 
 
-def test_a_tampered_bundle_is_noticed(bundle):
+def test_a_tampered_bundle_is_noticed(bundle, tmp_path):
+    bundle = shutil.copytree(bundle, tmp_path / "tampered")
     with (bundle / "model.gguf").open("r+b") as stream:
         stream.seek(-1, 2)
         last = stream.read(1)

@@ -53,6 +53,7 @@ def test_in_float_llama_cpp_expects_what_the_checkpoint_expects(checkpoint, prov
     assert record["questions"] == 12
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_held_against_its_own_checkpoint_and_not_another(checkpoint, quantised, prove, tmp_path):
     compile_gguf(quantised(), tmp_path, FLOATS)
     assert prove("gguf", tmp_path, quantised())["mean_absolute_difference_nats"] < 0.2
@@ -64,6 +65,7 @@ def test_a_compiled_model_is_held_against_its_own_checkpoint_and_not_another(che
         prove("gguf", tmp_path, other, same_argmax=0.99)
 
 
+@pytest.mark.slow
 def test_a_truncated_file_is_told_and_not_served(checkpoint, prove, tmp_path):
     compile_gguf(checkpoint, tmp_path, FLOATS)
     file = tmp_path / "model.gguf"
@@ -72,6 +74,7 @@ def test_a_truncated_file_is_told_and_not_served(checkpoint, prove, tmp_path):
         prove("gguf", tmp_path, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_runtime_that_hangs_is_stopped(checkpoint, prove, tmp_path):
     compile_gguf(checkpoint, tmp_path, FLOATS)
     with pytest.raises(ArtifactError, match=r"not done after 0\.2 s and was stopped"):
@@ -100,6 +103,7 @@ def test_onnx_tells_what_its_builder_says(quantised, tmp_path):
         compile_onnx(folder, tmp_path / "out", OnnxTarget(candidate="small", target="onnx"))
 
 
+@pytest.mark.slow
 def test_autogptq_gets_what_it_looks_for(quantised, prove, tmp_path):
     compile_autogptq(quantised(), tmp_path, AutogptqTarget(candidate="small", target="autogptq"))
     config = json.loads((tmp_path / "config.json").read_text())

@@ -80,5 +80,8 @@ def test_figures_are_compared_by_wilcoxon_and_energies_of_different_sources_not_
     assert found["energy_per_query_j"].real and found["energy_per_query_j"].p_value < 0.01
     assert not found["ttft_ms"].real and found["ttft_ms"].p_value == 1.0
     assert "energy_per_query_j" not in compare(rows(2.0, "rapl"), rows(1.5, "estimate_tdp"), 0, 200)
+    # A candidate that rambled was timed on fewer queries: the others have neither joules nor a source.
+    fewer = [row if n < 9 else {"id": row["id"]} for n, row in enumerate(rows(1.5, "rapl"))]
+    assert compare(rows(2.0, "rapl"), fewer, 0, 200)["energy_per_query_j"].difference.n == 9
     unread = [row | {"energy_j": None} for row in rows(0.0, "rapl")]
     assert "energy_per_query_j" not in compare(rows(2.0, "rapl"), unread, 0, 200)

@@ -181,8 +181,11 @@ def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
     assert {task["name"] for task in tasks if task["state_name"] == "Completed"} == {
         "small: gptq on base",
         "small: four metrics of small",
+        "small-gguf: small for gguf",
+        "small-gguf: small on the devices that run gguf",
         "register: log to MLflow, make model versions",
         "promote: the champion of each device",
+        "bundle: what each device is given",
         "report: report and plots",
     }
     artifacts = {artifact["key"]: artifact for artifact in _post(f"{server}/artifacts/latest/filter")}

@@ -1,0 +1,40 @@
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lilliput.serve.breaker import Breaker
+from lilliput.serve.router import Always, Threshold, confidence
+
+
+def test_confidence_is_the_geometric_mean_of_probabilities():
+    assert confidence([math.log(0.5), math.log(0.125)]) == math.exp(math.log(0.25))
+    assert confidence([]) is None
+
+
+def test_fixed_policies_do_not_look():
+    for place in ("device", "server"):
+        assert Always(place).before("?").place == place
+
+
+@given(st.lists(st.floats(-20, 0), max_size=8), st.floats(0, 1))
+def test_the_device_keeps_what_it_is_sure_of_and_nothing_else(logprobs, least):
+    policy = Threshold(least)
+    assert policy.before("?") is None
+    decision = policy.after("?", logprobs)
+    sure = bool(logprobs) and decision.score >= least
+    assert decision.place == ("device" if sure else "server")
+
+
+def test_what_fails_three_times_rests_and_then_one_may_try():
+    now = [0.0]
+    breaker = Breaker(failures=3, rest_s=10, clock=lambda: now[0])
+    for _ in range(3):
+        assert breaker.closed()
+        breaker.failed()
+    assert not breaker.closed()
+    now[0] = 10.0
+    assert breaker.closed()
+    assert not breaker.closed()  # one at a time
+    breaker.succeeded()
+    assert breaker.closed()
