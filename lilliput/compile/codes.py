@@ -86,10 +86,19 @@ def _unpacked(layer: str, qweight: np.ndarray, qzeros: np.ndarray, scales: np.nd
             "quantise with act_order: false"
         )
     codes = _fields(qweight.T, bits)
-    # Version 1 stores zeros less one. The one is added to whole words, as it was taken off: a zero may have borrowed.
+    zeros = _zeros(qzeros.view(np.uint32), bits)[:, : scales.shape[1]]
+    return Codes(codes, scales.T.copy(), zeros.T.copy(), bits)
+
+
+def _zeros(words: np.ndarray, bits: int) -> np.ndarray:
+    """The zeros, of which version 1 stores one less: GPTQModel takes it off each number at 3 bits, else off the word.
+
+    A zero of 0 that was less one by the word has borrowed from its neighbour, so the one is added to the word again.
+    """
+    if bits == 3:
+        return (_fields(words, bits) + 1) & 7
     ones = _words(np.ones(32, dtype=np.uint8), bits)
-    words = qzeros.view(np.uint32) + np.tile(ones, qzeros.shape[1] // len(ones) + 1)[: qzeros.shape[1]]
-    return Codes(codes, scales.T.copy(), _fields(words, bits)[:, : scales.shape[1]].T.copy(), bits)
+    return _fields(words + np.tile(ones, words.shape[1] // len(ones) + 1)[: words.shape[1]], bits)
 
 
 def _fields(words: np.ndarray, bits: int) -> np.ndarray:
