@@ -107,8 +107,9 @@ def bench_on_phone(
 ) -> dict[str, Any]:
     """Pushes model and bench, runs it, and reads the battery before, after an idle while, and after the run.
 
-    The energy is that of the run less what the phone takes idle in the same time. It is of the whole phone, so switch
-    the screen off; a counter moves in steps of a milliampere-hour or so, hence the repetitions.
+    The energy is that of the run less what the phone takes idle in the same time; `idle_watts` is None where idling did
+    not move the counter, and then nothing is taken off. It is of the whole phone, so switch the screen off; a counter
+    moves in steps of a milliampere-hour or so, hence the repetitions.
 
     Args:
         model: a GGUF file.
@@ -139,8 +140,8 @@ def bench_on_phone(
     after = parse_battery(adb.run("shell", "dumpsys", "battery"))
     found = parse_bench(told)
     used, idle = energy_j(before, after), energy_j(idle_from, before)
-    idle_w = idle / idle_s if idle is not None and idle_s else 0.0
-    per_token = None if used is None else max(0.0, used - idle_w * took_s) / found["tokens"]
+    idle_w = idle / idle_s if idle is not None and idle_s else None  # None: not taken off, the counter told nothing
+    per_token = None if used is None else max(0.0, used - (idle_w or 0.0) * took_s) / found["tokens"]
     return found | {
         "model": adb.run("shell", "getprop", "ro.product.model").strip(),
         "energy_per_token_j": {

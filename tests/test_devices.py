@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 
 import psutil
@@ -60,17 +61,19 @@ def test_a_runtime_that_crashes_is_told_with_its_signal(job, monkeypatch, tmp_pa
 
 def test_a_device_does_not_outlive_what_started_it(job, tmp_path):
     asked = tmp_path / "job.json"
-    asked.write_text(json.dumps(asdict(job) | {"max_tokens": 100_000, "context_tokens": 100_256}))
+    asked.write_text(json.dumps(asdict(job) | {"answer": job.answer * 20_000, "fewest": 60_000}))  # minutes of work
     starter = (
         "import subprocess, sys, os\n"
         f"p = subprocess.Popen([sys.executable, '-m', 'lilliput.devices', {str(asked)!r}, {str(tmp_path / 'out')!r}])\n"
         "print(p.pid, flush=True)\n"
-        "import time; time.sleep(0.5)\n"
+        "import time; time.sleep(3)\n"
+        "print(p.poll(), flush=True)\n"
         "os._exit(0)\n"
     )
     started = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=True, timeout=60)
-    child = int(started.stdout)
-    try:
-        psutil.Process(child).wait(30)
-    except psutil.NoSuchProcess:
-        return
+    child, ended = started.stdout.split()
+    assert ended == "None", "it was still at work when what started it ended"
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(int(child)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(int(child)) or psutil.Process(int(child)).status() == psutil.STATUS_ZOMBIE

@@ -11,13 +11,13 @@ from typing import Any
 import xllamacpp
 
 from lilliput.errors import ArtifactError
-from lilliput.runtime.protocol import Ids
+from lilliput.runtime.protocol import ByPrediction, Ids
 
 _engine: Any = xllamacpp  # compiled, and without types
 _FORCED = 1e5  # a bias in logits that no other token comes near; the probabilities told are those without it
 
 
-class LlamaCppRuntime:
+class LlamaCppRuntime(ByPrediction):
     """A GGUF file opened by llama.cpp, one sequence at a time, with the beginning of the last prompt kept.
 
     Args:
@@ -46,13 +46,6 @@ class LlamaCppRuntime:
     def stats(self) -> dict[str, str]:
         """Engine, instruction sets used, threads."""
         return {"engine": f"xllamacpp {xllamacpp.__version__}", "threads": str(self._threads)}
-
-    def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
-        return [
-            [sum(own for own, _ in self.predictions([*prompt, *ids], len(prompt))) for ids in row]
-            for prompt, row in zip(prompts, continuations, strict=True)
-        ]
 
     def predictions(self, ids: Ids, start: int) -> Iterator[tuple[float, int]]:
         """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token.

@@ -11,12 +11,12 @@ import numpy as np
 import onnxruntime_genai
 
 from lilliput.errors import ArtifactError
-from lilliput.runtime.protocol import Ids
+from lilliput.runtime.protocol import ByPrediction, Ids
 
 genai: Any = onnxruntime_genai  # compiled, and without types
 
 
-class OnnxRuntime:
+class OnnxRuntime(ByPrediction):
     """A folder for ONNX Runtime GenAI opened by it, one sequence at a time, with the beginning of the last one kept.
 
     Args:
@@ -50,13 +50,6 @@ class OnnxRuntime:
     def stats(self) -> dict[str, str]:
         """Engine and threads."""
         return {"engine": f"onnxruntime-genai {genai.__version__}", "threads": str(self._threads)}
-
-    def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
-        return [
-            [sum(own for own, _ in self.predictions([*prompt, *ids], len(prompt))) for ids in row]
-            for prompt, row in zip(prompts, continuations, strict=True)
-        ]
 
     def predictions(self, ids: Ids, start: int) -> Iterator[tuple[float, int]]:
         """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""

@@ -8,6 +8,21 @@ from typing import Protocol
 Ids = Sequence[int]
 
 
+class ByPrediction:
+    """Scores through its own `predictions`, for runtimes that answer one sequence at a time."""
+
+    def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
+        """As in `Runtime`."""
+        raise NotImplementedError
+
+    def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+        return [
+            [sum(own for own, _ in self.predictions([*prompt, *ids], len(prompt))) for ids in row]
+            for prompt, row in zip(prompts, continuations, strict=True)
+        ]
+
+
 class Runtime(Protocol):
     """A loaded model that scores and answers."""
 

@@ -39,7 +39,7 @@ class Limits:
         device_slots: answers the device gives at once.
         waiting: requests that may wait for a slot; beyond that 503 with Retry-After.
         server_timeout_s: after which the edge server counts as down for a request, and the device answers.
-        device_timeout_s: after which the device is given up: 504.
+        device_timeout_s: after which the device is given up: 502.
     """
 
     body_bytes: int = 64 * 1024
@@ -187,11 +187,13 @@ class Gateway:
         if decision.place == "server":
             remote, why_not = await self._server(chat)
             if remote is not None:
-                return Answer(remote, "server", decision)
+                return await self._remembered(chat, Answer(remote, "server", decision))
             decision = Decision("device", decision.score, f"{decision.reason}, but {why_not}")
-        body = local or await self._device(chat)
-        answer = Answer(body, "device", decision)
-        if self.cache is not None and chat.cacheable and not decision.reason.endswith("down"):
+            return Answer(local or await self._device(chat), "device", decision)  # a makeshift: not remembered
+        return await self._remembered(chat, Answer(local or await self._device(chat), "device", decision))
+
+    async def _remembered(self, chat: Chat, answer: Answer) -> Answer:
+        if self.cache is not None and chat.cacheable:
             await asyncio.to_thread(self.cache.store, self.cache.asked(chat.question), answer.text)
         return answer
 

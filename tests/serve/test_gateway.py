@@ -173,6 +173,13 @@ def test_the_cache_answers_again_and_never_what_sampling_or_talk_made(ask, tmp_p
     assert len(paper.asked["device"]) == 3
 
 
+@pytest.mark.parametrize(("server", "places"), [(None, ["server", "cache"]), (httpx.Response(500), ["device"] * 2)])
+def test_the_cache_keeps_what_the_server_said_and_no_makeshift(ask, tmp_path, server, places):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    responses = ask(Paper(server=server), ASK, ASK, router=Always("server"), cache=cache)
+    assert [r.headers["x-lilliput-place"] for r in responses] == places
+
+
 def test_a_stream_is_the_same_answer(ask):
     [response] = ask(Paper(), ASK | {"stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")
