@@ -34,7 +34,7 @@ class Workshop:
         self._folder, self._space, self._run = folder, space, run
         self._params = YAML(typ="safe", pure=True).load(layout.PARAMS.read_text(encoding="utf-8"))
         self._params["caching"]["candidates"] = []  # a search measures none,
-        self._params["compile"] = {}  # and compiles none
+        self._params["compile"] = self._params["serving"] = {}  # and compiles and serves none
         self._base = {name: self._params["candidates"][name] for name in space.params.candidates}
         self._kept: dict[str, Chain] = {}
         self._lineage: Lineage | None = None

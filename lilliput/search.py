@@ -278,8 +278,8 @@ def _teacher(made: Sequence[tuple[str, str]]) -> str:
 
 
 def _with(params: Params, candidates: dict[str, CandidateConfig]) -> Params:
-    caching = params.caching.model_copy(update={"candidates": ()})  # a search measures none, and compiles none
-    return params.model_copy(update={"candidates": candidates, "caching": caching, "compile": {}})
+    caching = params.caching.model_copy(update={"candidates": ()})  # a search measures, compiles and serves none
+    return params.model_copy(update={"candidates": candidates, "caching": caching, "compile": {}, "serving": {}})
 
 
 def _of(config: SearchConfig, strategy: str) -> Iterator[tuple[str, tuple[Scalar, ...] | Range]]:

@@ -155,3 +155,15 @@ def test_the_example_of_all_strategies_differs_from_the_default_in_its_graph_alo
     assert example["caching"] == raw["caching"] | {"candidates": ["pocket"]}
     same = raw.keys() - {"candidates", "caching"}
     assert {key: example[key] for key in same} == {key: raw[key] for key in same}
+
+
+def test_what_serves_has_to_be_known_and_compiled_for_llama_cpp(raw, tmp_path):
+    raw["serving"]["toaster"] = raw["serving"]["phone-4gb"]
+    assert "serving.toaster: no such device; name one of" in refusal(raw, tmp_path)
+    del raw["serving"]["toaster"]
+    raw["serving"]["phone-4gb"]["link"] = "pigeon"
+    assert "serving.phone-4gb.link: 'pigeon' is not under `links`" in refusal(raw, tmp_path)
+    raw["serving"]["phone-4gb"] |= {"link": "wifi", "edge": {"candidate": "base"}}
+    assert "serving.phone-4gb.edge: 'base' is not compiled for llama.cpp" in refusal(raw, tmp_path)
+    raw["serving"]["phone-4gb"]["edge"] = {"candidate": "lora", "url": "http://127.0.0.1:1", "model": "m"}
+    assert "name either a `candidate` to serve here or the `url` of a server" in refusal(raw, tmp_path)

