@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.cache import AnswerCache
-from lilliput.serve.router import Decision, Router
+from lilliput.serve.router import Conditions, Decision, Router
 
 log = logging.getLogger("lilliput.gateway")
 Next = Callable[[Request], Awaitable[Response]]
@@ -180,10 +180,11 @@ class Gateway:
         return Answer(_completion(hit.answer, self.model.name), "cache", decision)
 
     async def _routed(self, chat: Chat) -> Answer:
-        decision, local = self.router.before(chat.question), None
+        conditions = Conditions("wifi")
+        decision, local = self.router.before(chat.question, conditions), None
         if decision is None:
             local = await self._device(chat)
-            decision = self.router.after(chat.question, _logprobs(local))
+            decision = self.router.after(chat.question, _logprobs(local), conditions)
         if decision.place == "server":
             remote, why_not = await self._server(chat)
             if remote is not None:

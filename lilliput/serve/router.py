@@ -19,14 +19,27 @@ class Decision:
     reason: str
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What a decision may depend on besides the question.
+
+    Attributes:
+        link: over which the edge server would be reached, by its name in params.yaml.
+        battery_percent: what the device's battery holds yet.
+    """
+
+    link: str
+    battery_percent: float = 100.0
+
+
 class Router(Protocol):
     """A policy. One that cannot tell before it has seen the device's answer says None first."""
 
-    def before(self, question: str) -> Decision | None:
+    def before(self, question: str, conditions: Conditions) -> Decision | None:
         """The decision on the question alone; None to look at the device's answer first."""
         ...
 
-    def after(self, question: str, token_logprobs: Sequence[float]) -> Decision:
+    def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
         """The decision once the device has answered, by the log-likelihoods (nats) of its own tokens."""
         ...
 
@@ -37,15 +50,15 @@ class Always:
 
     place: Place
 
-    def before(self, question: str) -> Decision:
+    def before(self, question: str, conditions: Conditions) -> Decision:
         """Always the same."""
-        del question
+        del question, conditions
         return Decision(self.place, None, f"policy {self.place}")
 
-    def after(self, question: str, token_logprobs: Sequence[float]) -> Decision:
+    def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
         """Always the same."""
         del token_logprobs
-        return self.before(question)
+        return self.before(question, conditions)
 
 
 @dataclass(frozen=True)
@@ -57,13 +70,13 @@ class Threshold:
 
     least: float
 
-    def before(self, question: str) -> None:
+    def before(self, question: str, conditions: Conditions) -> None:
         """Looks at the answer first."""
-        del question
+        del question, conditions
 
-    def after(self, question: str, token_logprobs: Sequence[float]) -> Decision:
+    def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
         """The device, if its score reaches the threshold; an empty answer never does."""
-        del question
+        del question, conditions
         score = confidence(token_logprobs)
         if score is not None and score >= self.least:
             return Decision("device", score, f"confidence {score:.3f} ≥ {self.least:g}")

@@ -4,7 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lilliput.serve.breaker import Breaker
-from lilliput.serve.router import Always, Threshold, confidence
+from lilliput.serve.router import Always, Conditions, Threshold, confidence
+
+WIFI = Conditions("wifi")
 
 
 def test_confidence_is_the_geometric_mean_of_probabilities():
@@ -14,14 +16,14 @@ def test_confidence_is_the_geometric_mean_of_probabilities():
 
 def test_fixed_policies_do_not_look():
     for place in ("device", "server"):
-        assert Always(place).before("?").place == place
+        assert Always(place).before("?", WIFI).place == place
 
 
 @given(st.lists(st.floats(-20, 0), max_size=8), st.floats(0, 1))
 def test_the_device_keeps_what_it_is_sure_of_and_nothing_else(logprobs, least):
     policy = Threshold(least)
-    assert policy.before("?") is None
-    decision = policy.after("?", logprobs)
+    assert policy.before("?", WIFI) is None
+    decision = policy.after("?", logprobs, WIFI)
     sure = bool(logprobs) and decision.score >= least
     assert decision.place == ("device" if sure else "server")
 
