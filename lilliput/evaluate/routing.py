@@ -30,7 +30,8 @@ from lilliput.serve.links import Request, battery_percent, latency_s, radio_j
 from lilliput.serve.router import confidence
 
 LOOKS: tuple[Look, ...] = ("before", "after")
-STRENGTH = 0.03  # scikit-learn's C: hundreds of questions are few for hundreds of features
+STRENGTH = 0.1  # scikit-learn's C
+EMBEDDING_SCALE = 0.2  # hundreds of dimensions: standardised, each of them would count like any other feature
 STEPS = 40
 ESTIMATE = {"source": "declared", "measured": False}
 
@@ -85,7 +86,11 @@ class Costs:
 
 
 def costs(
-    rows: Sequence[Mapping[str, Any]], link: LinkConfig, watts_per_core: float, *, embeds: bool, looks: bool
+    rows: Sequence[Mapping[str, Any]],
+    link: LinkConfig,
+    watts_per_core: float,
+    embeds: np.ndarray | float = 0.0,
+    looks: np.ndarray | float = 0.0,
 ) -> Costs:
     """Seconds until the answer and joules of the device, by who answers; each request alone, with its whole tail.
 
@@ -93,8 +98,8 @@ def costs(
         rows: of `ask_both`.
         link: to the edge server.
         watts_per_core: what the device's busy core draws.
-        embeds: whether the question is embedded first.
-        looks: whether the device answers first, and the server then besides.
+        embeds: 1.0 where the question is embedded first, else 0.0.
+        looks: 1.0 where the device answers first, and the server then besides.
     """
     own_s = np.array([row["device"]["seconds"] for row in rows])
     own_j = np.array([row["device"]["cpu_s"] for row in rows]) * watts_per_core
@@ -123,8 +128,14 @@ def features(rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, look: Look)
     return known if look == "before" else np.hstack([known, token_features([r["device"]["logprobs"] for r in rows])])
 
 
-def fit(known: np.ndarray, outcomes: Outcomes) -> Fitted:
-    """Logistic regressions with an L2 penalty, one for each of TARGETS; what never or always happened has no weights."""
+def fit(known: np.ndarray, outcomes: Outcomes, dimensions: int) -> Fitted:
+    """Logistic regressions with an L2 penalty, one for each of TARGETS; what never or always happened has no weights.
+
+    Args:
+        known: of shape (questions, features).
+        outcomes: of the same questions.
+        dimensions: how many of the features, the first ones, are the embedding.
+    """
     found = {
         f"{place}_{kind}": getattr(outcomes, kind)[place]
         for place in ("device", "server")
@@ -132,6 +143,7 @@ def fit(known: np.ndarray, outcomes: Outcomes) -> Fitted:
     }
     mean, scale = known.mean(axis=0), known.std(axis=0)
     scale = np.where(scale > 1e-9, scale, 1.0)
+    scale[:dimensions] = EMBEDDING_SCALE
     weights, bias = np.zeros((len(TARGETS), known.shape[1])), np.zeros(len(TARGETS))
     for number, name in enumerate(TARGETS):
         happened = found[name] > 0.0
@@ -159,9 +171,11 @@ def folds_of(rows: Sequence[Mapping[str, Any]], folds: int, seed: int) -> np.nda
     return numbers
 
 
-def cross_fit(known: np.ndarray, outcomes: Outcomes, folds: np.ndarray) -> dict[int, Fitted]:
+def cross_fit(known: np.ndarray, outcomes: Outcomes, folds: np.ndarray, dimensions: int) -> dict[int, Fitted]:
     """For each fold a fit on all the others."""
-    return {int(fold): fit(known[folds != fold], _part(outcomes, folds != fold)) for fold in np.unique(folds)}
+    return {
+        int(fold): fit(known[folds != fold], _part(outcomes, folds != fold), dimensions) for fold in np.unique(folds)
+    }
 
 
 def held_out_worth(known: np.ndarray, fitted: Mapping[int, Fitted], folds: np.ndarray) -> np.ndarray:
@@ -172,35 +186,45 @@ def held_out_worth(known: np.ndarray, fitted: Mapping[int, Fitted], folds: np.nd
     return worth
 
 
-def tabulate(worth: np.ndarray, spent: Costs, outcomes: Outcomes) -> Table:
-    """Operating points from never to always, at equal steps of the share that is offloaded."""
+def tabulate(worth: np.ndarray, spent: Costs, at_once: Costs, outcomes: Outcomes) -> Table:
+    """Operating points from never to always, at equal steps of the share that is offloaded.
+
+    Args:
+        worth: of the server for each question.
+        spent: what each costs where the router has to look.
+        at_once: what each costs where it need not: at the first and the last point.
+        outcomes: of the same questions.
+    """
     ranked = np.sort(worth)[::-1]
-    thresholds = {NEVER, ALWAYS}
-    for step in range(1, STEPS):
-        count = round(step * len(ranked) / STEPS)
-        if 0 < count < len(ranked):
-            thresholds.add(float(ranked[count - 1] + ranked[count]) / 2.0)
-    points = tuple(_point(threshold, worth, spent, outcomes) for threshold in sorted(thresholds, reverse=True))
-    accuracy = outcomes.right["server"][outcomes.answerable]
-    return Table(points, float(accuracy.mean()) if len(accuracy) else 0.0, float(outcomes.hallucinated["server"].mean()))
+    counts = {round(step * len(ranked) / STEPS) for step in range(1, STEPS)} - {0, len(ranked)}
+    between = {float(ranked[count - 1] + ranked[count]) / 2.0 for count in counts}
+    points = [_point(NEVER, worth, at_once, outcomes)]
+    points += [_point(threshold, worth, spent, outcomes) for threshold in sorted(between, reverse=True)]
+    points.append(_point(ALWAYS, worth, at_once, outcomes))
+    return Table(tuple(points), points[-1].accuracy, points[-1].hallucination)
 
 
 def _point(threshold: float, worth: np.ndarray, spent: Costs, outcomes: Outcomes) -> Point:
-    sent = worth > threshold
-    right = _mixed(sent, outcomes.right)[outcomes.answerable]
+    sent = (worth > threshold).astype(float)
     return Point(
         threshold=threshold,
         offloaded=float(sent.mean()),
-        latency_s=float(np.where(sent, spent.server_s, spent.device_s).mean()),
-        energy_j=float(np.where(sent, spent.server_j, spent.device_j).mean()),
-        accuracy=float(right.mean()) if len(right) else 0.0,
-        hallucination=float(_mixed(sent, outcomes.hallucinated).mean()),
+        latency_s=float(_mixed(sent, spent.device_s, spent.server_s).mean()),
+        energy_j=float(_mixed(sent, spent.device_j, spent.server_j).mean()),
+        accuracy=_accuracy(sent, outcomes),
+        hallucination=float(_mixed(sent, **outcomes.hallucinated).mean()),
     )
 
 
-def _mixed(sent: np.ndarray, by_place: Mapping[str, np.ndarray]) -> np.ndarray:
+def _accuracy(sent: np.ndarray, outcomes: Outcomes) -> float:
+    """Of what can be answered; 0.0 where nothing can."""
+    right = _mixed(sent, **outcomes.right)[outcomes.answerable]
+    return float(right.mean()) if len(right) else 0.0
+
+
+def _mixed(sent: np.ndarray, device: np.ndarray, server: np.ndarray) -> np.ndarray:
     """The expected value for each question if it goes to the server with probability `sent`."""
-    return (1.0 - sent) * by_place["device"] + sent * by_place["server"]
+    return (1.0 - sent) * device + sent * server
 
 
 def _part(outcomes: Outcomes, chosen: np.ndarray) -> Outcomes:
@@ -218,14 +242,14 @@ class Policy:
     Attributes:
         sent: to the server, 0.0 or 1.0 for each question; between them, with that probability.
         score: what it ranks questions by, most worth the server first; None if it ranks none.
-        embeds: whether it embeds the question.
-        looks: whether it looks at the device's answer.
+        embeds: 1.0 where it embeds the question, for each or for all.
+        looks: 1.0 where it looks at the device's answer.
     """
 
     sent: np.ndarray
     score: np.ndarray | None = None
-    embeds: bool = False
-    looks: bool = False
+    embeds: np.ndarray | float = 0.0
+    looks: np.ndarray | float = 0.0
 
 
 def policies(
@@ -242,25 +266,35 @@ def policies(
     `learned_before`; `oracle` sends what the server answers better, and nothing else.
     """
     outcomes = Outcomes.of(rows)
-    sure = np.array([confidence(row["device"]["logprobs"]) or 0.0 for row in rows])
     none = np.zeros(len(rows))
+    sure = _sure(rows)
     found = {
         "device": Policy(none),
         "server": Policy(none + 1.0),
-        "threshold": Policy((sure < serving.least_confidence).astype(float), -sure, looks=True),
+        "threshold": Policy((sure < serving.least_confidence).astype(float), -sure, looks=1.0),
     }
+    at_once = costs(rows, link, watts_per_core)
     for look in LOOKS:
-        spent = costs(rows, link, watts_per_core, embeds=True, looks=look == "after")
-        sent = np.zeros(len(rows))
+        spent = costs(rows, link, watts_per_core, embeds=1.0, looks=float(look == "after"))
+        thresholds = np.zeros(len(rows))
         for fold in np.unique(folds):
-            others, own = folds != fold, folds == fold
-            table = tabulate(worth[look][others], _costs_of(spent, others), _part(outcomes, others))
+            others = folds != fold
+            table = tabulate(
+                worth[look][others], _costs_of(spent, others), _costs_of(at_once, others), _part(outcomes, others)
+            )
             point, _ = pick(table, serving.objective, serving.objective.energy_budget_j)
-            sent[own] = worth[look][own] > point.threshold
-        found[f"learned_{look}"] = Policy(sent, worth[look], embeds=True, looks=look == "after")
+            thresholds[~others] = point.threshold
+        sent = (worth[look] > thresholds).astype(float)
+        embeds = (~np.isin(thresholds, (NEVER, ALWAYS))).astype(float)
+        found[f"learned_{look}"] = Policy(sent, worth[look], embeds, embeds * (look == "after"))
     found["random"] = Policy(none + found["learned_before"].sent.mean())
     found["oracle"] = Policy((outcomes.gain > 0.0).astype(float), outcomes.gain)
     return found
+
+
+def _sure(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The score of the policy `threshold` for each question; 0 where the device said nothing."""
+    return np.array([confidence(row["device"]["logprobs"]) or 0.0 for row in rows])
 
 
 def _costs_of(spent: Costs, chosen: np.ndarray) -> Costs:
@@ -285,7 +319,7 @@ def figures(
             return intervals.as_dict(intervals.rate([bool(value) for value in values]))
         return intervals.as_dict(intervals.mean(values, config.seed, config.resamples))
 
-    energy_j = (1.0 - policy.sent) * spent.device_j + policy.sent * spent.server_j
+    energy_j = _mixed(policy.sent, spent.device_j, spent.server_j)
     energy = intervals.as_dict(intervals.mean(energy_j, config.seed, config.resamples))
     percent = {key: battery_percent(energy[key], serving.battery_wh) for key in ("value", "low", "high")}
     more = policy.sent - policy.sent.mean()
@@ -293,8 +327,8 @@ def figures(
     parts = {"accuracy": outcomes.answerable, "hallucination_rate": np.ones(len(rows), dtype=bool)}
     return {
         "offloaded": float(policy.sent.mean()),
-        "accuracy": share(_mixed(policy.sent, outcomes.right)[outcomes.answerable]),
-        "hallucination_rate": share(_mixed(policy.sent, outcomes.hallucinated)),
+        "accuracy": share(_mixed(policy.sent, **outcomes.right)[outcomes.answerable]),
+        "hallucination_rate": share(_mixed(policy.sent, **outcomes.hallucinated)),
         "latency_ms": _quantiles(1e3 * spent.device_s, 1e3 * spent.server_s, policy.sent) | ESTIMATE,
         "energy_per_query_j": energy | ESTIMATE,
         "battery_percent_per_query": percent | {"n": energy["n"]} | ESTIMATE,
@@ -302,7 +336,6 @@ def figures(
             metric: intervals.as_dict(intervals.mean(more[parts[metric]] * gain, config.seed, config.resamples))
             for metric, gain in gains.items()
         },
-        "area": None if policy.score is None else areas(policy.score, outcomes, config.seed, config.resamples),
     }
 
 
@@ -312,27 +345,43 @@ def _quantiles(device: np.ndarray, server: np.ndarray, sent: np.ndarray) -> dict
     return {"p50": float(middle), "p90": float(late), "mean": float((values * weights).sum() / len(sent)), "n": len(sent)}
 
 
-def areas(score: np.ndarray, outcomes: Outcomes, seed: int, resamples: int) -> dict[str, Any]:
+def areas(
+    score: np.ndarray, outcomes: Outcomes, seed: int, resamples: int, against: np.ndarray | None = None
+) -> dict[str, Any]:
     """How well `score` ranks questions, whatever the threshold: 0 for chance, 1 for the best order in hindsight.
 
-    The area between the curve of accuracy (of hallucinations spared) over the share offloaded and that of random
-    offloading, divided by the same area of the oracle. It is akin to RouteLLM's APGR (arXiv 2406.18665).
+    The area between the curve of accuracy (of hallucinations spared, of both) over the share offloaded and that of
+    random offloading, divided by the same area of the oracle. It is akin to RouteLLM's APGR (arXiv 2406.18665).
+
+    Args:
+        score: of each question; most worth the server first.
+        outcomes: of the same questions.
+        seed: of the bootstrap.
+        resamples: how many.
+        against: another score; the areas are then differences from its areas, paired by question.
     """
+    answerable, everything = outcomes.answerable, np.ones(len(score), dtype=bool)
     gains = {
-        "accuracy": outcomes.right_gain[outcomes.answerable],
-        "hallucination_rate": outcomes.hallucination_gain,
-        "both": outcomes.gain,
+        "accuracy": (outcomes.right_gain, answerable),
+        "hallucination_rate": (outcomes.hallucination_gain, everything),
+        "both": (outcomes.gain, everything),
     }
-    scores = {name: score[outcomes.answerable] if name == "accuracy" else score for name in gains}
+
+    def area(draw: np.ndarray) -> np.ndarray:
+        own = _area(draw[..., 0], draw[..., -1])
+        return own if against is None else own - _area(draw[..., 1], draw[..., -1])
+
+    columns = [score] if against is None else [score, against]
     return {
-        name: intervals.as_dict(intervals.statistic(_area, np.stack([scores[name], gain], axis=-1), seed, resamples))
-        for name, gain in gains.items()
+        name: intervals.as_dict(
+            intervals.statistic(area, np.stack([*columns, gain], axis=-1)[part], seed, resamples)
+        )
+        for name, (gain, part) in gains.items()
     }
 
 
-def _area(draw: np.ndarray) -> np.ndarray:
-    """Of rows (…, n, [score, gain]), of shape (…,); 0 where nothing is to be gained by any order."""
-    score, gain = draw[..., 0], draw[..., 1]
+def _area(score: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Of shape (…,) for score and gain of shape (…, n); 0 where nothing is to be gained by any order."""
     order = np.argsort(-score, axis=-1, kind="stable")
     won = np.cumsum(np.take_along_axis(gain, order, axis=-1), axis=-1)
     best = np.cumsum(-np.sort(-gain, axis=-1), axis=-1)
@@ -348,12 +397,12 @@ def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
     for step in range(STEPS + 1):
         sent = np.zeros(len(score))
         sent[order[: round(step * len(score) / STEPS)]] = 1.0
-        right = _mixed(sent, outcomes.right)[outcomes.answerable]
+        hallucinated = float(_mixed(sent, **outcomes.hallucinated).mean())
         points.append(
             {
                 "offloaded": float(sent.mean()),
-                "accuracy": float(right.mean()) if len(right) else 0.0,
-                "hallucination_rate": float(_mixed(sent, outcomes.hallucinated).mean()),
+                "accuracy": _accuracy(sent, outcomes),
+                "hallucination_rate": hallucinated,
             }
         )
     return points
@@ -382,20 +431,27 @@ def judge(
     known = {look: features(rows, vectors, look) for look in LOOKS}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a fit that does not converge is no fit
-        worth = {look: held_out_worth(known[look], cross_fit(known[look], outcomes, folds), folds) for look in LOOKS}
-        fitted = {look: fit(known[look], outcomes) for look in LOOKS}
-    links: dict[str, Any] = {}
+        held_out = {look: cross_fit(known[look], outcomes, folds, vectors.shape[1]) for look in LOOKS}
+        fitted = {look: fit(known[look], outcomes, vectors.shape[1]) for look in LOOKS}
+    worth = {look: held_out_worth(known[look], held_out[look], folds) for look in LOOKS}
+    scores = {"threshold": -_sure(rows)} | {f"learned_{look}": worth[look] for look in LOOKS}
+    config = params.evaluation
+    found: dict[str, Any] = {
+        "links": {},
+        "curves": {name: curve(score, outcomes) for name, score in (scores | {"oracle": outcomes.gain}).items()},
+        "areas": {name: areas(score, outcomes, config.seed, config.resamples) for name, score in scores.items()},
+        "areas_over_threshold": {
+            name: areas(score, outcomes, config.seed, config.resamples, against=scores["threshold"])
+            for name, score in scores.items()
+            if name != "threshold"
+        },
+    }
     looks: dict[str, Any] = {look: {"fitted": fitted[look].as_dict(), "links": {}} for look in LOOKS}
     for name, link in params.links.items():
-        found = policies(rows, worth, folds, link, watts, serving)
-        links[name] = {policy: figures(of, rows, link, params, device) for policy, of in found.items()}
+        of_link = policies(rows, worth, folds, link, watts, serving)
+        found["links"][name] = {policy: figures(of, rows, link, params, device) for policy, of in of_link.items()}
+        at_once = costs(rows, link, watts)
         for look in LOOKS:
-            spent = costs(rows, link, watts, embeds=True, looks=look == "after")
-            looks[look]["links"][name] = asdict(tabulate(worth[look], spent, outcomes))
-    scores = {"random": None, "oracle": outcomes.gain}
-    scores |= {f"learned_{look}": worth[look] for look in LOOKS}
-    scores["threshold"] = -np.array([confidence(row["device"]["logprobs"]) or 0.0 for row in rows])
-    curves = {name: curve(score, outcomes) for name, score in scores.items() if score is not None}
-    ends = curves["oracle"]
-    curves["random"] = [ends[0], ends[-1]]
-    return {"links": links, "curves": curves}, {"looks": looks}
+            spent = costs(rows, link, watts, embeds=1.0, looks=float(look == "after"))
+            looks[look]["links"][name] = asdict(tabulate(worth[look], spent, at_once, outcomes))
+    return found, {"looks": looks}

@@ -11,7 +11,6 @@ threshold costs and brings; which point holds is decided anew for each request, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -175,31 +174,44 @@ class Learned:
         self._objective, self._saver_percent, self._embedder = objective, saver_percent, embedder
 
     def before(self, question: str, conditions: Conditions) -> Decision | None:
-        """The decision on the question alone; None if the device's answer is to be looked at first."""
-        if self._look == "after":
-            return None
+        """The decision on the question alone; None if the device's answer is to be looked at first.
+
+        Where the point is to send nothing, or everything, neither question nor answer is looked at.
+        """
+        at_once = self._at_once(conditions)
+        if at_once or self._look == "after":
+            return at_once
         return self._decide(self._features(question), conditions)
 
     def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
         """The decision by question and tokens; by the question alone if that is how it looks."""
+        if at_once := self._at_once(conditions):
+            return at_once
         features = self._features(question)
         if self._look == "after":
             features = np.hstack([features, token_features([token_logprobs])])
         return self._decide(features, conditions)
 
+    def _at_once(self, conditions: Conditions) -> Decision | None:
+        if conditions.link not in self._tables:
+            return Decision("device", None, f"nothing is known of the link {conditions.link}")
+        point, why = self._point(conditions)
+        if point.threshold == NEVER:
+            return Decision("device", None, f"the device always ({conditions.link}, {why})")
+        if point.threshold == ALWAYS:
+            return Decision("server", None, f"the server always ({conditions.link}, {why})")
+        return None
+
+    def _point(self, conditions: Conditions) -> tuple[Point, str]:
+        limit_j = budget_j(self._objective, conditions.battery_percent, self._saver_percent)
+        return pick(self._tables[conditions.link], self._objective, limit_j)
+
     def _features(self, question: str) -> np.ndarray:
         return question_features([question], self._embedder.embed([question]))
 
     def _decide(self, features: np.ndarray, conditions: Conditions) -> Decision:
+        point, why = self._point(conditions)
         worth = float(self._fitted.worth(features)[0])
-        if not math.isfinite(worth):
-            return Decision("device", None, "worth unknown: a feature is no number")
-        table = self._tables.get(conditions.link)
-        if table is None:
-            return Decision("device", worth, f"nothing is known of the link {conditions.link}")
-        limit_j = budget_j(self._objective, conditions.battery_percent, self._saver_percent)
-        point, why = pick(table, self._objective, limit_j)
         server = worth > point.threshold
-        sign = ">" if server else "≤"
-        told = f"worth {worth:+.3f} {sign} {point.threshold:+.3f} ({conditions.link}, {why})"
+        told = f"worth {worth:+.3f} {'>' if server else '<='} {point.threshold:+.3f} ({conditions.link}, {why})"
         return Decision("server" if server else "device", worth, told)
