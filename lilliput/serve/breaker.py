@@ -13,11 +13,16 @@ class Breaker:
         self._most, self._rest_s, self._clock = failures, rest_s, clock
         self._failures, self._opened = 0, 0.0
 
+    @property
     def closed(self) -> bool:
-        """Whether a request may pass."""
+        """Whether all is well, or the rest is over."""
+        return self._failures < self._most or self._clock() - self._opened >= self._rest_s
+
+    def admits(self) -> bool:
+        """Whether this request may pass; after a rest, one at a time."""
         if self._failures < self._most:
             return True
-        if self._clock() - self._opened < self._rest_s:
+        if not self.closed:
             return False
         self._opened = self._clock()  # this one tries; others wait for how it goes
         return True

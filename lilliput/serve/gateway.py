@@ -1,32 +1,27 @@
-"""One door in front of a device model and an edge server, speaking OpenAI's chat API: device first."""
+"""Device first: routes a question to the cache, the device's model or the edge server, and says what that cost."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-import httpx
-from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from lilliput.serve.breaker import Breaker
 from lilliput.serve.cache import AnswerCache
+from lilliput.serve.chat import Chat, as_chunks, completion, delta_of, logprobs_of, text_of
+from lilliput.serve.costs import Cost, Device, Spent
+from lilliput.serve.ends import End, EndFailed
 from lilliput.serve.router import Conditions, Decision, Router
 
 log = logging.getLogger("lilliput.gateway")
-Next = Callable[[Request], Awaitable[Response]]
-# Unreachable, an error status, too slow, no JSON, or JSON that is no chat completion.
-_FAILURES = (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError)
+DRAIN_S = 120.0
+Chunks = AsyncGenerator[dict[str, Any], None]
 
 
 @dataclass(frozen=True)
@@ -38,16 +33,14 @@ class Limits:
         max_tokens: of an answer; asking for more is cut to it.
         device_slots: answers the device gives at once.
         waiting: requests that may wait for a slot; beyond that 503 with Retry-After.
-        server_timeout_s: after which the edge server counts as down for a request, and the device answers.
-        device_timeout_s: after which the device is given up: 502.
+        requests_per_minute: of one client; beyond that 429 with Retry-After.
     """
 
     body_bytes: int = 64 * 1024
     max_tokens: int = 256
     device_slots: int = 1
     waiting: int = 64
-    server_timeout_s: float = 10.0
-    device_timeout_s: float = 60.0
+    requests_per_minute: int = 6000
 
 
 @dataclass(frozen=True)
@@ -65,187 +58,74 @@ class Model:
     system_prompt: str
 
 
-class Message(BaseModel):
-    """One turn of a chat."""
+@dataclass
+class Service:
+    """What answers at present; a new champion brings another.
 
-    model_config = ConfigDict(extra="allow")
-    role: Annotated[str, Field(pattern="^(system|user|assistant)$")]
-    content: Annotated[str, Field(max_length=32_768)]
-
-
-class Chat(BaseModel):
-    """A request to /v1/chat/completions, as far as the gateway reads it; the rest is handed on."""
-
-    model_config = ConfigDict(extra="allow")
-    messages: Annotated[list[Message], Field(min_length=1, max_length=64)]
-    stream: bool = False
-    max_tokens: Annotated[int | None, Field(gt=0)] = None
-    temperature: Annotated[float | None, Field(ge=0.0, le=2.0)] = None
-
-    @property
-    def question(self) -> str:
-        """The last thing the user said."""
-        return next((message.content for message in reversed(self.messages) if message.role == "user"), "")
-
-    @property
-    def cacheable(self) -> bool:
-        """Whether the answer follows from one question alone: a single turn, answered greedily, no tools or formats."""
-        turns = [message.role for message in self.messages if message.role != "system"]
-        return turns == ["user"] and not self.temperature and not (self.model_extra or {}).keys() - {"model", "user"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An OpenAI chat completion, where it came from and why."""
-
-    body: dict[str, Any]
-    place: str
-    decision: Decision
-
-    @property
-    def text(self) -> str:
-        """What the model said."""
-        return str(self.body["choices"][0]["message"]["content"])
-
-
-class Gateway:
-    """Routes requests between a device, an edge server and an answer cache.
-
-    Args:
-        device_url: an OpenAI-compatible server with the compiled model, without `/v1`.
-        server_url: the edge server's; None where there is none.
-        model: what answers on the device.
-        router: who answers.
-        cache: answers given before; None for none.
-        limits: what is taken on.
-        token: that requests have to bear; None on loopback.
-        transport: how the two are reached; HTTP if None.
+    Attributes:
+        model: on the device.
+        device: what runs it.
+        edge: the edge server; None where there is none.
+        router: made for these two.
+        cache: answers that these two gave before; None for none.
+        slots: of the device.
+        stop: ends what was started for it.
     """
 
-    def __init__(
-        self,
-        device_url: str,
-        server_url: str | None,
-        model: Model,
-        router: Router,
-        cache: AnswerCache | None = None,
-        limits: Limits | None = None,
-        token: str | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self.model, self.router, self.cache, self.token = model, router, cache, token
-        self.limits = limits or Limits()
-        self._urls = {"device": device_url, "server": server_url}
-        self._client = httpx.AsyncClient(limits=httpx.Limits(max_connections=256), transport=transport)
-        self._slots = asyncio.Semaphore(self.limits.device_slots)
-        self._waiting = 0
-        self.breaker = Breaker()
-        self.registry = CollectorRegistry()
-        self._answers = Counter("lilliput_answers", "Answers given", ["place"], registry=self.registry)
-        self._seconds = Histogram("lilliput_answer_seconds", "Seconds to answer", ["place"], registry=self.registry)
+    model: Model
+    device: End
+    edge: End | None
+    router: Router
+    cache: AnswerCache | None = None
+    slots: int = 1
+    stop: Callable[[], None] = lambda: None
+    waiting: int = 0
+    under_way: int = 0
+    free: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = asyncio.Semaphore(self.slots)
+
+    def left(self) -> None:
+        """A request is at its end."""
+        self.under_way -= 1
 
     async def close(self) -> None:
-        """Lets go of its connections."""
-        await self._client.aclose()
+        """Lets go of its ends, and stops what was started for it."""
+        for end in (self.device, self.edge):
+            if end is not None:
+                await end.close()
+        await asyncio.to_thread(self.stop)
 
-    async def healthy(self) -> bool:
-        """Whether the device answers."""
-        try:
-            return (await self._client.get(f"{self._urls['device']}/health", timeout=5.0)).status_code == 200
-        except httpx.HTTPError:
-            return False
 
-    async def answer(self, chat: Chat) -> Answer:
-        """The answer to `chat`, from the cache, the device or the edge server.
+@dataclass
+class Reply:
+    """An answer, where it came from and why.
 
-        Raises:
-            Overloaded: too many wait for the device.
-            Unanswered: neither device nor server gave a usable answer.
-        """
-        started = time.perf_counter()
-        found = await self._cached(chat) or await self._routed(chat)
-        self._answers.labels(found.place).inc()
-        self._seconds.labels(found.place).observe(time.perf_counter() - started)
-        log.info("%s: %s", found.place, found.decision.reason)  # never what was asked
-        return found
+    Attributes:
+        body: the whole chat completion; None where it comes in pieces.
+        chunks: the pieces, as they come; None where nobody asked for a stream.
+        cost: what it took; None as long as it is not at its end.
+    """
 
-    async def _cached(self, chat: Chat) -> Answer | None:
-        if self.cache is None or not chat.cacheable:
-            return None
-        asked = self.cache.asked(chat.question)
-        hit = await asyncio.to_thread(self.cache.find, asked)
-        if hit is None:
-            return None
-        decision = Decision("device", hit.similarity, f"{hit.kind} hit in the answer cache")
-        return Answer(_completion(hit.answer, self.model.name), "cache", decision)
+    place: str
+    decision: Decision
+    body: dict[str, Any] | None = None
+    chunks: Chunks | None = None
+    cost: Cost | None = None
+    _held: AsyncExitStack = field(default_factory=AsyncExitStack)
 
-    async def _routed(self, chat: Chat) -> Answer:
-        conditions = Conditions("wifi")
-        decision, local = self.router.before(chat.question, conditions), None
-        if decision is None:
-            local = await self._device(chat)
-            decision = self.router.after(chat.question, _logprobs(local), conditions)
-        if decision.place == "server":
-            remote, why_not = await self._server(chat)
-            if remote is not None:
-                return await self._remembered(chat, Answer(remote, "server", decision))
-            decision = Decision("device", decision.score, f"{decision.reason}, but {why_not}")
-            return Answer(local or await self._device(chat), "device", decision)  # a makeshift: not remembered
-        return await self._remembered(chat, Answer(local or await self._device(chat), "device", decision))
+    async def close(self) -> None:
+        """Ends the request behind it, at its end or before, and gives back what it held. Has to be called."""
+        await self._held.aclose()
 
-    async def _remembered(self, chat: Chat, answer: Answer) -> Answer:
-        if self.cache is not None and chat.cacheable:
-            await asyncio.to_thread(self.cache.store, self.cache.asked(chat.question), answer.text)
-        return answer
+    def also(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` when it is closed."""
+        self._held.callback(callback)
 
-    async def _device(self, chat: Chat) -> dict[str, Any]:
-        if self._slots.locked() and self._waiting >= self.limits.waiting:
-            raise Overloaded
-        self._waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._waiting -= 1
-        try:
-            asked = self._request(chat) | {"logprobs": True, "stream": False}
-            return await self._ask("device", asked, self.limits.device_timeout_s)
-        except _FAILURES as error:
-            raise Unanswered(f"the device gave no usable answer: {type(error).__name__}") from None
-        finally:
-            self._slots.release()
-
-    async def _server(self, chat: Chat) -> tuple[dict[str, Any] | None, str]:
-        """The edge server's answer, or None and what is the matter with it."""
-        if self._urls["server"] is None:
-            return None, "there is no edge server"
-        if not self.breaker.closed():
-            return None, "the edge server was down"
-        try:
-            body = await self._ask("server", self._request(chat), self.limits.server_timeout_s)
-        except _FAILURES as error:
-            self.breaker.failed()
-            return None, f"the edge server failed ({type(error).__name__})"
-        self.breaker.succeeded()
-        return body, ""
-
-    def _request(self, chat: Chat) -> dict[str, Any]:
-        body = chat.model_dump(exclude_none=True)
-        if chat.messages[0].role != "system":
-            body["messages"] = [{"role": "system", "content": self.model.system_prompt}, *body["messages"]]
-        wanted = min(chat.max_tokens or self.limits.max_tokens, self.limits.max_tokens)
-        return {"temperature": 0.0, **body, "max_tokens": wanted, "stream": False}
-
-    async def _ask(self, place: str, asked: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """What `place` answers; a body that is no chat completion raises one of _FAILURES."""
-        async with asyncio.timeout(timeout_s):
-            response = await self._client.post(
-                f"{self._urls[place]}/v1/chat/completions", json=dict(asked), timeout=timeout_s
-            )
-        response.raise_for_status()
-        body = response.json()
-        if not isinstance(body["choices"][0]["message"]["content"], str):
-            raise ValueError("no text in the answer")
-        return body
+    def holds(self, chunks: Chunks) -> None:
+        """`chunks`, which have begun, end with this."""
+        self._held.push_async_callback(chunks.aclose)
 
 
 class Overloaded(Exception):
@@ -256,115 +136,243 @@ class Unanswered(Exception):
     """Nobody gave a usable answer."""
 
 
-def create_app(gateway: Gateway) -> FastAPI:
-    """The gateway as an ASGI application."""
+class Gateway:
+    """Routes requests between a device, an edge server and an answer cache.
+
+    Args:
+        service: what answers.
+        device: what an answer costs there.
+        limits: what is taken on.
+    """
+
+    def __init__(self, service: Service, device: Device, limits: Limits | None = None) -> None:
+        self.service, self.device, self.limits = service, device, limits or Limits()
+        self.registry = CollectorRegistry()
+        self._answers = Counter("lilliput_answers", "Answers given", ["place"], registry=self.registry)
+        self._failures = Counter("lilliput_failures", "Requests not answered", ["reason"], registry=self.registry)
+        self._seconds = Histogram("lilliput_answer_seconds", "Seconds to answer", ["place"], registry=self.registry)
+        self._joules = Counter(
+            "lilliput_device_joules", "Energy of the device, estimated", ["place"], registry=self.registry
+        )
+        waiting = Gauge("lilliput_waiting", "Requests that wait for the device", registry=self.registry)
+        waiting.set_function(lambda: self.service.waiting)
+
+    async def close(self) -> None:
+        """Ends the present service."""
+        await self.service.close()
+
+    async def replace(self, service: Service, drain_s: float = DRAIN_S) -> None:
+        """Puts `service` in the place of the present one, which ends when its last answer has been given."""
+        old, self.service = self.service, service
+        deadline = time.monotonic() + drain_s
+        while old.under_way and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await old.close()
+
+    async def reply(self, chat: Chat, conditions: Conditions) -> Reply:
+        """The answer to `chat`: whole, or as a stream if it asks for one.
+
+        Raises:
+            Overloaded: too many wait for the device.
+            Unanswered: neither device nor server gave a usable answer.
+            EndRefused: the request is at fault.
+        """
+        service, spent = self.service, Spent()  # this request stays with them, whatever is deployed meanwhile
+        service.under_way += 1
+        try:
+            reply = await self._reply(service, chat, conditions, spent)
+        except BaseException as error:
+            service.under_way -= 1
+            self._failures.labels(type(error).__name__).inc()
+            raise
+        reply.also(service.left)
+        if reply.body is not None:
+            self._told(reply, spent, conditions)
+            if chat.stream:
+                reply.chunks = _each(as_chunks(reply.body))
+        if reply.chunks is not None:
+            reply.chunks = self._followed(reply, reply.chunks, spent, conditions)
+        return reply
+
+    async def _reply(self, service: Service, chat: Chat, conditions: Conditions, spent: Spent) -> Reply:
+        if hit := await self._cached(service, chat, spent):
+            return hit
+        decision, looked = await asyncio.to_thread(service.router.before, chat.question, conditions), None
+        if decision is None:
+            looked = await self._whole_from_device(service, chat, spent)
+            decision = await asyncio.to_thread(service.router.after, chat.question, logprobs_of(looked), conditions)
+        if decision.place == "server":
+            try:
+                return await self._from_edge(service, chat, decision, spent)
+            except EndFailed as error:  # a makeshift follows, which is not remembered
+                decision = Decision("device", decision.score, f"{decision.reason}, but the edge server {error}")
+                if looked is None:
+                    return await self._from_device(service, chat, decision, spent, remember=False)
+                return Reply("device", decision, looked)
+        if looked is None:
+            return await self._from_device(service, chat, decision, spent)
+        await _remember(service, chat, text_of(looked))
+        return Reply("device", decision, looked)
+
+    async def _cached(self, service: Service, chat: Chat, spent: Spent) -> Reply | None:
+        cache = service.cache
+        if cache is None or not chat.cacheable:
+            return None
+
+        def find() -> tuple[Any, float]:
+            begun = time.thread_time()
+            return cache.find(cache.asked(chat.question)), time.thread_time() - begun
+
+        hit, cpu_s = await asyncio.to_thread(find)
+        spent.cpu_s = None if spent.cpu_s is None else spent.cpu_s + cpu_s
+        if hit is None:
+            return None
+        decision = Decision("device", hit.similarity, f"{hit.kind} hit in the answer cache")
+        return Reply("cache", decision, completion(hit.answer, service.model.name))
+
+    async def _from_edge(self, service: Service, chat: Chat, decision: Decision, spent: Spent) -> Reply:
+        if service.edge is None:
+            raise EndFailed("is not there")
+        request = self._request(service, chat, service.edge)
+        spent.up_bytes += len(json.dumps(request))
+        if chat.stream:
+            return await _begun(Reply("server", decision), self._edge_chunks(service, chat, request, spent))
+        with spent.on_edge():
+            body = await service.edge.ask(request)
+        spent.down_bytes += len(json.dumps(body))
+        await _remember(service, chat, text_of(body))
+        return Reply("server", decision, body)
+
+    async def _edge_chunks(self, service: Service, chat: Chat, request: Mapping[str, Any], spent: Spent) -> Chunks:
+        assert service.edge is not None
+        with spent.on_edge():
+            async with aclosing(_remembered(service, chat, service.edge.stream(request))) as chunks:
+                async for chunk in chunks:
+                    spent.down_bytes += len(json.dumps(chunk))
+                    yield chunk
+
+    async def _from_device(
+        self, service: Service, chat: Chat, decision: Decision, spent: Spent, *, remember: bool = True
+    ) -> Reply:
+        if chat.stream:
+            return await _begun(Reply("device", decision), self._device_chunks(service, chat, spent, remember))
+        body = await self._whole_from_device(service, chat, spent)
+        if remember:
+            await _remember(service, chat, text_of(body))
+        return Reply("device", decision, body)
+
+    async def _whole_from_device(self, service: Service, chat: Chat, spent: Spent) -> dict[str, Any]:
+        request = self._request(service, chat, service.device) | {"logprobs": True}
+        async with self._slot(service):
+            with spent.on_device(service.device.clock):
+                try:
+                    return await service.device.ask(request)
+                except EndFailed as error:
+                    raise Unanswered(f"the device {error}") from None
+
+    async def _device_chunks(self, service: Service, chat: Chat, spent: Spent, remember: bool) -> Chunks:
+        request = self._request(service, chat, service.device)
+        async with self._slot(service):
+            with spent.on_device(service.device.clock):
+                told = service.device.stream(request)
+                try:
+                    async with aclosing(_remembered(service, chat, told) if remember else told) as chunks:
+                        async for chunk in chunks:
+                            yield chunk
+                except EndFailed as error:
+                    raise Unanswered(f"the device {error}") from None
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await gateway.close()
-
-    app = FastAPI(title="Lilliput gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.middleware("http")(_guard(gateway))
-    app.add_exception_handler(RequestValidationError, _refused)
-    app.include_router(_looking_after(gateway))
-    app.include_router(_chatting(gateway))
-    return app
-
-
-def _guard(gateway: Gateway) -> Callable[[Request, Next], Awaitable[Response]]:
-    """Lets nobody pass without the token, where one is asked, nor with too large a body."""
-
-    async def guard(request: Request, proceed: Next) -> Response:
-        if gateway.token is not None and request.url.path != "/health":
-            told = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(told.encode(), gateway.token.encode()):
-                return _error(401, "a bearer token is required", "invalid_api_key")
-        length = request.headers.get("content-length")
-        if length is not None and (not length.isdecimal() or int(length) > gateway.limits.body_bytes):
-            return _error(413, f"at most {gateway.limits.body_bytes} bytes are taken", "request_too_large")
-        return await proceed(request)
-
-    return guard
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return _error(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}", "invalid_request_error")
-
-
-def _looking_after(gateway: Gateway) -> APIRouter:
-    """What those who run it look at."""
-    routes = APIRouter()
-
-    @routes.get("/health")
-    async def health() -> Response:
-        ok = await gateway.healthy()
-        return JSONResponse({"status": "ok" if ok else "the device does not answer"}, 200 if ok else 503)
-
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(gateway.registry), media_type="text/plain; version=0.0.4")
-
-    return routes
-
-
-def _chatting(gateway: Gateway) -> APIRouter:
-    """OpenAI's API, as far as it goes."""
-    routes = APIRouter(prefix="/v1")
-
-    @routes.get("/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": gateway.model.name, "object": "model", "owned_by": "lilliput"}]}
-
-    @routes.post("/chat/completions")
-    async def chat(request: Chat) -> Response:
+    async def _slot(self, service: Service) -> AsyncIterator[None]:
+        """A turn on the device; given back when the answer is there or nobody waits for it any more."""
+        if service.free.locked() and service.waiting >= self.limits.waiting:
+            raise Overloaded
+        service.waiting += 1
         try:
-            answer = await gateway.answer(request)
-        except Overloaded:
-            return _error(503, "too many requests wait for the device", "overloaded", {"Retry-After": "1"})
-        except Unanswered as error:
-            return _error(502, str(error), "unanswered")
-        headers = _headers(answer)
-        if request.stream:
-            return StreamingResponse(_events(answer), media_type="text/event-stream", headers=headers)
-        return JSONResponse(answer.body, headers=headers)
+            await service.free.acquire()
+        finally:
+            service.waiting -= 1
+        try:
+            yield
+        finally:
+            service.free.release()
 
-    return routes
+    def _request(self, service: Service, chat: Chat, end: End) -> dict[str, Any]:
+        return chat.for_model(service.model.system_prompt, self.limits.max_tokens, end.model) | (
+            {"stream_options": chat.stream_options.model_dump()} if chat.stream and chat.stream_options else {}
+        )
+
+    async def _followed(self, reply: Reply, chunks: Chunks, spent: Spent, conditions: Conditions) -> Chunks:
+        """`chunks`; the one that ends the answer says what it cost."""
+        async for chunk in chunks:
+            if _ends(chunk):
+                if reply.cost is None:
+                    self._told(reply, spent, conditions)
+                chunk = chunk | {"lilliput": told(reply)}
+            yield chunk
+
+    def _told(self, reply: Reply, spent: Spent, conditions: Conditions) -> None:
+        reply.cost = self.device.cost(spent, conditions.link)
+        self._answers.labels(reply.place).inc()
+        self._seconds.labels(reply.place).observe(reply.cost.seconds)
+        self._joules.labels(reply.place).inc(reply.cost.energy_j or 0.0)
+        if reply.body is not None:
+            reply.body["lilliput"] = told(reply)
+        # Never what was asked.
+        log.info(
+            "%s in %.3f s: %s (score %s)", reply.place, reply.cost.seconds, reply.decision.reason, reply.decision.score
+        )
 
 
-def _headers(answer: Answer) -> dict[str, str]:
-    score = {} if answer.decision.score is None else {"x-lilliput-score": f"{answer.decision.score:.4f}"}
-    reason = answer.decision.reason.encode("ascii", "replace").decode()
-    return {"x-lilliput-place": answer.place, "x-lilliput-reason": reason, **score}
-
-
-async def _events(answer: Answer) -> AsyncIterator[str]:
-    """The answer as a stream of one piece: it was looked at before anyone could decide to send it."""
-    base = {key: answer.body.get(key) for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    for delta, reason in (({"role": "assistant", "content": answer.text}, None), ({}, "stop")):
-        yield f"data: {json.dumps(base | {'choices': [{'index': 0, 'delta': delta, 'finish_reason': reason}]})}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-def _completion(text: str, model: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
-    return {
-        "id": f"cache-{time.time_ns()}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+def told(reply: Reply) -> dict[str, Any]:
+    """Where an answer came from, why, and what it cost, as the gateway's own part of a body."""
+    head = {"place": reply.place, "reason": reply.decision.reason, "score": reply.decision.score}
+    cost = reply.cost
+    if cost is None:
+        return head
+    return head | {
+        "seconds": round(cost.seconds, 6),
+        "link_seconds": round(cost.link_seconds, 6),
+        "energy_j": cost.energy_j,
+        "energy_source": cost.energy_source,
+        "battery_percent": cost.battery_percent,
     }
 
 
-def _logprobs(body: Mapping[str, Any]) -> list[float]:
-    """The log-likelihoods of the answer's own tokens; none where the server told none."""
-    told = (body["choices"][0].get("logprobs") or {}).get("content") or []
-    return [float(token["logprob"]) for token in told]
+async def _begun(reply: Reply, chunks: Chunks) -> Reply:
+    """`reply` with `chunks`, of which the first is there: what fails before can still be answered by another."""
+    first = await anext(chunks)
+    reply.holds(chunks)
+
+    async def all_of_them() -> Chunks:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+
+    reply.chunks = all_of_them()
+    return reply
 
 
-def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, dict(headers or {}))
+async def _each(chunks: list[dict[str, Any]]) -> Chunks:
+    for chunk in chunks:
+        yield chunk
+
+
+async def _remembered(service: Service, chat: Chat, chunks: Chunks) -> Chunks:
+    """`chunks`, closed with this; what they say together is kept once they are at their end."""
+    said = []
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            said.append(delta_of(chunk))
+            yield chunk
+    await _remember(service, chat, "".join(said))
+
+
+async def _remember(service: Service, chat: Chat, answer: str) -> None:
+    cache = service.cache
+    if cache is not None and chat.cacheable:
+        await asyncio.to_thread(lambda: cache.store(cache.asked(chat.question), answer))
+
+
+def _ends(chunk: Mapping[str, Any]) -> bool:
+    return bool(chunk["choices"]) and chunk["choices"][0].get("finish_reason") is not None

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lilliput.errors import ArtifactError
 
 
@@ -76,6 +78,11 @@ class LlamaServer:
     def running(self) -> bool:
         """Whether its process is there."""
         return self._process.poll() is None
+
+    def cpu_seconds(self) -> float:
+        """Those that its process has used."""
+        used = psutil.Process(self._process.pid).cpu_times()
+        return used.user + used.system
 
     def stop(self) -> None:
         """Ends it; answers under way are lost."""

@@ -1,100 +1,36 @@
 """The gateway against a device and an edge server of paper, and once against llama.cpp's own server."""
 
 import asyncio
-import json
 
 import httpx
 import pytest
+from paper import ASK, MODEL, ByLength, Paper, app, ask, client, completion, events, pieces, said, service, text
 
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError
 from lilliput.serve.cache import AnswerCache
-from lilliput.serve.gateway import Gateway, Limits, Model, create_app
-from lilliput.serve.router import Always, Threshold
+from lilliput.serve.chat import Chat
+from lilliput.serve.gateway import Limits, Model
+from lilliput.serve.router import Always, Conditions, Threshold
 from lilliput.serve.server import LlamaServer, Serving
 
-MODEL = Model("pocket", "sha", "Answer briefly.")
-ASK = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}]}
+STREAM = ASK | {"stream": True}
+SERVER_FAILS = {
+    "down": httpx.ConnectError("down"),
+    "half-open": httpx.ReadTimeout("half-open"),
+    "error": httpx.Response(500),
+    "no JSON": httpx.Response(200, text="<html>"),
+    "no choices": httpx.Response(200, json={"choices": []}),
+    "no text": httpx.Response(200, json={"choices": [{"message": {"content": None}}]}),
+    "no object": httpx.Response(200, json=["lies"]),
+    "endless": httpx.Response(200, text="x" * (5 * 2**20)),
+}
 
 
-def completion(text, logprob=-0.1):
-    message = {"role": "assistant", "content": text}
-    told = {"content": [{"token": text, "logprob": logprob}]}
-    return {
-        "id": "1",
-        "created": 1,
-        "model": "m",
-        "choices": [{"index": 0, "message": message, "logprobs": told, "finish_reason": "stop"}],
-    }
-
-
-class Paper(httpx.AsyncBaseTransport):
-    """Both ends: what each says, and what it was asked."""
-
-    def __init__(self, device=None, server=None):
-        self.says = {"device": device or completion("Lima"), "server": server or completion("Lima, of course")}
-        self.asked = {"device": [], "server": []}
-        self.delay_s = 0.0
-
-    async def handle_async_request(self, request):
-        end = request.url.host
-        if request.url.path == "/health":
-            return httpx.Response(200)
-        self.asked[end].append(json.loads(request.content))
-        await asyncio.sleep(self.delay_s)
-        said = self.says[end]
-        if isinstance(said, Exception):
-            raise said
-        return said if isinstance(said, httpx.Response) else httpx.Response(200, json=said)
-
-
-class ByLength:
-    """An embedder of paper."""
-
-    sha256 = "paper"
-
-    def embed(self, texts):
-        import numpy as np
-
-        return np.array([[1.0, 0.0] for _ in texts], dtype=np.float32)
-
-
-@pytest.fixture
-def ask():
-    """Sends requests to a gateway, one after another or all at once; the responses."""
-
-    def send(paper, *bodies, router=None, at_once=False, token=None, headers=None, path="/v1/chat/completions", **more):
-        async def run():
-            gateway = Gateway(
-                "http://device",
-                "http://server",
-                MODEL,
-                router or Always("device"),
-                token=token,
-                transport=paper,
-                **more,
-            )
-            transport = httpx.ASGITransport(create_app(gateway))
-            async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
-                if not bodies:
-                    return [await client.get(path)]
-                if at_once:
-                    return await asyncio.gather(*(client.post(path, json=body) for body in bodies))
-                return [await client.post(path, json=body) for body in bodies]
-
-        return asyncio.run(run())
-
-    return send
-
-
-def text(response):
-    return response.json()["choices"][0]["message"]["content"]
-
-
-def test_the_device_answers_with_its_own_system_line(ask):
+def test_the_device_answers_with_its_own_system_line():
     paper = Paper()
-    [response] = ask(paper, ASK)
+    [response] = ask(app(paper), ASK)
     assert text(response) == "Lima"
     assert response.headers["x-lilliput-place"] == "device"
     assert paper.asked["device"][0]["messages"][0] == {"role": "system", "content": "Answer briefly."}
@@ -103,124 +39,239 @@ def test_the_device_answers_with_its_own_system_line(ask):
 
 
 @pytest.mark.parametrize(("logprob", "place"), [(-0.1, "device"), (-3.0, "server")])
-def test_after_a_first_look_the_unsure_are_offloaded(ask, logprob, place):
+@pytest.mark.parametrize("stream", [False, True])
+def test_after_a_first_look_the_unsure_are_offloaded(logprob, place, stream):
     paper = Paper(device=completion("Lima?", logprob))
-    [response] = ask(paper, ASK, router=Threshold(0.5))
+    [response] = ask(app(paper, Threshold(0.5)), ASK | {"stream": stream})
     assert response.headers["x-lilliput-place"] == place
     assert float(response.headers["x-lilliput-score"]) == pytest.approx({-0.1: 0.9048, -3.0: 0.0498}[logprob], abs=1e-4)
-    assert text(response) == {"device": "Lima?", "server": "Lima, of course"}[place]
+    answer = said(pieces(response)) if stream else text(response)
+    assert answer == {"device": "Lima?", "server": "Lima, of course"}[place]
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        httpx.ConnectError("down"),
-        httpx.ReadTimeout("half-open"),
-        httpx.Response(500),
-        httpx.Response(200, text="<html>"),
-        httpx.Response(200, json={"choices": []}),
-        httpx.Response(200, json={"choices": [{"message": {"content": None}}]}),
-        httpx.Response(200, json=["lies"]),
-    ],
-    ids=["down", "half-open", "error", "no JSON", "no choices", "no text", "no object"],
-)
-def test_a_server_that_is_down_slow_or_lying_leaves_the_device_s_answer(ask, said):
-    paper = Paper(server=said)
-    [response] = ask(paper, ASK, router=Always("server"))
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fails", SERVER_FAILS)
+def test_a_server_that_is_down_slow_or_lying_leaves_the_device_s_answer(fails, stream):
+    paper = Paper(server=SERVER_FAILS[fails])
+    [response] = ask(app(paper, Always("server")), ASK | {"stream": stream})
     assert response.status_code == 200
     assert response.headers["x-lilliput-place"] == "device"
-    assert "but the edge server failed" in response.headers["x-lilliput-reason"]
+    assert "but the edge server failed" in response.headers["x-lilliput-reason"].replace("%2C", ",")
+    assert (said(pieces(response)) if stream else text(response)) == "Lima"
 
 
-def test_a_slow_server_is_not_waited_for_beyond_its_deadline(ask):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_slow_server_is_not_waited_for_beyond_its_deadline(stream):
     paper = Paper()
-    paper.delay_s = 0.2
-    [response] = ask(paper, ASK, router=Always("server"), limits=Limits(server_timeout_s=0.05))
+    paper.delay_s["server"] = 1.0
+    [response] = ask(app(paper, Always("server"), timeout_s=0.05), ASK | {"stream": stream})
     assert response.headers["x-lilliput-place"] == "device"
     assert "TimeoutError" in response.headers["x-lilliput-reason"]
 
 
-def test_after_three_failures_the_server_is_left_alone(ask):
+def test_after_three_failures_the_server_is_left_alone():
     paper = Paper(server=httpx.Response(500))
-    responses = ask(paper, *[ASK] * 5, router=Always("server"))
+    application = app(paper, Always("server"))
+    responses = ask(application, *[ASK] * 5)
     assert len(paper.asked["server"]) == 3
     assert responses[-1].headers["x-lilliput-reason"].endswith("but the edge server was down")
+    assert not application.gateway.service.edge.up
 
 
-def test_a_device_without_an_answer_is_told(ask):
-    [response] = ask(Paper(device=httpx.Response(500)), ASK)
-    assert response.status_code == 502
-    assert response.json()["error"]["type"] == "unanswered"
+def test_a_device_without_an_answer_is_told():
+    for body in (ASK, STREAM):
+        [response] = ask(app(Paper(device=httpx.Response(500))), body)
+        assert response.status_code == 502
+        assert response.json()["error"]["type"] == "unanswered"
 
 
-def test_more_than_may_wait_are_sent_away_and_no_answer_is_mixed_up(ask):
-    paper = Paper()
-    paper.delay_s = 0.05
-    responses = ask(paper, *[ASK] * 6, at_once=True, limits=Limits(device_slots=1, waiting=2))
+def test_a_request_that_the_model_refuses_is_the_client_s_to_mend():
+    no = httpx.Response(400, json={"error": {"message": "the prompt is longer than the context"}})
+    for body in (ASK, STREAM):
+        [response] = ask(app(Paper(device=no)), body)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == "the prompt is longer than the context"
+
+
+def test_more_than_may_wait_are_sent_away_and_no_answer_is_mixed_up():
+    paper = Paper(device=lambda asked: completion(asked["messages"][-1]["content"]))
+    paper.delay_s["device"] = 0.05
+    bodies = [{"messages": [{"role": "user", "content": f"question {number}"}]} for number in range(6)]
+    responses = ask(app(paper, limits=Limits(waiting=2)), *bodies, at_once=True)
     states = [response.status_code for response in responses]
     assert states.count(200) == 3
     assert states.count(503) == 3
     assert all(r.headers["retry-after"] == "1" for r in responses if r.status_code == 503)
+    for body, response in zip(bodies, responses, strict=True):
+        assert response.status_code == 503 or text(response) == body["messages"][0]["content"]
 
 
-def test_the_cache_answers_again_and_never_what_sampling_or_talk_made(ask, tmp_path):
+def test_the_cache_answers_again_and_never_what_sampling_or_talk_made(tmp_path):
     cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
     paper = Paper()
     talk = {"messages": [*ASK["messages"], {"role": "assistant", "content": "Lima"}, *ASK["messages"]]}
-    responses = ask(paper, ASK, ASK, ASK | {"temperature": 0.7}, talk, cache=cache)
-    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "cache", "device", "device"]
+    application = app(paper, cache=cache)
+    responses = ask(application, ASK, ASK, ASK | {"temperature": 0.7}, talk, ASK | {"stop": "."})
+    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "cache", "device", "device", "device"]
     assert text(responses[1]) == "Lima"
-    assert len(paper.asked["device"]) == 3
+    assert len(paper.asked["device"]) == 4
+
+
+def test_what_was_streamed_is_remembered_whole_and_streamed_again(tmp_path):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    paper = Paper(device=completion("It is Lima"))
+    first, again = ask(app(paper, cache=cache), STREAM, STREAM)
+    assert said(pieces(first)) == "It is Lima"
+    assert again.headers["x-lilliput-place"] == "cache"
+    assert pieces(again)[0]["choices"][0]["delta"]["content"].replace(" ", "") == "ItisLima"
 
 
 @pytest.mark.parametrize(("server", "places"), [(None, ["server", "cache"]), (httpx.Response(500), ["device"] * 2)])
-def test_the_cache_keeps_what_the_server_said_and_no_makeshift(ask, tmp_path, server, places):
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_cache_keeps_what_the_server_said_and_no_makeshift(tmp_path, server, places, stream):
     cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
-    responses = ask(Paper(server=server), ASK, ASK, router=Always("server"), cache=cache)
+    body = ASK | {"stream": stream}
+    responses = ask(app(Paper(server=server), Always("server"), cache=cache), body, body)
     assert [r.headers["x-lilliput-place"] for r in responses] == places
 
 
-def test_a_stream_is_the_same_answer(ask):
-    [response] = ask(Paper(), ASK | {"stream": True})
+def test_a_stream_comes_piece_by_piece_and_its_last_one_tells_the_cost():
+    [response] = ask(app(Paper(device=completion("It is Lima"))), STREAM)
     assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    assert "".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines[:-1]) == "Lima"
+    *chunks, done = pieces(response)
+    assert done == "[DONE]"
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["It", "is", "Lima", None]
+    assert all("lilliput" not in chunk for chunk in chunks[:-1])
+    assert chunks[-1]["lilliput"]["place"] == "device"
+    assert chunks[-1]["lilliput"]["seconds"] > 0
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {},
-        {"messages": []},
-        {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "root", "content": "x"}]},
-        ASK | {"max_tokens": 0},
-        ASK | {"temperature": 9},
-        [],
-    ],
-)
-def test_what_is_no_request_gets_one_clear_error(ask, body):
-    [response] = ask(Paper(), body)
-    assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_request_error"
+def test_a_stream_that_breaks_off_says_so():
+    broken = httpx.Response(200, text=events("It", "is", ending=""))
+    [response] = ask(app(Paper(device=broken)), STREAM)
+    last = pieces(response)[-1]
+    assert last["error"]["type"] == "unanswered"
+    assert "broke off" in last["error"]["message"]
 
 
-def test_too_large_a_body_is_refused_before_it_is_read(ask):
-    [response] = ask(Paper(), ASK | {"user": "x" * 200}, limits=Limits(body_bytes=100))
-    assert response.status_code == 413
+def test_what_an_answer_costs_is_told_and_marked_as_an_estimate():
+    seconds = iter([1.0, 1.25])
+    [response] = ask(app(Paper(), clock=lambda: next(seconds)), ASK)
+    told = response.json()["lilliput"]
+    assert told["energy_j"] == pytest.approx(0.25 * 2.0)
+    assert told["energy_source"] == "estimate_tdp"
+    assert told["battery_percent"] == pytest.approx(100 * 0.5 / 36_000)
+    assert told["link_seconds"] == 0.0
+    [unknown] = ask(app(Paper()), ASK)
+    assert unknown.json()["lilliput"]["energy_j"] is None
+    assert unknown.headers["x-lilliput-energy-source"] == "unavailable"
 
 
-def test_beyond_loopback_a_token_is_asked(ask):
-    assert ask(Paper(), ASK, token="secret")[0].status_code == 401
-    assert ask(Paper(), ASK, token="secret", headers={"Authorization": "Bearer secre"})[0].status_code == 401
-    assert ask(Paper(), ASK, token="secret", headers={"Authorization": "Bearer secret"})[0].status_code == 200
+def test_an_offloaded_answer_costs_the_radio():
+    [response] = ask(app(Paper(), Always("server")), ASK)
+    told = response.json()["lilliput"]
+    assert told["link_seconds"] > 0.010  # a round trip at least
+    assert told["energy_j"] > 0.5 * 0.010 + 0.2 * 0.1  # the radio, for that long, and its tail
 
 
-def test_models_health_and_metrics(ask):
-    assert ask(Paper(), path="/v1/models")[0].json()["data"][0]["id"] == "pocket"
-    assert ask(Paper(), path="/health")[0].json() == {"status": "ok"}
-    assert "lilliput_answers" in ask(Paper(), path="/metrics")[0].text
+def test_link_and_battery_reach_the_router():
+    met = []
+
+    class Curious(Always):
+        def before(self, question, conditions):
+            met.append(conditions)
+            return super().before(question, conditions)
+
+    application = app(Paper(), Curious("device"))
+    ask(application, ASK)
+    ask(application, ASK, headers={"x-lilliput-link": "poor", "x-lilliput-battery-percent": "12.5"})
+    assert met == [Conditions("wifi", 100.0), Conditions("poor", 12.5)]
+    for headers in ({"x-lilliput-link": "pigeon"}, {"x-lilliput-battery-percent": "101"}):
+        assert ask(application, ASK, headers=headers)[0].status_code == 400
+
+
+def test_a_client_that_leaves_frees_the_device():
+    paper = Paper()
+    paper.delay_s["device"] = 30.0
+    application = app(paper)
+
+    async def leave(stream):
+        gone = asyncio.Event()
+        body = b'{"messages": [{"role": "user", "content": "x"}], "stream": %s}' % (b"true" if stream else b"false")
+        sent = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive():
+            if message := next(sent, None):
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_):
+            pass
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        scope |= {"query_string": b"", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"}
+        request = asyncio.create_task(application(scope | {"client": ("x", 1), "server": ("x", 1)}, receive, send))
+        while not paper.asked["device"]:
+            await asyncio.sleep(0.01)
+        gone.set()
+        await asyncio.wait_for(request, 5)
+        assert paper.given_up == 1
+        assert not application.gateway.service.free.locked()
+        assert application.gateway.service.under_way == 0
+
+    for stream in (False, True):
+        paper.asked["device"], paper.given_up = [], 0
+        asyncio.run(leave(stream))
+
+
+def test_a_stream_left_in_the_middle_frees_the_device():
+    async def run():
+        application = app(Paper(device=completion("a long answer")))
+        gateway = application.gateway
+        reply = await gateway.reply(Chat.model_validate(STREAM), Conditions("wifi"))
+        assert gateway.service.free.locked()
+        await anext(reply.chunks)
+        await reply.close()
+        return gateway.service.free.locked(), gateway.service.under_way
+
+    assert asyncio.run(run()) == (False, 0)
+
+
+def test_a_new_service_takes_over_without_an_answer_lost():
+    paper = Paper()
+    paper.delay_s["device"] = 0.1
+    stopped = []
+
+    async def run():
+        application = app(paper, stop=lambda: stopped.append(application.gateway.service.model.name))
+        async with client(application) as http:
+            early = asyncio.create_task(http.post("/v1/chat/completions", json=ASK))
+            while not paper.asked["device"]:
+                await asyncio.sleep(0.01)
+            fresh = service(Paper(device=completion("Lima 2")), model=Model("second", "sha2", ""))
+            takeover = asyncio.create_task(application.gateway.replace(fresh))
+            await asyncio.sleep(0)
+            late = await http.post("/v1/chat/completions", json=ASK)
+            assert stopped == []  # the first one still answers
+            await takeover
+            return await early, late, (await http.get("/v1/models")).json()["data"][0]["id"]
+
+    early, late, name = asyncio.run(run())
+    assert (text(early), text(late), name) == ("Lima", "Lima 2", "second")
+    assert stopped == ["second"]
+
+
+def test_models_health_status_and_metrics():
+    application = app(Paper(), Always("server"))
+    assert ask(application, path="/v1/models")[0].json()["data"][0]["id"] == "pocket"
+    assert ask(application, path="/health")[0].json() == {"status": "ok"}
+    status = ask(application, path="/status")[0].json()
+    assert (status["device"], status["model"], status["link"]) == ("phone", "pocket", "wifi")
+    assert status["edge"] == {"name": "lora", "up": True}
+    ask(application, ASK)
+    assert 'lilliput_answers_total{place="server"} 1.0' in ask(application, path="/metrics")[0].text
 
 
 @pytest.fixture(scope="module")
@@ -231,18 +282,24 @@ def served(checkpoint, tmp_path_factory):
         yield server
 
 
-def test_llama_cpp_s_own_server_stands_behind_it(served):
-    async def run():
-        gateway = Gateway(served.url, None, MODEL, Threshold(0.0), limits=Limits(max_tokens=6))
-        transport = httpx.ASGITransport(create_app(gateway))
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-            return await client.get("/health"), await client.post("/v1/chat/completions", json=ASK)
+@pytest.mark.parametrize("stream", [False, True])
+def test_llama_cpp_s_own_server_stands_behind_it(served, stream):
+    from lilliput.serve.ends import End
 
-    health, response = asyncio.run(run())
-    assert health.status_code == 200
+    application = app(Paper(), None if stream else Threshold(0.0), limits=Limits(max_tokens=6))
+    application.gateway.service.device = End(served.url, 30.0, clock=served.cpu_seconds)
+    [response] = ask(application, ASK | {"stream": stream, "stream_options": {"include_usage": True}})
     assert response.status_code == 200, response.text
-    assert 0.0 < float(response.headers["x-lilliput-score"]) <= 1.0
-    assert response.json()["usage"]["completion_tokens"] <= 6
+    if stream:
+        *chunks, done = pieces(response)
+        assert done == "[DONE]"
+        told = next(chunk["lilliput"] for chunk in chunks if "lilliput" in chunk)
+        assert any(chunk.get("usage", None) for chunk in chunks)
+    else:
+        told = response.json()["lilliput"]
+        assert 0.0 < told["score"] <= 1.0
+        assert response.json()["usage"]["completion_tokens"] <= 6
+    assert told["energy_j"] > 0
 
 
 def test_a_server_ends_when_it_is_stopped(served):
@@ -253,3 +310,8 @@ def test_a_file_that_is_no_model_is_told(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ArtifactError, match="did not start"):
         LlamaServer(Serving(str(tmp_path / "model.gguf"), 1, 64), deadline_s=30)
+
+
+def test_a_gateway_without_an_edge_server_answers_itself():
+    [response] = ask(app(Paper(), Always("server"), server=False), ASK)
+    assert response.headers["x-lilliput-reason"].endswith("but the edge server is not there")

@@ -32,11 +32,11 @@ def test_what_fails_three_times_rests_and_then_one_may_try():
     now = [0.0]
     breaker = Breaker(failures=3, rest_s=10, clock=lambda: now[0])
     for _ in range(3):
-        assert breaker.closed()
+        assert breaker.admits()
         breaker.failed()
-    assert not breaker.closed()
+    assert not breaker.admits()
     now[0] = 10.0
-    assert breaker.closed()
-    assert not breaker.closed()  # one at a time
+    assert breaker.admits()
+    assert not breaker.admits()  # one at a time
     breaker.succeeded()
-    assert breaker.closed()
+    assert breaker.admits()

@@ -1,0 +1,264 @@
+"""The gateway as an ASGI application that speaks OpenAI's chat API."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lilliput.errors import LilliputError
+from lilliput.serve.chat import Chat
+from lilliput.serve.doors import Doors, problem
+from lilliput.serve.ends import EndRefused
+from lilliput.serve.gateway import Gateway, Overloaded, Reply, Unanswered, told
+from lilliput.serve.router import Conditions
+
+Result = TypeVar("Result")
+GONE = 499  # the client; nobody reads this
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the gateway stands for, as `/status` tells it.
+
+    Attributes:
+        device: whose champion answers.
+        policy: of the router.
+        edge: how the edge server is called; None where there is none.
+        link: over which it is reached unless a request says otherwise.
+    """
+
+    device: str
+    policy: str
+    edge: str | None
+    link: str
+
+
+@dataclass(frozen=True)
+class Admin:
+    """Who may have another champion deployed, and what does it.
+
+    Attributes:
+        token: that has to be borne.
+        deploy: takes what is to be deployed from where it was left, and says what it is; the present one stays if
+            that fails.
+    """
+
+    token: str
+    deploy: Callable[[], Awaitable[Setting]]
+
+
+class App:
+    """The gateway's application.
+
+    Args:
+        gateway: that answers.
+        setting: what it stands for at first.
+        token: that requests have to bear; None on loopback.
+        admin: how another champion is deployed; None for never.
+        page: further routes, the page's.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        setting: Setting,
+        token: str | None = None,
+        admin: Admin | None = None,
+        page: APIRouter | None = None,
+    ) -> None:
+        self.gateway, self.setting, self.admin = gateway, setting, admin
+        app = FastAPI(title="Lilliput gateway", lifespan=self._lifespan, docs_url=None, redoc_url=None)
+        app.add_exception_handler(RequestValidationError, _invalid)
+        app.add_exception_handler(HTTPException, _other)
+        for routes in (_looking_after(self), _chatting(self), _deploying(self), page):
+            if routes is not None:
+                app.include_router(routes)
+        self.openapi = app.openapi
+        limits = gateway.limits
+        self._app: ASGIApp = Doors(app, token, limits.body_bytes, limits.requests_per_minute)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        yield
+        await self.gateway.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        await self._app(scope, receive, send)
+
+
+def _looking_after(app: App) -> APIRouter:
+    """What those who run it look at."""
+    routes, gateway = APIRouter(), app.gateway
+
+    @routes.get("/health")
+    async def health() -> Response:
+        ok = await gateway.service.device.healthy()
+        return JSONResponse({"status": "ok" if ok else "the device does not answer"}, 200 if ok else 503)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(gateway.registry), media_type="text/plain; version=0.0.4")
+
+    @routes.get("/status")
+    async def status() -> dict[str, Any]:
+        service, setting = gateway.service, app.setting
+        edge = None if service.edge is None else {"name": setting.edge, "up": service.edge.up}
+        links = {
+            name: {"round_trip_ms": link.round_trip_ms, "up_mbit_per_s": link.up_mbit_per_s}
+            for name, link in gateway.device.links.items()
+        }
+        return {
+            "device": setting.device,
+            "model": service.model.name,
+            "version": service.model.version,
+            "policy": setting.policy,
+            "edge": edge,
+            "links": links,
+            "link": setting.link,
+            "battery_wh": gateway.device.battery_wh,
+            "cache": service.cache is not None,
+        }
+
+    return routes
+
+
+def _chatting(app: App) -> APIRouter:
+    """OpenAI's API, as far as it goes."""
+    routes, gateway = APIRouter(prefix="/v1"), app.gateway
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        name = gateway.service.model.name
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "lilliput"}]}
+
+    @routes.post("/chat/completions")
+    async def chat(
+        asked: Chat,
+        request: Request,
+        link: Annotated[str | None, Header(alias="x-lilliput-link", max_length=40)] = None,
+        battery: Annotated[float, Header(alias="x-lilliput-battery-percent", ge=0.0, le=100.0)] = 100.0,
+    ) -> Response:
+        if link is not None and link not in gateway.device.links:
+            return _error(400, f"x-lilliput-link: one of {', '.join(gateway.device.links)}", "invalid_request_error")
+        conditions = Conditions(link or app.setting.link, battery)
+        try:
+            reply = await _unless_gone(request, gateway.reply(asked, conditions))
+        except Overloaded:
+            return _error(503, "too many requests wait for the device", "overloaded", {"Retry-After": "1"})
+        except Unanswered as error:
+            return _error(502, str(error), "unanswered")
+        except EndRefused as error:
+            return _error(400, str(error), "invalid_request_error")
+        if reply is None:
+            return Response(status_code=GONE)
+        if reply.chunks is not None:
+            return _Stream(reply)
+        await reply.close()
+        return JSONResponse(reply.body, headers=_headers(reply))
+
+    return routes
+
+
+def _deploying(app: App) -> APIRouter | None:
+    """Takes over another champion, while the present one answers on."""
+    if app.admin is None:
+        return None
+    routes, admin = APIRouter(include_in_schema=False), app.admin
+
+    @routes.post("/deployment")
+    async def deployment(request: Request) -> Response:
+        if not hmac.compare_digest(request.headers.get("x-lilliput-admin", "").encode(), admin.token.encode()):
+            return _error(401, "the token of this gateway's own folder is required", "invalid_admin_token")
+        try:
+            app.setting = await admin.deploy()
+        except LilliputError as error:
+            return _error(409, f"{error}; what was served before is served on", "not_deployed")
+        return JSONResponse({"model": app.gateway.service.model.name, "version": app.gateway.service.model.version})
+
+    return routes
+
+
+class _Stream(StreamingResponse):
+    """A reply in pieces; what it holds is given back however it ends."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(_events(reply), media_type="text/event-stream", headers=_headers(reply))
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._reply.close()
+
+
+async def _events(reply: Reply) -> AsyncIterator[str]:
+    assert reply.chunks is not None
+    try:
+        async for chunk in reply.chunks:
+            yield f"data: {json.dumps(chunk)}\n\n"
+    except Exception as error:  # the status has gone out: this is all that can be said
+        kind = "unanswered" if isinstance(error, Unanswered) else "broken_off"
+        yield f"data: {json.dumps(problem(502, f'the answer broke off: {error}', kind))}\n\n"
+        return
+    yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What `work` comes to; None, and no more work, once the client has gone."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        for each in (task, gone):
+            if not each.done():
+                each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _headers(reply: Reply) -> dict[str, str]:
+    """The same as the body's own part, as far as it is known when headers go out."""
+    return {
+        f"x-lilliput-{name.replace('_', '-')}": urllib.parse.quote(value, safe=" ") if name == "reason" else str(value)
+        for name, value in told(reply).items()
+        if value is not None
+    }
+
+
+def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(problem(status, message, kind), status, dict(headers or {}))
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    return _error(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", "invalid_request_error")
+
+
+async def _other(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, str(error.detail), "invalid_request_error", error.headers)

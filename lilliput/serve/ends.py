@@ -1,0 +1,189 @@
+"""What stands behind the gateway: the device's model and the edge server, both reached by OpenAI's chat API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from typing import Any
+
+import httpx
+
+from lilliput.serve.breaker import Breaker
+from lilliput.serve.chat import delta_of, logprobs_of, text_of
+
+MOST_BYTES = 4 * 2**20  # of an answer; an end that sends more is out of order
+# Unreachable, an error status, too slow, no JSON, or JSON that is no chat completion.
+_FAILURES = (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+_AT_FAULT = (400, 413, 422)
+
+
+class EndFailed(Exception):
+    """An end gave no usable answer; the message says what was the matter."""
+
+
+class EndRefused(Exception):
+    """An end understood the request and will not serve it: the one who asked has to change it."""
+
+
+class End:
+    """An OpenAI-compatible server.
+
+    Args:
+        url: of it, without `/v1`.
+        timeout_s: after which an answer is given up, a stream's last word included.
+        model: as the server calls it, where it serves several.
+        key: that it asks for.
+        breaker: leaves a failing end alone for a while; None to try each time.
+        transport: how it is reached; HTTP if None.
+        clock: of the CPU-seconds that its process has used; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float,
+        *,
+        model: str | None = None,
+        key: str | None = None,
+        breaker: Breaker | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.model, self.breaker, self.clock = model, breaker, clock
+        self._timeout_s = timeout_s
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        pool = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+        self._client = httpx.AsyncClient(
+            base_url=url, headers=headers, limits=pool, timeout=timeout_s, transport=transport
+        )
+
+    async def close(self) -> None:
+        """Lets go of its connections."""
+        await self._client.aclose()
+
+    async def healthy(self) -> bool:
+        """Whether it answers at all."""
+        try:
+            return (await self._client.get("/health", timeout=5.0)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    @property
+    def up(self) -> bool:
+        """Whether it is not left alone at present."""
+        return self.breaker is None or self.breaker.closed
+
+    async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The chat completion to `request`.
+
+        Raises:
+            EndFailed: it is down, slow or lying.
+            EndRefused: the request is at fault.
+        """
+        with self._judged():
+            async with asyncio.timeout(self._timeout_s):
+                async with self._post(dict(request) | {"stream": False}) as response:
+                    body = json.loads(await _read(response))
+            text_of(body)
+            logprobs_of(body)
+            return body
+
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of the answer to `request`, as they come; closing it ends the request.
+
+        Raises:
+            EndFailed: it is down, slow or lying; perhaps in the midst of an answer.
+            EndRefused: the request is at fault.
+        """
+        told: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
+        # A task of its own: who reads the answer may change on the way, and a deadline belongs to one task.
+        pump = asyncio.create_task(self._pump(dict(request) | {"stream": True}, told))
+        try:
+            while (chunk := await told.get()) is not None:
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+        finally:
+            pump.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+
+    async def _pump(self, request: Mapping[str, Any], told: asyncio.Queue[dict[str, Any] | Exception | None]) -> None:
+        try:
+            with self._judged():
+                async with (
+                    asyncio.timeout(self._timeout_s),
+                    self._post(request) as response,
+                    aclosing(_chunks(response)) as chunks,
+                ):
+                    async for chunk in chunks:
+                        told.put_nowait(chunk)
+            told.put_nowait(None)
+        except (EndFailed, EndRefused) as error:
+            told.put_nowait(error)
+
+    def _post(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
+        return self._client.stream("POST", "/v1/chat/completions", json=dict(request))
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """Lets a request pass if the breaker does, and tells it how that went."""
+        breaker = self.breaker
+        if breaker is not None and not breaker.admits():
+            raise EndFailed("was down")
+        try:
+            yield
+        except _FAILURES as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in _AT_FAULT:
+                raise EndRefused(str(error)) from None
+            if breaker is not None:
+                breaker.failed()
+            raise EndFailed(f"failed ({type(error).__name__})") from None
+        if breaker is not None:
+            breaker.succeeded()
+
+
+async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+    """The chunks of a stream of server-sent events, until the one that ends it."""
+    if response.is_error:
+        await _read(response)
+    received, chunk = 0, None
+    async for line in response.aiter_lines():
+        received += len(line)
+        if received > MOST_BYTES:
+            raise ValueError("it does not end")
+        if not line.startswith("data:"):
+            continue
+        told = line.removeprefix("data:").strip()
+        if told == "[DONE]" and chunk is not None:
+            return
+        chunk = json.loads(told)
+        delta_of(chunk)
+        yield chunk
+    raise ValueError("the stream broke off")
+
+
+async def _read(response: httpx.Response) -> bytes:
+    """The whole body, if it is not too long.
+
+    Raises:
+        httpx.HTTPStatusError: its status is an error; the message in the body comes with it.
+        ValueError: it is too long.
+    """
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > MOST_BYTES:
+            raise ValueError("it does not end")
+    if response.is_error:
+        raise httpx.HTTPStatusError(_message(bytes(body)), request=response.request, response=response)
+    return bytes(body)
+
+
+def _message(body: bytes) -> str:
+    """What an end says of an error."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:500]
+    except (ValueError, KeyError, TypeError):
+        return "refused without a reason"

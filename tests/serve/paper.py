@@ -1,0 +1,135 @@
+"""A device and an edge server of paper, and a gateway before them."""
+
+import asyncio
+import json
+
+import httpx
+import numpy as np
+
+from lilliput.config import LinkConfig
+from lilliput.serve.api import App, Setting
+from lilliput.serve.breaker import Breaker
+from lilliput.serve.costs import Device
+from lilliput.serve.ends import End
+from lilliput.serve.gateway import Gateway, Limits, Model, Service
+from lilliput.serve.router import Always
+
+MODEL = Model("pocket", "sha", "Answer briefly.")
+ASK = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}]}
+WIFI = LinkConfig(
+    up_mbit_per_s=8.0,
+    down_mbit_per_s=8.0,
+    round_trip_ms=10.0,
+    loss=0.0,
+    up_j_per_byte=1e-6,
+    down_j_per_byte=1e-6,
+    active_watts=0.5,
+    tail_s=0.2,
+    tail_watts=0.1,
+)
+DEVICE = Device(watts_per_core=2.0, battery_wh=10.0, links={"wifi": WIFI, "poor": WIFI})
+
+
+def completion(text, logprob=-0.1):
+    message = {"role": "assistant", "content": text}
+    told = {"content": [{"token": text, "logprob": logprob}]}
+    return {
+        "id": "1",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "logprobs": told, "finish_reason": "stop"}],
+    }
+
+
+def events(*texts, ending="data: [DONE]\n\n"):
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ending
+
+
+class Paper(httpx.AsyncBaseTransport):
+    """Both ends: what each says, and what it was asked."""
+
+    def __init__(self, device=None, server=None):
+        self.says = {"device": device or completion("Lima"), "server": server or completion("Lima, of course")}
+        self.asked = {"device": [], "server": []}
+        self.delay_s = {"device": 0.0, "server": 0.0}
+        self.given_up = 0
+
+    async def handle_async_request(self, request):
+        end = request.url.host
+        if request.url.path == "/health":
+            return httpx.Response(200)
+        asked = json.loads(request.content)
+        self.asked[end].append(asked)
+        try:
+            await asyncio.sleep(self.delay_s[end])
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        said = self.says[end]
+        if callable(said):
+            said = said(asked)
+        if isinstance(said, Exception):
+            raise said
+        if isinstance(said, httpx.Response):
+            return said
+        if asked["stream"]:
+            return httpx.Response(200, text=events(*said["choices"][0]["message"]["content"].split(" ")))
+        return httpx.Response(200, json=said)
+
+
+class ByLength:
+    """An embedder of paper."""
+
+    sha256 = "paper"
+
+    def embed(self, texts):
+        return np.array([[1.0, 0.0] for _ in texts], dtype=np.float32)
+
+
+def service(paper, router=None, *, server=True, timeout_s=5.0, model=MODEL, clock=None, **more):
+    return Service(
+        model,
+        End("http://device", 5.0, transport=paper, clock=clock),
+        End("http://server", timeout_s, transport=paper, breaker=Breaker()) if server else None,
+        router or Always("device"),
+        **more,
+    )
+
+
+def app(paper, router=None, *, limits=None, token=None, admin=None, **more):
+    gateway = Gateway(service(paper, router, **more), DEVICE, limits or Limits())
+    return App(gateway, Setting("phone", "policy", "lora", "wifi"), token, admin)
+
+
+def client(application, **more):
+    transport = httpx.ASGITransport(application, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **more)
+
+
+def ask(application, *bodies, at_once=False, headers=None, path="/v1/chat/completions"):
+    """Sends requests to a gateway, one after another or all at once; the responses."""
+
+    async def run():
+        async with client(application, headers=headers) as http:
+            if not bodies:
+                return [await http.get(path)]
+            if at_once:
+                return await asyncio.gather(*(http.post(path, json=body) for body in bodies))
+            return [await http.post(path, json=body) for body in bodies]
+
+    return asyncio.run(run())
+
+
+def text(response):
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def pieces(response):
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [json.loads(line) if line.startswith("{") else line for line in lines]
+
+
+def said(chunks):
+    return " ".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk != "[DONE]").strip()
