@@ -22,9 +22,9 @@ from tasks.machine import end_with_stdin, machine_for
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]
 Compiled = Annotated[str, typer.Argument(help="a name under `compile` in params.yaml, `pocket-gguf` say")]
-
-_SECTIONS = {"compile": "compile", "devices": "compile", "offload": "serving"}  # where a task's argument stands
 Served = Annotated[str, typer.Argument(help="a device under `serving` in params.yaml")]
+# Where a task's argument stands, if not under `candidates`.
+_SECTIONS = {"compile": "compile", "devices": "compile", "offload": "serving", "simulate": "serving"}
 
 
 @app.command()
@@ -94,6 +94,18 @@ def offload(device: Served) -> None:
 
 
 @app.command()
+def simulate(
+    device: Served,
+    days: Annotated[int, typer.Option(min=1, help="days to draw traffic for")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="a day")] = 200,
+    seed: Annotated[int, typer.Option(help="of traffic and losses")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="JSON Lines of at_s, id, link, charging, instead")] = None,
+) -> None:
+    """Play days of traffic through each policy of a device, into simulations/<device>.json."""
+    _run("simulate", "simulate", device, days, queries, seed, trace)
+
+
+@app.command()
 def report() -> None:
     """Write report/index.html and the tables behind `dvc plots`."""
     _run("report", "report")
@@ -105,7 +117,7 @@ def search() -> None:
     _run("search", "log")
 
 
-def _run(module: str, function: str, name: str | None = None) -> None:
+def _run(module: str, function: str, name: str | None = None, *options: object) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = f"{module}@{name}" if name else module
     end_with_stdin()
@@ -114,7 +126,9 @@ def _run(module: str, function: str, name: str | None = None) -> None:
             params = load_params(layout.PARAMS)
             require_benchmarks(params.evaluation.benchmarks, Path())
             work = getattr(importlib.import_module(f"tasks.{module}"), function)
-            work(params, *_checked(params, module, name))
+            told = work(params, *_checked(params, module, name), *options)
+            if told:
+                print(told, file=terminal)
         except LilliputError as error:
             _tell(terminal, f"{stage}: {error}")
             sys.exit(EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED)

@@ -74,6 +74,11 @@ def offload_record(device: str) -> Path:
     return OFFLOAD / f"{device}.json"
 
 
+def simulation(device: str) -> Path:
+    """What days of traffic did to each policy of `device`; made by hand, no stage waits for it."""
+    return Path("simulations") / f"{device}.json"
+
+
 def log(stage: str) -> Path:
     """The log of the last run of `stage`."""
     return Path("logs") / f"{stage.replace('@', '-')}.log"

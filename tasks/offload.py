@@ -102,7 +102,7 @@ def _both_ends(params: Params, device: str) -> Iterator[Any]:
     verify(bundle)
     local = Serving(str(bundle / GGUF), profile.threads, profile.context_tokens)
     with httpx.Client() as client, LlamaServer(local) as own:
-        first = End(device, own.url, {"logprobs": True}, pid=own.pid)
+        first = End(device, own.url, {"logprobs": True}, clock=own.cpu_seconds)
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
             headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -112,7 +112,7 @@ def _both_ends(params: Params, device: str) -> Iterator[Any]:
         verify(folder)
         remote = Serving(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
         with LlamaServer(remote) as other:
-            yield (first, End("the edge server", other.url, pid=other.pid)), client
+            yield (first, End("the edge server", other.url, clock=other.cpu_seconds)), client
 
 
 def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:

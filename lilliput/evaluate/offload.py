@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import psutil
 from tqdm import tqdm
 
 from lilliput.data.questions import Question
 from lilliput.errors import ArtifactError
 from lilliput.evaluate.record import judge, spread, verdict_row
+from lilliput.serve.chat import logprobs_of, text_of
 from lilliput.serve.embedding import Embedder
 
 _TIMEOUT_S = 120.0
@@ -30,14 +30,14 @@ class End:
         url: of its OpenAI-compatible API, without `/v1`.
         body: what each request says besides the question.
         headers: what each request bears, as an API key.
-        pid: of its process, whose CPU time is counted; None where that cannot be seen.
+        clock: of the CPU-seconds that its process has used; None where that cannot be seen.
     """
 
     name: str
     url: str
     body: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
-    pid: int | None = None
+    clock: Callable[[], float] | None = None
 
 
 def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
@@ -58,8 +58,8 @@ def ask_both(
 ) -> list[dict[str, Any]]:
     """A row for each question: both answers with their verdicts, seconds, CPU-seconds and bytes, device first.
 
-    One request at a time, greedy. Of the device's tokens the log-likelihoods (nats) are asked, as the gateway does. What
-    embedding the question takes is told too: a router that looks at the question spends it.
+    One request at a time, greedy. Of the device's tokens the log-likelihoods (nats) are asked, as the gateway does.
+    What embedding the question takes is told too: a router that looks at the question spends it.
 
     Args:
         questions: to ask.
@@ -102,10 +102,10 @@ def ask_both(
     return rows
 
 
-def _post(client: httpx.Client, end: End, body: dict[str, Any]) -> dict[str, Any]:
-    """What `end` answers to `body`: its text, the log-likelihoods it tells, and what it took."""
-    sent = json.dumps(body, ensure_ascii=False).encode()
-    cpu_before, started = _cpu_s(end.pid), time.perf_counter()
+def _post(client: httpx.Client, end: End, asked: dict[str, Any]) -> dict[str, Any]:
+    """What `end` answers: its text, the log-likelihoods it tells, and what it took."""
+    sent = json.dumps(asked).encode()
+    cpu_before, started = _read(end.clock), time.perf_counter()
     try:
         response = client.post(
             f"{end.url}/v1/chat/completions",
@@ -115,12 +115,13 @@ def _post(client: httpx.Client, end: End, body: dict[str, Any]) -> dict[str, Any
         )
         seconds = time.perf_counter() - started
         response.raise_for_status()
-        choice = response.json()["choices"][0]
-        text = str(choice["message"]["content"]).strip()
-        logprobs = [float(token["logprob"]) for token in (choice.get("logprobs") or {}).get("content") or []]
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ArtifactError(f"{end.name} at {end.url} gives no usable answer ({type(error).__name__}: {error})") from None
-    cpu_after = _cpu_s(end.pid)
+        body = response.json()
+        text, logprobs = text_of(body).strip(), logprobs_of(body)
+    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{end.name} at {end.url} gives no usable answer ({type(error).__name__}: {error})"
+        ) from None
+    cpu_after = _read(end.clock)
     return {
         "text": text,
         "logprobs": logprobs,
@@ -131,8 +132,5 @@ def _post(client: httpx.Client, end: End, body: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _cpu_s(pid: int | None) -> float | None:
-    if pid is None:
-        return None
-    used = psutil.Process(pid).cpu_times()
-    return used.user + used.system
+def _read(clock: Callable[[], float] | None) -> float | None:
+    return clock() if clock else None

@@ -14,11 +14,13 @@ from sklearn.model_selection import GroupKFold
 from lilliput.config import LinkConfig, Params, ServingConfig
 from lilliput.errors import ConfigError
 from lilliput.evaluate import intervals
+from lilliput.serve.embedding import Embedder
 from lilliput.serve.learned import (
     ALWAYS,
     NEVER,
     TARGETS,
     Fitted,
+    Learned,
     Look,
     Point,
     Table,
@@ -28,6 +30,7 @@ from lilliput.serve.learned import (
 )
 from lilliput.serve.links import Request, battery_percent, latency_s, radio_j
 from lilliput.serve.router import confidence
+from lilliput.serve.simulate import ByQuestion
 
 LOOKS: tuple[Look, ...] = ("before", "after")
 STRENGTH = 0.1  # scikit-learn's C
@@ -342,7 +345,12 @@ def figures(
 def _quantiles(device: np.ndarray, server: np.ndarray, sent: np.ndarray) -> dict[str, Any]:
     values, weights = np.concatenate([device, server]), np.concatenate([1.0 - sent, sent])
     middle, late = np.quantile(values, [0.5, 0.9], weights=weights, method="inverted_cdf")
-    return {"p50": float(middle), "p90": float(late), "mean": float((values * weights).sum() / len(sent)), "n": len(sent)}
+    return {
+        "p50": float(middle),
+        "p90": float(late),
+        "mean": float((values * weights).sum() / len(sent)),
+        "n": len(sent),
+    }
 
 
 def areas(
@@ -373,9 +381,7 @@ def areas(
 
     columns = [score] if against is None else [score, against]
     return {
-        name: intervals.as_dict(
-            intervals.statistic(area, np.stack([*columns, gain], axis=-1)[part], seed, resamples)
-        )
+        name: intervals.as_dict(intervals.statistic(area, np.stack([*columns, gain], axis=-1)[part], seed, resamples))
         for name, (gain, part) in gains.items()
     }
 
@@ -406,6 +412,46 @@ def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
             }
         )
     return points
+
+
+def held_out_router(
+    rows: Sequence[Mapping[str, Any]], embedder: Embedder, params: Params, device: str, look: Look
+) -> ByQuestion:
+    """A learned router for each question that was fitted without its entity, and that picks its points without it."""
+    serving, watts = params.serving[device], params.devices[device].watts_per_core
+    outcomes = Outcomes.of(rows)
+    folds = folds_of(rows, serving.offload.folds, serving.offload.seed)
+    texts = [row["question"] for row in rows]
+    vectors = embedder.embed(texts)
+    known = features(rows, vectors, look)
+    fitted = cross_fit(known, outcomes, folds, vectors.shape[1])
+    worth = held_out_worth(known, fitted, folds)
+    remembered = Remembered(embedder.sha256, dict(zip(texts, vectors, strict=True)))
+    routers = {}
+    for fold, of_fold in fitted.items():
+        others = folds != fold
+        tables = {
+            name: tabulate(
+                worth[others],
+                _costs_of(costs(rows, link, watts, embeds=1.0, looks=float(look == "after")), others),
+                _costs_of(costs(rows, link, watts), others),
+                _part(outcomes, others),
+            )
+            for name, link in params.links.items()
+        }
+        routers[fold] = Learned(of_fold, tables, look, serving.objective, serving.saver_percent, remembered)
+    return ByQuestion({text: routers[int(fold)] for text, fold in zip(texts, folds, strict=True)})
+
+
+class Remembered:
+    """An embedder that knows the vectors of certain texts."""
+
+    def __init__(self, sha256: str, vectors: Mapping[str, np.ndarray]) -> None:
+        self.sha256, self._vectors = sha256, vectors
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Their unit vectors, float32 of shape (texts, dimensions)."""
+        return np.stack([self._vectors[text] for text in texts])
 
 
 def judge(

@@ -45,7 +45,7 @@ def question_features(questions: Sequence[str], vectors: np.ndarray) -> np.ndarr
 
 
 def token_features(answers: Sequence[Sequence[float]]) -> np.ndarray:
-    """What the device's tokens tell: mean, least, first and sum of their log-likelihoods (nats), and how many there are.
+    """What the device's tokens tell: mean, least, first and sum of their log-likelihoods (nats), and their number.
 
     Returns:
         Of shape (answers, 5).

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from lilliput.config import LinkConfig, LinkName, Section
+from lilliput.config import LinkConfig, Section
+from lilliput.config.section import LinkName
 from lilliput.errors import DataError
 from lilliput.serve.links import Request, active_j, latency_s, tail_j
 from lilliput.serve.router import Conditions, Decision, Router
@@ -108,7 +109,9 @@ def draw_trace(
         for hour in sorted(rng.choices(range(24), _HOURS, k=queries_per_day)):
             at_s = day * DAY_S + 3600.0 * (hour + rng.random())
             link = home if hour in _AT_HOME else away[hour]
-            events.append(Event(at_s=at_s, id=rng.choice(list(questions)), link=link, charging=hour not in range(8, 23)))
+            events.append(
+                Event(at_s=at_s, id=rng.choice(list(questions)), link=link, charging=hour not in range(8, 23))
+            )
     return sorted(events, key=lambda event: event.at_s)
 
 
@@ -215,7 +218,7 @@ def _ask_device(state: _State, row: Mapping[str, Any], phone: Phone, now_s: floa
 def _ask_server(
     state: _State, row: Mapping[str, Any], link: LinkConfig, now_s: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """When the server's answer is there, and the radio's joules: a whole tail, less what the one before had too much."""
+    """When the server's answer is there, and the radio's joules: a whole tail, less what the last had too much."""
     told = row["server"]
     request = Request(told["up_bytes"], told["down_bytes"], told["seconds"])
     resends = float(rng.negative_binomial(request.packets, 1.0 - link.loss))

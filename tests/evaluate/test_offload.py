@@ -1,6 +1,5 @@
 """Both ends asked over paper, and policies judged against figures worked out by hand."""
 
-import asyncio
 import itertools
 import json
 
@@ -31,9 +30,9 @@ from lilliput.evaluate.routing import (
     policies,
     tabulate,
 )
-from lilliput.serve.gateway import Chat, Gateway, Model
+from lilliput.serve.gateway import Model
 from lilliput.serve.learned import ALWAYS, NEVER
-from lilliput.serve.router import Always
+from tests.serve import paper
 from tests.serve.conftest import BagOfWords
 
 LINK = LinkConfig(
@@ -120,20 +119,21 @@ def test_both_are_asked_alike_and_judged():
     assert (rows[0]["device"]["logprobs"], rows[0]["server"]["logprobs"]) == ([-0.25], [])
     assert [host for host, _, _ in ends.asked] == ["device", "server", "device", "server", "device", "server"]
     assert ends.asked[-1][2]["authorization"] == "Bearer k"
-    asked = json.dumps(ends.asked[-1][1], ensure_ascii=False).encode()
+    asked = json.dumps(ends.asked[-1][1]).encode()
     assert rows[1]["server"]["up_bytes"] == len(asked)
     assert rows[1]["server"]["cpu_s"] is None  # of a process that cannot be seen
 
 
-def test_the_device_is_asked_as_the_gateway_asks_it():
+def test_both_are_asked_as_the_gateway_asks_them():
     script = {("device", PERU.question): "a", ("server", PERU.question): "b"}
     ends, _ = ask(script, [PERU])
-    by_gateway = Ends(script)
-    transport = httpx.MockTransport(by_gateway)
-    gateway = Gateway("http://device", None, Model("m", "v", "Briefly."), Always("device"), transport=transport)
-    chat = Chat.model_validate({"messages": [{"role": "user", "content": PERU.question}], "max_tokens": 9})
-    asyncio.run(gateway.answer(chat))
-    assert ends.asked[0][1] == by_gateway.asked[0][1]
+    by_gateway = paper.Paper()
+    body = {"messages": [{"role": "user", "content": PERU.question}], "max_tokens": 9}
+    router = paper.Always("server")
+    paper.ask(paper.app(by_gateway, router, model=Model("m", "v", "Briefly.")), body)
+    [asked] = by_gateway.asked["server"]
+    assert ends.asked[1][1] == asked | {"model": "large"}
+    assert ends.asked[0][1] == asked | {"logprobs": True}
 
 
 def test_an_end_that_gives_no_answer_is_told_with_its_address():
@@ -300,9 +300,7 @@ def test_a_budget_that_no_request_fits_keeps_everything_on_the_device_unlooked(p
     serving = params.serving["phone-4gb"]
     tight = serving.objective.model_copy(update={"energy_budget_j": 0.35})
     worth = {look: np.linspace(-1, 1, 40) for look in ("before", "after")}
-    found = policies(
-        rows, worth, folds_of(rows, 2, 0), LINK, 0.75, serving.model_copy(update={"objective": tight})
-    )
+    found = policies(rows, worth, folds_of(rows, 2, 0), LINK, 0.75, serving.model_copy(update={"objective": tight}))
     for look in ("before", "after"):
         assert found[f"learned_{look}"].sent.sum() == 0
         assert np.sum(found[f"learned_{look}"].embeds) == 0

@@ -1,0 +1,85 @@
+"""Play days of traffic through each policy of a device, with the answers that the stage `offload` recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lilliput.artifacts import write_json, write_text
+from lilliput.config import Params
+from lilliput.data.wheels import default_cache
+from lilliput.errors import ArtifactError
+from lilliput.serve.embedding import Embedder
+from lilliput.serve.router import Always, Router, Threshold
+from tasks import layout
+from tasks.offload import ANSWERS
+
+
+def simulate(params: Params, device: str, days: int, queries: int, seed: int, trace_file: Path | None) -> str:
+    """Writes simulations/<device>.json, and the trace beside it if it was drawn; says what came of it in a table.
+
+    The learned routers are those that have not seen the entity asked about.
+
+    Raises:
+        ArtifactError: the stage `offload` has not run for `device`.
+        DataError: the trace is not usable.
+    """
+    from lilliput.serve import simulate as simulator
+    from lilliput.serve.embedding import open_embedder
+
+    serving = params.serving[device]
+    rows = _rows(device)
+    ids = [row["id"] for row in rows]
+    if trace_file is None:
+        trace = simulator.draw_trace(ids, sorted(params.links), serving.link, days, queries, seed)
+        write_text(layout.simulation(device).with_suffix(".trace.jsonl"), simulator.trace_lines(trace))
+    else:
+        trace = simulator.read_trace(trace_file, ids, params.links)
+    phone = simulator.Phone(serving.battery_wh, params.devices[device].watts_per_core)
+    routers = _routers(params, device, rows, open_embedder(params.caching.embedder, default_cache()))
+    found = {}
+    for name, router in routers.items():
+        embeds = name.startswith("learned")
+        served = simulator.simulate(trace, rows, router, params.links, phone, seed, embeds)
+        found[name] = simulator.summarise(served, rows)
+    assumed = {"background_watts": phone.background_watts, "charging_watts": phone.charging_watts}
+    head = {"device": device, "trace": str(trace_file) if trace_file else {"days": days, "queries": queries}}
+    write_json(layout.simulation(device), head | {"seed": seed, "assumed": assumed, "policies": found})
+    return _table(found)
+
+
+def _table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        "policy           battery by day (%)   accuracy  hallucination  latency p50, p90 (ms)   ~J a query  offloaded"
+    ]
+    for name, row in found.items():
+        battery = " ".join(f"{percent:.0f}" for percent in row["battery_percent_by_day"])
+        accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        links = ", ".join(f"{link} {share:.0%}" for link, share in row["offloaded"].items())
+        lines.append(
+            f"{name:<16} {battery:<20} {accuracy:<9} {row['hallucination_rate']:<14.3f} "
+            f"{row['latency_ms']['p50']:.0f}, {row['latency_ms']['p90']:.0f}{'':<14} "
+            f"{row['energy_j'] / row['queries']:<11.3f} {links}"
+        )
+    return "\n".join(lines)
+
+
+def _rows(device: str) -> list[dict[str, Any]]:
+    path = layout.offload(device) / ANSWERS
+    if not path.exists():
+        raise ArtifactError(f"{path}: nothing was recorded; run `dvc repro offload@{device}` first")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _routers(params: Params, device: str, rows: list[dict[str, Any]], embedder: Embedder) -> Mapping[str, Router]:
+    from lilliput.evaluate.routing import held_out_router
+
+    serving = params.serving[device]
+    looks: tuple[Literal["before", "after"], ...] = ("before", "after")
+    return {
+        "device": Always("device"),
+        "server": Always("server"),
+        "threshold": Threshold(serving.least_confidence),
+    } | {f"learned_{look}": held_out_router(rows, embedder, params, device, look) for look in looks}
