@@ -52,6 +52,8 @@ def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
     read = _COSTS[kind]
     if own := read(stage.candidate, folder):
         return Prediction(*own, of=stage.name)
+    if kind == "offload":
+        return _mean([cost for name in params.serving if (cost := read(name, folder))], f"{kind} of others")
     if kind in {"compile", "devices"}:
         return _mean([cost for name in params.compile if (cost := read(name, folder))], f"{kind} of others")
     strategy = params.candidates[stage.candidate].apply
@@ -84,4 +86,5 @@ _COSTS = {
     "caching": _cost_in(layout.caching),
     "compile": _cost_in(lambda name: layout.cost(f"compile-{name}")),
     "devices": _cost_in(layout.devices),
+    "offload": _cost_in(layout.offload_record),
 }

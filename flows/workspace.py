@@ -86,6 +86,7 @@ def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Pa
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copyfile(PROJECT / name, folder / name)
     shutil.copyfile(params_file, folder / "params.yaml")
+    (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, also where nothing is served
     (folder / data_name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data_source, folder / data_name)
     if not (folder / ".dvc").exists():

@@ -23,6 +23,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]
 Compiled = Annotated[str, typer.Argument(help="a name under `compile` in params.yaml, `pocket-gguf` say")]
 
+_SECTIONS = {"compile": "compile", "devices": "compile", "offload": "serving"}  # where a task's argument stands
+Served = Annotated[str, typer.Argument(help="a device under `serving` in params.yaml")]
+
 
 @app.command()
 def source() -> None:
@@ -85,6 +88,12 @@ def bundle() -> None:
 
 
 @app.command()
+def offload(device: Served) -> None:
+    """Ask a device's champion and its edge server the same questions; fit and judge who should answer."""
+    _run("offload", "offload", device)
+
+
+@app.command()
 def report() -> None:
     """Write report/index.html and the tables behind `dvc plots`."""
     _run("report", "report")
@@ -119,7 +128,7 @@ def _run(module: str, function: str, name: str | None = None) -> None:
 
 
 def _checked(params: Params, module: str, name: str | None) -> list[str]:
-    section = "compile" if module in {"compile", "devices"} else "candidates"
+    section = _SECTIONS.get(module, "candidates")
     known = getattr(params, section)
     if name is not None and name not in known:
         raise ConfigError(f"unknown name `{name}`; params.yaml has under {section}: {', '.join(known) or 'nothing'}")

@@ -11,6 +11,7 @@ REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")
 BUNDLES = Path("bundles")
+OFFLOAD = Path("offload")  # not under metrics/: promotion waits for those, and offloading for promotion
 MLRUNS = Path("mlruns")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
 SEARCH = Path("search.json")  # these three in the workspace of a search only
@@ -61,6 +62,16 @@ def compiled(candidate: str, target: str) -> Path:
 def devices(compiled_name: str) -> Path:
     """What the devices made of a compiled model, `pocket-gguf` say."""
     return Path("metrics/devices") / f"{compiled_name}.json"
+
+
+def offload(device: str) -> Path:
+    """What stands between `device` and its edge server: both's answers, the fitted router, the cache's threshold."""
+    return OFFLOAD / device
+
+
+def offload_record(device: str) -> Path:
+    """What each policy of offloading brings and costs on `device`."""
+    return OFFLOAD / f"{device}.json"
 
 
 def log(stage: str) -> Path:

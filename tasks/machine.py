@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 # Stages that take all cores for minutes; two at once would slow each other and spoil the measured latencies.
-HEAVY = ("compress", "evaluate", "caching", "compile", "devices")
+HEAVY = ("compress", "evaluate", "caching", "compile", "devices", "offload")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from tasks import layout
 from tasks.caching import caching_record
 from tasks.compile import device_record
 from tasks.lineage_tags import git_commit
+from tasks.offload import offload_record
 
 METRICS = (
     "accuracy_choice",
@@ -28,6 +29,7 @@ METRICS = (
     "energy_per_query_j",
     "accessibility",
 )
+_NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": "", "hallucination_rate": ""}
 
 
 def report(params: Params) -> None:
@@ -39,13 +41,15 @@ def report(params: Params) -> None:
     histories = {name: read_history(layout.model(name)) for name in names}
     caching = {name: record for name in names if (record := caching_record(params, name))}
     compiled = [row for name in params.compile if (row := _compiled(params, name))]
+    offloading = {device: row for device in params.serving if (row := _offloading(params, device))}
     page = render(
         candidates=[_candidate(params, name, records[name], names, promotion) for name in names],
         differences=list(_differences(params, names)),
         caching=caching,
         compiled=compiled,
+        offloading=offloading,
         promotion=promotion,
-        costs=[*_costs(names, records, caching), *_compile_costs(params)],
+        costs=[*_costs(names, records, caching), *_compile_costs(params), *_offload_costs(offloading)],
         charts=_charts(records, histories),
         origin=_origin(params),
         search=_search(),
@@ -53,6 +57,7 @@ def report(params: Params) -> None:
     with writing(layout.REPORT) as directory:
         write_text(directory / "index.html", page)
         _write_plots(directory / "plots", records, histories)
+        _write_csv(directory / "plots" / "offloading.csv", _offloading_rows(offloading) or [_NO_OFFLOADING])
 
 
 def _candidate(
@@ -124,6 +129,29 @@ def _compiled(params: Params, name: str) -> dict[str, Any] | None:
         "parity": json.loads((folder / PARITY).read_text(encoding="utf-8")),
         "types": ", ".join(f"{count} {kind}" for kind, count in facts.get("tensors_by_type", {}).items()),
     }
+
+
+def _offloading(params: Params, device: str) -> dict[str, Any] | None:
+    """What offloading does on `device`, with its charts."""
+    record = offload_record(params, device)
+    if record is None:
+        return None
+    policies = record["links"][record["link"]]
+    drawn = [charts.offloading(policies), charts.offloaded_shares(record["curves"], policies)]
+    return record | {"charts": drawn}
+
+
+def _offloading_rows(offloading: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"device": device, "ranked_by": name, **point}
+        for device, record in offloading.items()
+        for name, points in record["curves"].items()
+        for point in points
+    ]
+
+
+def _offload_costs(offloading: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    return ({"stage": f"offload {device}", **record} for device, record in offloading.items())
 
 
 def _compile_costs(params: Params) -> Iterable[dict[str, Any]]:

@@ -89,7 +89,7 @@ def measure_caching(
     """
     started, cpu_before = time.perf_counter(), time.process_time()
     config = params.caching
-    threshold, judged = _fitted(corpus, recipe, config, embedder)
+    threshold, judged = fitted_threshold(corpus, recipe, config, embedder)
     model, tokenizer = open_model(model_dir)
     plain = TorchRuntime(model, tokenizer, 1)
     prefix = TorchRuntime(model, tokenizer, 1, encode_beginning(tokenizer, params.data.system_prompt))
@@ -241,7 +241,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: Eva
     }
 
 
-def _fitted(
+def fitted_threshold(
     corpus: Corpus, recipe: Recipe, config: CachingConfig, embedder: SentenceEmbedder
 ) -> tuple[float, dict[str, Any]]:
     """The threshold fitted on the training text, and how pairs from there and from held-out questions hit by it."""

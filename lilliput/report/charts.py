@@ -85,6 +85,56 @@ def curves(series: Mapping[str, Curve], x_label: str, y_label: str) -> str:
     return _svg(figure)
 
 
+def offloading(policies: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy, hallucination rate, latency and energy of each policy, with intervals; of latencies, p50 to p90.
+
+    Args:
+        policies: figures by policy, as lilliput/evaluate/routing.py gives them for one link.
+    """
+    panels = {
+        "accuracy": ("accuracy", "value", "low", "high"),
+        "hallucination rate": ("hallucination_rate", "value", "low", "high"),
+        "~ latency (ms), p50 to p90": ("latency_ms", "p50", "p50", "p90"),
+        "~ device energy per query (J)": ("energy_per_query_j", "value", "low", "high"),
+    }
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    grid = figure.subplots(2, 2, sharey=True)
+    for axes, (title, (metric, middle, low, high)) in zip(grid.flat, panels.items(), strict=True):
+        for row, figures in enumerate(policies.values()):
+            found = figures[metric]
+            if found[middle] is not None:
+                reach = [[found[middle] - found[low]], [found[high] - found[middle]]]
+                axes.errorbar(found[middle], row, xerr=reach, fmt="o", capsize=3)
+        axes.set_yticks(range(len(policies)), [name.replace("_", ", ") for name in policies])
+        axes.set_xlabel(title)
+        axes.set_xlim(left=0.0)
+    grid[0, 0].invert_yaxis()
+    return _svg(figure)
+
+
+def offloaded_shares(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], policies: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Accuracy and hallucination rate over the share that is offloaded: each ranking's curve, chance, and each policy.
+
+    Args:
+        curves: points of offloaded, accuracy and hallucination_rate by ranking.
+        policies: figures by policy; drawn where its threshold puts it.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "hallucination_rate"), strict=True):
+        for name, points in curves.items():
+            (line,) = axes.plot([p["offloaded"] for p in points], [p[metric] for p in points], label=name)
+            if name in policies:
+                axes.plot(policies[name]["offloaded"], policies[name][metric]["value"], "o", color=line.get_color())
+        ends = [next(iter(curves.values()))[place] for place in (0, -1)]
+        axes.plot([0.0, 1.0], [end[metric] for end in ends], color="0.5", linestyle="--", label="random")
+        axes.set_xlabel("share offloaded")
+        axes.set_ylabel(metric.replace("_", " "))
+    figure.axes[0].legend(frameon=False)
+    return _svg(figure)
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     # A fixed salt and no date: the same data give the same bytes.

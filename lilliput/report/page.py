@@ -18,6 +18,7 @@ def render(
     differences: Sequence[Mapping[str, Any]],
     caching: Mapping[str, Mapping[str, Any]],
     compiled: Sequence[Mapping[str, Any]] = (),
+    offloading: Mapping[str, Mapping[str, Any]] | None = None,
     promotion: Mapping[str, Any],
     costs: Sequence[Mapping[str, Any]],
     charts: Mapping[str, str],
@@ -31,6 +32,8 @@ def render(
         differences: a row per candidate and metric: the paired difference from its parent.
         caching: the caching record of each candidate it was measured on.
         compiled: each compiled model with its device record, its parity record and its tensors' types.
+        offloading: by device, what each policy between it and its edge server brings and costs; and its charts, as SVG
+            under `charts`.
         promotion: the decision of each device.
         costs: seconds and peak memory of each stage.
         charts: SVG by title.
@@ -53,6 +56,10 @@ def render(
         impact_metrics=METRICS,
         caching=caching,
         compiled=compiled,
+        offloading={
+            device: {**record, "charts": [Markup(svg) for svg in record["charts"]]}
+            for device, record in (offloading or {}).items()
+        },
         promotion=promotion,
         costs=costs,
         charts={title: Markup(svg) for title, svg in charts.items()},

@@ -70,6 +70,11 @@ class LlamaServer:
         told.put("")  # it has ended
 
     @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether its process is there."""
         return self._process.poll() is None

@@ -1,0 +1,85 @@
+"""Opens the router that params.yaml asks for, from what the stage `offload` has fitted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lilliput.artifacts import Manifest
+from lilliput.config import EdgeConfig, ServingConfig
+from lilliput.errors import ArtifactError
+from lilliput.serve.embedding import Embedder
+from lilliput.serve.learned import Fitted, Learned, Point, Table
+from lilliput.serve.router import Always, Router, Threshold
+
+ROUTER, CACHE = "router.json", "cache.json"
+GGUF = "model.gguf"
+
+
+def pair_of(device: Manifest, edge: EdgeConfig, server: Manifest | None) -> tuple[str, str]:
+    """What tells one pair of device model and edge server from another, which routers and figures do not carry over to.
+
+    Args:
+        device: of the device's bundle.
+        edge: what answers what the device leaves.
+        server: of the edge candidate's compiled form; None for a server elsewhere.
+
+    Returns:
+        The sha256 of the device's GGUF file, and of the server's; or the server's address and model.
+    """
+    return device.files[GGUF], server.files[GGUF] if server else f"{edge.url} {edge.model}"
+
+
+def open_router(serving: ServingConfig, folder: Path, embedder: Embedder | None, pair: tuple[str, str]) -> Router:
+    """The router of `serving`.
+
+    Args:
+        serving: policy, look and what the policy needs.
+        folder: of the stage `offload` for this device; read by `learned` alone.
+        embedder: needed by `learned` alone.
+        pair: what answers on the device and at the edge, from `pair_of`.
+
+    Raises:
+        ArtifactError: `learned`, and nothing was fitted, or it was for another pair or with another embedder.
+    """
+    if serving.policy == "threshold":
+        return Threshold(serving.least_confidence)
+    if serving.policy != "learned":
+        return Always(serving.policy)
+    if embedder is None:
+        raise ArtifactError("serving: the policy `learned` needs the embedder of `caching.embedder`")
+    record = read_router(folder, pair, embedder.sha256)
+    of_look = record["looks"][serving.look]
+    tables = {link: table_of(raw) for link, raw in of_look["links"].items()}
+    fitted = Fitted.from_dict(of_look["fitted"])
+    return Learned(fitted, tables, serving.look, serving.objective, serving.saver_percent, embedder)
+
+
+def read_router(folder: Path, pair: tuple[str, str], embedder_sha256: str) -> dict[str, Any]:
+    """What was fitted in `folder`.
+
+    Raises:
+        ArtifactError: nothing, or for another pair or with another embedder.
+    """
+    path = folder / ROUTER
+    remedy = "run the stage `offload` for this device again"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no router is fitted yet; {remedy}") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not readable ({error}); {remedy}") from None
+    if tuple(record["pair"]) != pair:
+        names = ("device model", "edge server")
+        others = [name for name, was, now in zip(names, record["pair"], pair, strict=True) if was != now]
+        raise ArtifactError(f"{path}: fitted for another {' and another '.join(others)}; {remedy}")
+    if record["embedder_sha256"] != embedder_sha256:
+        raise ArtifactError(f"{path}: fitted with another embedder; {remedy}")
+    return record
+
+
+def table_of(raw: dict[str, Any]) -> Table:
+    """A table of operating points as the record holds it."""
+    points = tuple(Point(**point) for point in raw["points"])
+    return Table(points, raw["server_accuracy"], raw["server_hallucination"])

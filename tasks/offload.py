@@ -1,0 +1,146 @@
+"""Compare a device's champion with its edge server, and fit and judge who should answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lilliput.artifacts import Manifest, read_manifest, verify, write_json, write_text
+from lilliput.config import Params, ServingConfig
+from lilliput.data.corpus import Corpus, read_corpus
+from lilliput.data.recipe import read_recipe
+from lilliput.data.wheels import default_cache
+from lilliput.errors import ArtifactError
+from lilliput.serve.embedding import Embedder
+from lilliput.serve.routers import CACHE, GGUF, ROUTER, pair_of
+from lilliput.serve.server import LlamaServer, Serving
+from tasks import layout
+from tasks.cost import measured
+
+EDGE_KEY = "LILLIPUT_EDGE_KEY"
+ANSWERS, CURVES = "answers.jsonl", "curves.json"
+
+
+def offload(params: Params, device: str) -> None:
+    """Writes offload/<device>/ (answers, router, cache threshold, curves) and offload/<device>.json."""
+    from lilliput.evaluate.offload import ask_both, draw
+    from lilliput.evaluate.routing import judge
+    from lilliput.runtime.torch import cpu_threads
+    from lilliput.serve.embedding import open_embedder
+
+    serving, folder = params.serving[device], layout.offload(device)
+    champion, server = _champion(device), _edge(params, serving)
+    pair = pair_of(champion, serving.edge, server)
+    corpus = read_corpus(layout.DATA)
+    embedder = open_embedder(params.caching.embedder, default_cache())
+    with measured(layout.offload_record(device)) as record, cpu_threads(1):
+        with _both_ends(params, device) as (ends, client):
+            questions = draw(corpus.questions, serving.offload.questions, serving.offload.seed)
+            prompt, longest = params.data.system_prompt, serving.offload.max_new_tokens
+            rows = ask_both(questions, *ends, embedder, prompt, longest, client)
+        vectors = embedder.embed([row["question"] for row in rows])
+        found, router = judge(rows, vectors, params, device)
+        write_text(folder / ANSWERS, "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows))
+        write_json(folder / CURVES, found.pop("curves"))
+        fitted_for = {"pair": list(pair), "embedder_sha256": embedder.sha256}
+        write_json(folder / ROUTER, fitted_for | router)
+        write_json(folder / CACHE, fitted_for | _answer_cache(params, corpus, embedder))
+        record |= {
+            "device": device,
+            "candidate": champion.facts["candidate"],
+            "edge": serving.edge.candidate or serving.edge.model,
+            "pair": list(pair),
+            "questions": len(rows),
+            "link": serving.link,
+            **found,
+        }
+    _tell_registry(record, device)
+
+
+def offload_record(params: Params, device: str) -> dict[str, Any] | None:
+    """What offloading does on `device`, with its curves, if it was measured on the champion that is bundled now."""
+    serving, path = params.serving[device], layout.offload_record(device)
+    try:
+        pair = pair_of(_champion(device), serving.edge, _edge(params, serving))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        curves = json.loads((layout.offload(device) / CURVES).read_text(encoding="utf-8"))
+    except (ArtifactError, FileNotFoundError):
+        return None
+    return record | {"link": serving.link, "curves": curves} if tuple(record["pair"]) == pair else None
+
+
+def _champion(device: str) -> Manifest:
+    folder = layout.BUNDLES / device
+    if not folder.exists():
+        raise ArtifactError(
+            f"{folder}: nothing is bundled for {device}; promotion.json says why it has no compiled champion. "
+            f"Compile one that fits, or remove serving.{device}"
+        )
+    return read_manifest(folder)
+
+
+def _edge(params: Params, serving: ServingConfig) -> Manifest | None:
+    """The manifest of what is served here as edge server; None for a server elsewhere."""
+    if serving.edge.candidate is None:
+        return None
+    return read_manifest(layout.compiled(serving.edge.candidate, "gguf"))
+
+
+@contextmanager
+def _both_ends(params: Params, device: str) -> Iterator[Any]:
+    """Device and edge server, started where they are ours, and a client that reaches both."""
+    import httpx
+
+    from lilliput.evaluate.offload import End
+
+    serving, profile = params.serving[device], params.devices[device]
+    edge, bundle = serving.edge, layout.BUNDLES / device
+    verify(bundle)
+    local = Serving(str(bundle / GGUF), profile.threads, profile.context_tokens)
+    with httpx.Client() as client, LlamaServer(local) as own:
+        first = End(device, own.url, {"logprobs": True}, pid=own.pid)
+        if edge.candidate is None:
+            key = os.environ.get(EDGE_KEY)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            yield (first, End("the edge server", str(edge.url), {"model": edge.model}, headers)), client
+            return
+        folder = layout.compiled(edge.candidate, "gguf")
+        verify(folder)
+        remote = Serving(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
+        with LlamaServer(remote) as other:
+            yield (first, End("the edge server", other.url, pid=other.pid)), client
+
+
+def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
+    """The threshold of the answer cache; None, exact hits alone, for questions without known paraphrases."""
+    from lilliput.evaluate.caching import fitted_threshold
+
+    if not params.data.source.endswith(".yaml"):
+        return {"threshold": None, "pairs": {}}
+    recipe = read_recipe(Path(params.data.source))
+    threshold, pairs = fitted_threshold(corpus, recipe, params.caching, embedder)
+    return {"threshold": threshold, "pairs": pairs}
+
+
+def _tell_registry(record: Mapping[str, Any], device: str) -> None:
+    """Adds what each policy reaches over the configured link to the run of the champion's version."""
+    from tasks import registry
+
+    versions = json.loads(layout.REGISTRY.read_text(encoding="utf-8"))
+    numbers = {
+        f"offload.{device}.{policy}.{metric}": figures[metric][part]
+        for policy, figures in record["links"][record["link"]].items()
+        for metric, part in (
+            ("accuracy", "value"),
+            ("hallucination_rate", "value"),
+            ("latency_ms", "p50"),
+            ("energy_per_query_j", "value"),
+        )
+        if figures[metric][part] is not None
+    }
+    version = str(versions[record["candidate"]]["version"])
+    registry.add_metrics(registry.client(), version, layout.offload_record(device), numbers)
