@@ -215,7 +215,7 @@ def test_totals_add_up_by_place_and_say_what_is_unknown_or_estimated(page, paper
 
 
 def test_an_answer_in_one_piece_is_read_with_its_headers(page, paper):
-    paper.streams = False
+    paper.streams, paper.facts = False, {**DEVICE, "energy_source": "estimate_tdp"}
     ask(page)
     told = answered(page)
     for fact in ("Lima", "● device", "0.42 s", "~0.12 J, estimated", "Why: confidence 0.913 ≥ 0.7"):
