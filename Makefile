@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check interop repro plan ui clean
+.PHONY: demo test check browser interop repro plan ui clean
 
 demo: $(INSTALLED)  ## everything, on the embedded default: about 25 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -17,6 +17,9 @@ check: $(INSTALLED)  ## formatter, linter, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+browser: $(INSTALLED)  ## the pages in headless Chromium; on Debian: apt-get install chromium chromium-driver
+	@$(BIN)/python -m pytest -m browser -n 0
 
 interop: $(INSTALLED)  ## real auto-gptq, in an environment of its own, opens our export
 	test -d .venv-autogptq || $(PYTHON) -m venv .venv-autogptq

@@ -85,6 +85,11 @@ def objective(name: str, record: Record) -> float | None:
     return value.get("value") if isinstance(value, Mapping) else value
 
 
+def pareto_front(records: Mapping[str, Record]) -> list[str]:
+    """Those of `records` that no other one dominates: as good on every objective and better on one."""
+    return [name for name, record in records.items() if not any(_dominates(r, record) for r in records.values())]
+
+
 def _refusal(device: str, rules: PromotionConfig, record: Record, differences: Mapping[str, Comparison]) -> str | None:
     if not record["fits"][device]:
         return record.get("does_not_fit") or f"does not fit the storage and memory of {device}"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lilliput.artifacts import PARITY, read_history, read_manifest, write_text, writing
 from lilliput.config import Params
 from lilliput.evaluate.compare import compare
-from lilliput.graph import ancestors, topological_order
+from lilliput.graph import ROOT, ancestors, topological_order
+from lilliput.promote import OBJECTIVES, pareto_front
 from lilliput.report import charts
+from lilliput.report.impact import METRICS as IMPACT_METRICS
 from lilliput.report.page import render
 from lilliput.search import value
 from tasks import layout
@@ -42,15 +45,16 @@ def report(params: Params) -> None:
     caching = {name: record for name in names if (record := caching_record(params, name))}
     compiled = [row for name in params.compile if (row := _compiled(params, name))]
     offloading = {device: row for device in params.serving if (row := _offloading(params, device))}
+    differences = list(_differences(params, names))
     page = render(
         candidates=[_candidate(params, name, records[name], names, promotion) for name in names],
-        differences=list(_differences(params, names)),
+        differences=differences,
         caching=caching,
         compiled=compiled,
         offloading=offloading,
         promotion=promotion,
         costs=[*_costs(names, records, caching), *_compile_costs(params), *_offload_costs(offloading)],
-        charts=_charts(records, histories),
+        charts=_charts(params, records, histories, differences),
         origin=_origin(params),
         search=_search(),
     )
@@ -69,6 +73,7 @@ def _candidate(
         "name": name,
         "strategy": _strategy(params, name),
         "parent": spec.parent,
+        "teacher": spec.teacher,
         "steps": {reference: steps for reference, steps in _steps(params, name).items() if reference in names},
         "record": record,
         "champion_of": champion_of,
@@ -164,17 +169,48 @@ def _compile_costs(params: Params) -> Iterable[dict[str, Any]]:
                 yield {"stage": stage, **json.loads(path.read_text(encoding="utf-8"))}
 
 
-def _charts(records: Mapping[str, Any], histories: Mapping[str, Mapping[str, charts.Curve]]) -> dict[str, str]:
-    found = {"Choice accuracy against size, with 95 % intervals": charts.accuracy_against_size(records)}
+def _charts(
+    params: Params,
+    records: Mapping[str, Mapping[str, Any]],
+    histories: Mapping[str, Mapping[str, charts.Curve]],
+    differences: Sequence[Mapping[str, Any]],
+) -> dict[str, list[charts.Chart]]:
+    return {
+        "impact": list(_effects(differences)),
+        "pareto": list(_fronts(params, records)),
+        "making": list(_histories(histories)),
+    }
+
+
+def _effects(differences: Sequence[Mapping[str, Any]]) -> Iterable[charts.Chart]:
+    for metric, (title, _) in IMPACT_METRICS.items():
+        if rows := [row for row in differences if row["metric"] == metric]:
+            yield charts.effects(rows, metric, f"{title}: paired differences, with 95 % intervals")
+
+
+def _fronts(params: Params, records: Mapping[str, Mapping[str, Any]]) -> Iterable[charts.Chart]:
+    """The candidates' Pareto front on what promotion weighs, accuracy against each of the others."""
+    metrics = [metric for metric, _ in OBJECTIVES.values()]
+    found = {name: record for name, record in records.items() if None not in map(partial(value, record), metrics)}
+    front = pareto_front(found)
+    words = f"On the front: {', '.join(front)}."
+    if beaten := [name for name in found if name not in front]:
+        words += f" Beaten: {', '.join(beaten)}."
+    sources = [name for name in found if params.candidates[name].parent == ROOT]
+    for metric in metrics[1:] if found else []:
+        svg = charts.trade_offs(found, front, [metrics[0], metric], sources, name_all=True)
+        yield charts.Chart(f"Choice accuracy against {charts.label(metric)}", svg, words)
+
+
+def _histories(histories: Mapping[str, Mapping[str, charts.Curve]]) -> Iterable[charts.Chart]:
     kinds = {
         "loss": ("Training loss by step", "step", "loss (nats)"),
         "layer_error": ("GPTQ error by layer", "layer", "error"),
         "block_influence": ("Block influence by layer: the lowest were pruned", "layer", "block influence"),
     }
-    for kind, (title, x_label, y_label) in kinds.items():
-        if series := {name: history[kind] for name, history in histories.items() if kind in history}:
-            found[title] = charts.curves(series, x_label, y_label)
-    return found
+    for kind, labels in kinds.items():
+        if series := {name: history[kind] for name, history in histories.items() if history.get(kind)}:
+            yield charts.curves(series, *labels)
 
 
 def _search() -> dict[str, Any] | None:

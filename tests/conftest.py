@@ -21,6 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium, driven by selenium; one for all tests."""
+    pytest.importorskip("selenium", reason="the extra `browser` is not installed")
+    from tests.browser import missing_programs, start_chromium
+
+    if missing := missing_programs():
+        pytest.skip(f"not found: {missing}")
+    driver = start_chromium(tmp_path_factory.mktemp("chromium"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
 def tiny_params():
     from lilliput.config import load_params
 

@@ -44,6 +44,7 @@ class EdgeConfig(Section):
         slots: requests that it answers at once.
         url: of an OpenAI-compatible server instead, without `/v1`; its key is read from LILLIPUT_EDGE_KEY.
         model: as that server calls it.
+        timeout_s: after which it counts as down for a request, and the device answers.
     """
 
     candidate: Name | None = None
@@ -51,6 +52,7 @@ class EdgeConfig(Section):
     slots: Positive = 1
     url: Annotated[str, Field(pattern=r"^https?://[^/\s]+[^\s]*$")] | None = None
     model: str | None = None
+    timeout_s: PositiveFloat = 10.0
 
     @model_validator(mode="after")
     def _one_of_two(self) -> EdgeConfig:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[int, float]]
+_CALLED = {
+    "accuracy_choice": "choice accuracy",
+    "accuracy_free": "free accuracy",
+    "ttft_ms": "time to first token (ms)",
+    "tpot_ms": "time per further token (ms)",
+}
+_WIDTH, _HEIGHT = 5.2, 3.4  # inches: letters stay legible on a page as wide as a phone
 
 
-def accuracy_against_size(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Choice accuracy with its interval over size in MiB, one point a candidate."""
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for name, record in records.items():
-        accuracy, size_mib = record["accuracy_choice"], record["size_bytes"] / 2**20
-        if not accuracy or accuracy["value"] is None:
-            continue
-        reach = [[accuracy["value"] - accuracy["low"]], [accuracy["high"] - accuracy["value"]]]
-        axes.errorbar(size_mib, accuracy["value"], yerr=reach, fmt="o", capsize=3)
-        axes.annotate(name, (size_mib, accuracy["value"]), textcoords="offset points", xytext=(7, 5))
-    axes.set_xlabel("size (MiB)")
-    axes.set_ylabel("choice accuracy")
-    axes.margins(x=0.15)
-    return _svg(figure)
+@dataclass(frozen=True)
+class Chart:
+    """A picture as SVG, and in words what it tells."""
+
+    title: str
+    svg: str
+    words: str
 
 
 def trade_offs(
@@ -34,6 +35,7 @@ def trade_offs(
     front: Collection[str],
     objectives: Sequence[str],
     reference: Collection[str],
+    name_all: bool = False,
 ) -> str:
     """The first objective against each other one: the front named and with its intervals, what it beats in grey.
 
@@ -41,22 +43,25 @@ def trade_offs(
         found: figures by candidate: an estimate (value, low, high) or a plain number for each objective.
         front: the candidates that none dominates.
         objectives: metrics, two at least.
-        reference: what the search started from, drawn hollow.
+        reference: what the others were made from, drawn hollow.
+        name_all: whether what the front beats is named too: a search finds too much for that.
     """
     first, *others = objectives
-    figure = Figure(figsize=(7, 4 * len(others)))
+    figure = Figure(figsize=(_WIDTH, _HEIGHT * len(others)), layout="constrained")
     for axes, other in zip(figure.subplots(len(others), squeeze=False)[:, 0], others, strict=True):
         for name, figures in found.items():
             (x, x_reach), (y, y_reach) = _point(figures[other], other), _point(figures[first], first)
             if name not in front and name not in reference:
-                axes.plot(x, y, "o", color="0.7", markersize=4)
+                axes.plot(x, y, "o", color="0.6", markersize=4)
+                if name_all:
+                    _name(axes, name, x, y, color="0.35")
                 continue
             axes.errorbar(
                 x, y, xerr=x_reach, yerr=y_reach, fmt="o", capsize=3, mfc="none" if name in reference else None
             )
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 5))
-        axes.set_xlabel(_label(other))
-        axes.set_ylabel(_label(first))
+            _name(axes, name, x, y)
+        axes.set_xlabel(label(other))
+        axes.set_ylabel(label(first))
         axes.margins(x=0.15)
     return _svg(figure)
 
@@ -69,20 +74,67 @@ def _point(figure: Mapping[str, Any] | float, metric: str) -> tuple[float, list[
     return value, [[value - figure["low"]], [figure["high"] - value]] if "low" in figure else None
 
 
-def _label(metric: str) -> str:
-    return f"{metric.removesuffix('_bytes')} (MiB)" if metric.endswith("_bytes") else metric
+def _name(axes: Axes, name: str, x: float, y: float, **style: str) -> None:
+    axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 5), **style)
 
 
-def curves(series: Mapping[str, Curve], x_label: str, y_label: str) -> str:
-    """One line a candidate."""
-    figure = Figure(figsize=(7, 4))
+def label(metric: str) -> str:
+    """What `metric` is called, with its unit: `energy per query (J)`."""
+    if metric in _CALLED:
+        return _CALLED[metric]
+    for suffix, unit in {"_bytes": "MiB", "_j": "J", "_ms": "ms"}.items():
+        if metric.endswith(suffix):
+            return f"{metric.removesuffix(suffix)} ({unit})".replace("_", " ")
+    return metric.replace("_", " ")
+
+
+def effects(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> Chart:
+    """How far each candidate lies from what it is compared with, beside a line at zero; a hollow point says: not shown.
+
+    Args:
+        rows: candidate, reference, difference (value, low, high) and whether it is real; all of one metric.
+        metric: its key, for the axis.
+        title: of the chart.
+    """
+    figure = Figure(figsize=(_WIDTH, 0.8 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0.0, color="0.6", linewidth=1)
+    for place, row in enumerate(rows):
+        x, reach = _point(row["difference"], metric)
+        axes.errorbar(x, place, xerr=reach, fmt="o", capsize=3, color="C0", mfc=None if row["real"] else "none")
+    axes.set_yticks(range(len(rows)), [f"{row['candidate']} against {row['reference']}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"difference in {label(metric)}")
+    return Chart(title, _svg(figure), _told(rows))
+
+
+def _told(rows: Sequence[Mapping[str, Any]]) -> str:
+    kinds: dict[str, list[str]] = {"More": [], "Less": [], "No difference shown": []}
+    for row in rows:
+        sign = "More" if row["difference"]["value"] > 0 else "Less"
+        kinds[sign if row["real"] else "No difference shown"].append(f"{row['candidate']} against {row['reference']}")
+    return " ".join(f"{kind}: {', '.join(pairs)}." for kind, pairs in kinds.items() if pairs)
+
+
+def curves(series: Mapping[str, Curve], title: str, x_label: str, y_label: str) -> Chart:
+    """One line a candidate; a point where there is but one."""
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     for name, curve in series.items():
-        axes.plot([x for x, _ in curve], [y for _, y in curve], label=name)
+        axes.plot([x for x, _ in curve], [y for _, y in curve], "-" if len(curve) > 1 else "o", label=name)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return Chart(title, _svg(figure), " ".join(_course(name, curve, x_label) for name, curve in series.items()))
+
+
+def _course(name: str, curve: Curve, x_label: str) -> str:
+    (first, start), (last, end) = curve[0], curve[-1]
+    top, highest = max(curve, key=lambda point: point[1])
+    return (
+        f"{name}: {start:.3g} at {x_label} {first}, {end:.3g} at {x_label} {last}, "
+        f"at most {highest:.3g} at {x_label} {top}."
+    )
 
 
 def offloading(policies: Mapping[str, Mapping[str, Any]]) -> str:

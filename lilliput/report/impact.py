@@ -76,7 +76,11 @@ def _of_difference(row: Mapping[str, Any] | None, metric: str) -> Impact:
     if row is None:
         return Impact("–", None, "not compared")
     difference = row["difference"]
-    behind = "{value:+.3g} [{low:+.3g}, {high:+.3g}], n = {n}".format(**difference)
+    behind = (
+        "{value:+.3g} [{low:+.3g},\N{NO-BREAK SPACE}{high:+.3g}], n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n}".format(
+            **difference
+        )
+    )
     if not row["real"]:
         return Impact("≈", None, behind)
     rises = difference["value"] > 0
@@ -84,8 +88,7 @@ def _of_difference(row: Mapping[str, Any] | None, metric: str) -> Impact:
 
 
 def _of_sizes(before: int, after: int) -> Impact:
-    """Bytes are counted, not estimated: any difference is real."""
-    behind = f"{after / before - 1:+.0%}, counted"
-    return (
-        Impact("≈", None, behind) if before == after else Impact("↑" if after > before else "↓", after < before, behind)
-    )
+    """Bytes are counted, not estimated: any difference is real, if it is not rounded away."""
+    change = round(after / before - 1, 2)
+    behind = f"{change:+.0%}, counted"
+    return Impact("↑" if change > 0 else "↓", change < 0, behind) if change else Impact("≈", None, behind)

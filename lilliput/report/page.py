@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from lilliput.report.charts import Chart, label
 from lilliput.report.impact import METRICS, caching_impacts, impacts
 
 
@@ -21,14 +23,14 @@ def render(
     offloading: Mapping[str, Mapping[str, Any]] | None = None,
     promotion: Mapping[str, Any],
     costs: Sequence[Mapping[str, Any]],
-    charts: Mapping[str, str],
+    charts: Mapping[str, Sequence[Chart]],
     origin: Mapping[str, str],
     search: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as HTML.
 
     Args:
-        candidates: a row each: name, strategy, parent, record and the devices it is champion of.
+        candidates: a row each: name, strategy, parent, teacher or None, record and the devices it is champion of.
         differences: a row per candidate and metric: the paired difference from its parent.
         caching: the caching record of each candidate it was measured on.
         compiled: each compiled model with its device record, its parity record and its tensors' types.
@@ -36,7 +38,7 @@ def render(
             under `charts`.
         promotion: the decision of each device.
         costs: seconds and peak memory of each stage.
-        charts: SVG by title.
+        charts: what stands under `impact`, `pareto` and `making`: how the candidates were made.
         origin: commit, command and what else tells where the page comes from.
         search: what a search found, where these candidates are a search's; and its chart, as SVG under `chart`.
     """
@@ -49,6 +51,7 @@ def render(
     )
     environment.filters["estimate"] = estimate
     environment.filters["figure"] = figure
+    environment.filters["label"] = label
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
         differences=differences,
@@ -62,7 +65,10 @@ def render(
         },
         promotion=promotion,
         costs=costs,
-        charts={title: Markup(svg) for title, svg in charts.items()},
+        charts={
+            section: [replace(chart, svg=Markup(chart.svg)) for chart in charts.get(section, ())]
+            for section in ("impact", "pareto", "making")
+        },
         origin=origin,
         search=search and {**search, "chart": Markup(search["chart"])},
     )
@@ -79,8 +85,11 @@ def figure(value: Mapping[str, Any] | float | None, metric: str) -> str:
 
 
 def estimate(value: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """`value [low, high]`, marked `~` where it is an estimate; `unavailable` where there is none."""
+    """`value [low, high]`, marked `~` where it is an estimate; `unavailable` where there is none.
+
+    The space within the brackets does not break: in a narrow column the interval stands whole below its value.
+    """
     if not value or value.get("value") is None:
         return "unavailable"
     numbers = [f"{value[key]:.{digits}f}" for key in ("value", "low", "high")]
-    return f"{'' if value.get('measured', True) else '~'}{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    return f"{'' if value.get('measured', True) else '~'}{numbers[0]} [{numbers[1]},\N{NO-BREAK SPACE}{numbers[2]}]"

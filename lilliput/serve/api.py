@@ -30,34 +30,16 @@ GONE = 499  # the client; nobody reads this
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the gateway stands for, as `/status` tells it.
-
-    Attributes:
-        device: whose champion answers.
-        policy: of the router.
-        edge: how the edge server is called; None where there is none.
-        link: over which it is reached unless a request says otherwise.
-    """
-
-    device: str
-    policy: str
-    edge: str | None
-    link: str
-
-
-@dataclass(frozen=True)
 class Admin:
     """Who may have another champion deployed, and what does it.
 
     Attributes:
         token: that has to be borne.
-        deploy: takes what is to be deployed from where it was left, and says what it is; the present one stays if
-            that fails.
+        deploy: puts what is to be deployed in the place of the present service, which stays if that fails.
     """
 
     token: str
-    deploy: Callable[[], Awaitable[Setting]]
+    deploy: Callable[[], Awaitable[None]]
 
 
 class App:
@@ -65,7 +47,6 @@ class App:
 
     Args:
         gateway: that answers.
-        setting: what it stands for at first.
         token: that requests have to bear; None on loopback.
         admin: how another champion is deployed; None for never.
         page: further routes, the page's.
@@ -74,12 +55,11 @@ class App:
     def __init__(
         self,
         gateway: Gateway,
-        setting: Setting,
         token: str | None = None,
         admin: Admin | None = None,
         page: APIRouter | None = None,
     ) -> None:
-        self.gateway, self.setting, self.admin = gateway, setting, admin
+        self.gateway, self.admin = gateway, admin
         app = FastAPI(title="Lilliput gateway", lifespan=self._lifespan, docs_url=None, redoc_url=None)
         app.add_exception_handler(RequestValidationError, _invalid)
         app.add_exception_handler(HTTPException, _other)
@@ -115,11 +95,12 @@ def _looking_after(app: App) -> APIRouter:
 
     @routes.get("/status")
     async def status() -> dict[str, Any]:
-        service, setting = gateway.service, app.setting
+        service = gateway.service
+        setting = service.setting
         edge = None if service.edge is None else {"name": setting.edge, "up": service.edge.up}
         links = {
             name: {"round_trip_ms": link.round_trip_ms, "up_mbit_per_s": link.up_mbit_per_s}
-            for name, link in gateway.device.links.items()
+            for name, link in service.costs.links.items()
         }
         return {
             "device": setting.device,
@@ -129,7 +110,7 @@ def _looking_after(app: App) -> APIRouter:
             "edge": edge,
             "links": links,
             "link": setting.link,
-            "battery_wh": gateway.device.battery_wh,
+            "battery_wh": service.costs.battery_wh,
             "cache": service.cache is not None,
         }
 
@@ -152,9 +133,10 @@ def _chatting(app: App) -> APIRouter:
         link: Annotated[str | None, Header(alias="x-lilliput-link", max_length=40)] = None,
         battery: Annotated[float, Header(alias="x-lilliput-battery-percent", ge=0.0, le=100.0)] = 100.0,
     ) -> Response:
-        if link is not None and link not in gateway.device.links:
-            return _error(400, f"x-lilliput-link: one of {', '.join(gateway.device.links)}", "invalid_request_error")
-        conditions = Conditions(link or app.setting.link, battery)
+        known = gateway.service.costs.links
+        if link is not None and link not in known:
+            return _error(400, f"x-lilliput-link: one of {', '.join(known)}", "invalid_request_error")
+        conditions = Conditions(link or gateway.service.setting.link, battery)
         try:
             reply = await _unless_gone(request, gateway.reply(asked, conditions))
         except Overloaded:
@@ -184,7 +166,7 @@ def _deploying(app: App) -> APIRouter | None:
         if not hmac.compare_digest(request.headers.get("x-lilliput-admin", "").encode(), admin.token.encode()):
             return _error(401, "the token of this gateway's own folder is required", "invalid_admin_token")
         try:
-            app.setting = await admin.deploy()
+            await admin.deploy()
         except LilliputError as error:
             return _error(409, f"{error}; what was served before is served on", "not_deployed")
         return JSONResponse({"model": app.gateway.service.model.name, "version": app.gateway.service.model.version})

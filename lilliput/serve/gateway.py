@@ -58,26 +58,49 @@ class Model:
     system_prompt: str
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a gateway stands for.
+
+    Attributes:
+        device: whose champion answers.
+        policy: of the router.
+        edge: how the edge server is called; None where there is none.
+        link: over which it is reached unless a request says otherwise.
+    """
+
+    device: str
+    policy: str
+    edge: str | None
+    link: str
+
+
 @dataclass
 class Service:
     """What answers at present; a new champion brings another.
 
     Attributes:
+        setting: what it stands for.
+        costs: what an answer takes on the device.
         model: on the device.
         device: what runs it.
         edge: the edge server; None where there is none.
         router: made for these two.
         cache: answers that these two gave before; None for none.
         slots: of the device.
+        running: whether what was started for the device is there.
         stop: ends what was started for it.
     """
 
+    setting: Setting
+    costs: Device
     model: Model
     device: End
     edge: End | None
     router: Router
     cache: AnswerCache | None = None
     slots: int = 1
+    running: Callable[[], bool] = lambda: True
     stop: Callable[[], None] = lambda: None
     waiting: int = 0
     under_way: int = 0
@@ -141,12 +164,11 @@ class Gateway:
 
     Args:
         service: what answers.
-        device: what an answer costs there.
         limits: what is taken on.
     """
 
-    def __init__(self, service: Service, device: Device, limits: Limits | None = None) -> None:
-        self.service, self.device, self.limits = service, device, limits or Limits()
+    def __init__(self, service: Service, limits: Limits | None = None) -> None:
+        self.service, self.limits = service, limits or Limits()
         self.registry = CollectorRegistry()
         self._answers = Counter("lilliput_answers", "Answers given", ["place"], registry=self.registry)
         self._failures = Counter("lilliput_failures", "Requests not answered", ["reason"], registry=self.registry)
@@ -187,11 +209,11 @@ class Gateway:
             raise
         reply.also(service.left)
         if reply.body is not None:
-            self._told(reply, spent, conditions)
+            self._told(reply, service, spent, conditions)
             if chat.stream:
                 reply.chunks = _each(as_chunks(reply.body))
         if reply.chunks is not None:
-            reply.chunks = self._followed(reply, reply.chunks, spent, conditions)
+            reply.chunks = self._followed(reply, reply.chunks, service, spent, conditions)
         return reply
 
     async def _reply(self, service: Service, chat: Chat, conditions: Conditions, spent: Spent) -> Reply:
@@ -302,17 +324,19 @@ class Gateway:
             {"stream_options": chat.stream_options.model_dump()} if chat.stream and chat.stream_options else {}
         )
 
-    async def _followed(self, reply: Reply, chunks: Chunks, spent: Spent, conditions: Conditions) -> Chunks:
+    async def _followed(
+        self, reply: Reply, chunks: Chunks, service: Service, spent: Spent, conditions: Conditions
+    ) -> Chunks:
         """`chunks`; the one that ends the answer says what it cost."""
         async for chunk in chunks:
             if _ends(chunk):
                 if reply.cost is None:
-                    self._told(reply, spent, conditions)
+                    self._told(reply, service, spent, conditions)
                 chunk = chunk | {"lilliput": told(reply)}
             yield chunk
 
-    def _told(self, reply: Reply, spent: Spent, conditions: Conditions) -> None:
-        reply.cost = self.device.cost(spent, conditions.link)
+    def _told(self, reply: Reply, service: Service, spent: Spent, conditions: Conditions) -> None:
+        reply.cost = service.costs.cost(spent, conditions.link)
         self._answers.labels(reply.place).inc()
         self._seconds.labels(reply.place).observe(reply.cost.seconds)
         self._joules.labels(reply.place).inc(reply.cost.energy_j or 0.0)

@@ -38,7 +38,7 @@ def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_met
         ("≈", None),
         ("≈", None),
     ]
-    assert found["accuracy_choice"].behind == "+0.2 [+0.1, +0.3], n = 40"
+    assert found["accuracy_choice"].behind.replace("\N{NO-BREAK SPACE}", " ") == "+0.2 [+0.1, +0.3], n = 40"
 
 
 def test_what_was_not_compared_has_no_arrow_and_bytes_are_counted():

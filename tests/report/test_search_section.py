@@ -41,9 +41,9 @@ def test_the_page_shows_the_front_beside_the_base_and_says_what_failed():
     html = page({**FOUND, "chart": "<svg></svg>"})
     rows = dict(re.findall(r'<tr><th scope="row">(\S+?)</th>(.*?)</tr>', html))
     assert rows.keys() == {"base", "s-good"}
-    assert "<td>0.800 [0.700, 0.900]</td><td>100.0 MiB</td><td>3.25</td>" in rows["s-good"]
+    assert "<td>0.800 [0.700,\N{NO-BREAK SPACE}0.900]</td><td>100.0 MiB</td><td>3.25</td>" in rows["s-good"]
     assert "<td>out of &lt;memory&gt;</td>" in html.replace(' class="prose"', "").replace("\n", "")
-    assert "accuracy_choice (max)" in html
+    assert "choice accuracy, max" in html
     assert "<svg></svg>" in html
 
 

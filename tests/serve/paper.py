@@ -7,11 +7,11 @@ import httpx
 import numpy as np
 
 from lilliput.config import LinkConfig
-from lilliput.serve.api import App, Setting
+from lilliput.serve.api import App
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.costs import Device
 from lilliput.serve.ends import End
-from lilliput.serve.gateway import Gateway, Limits, Model, Service
+from lilliput.serve.gateway import Gateway, Model, Service, Setting
 from lilliput.serve.router import Always
 
 MODEL = Model("pocket", "sha", "Answer briefly.")
@@ -90,6 +90,8 @@ class ByLength:
 
 def service(paper, router=None, *, server=True, timeout_s=5.0, model=MODEL, clock=None, **more):
     return Service(
+        Setting("phone", "policy", "lora", "wifi"),
+        DEVICE,
         model,
         End("http://device", 5.0, transport=paper, clock=clock),
         End("http://server", timeout_s, transport=paper, breaker=Breaker()) if server else None,
@@ -99,8 +101,7 @@ def service(paper, router=None, *, server=True, timeout_s=5.0, model=MODEL, cloc
 
 
 def app(paper, router=None, *, limits=None, token=None, admin=None, **more):
-    gateway = Gateway(service(paper, router, **more), DEVICE, limits or Limits())
-    return App(gateway, Setting("phone", "policy", "lora", "wifi"), token, admin)
+    return App(Gateway(service(paper, router, **more), limits), token, admin)
 
 
 def client(application, **more):

@@ -1,0 +1,239 @@
+"""A device's champion, served: verified, put behind the gateway, taken over without an answer lost, rolled back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import psutil
+import typer
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas import State
+from prefect.states import Completed, Failed
+from rich.console import Console
+
+from flows.show import fail
+from flows.workspace import PROJECT, alone_in
+from lilliput.artifacts import write_text
+from lilliput.config import load_params
+from lilliput.errors import ArtifactError, LilliputError
+
+HOMES = Path("deployments")
+# Gateways that this process started: they outlive it, and as long as it lives it has to hear of their ends.
+_STARTED: list[subprocess.Popen[bytes]] = []
+START_S, STOP_S, TAKE_OVER_S = 120.0, 40.0, 120.0
+
+
+class Action(StrEnum):
+    """What is to be served."""
+
+    champion = "champion"
+    rollback = "rollback"
+
+
+@flow(name="deploy", flow_run_name="deploy-{device}-{action}", validate_parameters=False)
+def deploy(
+    device: str,
+    action: str = "champion",
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    params_file: str = "params.yaml",
+) -> State:
+    """Serves `device`'s champion: starts its gateway, or has the one that runs take over what is new.
+
+    Args:
+        device: under `serving` in the parameters.
+        action: `champion` for what the registry names now, `rollback` for what was deployed before.
+        host: beyond loopback only with a token in LILLIPUT_TOKEN.
+        port: of a gateway that is not running yet; 0 for any that is free.
+        params_file: the project's params.yaml, or another file, whose workspace holds its champion.
+    """
+    try:
+        told = _deploy(device, Action(action), host, port, Path(params_file))
+    except LilliputError as error:
+        return Failed(message=str(error))
+    create_markdown_artifact(told, key=f"deployed-{device}", description=f"What {device} serves")
+    return Completed(message=told)
+
+
+def _deploy(device: str, action: Action, host: str, port: int, params_file: Path) -> str:
+    from lilliput.serve.deployment import CURRENT, PREVIOUS, deploy, read_current, roll_back, tidy
+    from tasks.deploy import stage_champion
+
+    folder = _folder(params_file)
+    home = folder / HOMES / device
+    home.mkdir(parents=True, exist_ok=True)
+    with alone_in(home), contextlib.chdir(folder):
+        files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
+        if action is Action.rollback:
+            roll_back(home)
+        else:
+            deploy(stage_champion(load_params(folder / "params.yaml"), device, home), home)
+        try:
+            address = _take_over(home) if running(home) else _start(home, host, port)
+        except ArtifactError:
+            for name, content in files.items():  # what is served stays what is said to be served
+                _restore(home / name, content)
+            raise
+        tidy(home)
+        current = read_current(home)
+    assert current is not None
+    version = f" (version {current.model.version})" if current.model.version else ""
+    return f"{device} serves {current.model.name}{version} at {address}"
+
+
+def running(home: Path) -> dict[str, Any] | None:
+    """What is known of the gateway's process in `home`; None if there is none."""
+    from lilliput.serve.__main__ import GATEWAY
+
+    try:
+        known = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
+        same = psutil.Process(known["pid"]).create_time() == known["started"]  # and not another of the same number
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        return None
+    return known if same else None
+
+
+def _take_over(home: Path) -> str:
+    from lilliput.serve.deployment import admin_token
+
+    known = running(home)
+    assert known is not None
+    headers = {"x-lilliput-admin": admin_token(home)} | _bearer()
+    try:
+        response = httpx.post(f"{known['url']}/deployment", headers=headers, timeout=TAKE_OVER_S)
+    except httpx.HTTPError as error:
+        raise ArtifactError(f"{known['url']}: the gateway does not answer ({type(error).__name__}); stop it") from None
+    if response.is_error:
+        raise ArtifactError(f"{known['url']}: {_message(response)}")
+    return known["url"]
+
+
+def _start(home: Path, host: str, port: int) -> str:
+    """Starts a gateway that outlives this process; its address once it answers."""
+    command = [sys.executable, "-m", "lilliput.serve", str(home.absolute()), "--host", host, "--port", str(port)]
+    log = home / "gateway.log"
+    with log.open("ab") as stream:
+        began = stream.tell()
+        process = subprocess.Popen(
+            command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+        )
+    _STARTED.append(process)
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if known := running(home):
+            return known["url"]
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    else:
+        process.kill()
+    with log.open("rb") as stream:
+        stream.seek(began)
+        last = "".join(stream.read().decode(errors="replace").strip().splitlines()[-1:]).removeprefix("error: ")
+    raise ArtifactError(f"the gateway did not start: {last or 'it said nothing'} (its log: {log})")
+
+
+def stop(home: Path) -> str:
+    """Ends the gateway in `home` once its answers under way are given."""
+    known = running(home)
+    if known is None:
+        return "nothing is served"
+    process = psutil.Process(known["pid"])
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except psutil.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for started in _STARTED:
+        started.poll()
+    return f"{known['url']} is served no more"
+
+
+def status(home: Path) -> Mapping[str, Any] | None:
+    """What the gateway in `home` says of itself; None if none runs."""
+    known = running(home)
+    if known is None:
+        return None
+    response = httpx.get(f"{known['url']}/status", headers=_bearer(), timeout=10.0)
+    response.raise_for_status()
+    return {"url": known["url"], "pid": known["pid"], **response.json()}
+
+
+def _content(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _restore(path: Path, content: str | None) -> None:
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_text(path, content)
+
+
+def _bearer() -> dict[str, str]:
+    token = os.environ.get("LILLIPUT_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status_code}"
+
+
+def _folder(params_file: Path) -> Path:
+    if params_file.resolve() == PROJECT / "params.yaml":
+        return PROJECT
+    return PROJECT / "workspaces" / params_file.stem
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(
+    epilog="Examples:  python -m flows.deploy phone-4gb  ·  … --rollback  ·  … --status  ·  … --stop  ·  "
+    "LILLIPUT_TOKEN=… python -m flows.deploy phone-4gb --host 0.0.0.0"
+)
+def main(
+    device: Annotated[str, typer.Argument(help="under `serving` in params.yaml")],
+    rollback: Annotated[bool, typer.Option("--rollback", help="serve again what was deployed before")] = False,
+    show: Annotated[bool, typer.Option("--status", help="what is served, as JSON")] = False,
+    end: Annotated[bool, typer.Option("--stop", help="serve no more, once answers under way are given")] = False,
+    host: Annotated[str, typer.Option(help="beyond loopback a token in LILLIPUT_TOKEN is required")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of a gateway that is not running yet; 0: any that is free")] = 8080,
+    params: Annotated[Path, typer.Option(help="another file: the champion of its workspace")] = Path("params.yaml"),
+) -> None:
+    """Serve DEVICE's champion at http://127.0.0.1:8080, or have the gateway that runs take over a new one."""
+    if rollback + show + end > 1:
+        fail("--rollback, --status and --stop are three things; name one", 2)
+    home = _folder(params) / HOMES / device
+    try:
+        if end:
+            return Console().print(stop(home))
+        if show:
+            found = status(home)
+            return print(json.dumps(found, indent=2)) if found else fail(f"{device}: nothing is served", 1)
+    except (LilliputError, httpx.HTTPError) as error:
+        fail(f"{device}: {error}", 2)
+    action = Action.rollback if rollback else Action.champion
+    state = deploy(device, action, host, port, str(params), return_state=True)
+    if not state.is_completed():
+        fail(state.message or "the flow did not finish", 2)
+    Console().print(state.message, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,134 @@
+"""Serves a deployment: `python -m lilliput.serve deployments/<device>`; flows.deploy starts and updates it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+import uvicorn
+
+from lilliput.artifacts import write_json
+from lilliput.errors import ArtifactError, ConfigError, LilliputError
+from lilliput.serve.api import Admin, App
+from lilliput.serve.deployment import admin_token, read_current
+from lilliput.serve.gateway import Gateway, Service
+from lilliput.serve.opening import open_service
+from lilliput.serve.page import page_routes
+
+GATEWAY = "gateway.json"
+TOKEN = "LILLIPUT_TOKEN"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WATCH_S, RESTART_S = 1.0, 10.0
+log = logging.getLogger("lilliput.gateway")
+
+
+class Serving:
+    """The gateway of one folder: what it serves, and that it goes on doing so."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self.gateway = Gateway(self._open())
+        self._drains: set[asyncio.Task[None]] = set()
+
+    async def take_over(self) -> None:
+        """Puts what is deployed now in the place of what is served; the latter ends with its last answer."""
+        service = await asyncio.to_thread(self._open)
+        drain = asyncio.create_task(self.gateway.replace(service))
+        self._drains.add(drain)
+        drain.add_done_callback(self._drains.discard)
+        await asyncio.sleep(0)  # it has taken over; what is under way may take its time
+
+    async def watch(self) -> None:
+        """Starts a model anew whose process has died."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if self.gateway.service.running():
+                continue
+            log.error("the device's model has died; it is started anew")
+            try:
+                await self.take_over()
+            except LilliputError as error:
+                log.error("it does not start: %s", error)
+                await asyncio.sleep(RESTART_S)
+
+    def _open(self) -> Service:
+        deployment = read_current(self._home)
+        if deployment is None:
+            raise ArtifactError(f"{self._home}: nothing is deployed here; run `python -m flows.deploy <device>`")
+        return open_service(deployment, self._home)
+
+
+def serve(home: Path, host: str, port: int) -> None:
+    """Serves what is deployed in `home` until it is told to stop.
+
+    Raises:
+        ConfigError: a host beyond loopback without a token.
+        LilliputError: what is deployed does not open.
+    """
+    token = os.environ.get(TOKEN) or None
+    if host not in LOOPBACK and token is None:
+        raise ConfigError(
+            f"--host {host}: beyond loopback a bearer token is required; set {TOKEN}, or stay on 127.0.0.1"
+        )
+    serving = Serving(home)
+    app = App(serving.gateway, token, Admin(admin_token(home), serving.take_over), page_routes())
+    config = uvicorn.Config(
+        app, host, port, access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=30
+    )
+    try:
+        asyncio.run(_run(uvicorn.Server(config), serving, home))
+    finally:
+        (home / GATEWAY).unlink(missing_ok=True)
+
+
+async def _run(server: uvicorn.Server, serving: Serving, home: Path) -> None:
+    work = asyncio.create_task(server.serve())
+    while not server.started and not work.done():
+        await asyncio.sleep(0.02)
+    if server.started:
+        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        process = psutil.Process()
+        write_json(home / GATEWAY, {"url": address, "pid": process.pid, "started": process.create_time()})
+        print(json.dumps({"url": address}), flush=True)
+    watch = asyncio.create_task(serving.watch())
+    try:
+        await work
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+        await serving.gateway.close()
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    folder: Annotated[Path, typer.Argument(help="deployments/<device>, as flows.deploy writes it")],
+    host: Annotated[str, typer.Option(help="beyond loopback a token in LILLIPUT_TOKEN is required")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free")] = 8080,
+) -> None:
+    """Serve what is deployed in FOLDER, in this terminal."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one question at a time is embedded; the cores are the models'
+    try:
+        serve(folder, host, port)
+    except LilliputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    app()

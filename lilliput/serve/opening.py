@@ -1,0 +1,95 @@
+"""Opens what a deployment names: the model on the device, the edge server, the router and the answer cache."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from lilliput.data.wheels import default_cache
+from lilliput.serve.breaker import Breaker
+from lilliput.serve.cache import AnswerCache
+from lilliput.serve.costs import Device
+from lilliput.serve.deployment import ANSWERS, Deployed, Deployment, gguf_sha256, verified
+from lilliput.serve.embedding import Embedder, Remembering, open_embedder
+from lilliput.serve.ends import End
+from lilliput.serve.gateway import Model, Service, Setting
+from lilliput.serve.routers import open_router
+from lilliput.serve.server import LlamaServer, Serving
+
+EDGE_KEY = "LILLIPUT_EDGE_KEY"
+DEVICE_TIMEOUT_S = 60.0
+SAME_WORDING = 1.0  # no two embeddings are more alike than this: exact hits alone
+
+
+def open_service(deployment: Deployment, home: Path) -> Service:
+    """Starts what `deployment` names, verified first.
+
+    Raises:
+        ArtifactError: a model is missing, altered or does not open, or no router was fitted for this pair.
+        SourceError: the embedder cannot be fetched or opened.
+    """
+    serving = deployment.serving
+    pair = pair_of(deployment, home)
+    embedder = open_remembering(deployment)
+    router = open_router(serving, Path(deployment.routers), embedder, pair)
+    with ExitStack() as started:
+        device = _start(started, deployment, deployment.model, home, deployment.profile.threads, 1)
+        edge = _edge(started, deployment, home)
+        cache = None
+        if serving.cache.capacity and embedder:
+            similarity = SAME_WORDING if deployment.threshold is None else deployment.threshold
+            version = "/".join(pair)  # what either of the two has said
+            cache = AnswerCache(home / ANSWERS, embedder, version, similarity, serving.cache.capacity)
+        return Service(
+            Setting(deployment.device, _policy(deployment), _edge_name(deployment), serving.link),
+            Device(deployment.profile.watts_per_core, serving.battery_wh, deployment.links),
+            Model(deployment.model.name, deployment.model.sha256, deployment.system_prompt),
+            End(device.url, DEVICE_TIMEOUT_S, clock=device.cpu_seconds),
+            edge,
+            router,
+            cache,
+            running=lambda: device.running,
+            stop=started.pop_all().close,
+        )
+
+
+def pair_of(deployment: Deployment, home: Path) -> tuple[str, str]:
+    """What tells this pair of device model and edge server from another, as the stage `offload` tells it."""
+    edge = deployment.serving.edge
+    server = gguf_sha256(deployment, deployment.edge, home) if deployment.edge else f"{edge.url} {edge.model}"
+    return gguf_sha256(deployment, deployment.model, home), server
+
+
+def open_remembering(deployment: Deployment) -> Embedder | None:
+    """The embedder, where cache or router needs one."""
+    if not deployment.serving.cache.capacity and deployment.serving.policy != "learned":
+        return None
+    return Remembering(open_embedder(deployment.embedder, default_cache()))
+
+
+def _start(
+    started: ExitStack, deployment: Deployment, deployed: Deployed, home: Path, threads: int, slots: int
+) -> LlamaServer:
+    file = verified(deployment, deployed, home)
+    return started.enter_context(LlamaServer(Serving(str(file), threads, deployment.profile.context_tokens, slots)))
+
+
+def _edge(started: ExitStack, deployment: Deployment, home: Path) -> End | None:
+    config = deployment.serving.edge
+    if config.url is not None:
+        return End(config.url, config.timeout_s, model=config.model, key=os.environ.get(EDGE_KEY), breaker=Breaker())
+    if deployment.serving.policy == "device":
+        return None  # it would only take memory
+    assert deployment.edge is not None
+    server = _start(started, deployment, deployment.edge, home, config.threads, config.slots)
+    return End(server.url, config.timeout_s, breaker=Breaker())
+
+
+def _edge_name(deployment: Deployment) -> str | None:
+    return deployment.edge.name if deployment.edge else deployment.serving.edge.model
+
+
+def _policy(deployment: Deployment) -> str:
+    serving = deployment.serving
+    return f"learned, {serving.look} the answer" if serving.policy == "learned" else serving.policy

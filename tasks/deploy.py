@@ -1,0 +1,76 @@
+"""Bring a device's champion, with its edge server and its router, to where the gateway serves it from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from lilliput.artifacts import MANIFEST, file_sha256, read_manifest
+from lilliput.config import Params
+from lilliput.errors import ArtifactError, ConfigError
+from lilliput.serve.deployment import Deployed, Deployment, keep
+from lilliput.serve.routers import CACHE
+from tasks import layout, registry
+
+TARGET = "gguf"
+
+
+def stage_champion(params: Params, device: str, home: Path) -> Deployment:
+    """The deployment of `device`'s champion in the registry, its models verified and put under `home`.
+
+    Raises:
+        ConfigError: params.yaml does not say how `device` is served.
+        ArtifactError: there is no champion, or what lies in its place is not what was promoted.
+    """
+    serving = params.serving.get(device)
+    if serving is None:
+        known = ", ".join(params.serving) or "none"
+        raise ConfigError(f"serving: nothing says how {device} is served; params.yaml has under serving: {known}")
+    model, compiled = _champion(device)
+    keep(compiled, home, model.sha256)
+    edge = None
+    if serving.edge.candidate is not None:
+        folder = layout.compiled(serving.edge.candidate, TARGET)
+        edge = Deployed(name=serving.edge.candidate, sha256=read_manifest(folder).artifact_sha256)
+        keep(folder, home, edge.sha256)
+    return Deployment(
+        device=device,
+        model=model,
+        edge=edge,
+        serving=serving,
+        links=params.links,
+        profile=params.devices[device],
+        system_prompt=params.data.system_prompt,
+        routers=str(layout.offload(device).absolute()),
+        embedder=params.caching.embedder,
+        threshold=_threshold(device),
+    )
+
+
+def _champion(device: str) -> tuple[Deployed, Path]:
+    """What the registry calls `device`'s champion, and the folder of its compiled form."""
+    alias = f"champion-{device}"
+    version = registry.version_of(alias)
+    if version is None:
+        raise ArtifactError(
+            f"the registry has no {alias}; run `python -m flows.democratize` first; promotion.json says who was refused"
+        )
+    place = version.tags.get(f"lilliput.compiled.{TARGET}")
+    name = version.tags["lilliput.candidate"]
+    if place is None:
+        raise ArtifactError(f"version {version.version} ({name}) was not compiled for {TARGET}; add it under `compile`")
+    folder = Path(unquote(urlparse(place).path))
+    manifest = read_manifest(folder)
+    if file_sha256(folder / MANIFEST) != version.tags[f"lilliput.compiled.{TARGET}_sha256"]:
+        raise ArtifactError(
+            f"{folder}: not what was registered as version {version.version} ({name}); "
+            "run the pipeline to its end, or `dvc checkout`"
+        )
+    return Deployed(name=name, sha256=manifest.artifact_sha256, version=str(version.version)), folder
+
+
+def _threshold(device: str) -> float | None:
+    """The similarity from which the answer cache takes two questions for one; None if none was fitted."""
+    path = layout.offload(device) / CACHE
+    return json.loads(path.read_text(encoding="utf-8"))["threshold"] if path.exists() else None

@@ -1,0 +1,133 @@
+"""What the report's page is made of: landmarks, tables that say what they are, pictures that say what they show."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lilliput.promote import pareto_front
+from lilliput.report import charts
+
+SECTIONS = {
+    "What was made from what",
+    "Promoted",
+    "Order: what the search found",
+    "Four metrics",
+    "What each strategy does to each metric",
+    "Compiled, on devices",
+    "Caching",
+    "Public benchmarks",
+    "Is this difference real?",
+    "Pareto fronts",
+    "How they were made",
+    "What it cost",
+}
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes and, once it is closed, its text; elements that never close have none."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found, self._open = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        element = {"tag": tag, "text": "", "within": [outer["tag"] for outer in self._open], **dict(attributes)}
+        self.found.append(element)
+        if tag not in ("meta", "br"):
+            self._open.append(element)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append({"tag": tag, "text": "", "within": [], **dict(attributes)})
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()["tag"] == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        for element in self._open:
+            element["text"] += data
+
+    def all(self, tag):
+        return [element for element in self.found if element["tag"] == tag]
+
+
+@pytest.fixture(scope="module")
+def elements(report_html):
+    return Elements(report_html)
+
+
+def test_the_contents_name_every_section_that_is_there(elements):
+    targets = {link["href"].removeprefix("#"): link["text"] for link in elements.all("a") if "nav" in link["within"]}
+    assert set(targets.values()) == SECTIONS
+    headings = {heading["id"]: heading["text"] for heading in elements.all("h2")}
+    assert headings == targets
+    assert [section["aria-labelledby"] for section in elements.all("section")] == list(targets)
+
+
+def test_every_table_says_what_it_is_and_every_heading_what_it_heads(elements):
+    tables, captions = elements.all("table"), elements.all("caption")
+    assert len(tables) == len(captions) == 11
+    assert {heading.get("scope") for heading in elements.all("th")} == {"col", "row"}
+    regions = [region for region in elements.all("div") if region.get("role") == "region"]
+    assert [(region["tabindex"], region["aria-label"]) for region in regions] == [("0", it["text"]) for it in captions]
+
+
+def test_every_picture_has_words(elements):
+    words = [picture["aria-label"] for picture in elements.all("div") if picture.get("role") == "img"]
+    assert len(words) == len(elements.all("figure")) == len(elements.all("svg")) == 4
+    assert "More: lora against base. No difference shown: gptq against base." in words[1]
+    assert "lora: 4 at step 1, 0.5 at step 60, at most 4.5 at step 2." in words[3]
+
+
+def test_the_graph_nests_what_was_made_from_what_and_names_the_champions(report_html):
+    graph = report_html.split('<div class="graph">')[1].split("</div>")[0]
+    depth = {name: graph[: graph.index(f">{name}</b>")].count("<ul>") for name in ("base", "lora", "pocket")}
+    assert depth == {"base": 1, "lora": 2, "pocket": 3}
+    assert "champion of phone-4gb, board" in graph
+    assert "taught by lora" in graph
+
+
+def test_an_arrow_is_better_or_worse_in_words_not_by_colour_alone(elements):
+    arrows = [cell for cell in elements.all("td") if {"better", "worse"} & set(cell.get("class", "").split())]
+    assert arrows
+    for cell in arrows:
+        assert cell["class"].split()[1] in cell["text"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(report_html, elements):
+    assert re.findall(r'(?:src|href)="(?!#)[^"]*"', report_html) == []
+    assert "@import" not in report_html
+    assert re.findall(r"url\((?!#)", report_html) == []
+    assert elements.all("script") == []
+
+
+def test_the_front_is_what_no_other_candidate_beats_everywhere():
+    def record(accuracy, size):
+        return {"accuracy_choice": {"value": accuracy}, "size_bytes": size}
+
+    found = {"small": record(0.5, 1), "good": record(0.9, 9), "beaten": record(0.5, 2), "twin": record(0.9, 9)}
+    assert pareto_front(found) == ["small", "good", "twin"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "called"),
+    [
+        ("accuracy_choice", "choice accuracy"),
+        ("size_bytes", "size (MiB)"),
+        ("energy_per_query_j", "energy per query (J)"),
+        ("hallucination_rate", "hallucination rate"),
+    ],
+)
+def test_a_metric_is_called_by_words_with_its_unit(metric, called):
+    assert charts.label(metric) == called
+
+
+def test_the_same_differences_make_the_same_picture(effects):
+    rows = [
+        {"candidate": "a", "reference": "b", "difference": {"value": 1.0, "low": 0.0, "high": 2.0}, "real": real}
+        for real in (True, False)
+    ]
+    assert charts.effects(rows, "ttft_ms", "t") == charts.effects(rows, "ttft_ms", "t")
+    assert "lora against base" in effects.svg
+    assert "difference in choice accuracy" in effects.svg

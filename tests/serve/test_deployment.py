@@ -1,0 +1,194 @@
+"""What a gateway serves, in a folder of its own, and the process that serves it."""
+
+import json
+import stat
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from lilliput.artifacts import seal, writing
+from lilliput.compile.gguf import compile_gguf
+from lilliput.config import GgufTarget
+from lilliput.errors import ArtifactError
+from lilliput.serve.deployment import (
+    Deployed,
+    Deployment,
+    admin_token,
+    deploy,
+    keep,
+    read_current,
+    roll_back,
+    tidy,
+    verified,
+)
+
+
+@pytest.fixture
+def deployment(tiny_params):
+    def make(name, sha256, **serving):
+        settings = tiny_params.serving["phone-4gb"].model_copy(update={"policy": "threshold", **serving})
+        return Deployment(
+            device="phone-4gb",
+            model=Deployed(name=name, sha256=sha256, version="1"),
+            edge=Deployed(name=name, sha256=sha256),
+            serving=settings,
+            links=tiny_params.links,
+            profile=tiny_params.devices["phone-4gb"],
+            system_prompt="Answer briefly.",
+            routers="nowhere",
+            embedder=tiny_params.caching.embedder,
+            threshold=None,
+        )
+
+    return make
+
+
+def compiled(folder, name, content=b"weights"):
+    with writing(folder / name) as partial:
+        (partial / "model.gguf").write_bytes(content)
+        sealed = seal(
+            partial,
+            candidate=f"{name}-gguf",
+            strategy="gguf",
+            config={},
+            parent=None,
+            parameters=1,
+            facts={},
+        )
+    return folder / name, sealed.artifact_sha256
+
+
+def test_models_stay_as_long_as_one_may_go_back_to_them(tmp_path, deployment):
+    home, shas = tmp_path / "home", []
+    for name in ("one", "two", "three"):
+        folder, sha256 = compiled(tmp_path, name, name.encode())
+        keep(folder, home, sha256)
+        shas.append(sha256)
+        deploy(deployment(name, sha256), home)
+        tidy(home)
+    assert {folder.name for folder in (home / "models").iterdir()} == set(shas[1:])
+    assert roll_back(home).model.name == "two"
+    assert roll_back(home).model.name == "three"
+    current = read_current(home)
+    assert verified(current, current.model, home).read_bytes() == b"three"
+
+
+def test_the_same_deployment_twice_does_not_forget_what_was_before(tmp_path, deployment):
+    for name in ("one", "two", "two"):
+        deploy(deployment(name, name), tmp_path)
+    assert roll_back(tmp_path).model.name == "one"
+
+
+def test_nothing_to_go_back_to_is_said(tmp_path, deployment):
+    deploy(deployment("one", "1"), tmp_path)
+    with pytest.raises(ArtifactError, match="nothing was deployed before"):
+        roll_back(tmp_path)
+
+
+def test_another_model_than_was_promoted_is_refused(tmp_path):
+    folder, _ = compiled(tmp_path, "one")
+    with pytest.raises(ArtifactError, match="holds another model"):
+        keep(folder, tmp_path / "home", "0" * 64)
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_altered_model_is_not_served(tmp_path, deployment):
+    folder, sha256 = compiled(tmp_path, "one")
+    keep(folder, tmp_path, sha256)
+    file = tmp_path / "models" / sha256 / "model.gguf"
+    file.unlink()
+    file.write_bytes(b"wEights")
+    found = deployment("one", sha256)
+    with pytest.raises(ArtifactError, match="altered"):
+        verified(found, found.model, tmp_path)
+
+
+def test_a_deployment_that_is_none_is_told(tmp_path):
+    (tmp_path / "current.json").write_text('{"device": "x"}')
+    with pytest.raises(ArtifactError, match="no deployment"):
+        read_current(tmp_path)
+
+
+def test_the_admin_s_token_is_one_and_its_owner_s(tmp_path):
+    token = admin_token(tmp_path)
+    assert admin_token(tmp_path) == token
+    assert len(token) > 30
+    assert stat.S_IMODE((tmp_path / "admin-token").stat().st_mode) == 0o600
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint, tmp_path_factory):
+    """The same tiny model compiled twice, in 32 and in 16 bits."""
+    folder, made = tmp_path_factory.mktemp("models"), []
+    for name, kind in (("first", "f32"), ("second", "f16")):
+        with writing(folder / name) as partial:
+            compile_gguf(checkpoint, partial, GgufTarget(candidate="s", target="gguf", floats=kind, embeddings=kind))
+            sealed = seal(partial, candidate=name, strategy="gguf", config={}, parent=None, parameters=1, facts={})
+        made.append((folder / name, sealed.artifact_sha256))
+    return made
+
+
+@pytest.mark.slow
+def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deployment, tmp_path, monkeypatch):
+    """Not one of the requests that come all the while is lost."""
+    from flows import deploy as flow
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    home = tmp_path / "home"
+    (_, first_sha), (_, second_sha) = models
+    nothing = {"cache": deployment("x", "x").serving.cache.model_copy(update={"capacity": 0})}
+    for folder, sha256 in models:
+        keep(folder, home, sha256)
+    deploy(deployment("first", first_sha, **nothing), home)
+    url = flow._start(home, "127.0.0.1", 0)
+    try:
+        body = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}], "max_tokens": 4}
+        answers, done = [], threading.Event()
+
+        def load():
+            with httpx.Client(timeout=60) as client:
+                while not done.is_set():
+                    answers.append(client.post(f"{url}/v1/chat/completions", json=body))
+
+        clients = [threading.Thread(target=load) for _ in range(3)]
+        for client in clients:
+            client.start()
+        served = [flow.status(home)["version"]]
+        for change in (lambda: deploy(deployment("second", second_sha, **nothing), home), lambda: roll_back(home)):
+            time.sleep(0.5)
+            change()
+            assert flow._take_over(home) == url
+            served.append(flow.status(home)["version"])
+        time.sleep(0.5)
+        done.set()
+        for client in clients:
+            client.join()
+        assert served == [first_sha, second_sha, first_sha]
+        assert {answer.status_code for answer in answers} == {200}
+        assert {answer.json()["model"] for answer in answers} and len(answers) > 6
+        assert httpx.post(f"{url}/deployment", headers={"x-lilliput-admin": "guess"}).status_code == 401
+
+        current = json.loads((home / "current.json").read_text())
+        (home / "current.json").write_text(json.dumps(current | {"model": current["model"] | {"sha256": "0" * 64}}))
+        with pytest.raises(ArtifactError, match="what was served before is served on"):
+            flow._take_over(home)
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+
+        process = flow.running(home)["pid"]
+    finally:
+        assert "is served no more" in flow.stop(home)
+    assert flow.running(home) is None
+    assert not psutil.pid_exists(process)
+
+
+@pytest.mark.slow
+def test_a_gateway_that_cannot_start_says_why(tmp_path):
+    from flows import deploy as flow
+
+    with pytest.raises(ArtifactError, match="nothing is deployed here"):
+        flow._start(tmp_path, "127.0.0.1", 0)
+    with pytest.raises(ArtifactError, match="beyond loopback a bearer token is required"):
+        flow._start(tmp_path, "0.0.0.0", 0)

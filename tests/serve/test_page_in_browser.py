@@ -1,0 +1,366 @@
+"""The page in Chromium, before a gateway of paper: by keyboard, on a phone, in the dark."""
+
+import asyncio
+import json
+import socket
+import threading
+from urllib.parse import quote, urlsplit
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from lilliput.serve.page import page_routes
+from tests.browser import (
+    DESK,
+    PHONE,
+    SMALL_PHONE,
+    asked_for,
+    pale_texts,
+    photograph,
+    prefer,
+    press,
+    resize,
+    scrolls_sideways,
+    wait_for,
+)
+
+pytestmark = pytest.mark.browser
+
+STATUS = {
+    "device": "phone-4gb",
+    "model": "pocket",
+    "version": "0123456789abcdef" * 4,
+    "policy": "learned",
+    "edge": {"name": "lora", "up": True},
+    "links": {
+        "wifi": {"round_trip_ms": 10.0, "up_mbit_per_s": 50.0},
+        "poor": {"round_trip_ms": 400.0, "up_mbit_per_s": 0.3},
+    },
+    "link": "wifi",
+    "battery_wh": 15.0,
+    "cache": True,
+}
+DEVICE = {
+    "place": "device",
+    "reason": "confidence 0.913 ≥ 0.7",
+    "score": 0.913,
+    "seconds": 0.42,
+    "energy_j": 0.123,
+    "energy_source": "estimate",
+    "battery_percent": 0.00023,
+}
+SERVER = {**DEVICE, "place": "server", "reason": "confidence 0.21 < 0.7", "energy_j": 4.0, "energy_source": "rapl"}
+CACHE = {"place": "cache", "reason": "exact hit in the answer cache", "score": None, "seconds": 0.004}
+INJECTED = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
+
+
+class Paper:
+    """A gateway of paper: what it says, and what it was asked."""
+
+    def __init__(self):
+        self.url = ""
+        self.reset()
+
+    def reset(self):
+        self.says, self.facts, self.token, self.refuses = ["Li", "ma"], DEVICE, None, None
+        self.streams, self.ends, self.asked = True, True, []
+
+    def app(self):
+        app = FastAPI()
+        app.include_router(page_routes())
+        app.add_api_route("/status", self._status)
+        app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
+        return app
+
+    def _unknown(self, request):
+        return self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}"
+
+    async def _status(self, request: Request):
+        return _error(401, "a bearer token is required") if self._unknown(request) else JSONResponse(STATUS)
+
+    async def _chat(self, request: Request):
+        if self._unknown(request):
+            return _error(401, "a bearer token is required")
+        self.asked.append((await request.json(), dict(request.headers)))
+        if self.refuses:
+            return _error(*self.refuses)
+        headers = {"x-lilliput-place": self.facts["place"], "x-lilliput-reason": quote(self.facts["reason"])}
+        if self.streams:
+            return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
+        told = {f"x-lilliput-{name.replace('_', '-')}": str(value) for name, value in self.facts.items() if value}
+        message = {"role": "assistant", "content": "".join(self.says)}
+        return JSONResponse({"choices": [{"index": 0, "message": message}]}, headers=told | headers)
+
+    async def _events(self):
+        for text in self.says:
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': text}}]})}\n\n"
+            await asyncio.sleep(0.02)
+        while self.ends is None:  # an answer without an end
+            await asyncio.sleep(0.02)
+        if self.ends:
+            yield f"data: {json.dumps({'choices': [], 'lilliput': self.facts})}\n\ndata: [DONE]\n\n"
+
+
+def _error(status, message, headers=None):
+    body = {"error": {"message": message, "type": "refused", "code": None}}
+    return JSONResponse(body, status, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def paper():
+    paper = Paper()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        paper.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server = uvicorn.Server(uvicorn.Config(paper.app(), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield paper
+        paper.ends = True
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def page(browser, paper):
+    """The page, freshly loaded at a desk in the light; its size and light may be changed."""
+    paper.reset()
+    prefer(browser, prefers_color_scheme="light")
+    resize(browser, DESK)
+    browser.get(paper.url)
+    wait_for(browser, "document.querySelector('#link').options.length === 2")
+    return browser
+
+
+def ask(page, question="What is the capital of Peru?"):
+    wait_for(page, "document.activeElement.id === 'question'")
+    press(page, question, "ENTER")
+
+
+def answered(page, count=1):
+    """The text of the last of `count` finished answers."""
+    wait_for(page, "document.querySelectorAll('article:not(.waiting)').length === arguments[0]", count)
+    return page.execute_script("return [...document.querySelectorAll('article')].at(-1).innerText")
+
+
+def total(page, title):
+    rows = page.execute_script("return [...document.querySelectorAll('#totals div')].map((row) => row.innerText)")
+    [found] = [row for row in rows if title in row]
+    return found.split("\n", 1)[1]
+
+
+def test_asked_by_keyboard_alone_an_answer_tells_where_it_came_from_why_and_what_it_cost(page, paper):
+    ask(page)
+    told = answered(page)
+    for fact in (
+        "What is the capital of Peru?",
+        "Lima",
+        "● device",
+        "0.42 s",
+        "~0.12 J, estimated",
+        "~0.00023 % of the battery",
+        "score 0.91",
+        "Why: confidence 0.913 ≥ 0.7",
+    ):
+        assert fact in told
+    assert page.switch_to.active_element.get_attribute("id") == "question"
+    [(body, headers)] = paper.asked
+    assert body["messages"] == [{"role": "user", "content": "What is the capital of Peru?"}]
+    assert body["stream"] is True
+    assert (headers["x-lilliput-link"], headers["x-lilliput-battery-percent"]) == ("wifi", "100")
+
+
+def test_all_that_can_be_done_is_reached_by_tab_in_the_order_it_stands_and_shows_the_focus(page):
+    page.execute_script("document.querySelector('.skip').focus()")
+    reached = []
+    for _ in range(7):
+        focused = page.switch_to.active_element
+        reached.append(focused.get_attribute("id") or focused.text)
+        assert focused.is_displayed()
+        assert focused.value_of_css_property("outline-style") == "solid", reached[-1]
+        press(page, "TAB")
+    assert reached == ["Skip to the question", "link", "battery", "question", "send", "whole", "start-over"]
+
+
+def test_every_field_and_button_has_a_name(page):
+    page.execute_script("document.querySelector('#token-form').hidden = false")
+    page.execute_cdp_cmd("Accessibility.enable", {})
+    nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = {"textbox", "button", "combobox", "slider", "checkbox", "log", "link"}
+    found = [(node["role"]["value"], node["name"]["value"]) for node in nodes if node["role"]["value"] in roles]
+    assert {role for role, _ in found} == roles
+    assert [role for role, name in found if not name.strip()] == []
+
+
+def test_link_and_battery_are_switches_that_the_gateway_hears_of(page, paper):
+    page.execute_script("document.querySelector('#link').focus()")
+    press(page, "ARROW_DOWN", "TAB", *["ARROW_LEFT"] * 3, "TAB")
+    ask(page)
+    answered(page)
+    headers = paper.asked[0][1]
+    assert (headers["x-lilliput-link"], headers["x-lilliput-battery-percent"]) == ("poor", "97")
+    assert page.execute_script("return document.querySelector('#battery-told').value") == "97 %"
+
+
+def test_totals_add_up_by_place_and_say_what_is_unknown_or_estimated(page, paper):
+    for count, facts in enumerate((SERVER, CACHE, DEVICE), 1):
+        paper.facts = facts
+        ask(page)
+        told = answered(page, count)
+        assert ("J, from rapl" in told, "joules unknown" in told) == (facts is SERVER, facts is CACHE)
+    assert [total(page, place) for place in ("device", "server", "cache")] == ["1", "1", "1"]
+    assert total(page, "Joules") == "~4.1 and 1 × unknown"
+    assert total(page, "Battery spent") == "~0.00046 % of 15 Wh"
+
+
+def test_an_answer_in_one_piece_is_read_with_its_headers(page, paper):
+    paper.streams, paper.facts = False, {**DEVICE, "energy_source": "estimate_tdp"}
+    ask(page)
+    told = answered(page)
+    for fact in ("Lima", "● device", "0.42 s", "~0.12 J, estimated", "Why: confidence 0.913 ≥ 0.7"):
+        assert fact in told
+
+
+def test_a_question_goes_alone_or_with_what_was_said(page, paper):
+    ask(page, "first")
+    answered(page, 1)
+    ask(page, "second")
+    answered(page, 2)
+    page.execute_script("document.querySelector('#whole').click()")
+    ask(page, "third")
+    answered(page, 3)
+    sent = [[message["content"] for message in body["messages"]] for body, _ in paper.asked]
+    assert sent == [["first"], ["second"], ["first", "Lima", "second", "Lima", "third"]]
+
+
+def test_shift_and_enter_make_a_new_line(page, paper):
+    from selenium.webdriver import ActionChains, Keys
+
+    press(page, "one")
+    ActionChains(page).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).send_keys("two").perform()
+    assert paper.asked == []
+    press(page, "ENTER")
+    answered(page)
+    assert paper.asked[0][0]["messages"][0]["content"] == "one\ntwo"
+
+
+@pytest.mark.parametrize("how", ["escape", "button"])
+def test_a_stopped_answer_keeps_what_it_said_and_the_next_question_is_answered(page, paper, how):
+    paper.ends = None
+    ask(page)
+    wait_for(page, "document.querySelector('.answer').textContent === 'Lima'")
+    if how == "escape":
+        press(page, "ESCAPE")
+    else:
+        press(page, "TAB")
+        assert page.switch_to.active_element.text == "Stop"
+        press(page, "ENTER")
+        page.execute_script("document.querySelector('#question').focus()")
+    told = answered(page)
+    assert "Lima" in told
+    assert "stopped by you after" in told
+    paper.ends = True
+    ask(page)
+    assert "● device" in answered(page, 2)
+    assert total(page, "device") == "1"  # the stopped one is no answer
+
+
+@pytest.mark.parametrize(
+    ("refusal", "shown"),
+    [
+        ((503, "too many wait", {"Retry-After": "7"}), "Too many wait. Ask again in 7 s."),
+        ((429, "too many questions", {"Retry-After": "2"}), "Too many questions. Ask again in 2 s."),
+        ((413, "at most 65536 bytes are taken"), "At most 65536 bytes are taken. Shorten it, or start over."),
+        ((400, "messages: too many"), "Messages: too many. Change the question and send it again"),
+        ((502, "the device gave no usable answer"), "Look whether the model's server runs, then ask again."),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
+)
+def test_a_refusal_says_what_to_do_and_can_be_asked_again(page, paper, refusal, shown):
+    paper.refuses = refusal
+    ask(page)
+    assert shown in answered(page)
+    paper.refuses = None
+    page.execute_script("document.querySelector('.again').focus()")
+    press(page, "ENTER")
+    wait_for(page, "document.querySelector('.place')")
+    assert "Lima" in answered(page)
+    assert [body["messages"][0]["content"] for body, _ in paper.asked] == ["What is the capital of Peru?"] * 2
+
+
+def test_an_answer_that_breaks_off_is_not_passed_off_as_whole(page, paper):
+    paper.ends = False
+    ask(page)
+    assert "The answer broke off." in answered(page)
+    assert total(page, "device") == "0"
+
+
+def test_a_token_is_asked_for_once_and_the_question_is_sent_with_it(page, paper):
+    paper.token = "secret"
+    ask(page)
+    for told in ("wrong", "secret"):
+        wait_for(page, "document.activeElement.id === 'token'")
+        press(page, told, "ENTER")
+    wait_for(page, "document.querySelector('.place')")
+    assert "Lima" in answered(page)
+    [(body, headers)] = paper.asked
+    assert body["messages"][0]["content"] == "What is the capital of Peru?"
+    assert headers["authorization"] == "Bearer secret"
+    ask(page)
+    answered(page, 2)
+    assert page.execute_script("return localStorage.length + sessionStorage.length + document.cookie.length") == 0
+
+
+def test_what_a_model_says_is_text_and_never_runs(page, paper):
+    paper.says, paper.facts = [INJECTED], {**DEVICE, "reason": INJECTED, "place": INJECTED.replace('"', "")}
+    ask(page, INJECTED)
+    told = answered(page)
+    assert told.count("<img src=x onerror=") == 4  # question, answer, place and reason, as they were written
+    assert page.title == "Lilliput"
+    assert page.execute_script("return document.querySelectorAll('article img, article script').length") == 0
+
+
+def test_the_policy_lets_no_added_script_run(page):
+    page.execute_script(
+        "const added = document.createElement('script'); added.textContent = 'document.title = \"broken\"';"
+        "document.body.append(added)"
+    )
+    assert page.title == "Lilliput"
+    assert "Content Security Policy" in page.get_log("browser")[-1]["message"]
+
+
+def test_nothing_is_asked_of_anyone_but_the_gateway_and_nothing_complains(page, paper):
+    page.get_log("browser")
+    asked_for(page)
+    page.get(paper.url)
+    ask(page)
+    answered(page)
+    addresses = [urlsplit(address) for address in asked_for(page)]
+    assert {address.netloc for address in addresses if address.scheme != "data"} == {urlsplit(paper.url).netloc}
+    assert {address.path for address in addresses} >= {"/", "/status", "/v1/chat/completions"}
+    assert page.get_log("browser") == []
+
+
+@pytest.mark.parametrize("light", ["light", "dark"])
+@pytest.mark.parametrize("size", [SMALL_PHONE, PHONE, DESK], ids=["small-phone", "phone", "desk"])
+def test_it_fits_and_can_be_read_on_a_phone_and_at_a_desk_by_day_and_by_night(page, paper, size, light, tmp_path):
+    resize(page, size)
+    prefer(page, prefers_color_scheme=light, prefers_reduced_motion="reduce")
+    for count, facts in enumerate((SERVER, CACHE), 1):
+        paper.facts, paper.says = facts, ["Lima, " * 30, "a" * 90]
+        ask(page)
+        answered(page, count)
+    paper.refuses = (503, "too many requests wait for the device", {"Retry-After": "1"})
+    ask(page)
+    answered(page, 3)
+    page.execute_script("document.querySelector('#token-form').hidden = false")
+    photograph(page, tmp_path / "page.png")
+    assert not scrolls_sideways(page)
+    assert pale_texts(page) == []
+    small = page.execute_script(
+        "return [...document.querySelectorAll('button, select, textarea, input:not([type=checkbox])')]"
+        ".filter((it) => it.checkVisibility() && it.getBoundingClientRect().height < 44).map((it) => it.outerHTML)"
+    )
+    assert small == []  # a finger's width
+    assert page.execute_script("return document.getAnimations().length") == 0
