@@ -38,10 +38,10 @@ def offload(params: Params, device: str) -> None:
     corpus = read_corpus(layout.DATA)
     embedder = open_embedder(params.caching.embedder, default_cache())
     with measured(layout.offload_record(device)) as record, cpu_threads(1):
-        with _both_ends(params, device) as (ends, client):
+        with _both_ends(params, device) as (own, edge, client):
             questions = draw(corpus.questions, serving.offload.questions, serving.offload.seed)
             prompt, longest = params.data.system_prompt, serving.offload.max_new_tokens
-            rows = ask_both(questions, *ends, embedder, prompt, longest, client)
+            rows = ask_both(questions, own, edge, embedder, prompt, longest, client)
         vectors = embedder.embed([row["question"] for row in rows])
         found, router = judge(rows, vectors, params, device)
         write_text(folder / ANSWERS, "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows))
@@ -106,13 +106,13 @@ def _both_ends(params: Params, device: str) -> Iterator[Any]:
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
             headers = {"Authorization": f"Bearer {key}"} if key else {}
-            yield (first, End("the edge server", str(edge.url), {"model": edge.model}, headers)), client
+            yield first, End("the edge server", str(edge.url), {"model": edge.model}, headers), client
             return
         folder = layout.compiled(edge.candidate, "gguf")
         verify(folder)
         remote = Serving(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
         with LlamaServer(remote) as other:
-            yield (first, End("the edge server", other.url, clock=other.cpu_seconds)), client
+            yield first, End("the edge server", other.url, clock=other.cpu_seconds), client
 
 
 def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lilliput.models import open_model
 from lilliput.runtime.protocol import Runtime
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.serve.cache import AnswerCache, Asked, Hit
-from lilliput.serve.embedding import SentenceEmbedder
+from lilliput.serve.embedding import Embedder, SentenceEmbedder
 from lilliput.serve.threshold import fit_threshold, judge_pairs, labelled_pairs, similarities
 
 PLAIN, PREFIX, CACHE = "plain", "prefix", "cache"
@@ -242,7 +242,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: Eva
 
 
 def fitted_threshold(
-    corpus: Corpus, recipe: Recipe, config: CachingConfig, embedder: SentenceEmbedder
+    corpus: Corpus, recipe: Recipe, config: CachingConfig, embedder: Embedder
 ) -> tuple[float, dict[str, Any]]:
     """The threshold fitted on the training text, and how pairs from there and from held-out questions hit by it."""
     halves = {

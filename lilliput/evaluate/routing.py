@@ -479,7 +479,7 @@ def judge(
         warnings.simplefilter("error")  # a fit that does not converge is no fit
         held_out = {look: cross_fit(known[look], outcomes, folds, vectors.shape[1]) for look in LOOKS}
         fitted = {look: fit(known[look], outcomes, vectors.shape[1]) for look in LOOKS}
-    worth = {look: held_out_worth(known[look], held_out[look], folds) for look in LOOKS}
+    worth: dict[Look, np.ndarray] = {look: held_out_worth(known[look], held_out[look], folds) for look in LOOKS}
     scores = {"threshold": -_sure(rows)} | {f"learned_{look}": worth[look] for look in LOOKS}
     config = params.evaluation
     found: dict[str, Any] = {

@@ -137,7 +137,7 @@ def _course(name: str, curve: Curve, x_label: str) -> str:
     )
 
 
-def offloading(policies: Mapping[str, Mapping[str, Any]]) -> str:
+def offloading(policies: Mapping[str, Mapping[str, Any]]) -> Chart:
     """Accuracy, hallucination rate, latency and energy of each policy, with intervals; of latencies, p50 to p90.
 
     Args:
@@ -161,12 +161,12 @@ def offloading(policies: Mapping[str, Mapping[str, Any]]) -> str:
         axes.set_xlabel(title)
         axes.set_xlim(left=0.0)
     grid[0, 0].invert_yaxis()
-    return _svg(figure)
+    return Chart("What each policy brings and costs", _svg(figure), "Its numbers stand in the table above.")
 
 
 def offloaded_shares(
     curves: Mapping[str, Sequence[Mapping[str, float]]], policies: Mapping[str, Mapping[str, Any]]
-) -> str:
+) -> Chart:
     """Accuracy and hallucination rate over the share that is offloaded: each ranking's curve, chance, and each policy.
 
     Args:
@@ -177,14 +177,16 @@ def offloaded_shares(
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "hallucination_rate"), strict=True):
         for name, points in curves.items():
             (line,) = axes.plot([p["offloaded"] for p in points], [p[metric] for p in points], label=name)
-            if name in policies:
+            if name in policies and policies[name][metric]["value"] is not None:
                 axes.plot(policies[name]["offloaded"], policies[name][metric]["value"], "o", color=line.get_color())
         ends = [next(iter(curves.values()))[place] for place in (0, -1)]
         axes.plot([0.0, 1.0], [end[metric] for end in ends], color="0.5", linestyle="--", label="random")
         axes.set_xlabel("share offloaded")
         axes.set_ylabel(metric.replace("_", " "))
     figure.axes[0].legend(frameon=False)
-    return _svg(figure)
+    best = {name: max(points, key=lambda point: point["accuracy"]) for name, points in curves.items()}
+    words = (f"{n}: accuracy at most {p['accuracy']:.3f}, at {p['offloaded']:.0%} offloaded." for n, p in best.items())
+    return Chart("Accuracy and hallucination rate over the share offloaded", _svg(figure), " ".join(words))
 
 
 def _svg(figure: Figure) -> str:

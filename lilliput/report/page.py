@@ -34,8 +34,7 @@ def render(
         differences: a row per candidate and metric: the paired difference from its parent.
         caching: the caching record of each candidate it was measured on.
         compiled: each compiled model with its device record, its parity record and its tensors' types.
-        offloading: by device, what each policy between it and its edge server brings and costs; and its charts, as SVG
-            under `charts`.
+        offloading: by device, what each policy between it and its edge server brings and costs; and its charts.
         promotion: the decision of each device.
         costs: seconds and peak memory of each stage.
         charts: what stands under `impact`, `pareto` and `making`: how the candidates were made.
@@ -60,7 +59,7 @@ def render(
         caching=caching,
         compiled=compiled,
         offloading={
-            device: {**record, "charts": [Markup(svg) for svg in record["charts"]]}
+            device: {**record, "charts": [replace(chart, svg=Markup(chart.svg)) for chart in record["charts"]]}
             for device, record in (offloading or {}).items()
         },
         promotion=promotion,

@@ -83,7 +83,6 @@ class _State:
     device_free_s: float = 0.0
     radio_end_s: float = -math.inf
     radio_link: LinkConfig | None = None
-    charging: bool = False
     served: list[Served] = field(default_factory=list)
 
 
@@ -92,7 +91,7 @@ def draw_trace(
 ) -> list[Event]:
     """Traffic with a daily rhythm: few questions at night, most in the evening.
 
-    From 19 to 8 o'clock the phone is at home, charged from 23 on; on the way, each hour has a link of its own.
+    From 19 to 8 o'clock the phone is at home, charged from midnight on; on the way, each hour has a link of its own.
 
     Args:
         questions: ids; each is as likely as any other.
@@ -109,9 +108,7 @@ def draw_trace(
         for hour in sorted(rng.choices(range(24), _HOURS, k=queries_per_day)):
             at_s = day * DAY_S + 3600.0 * (hour + rng.random())
             link = home if hour in _AT_HOME else away[hour]
-            events.append(
-                Event(at_s=at_s, id=rng.choice(list(questions)), link=link, charging=hour not in range(8, 23))
-            )
+            events.append(Event(at_s=at_s, id=rng.choice(list(questions)), link=link, charging=hour < 8))
     return sorted(events, key=lambda event: event.at_s)
 
 

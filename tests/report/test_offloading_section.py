@@ -1,0 +1,68 @@
+"""The offloading section, on figures that the judge gives for questions made up."""
+
+import re
+
+import pytest
+
+from lilliput.evaluate.routing import judge
+from lilliput.report import charts
+from lilliput.report.page import render
+from tests.evaluate.test_offload import row, told
+from tests.serve.conftest import BagOfWords
+
+
+def record(rows, params):
+    found, _ = judge(rows, BagOfWords().embed([r["question"] for r in rows]), params, "phone-4gb")
+    policies = found["links"]["wifi"]
+    drawn = [charts.offloading(policies), charts.offloaded_shares(found["curves"], policies)]
+    head = {"candidate": "pocket", "edge": "lora", "link": "wifi", "questions": len(rows)}
+    return found | head | {"charts": drawn}
+
+
+def page(offloading):
+    origin = {"commit": "c", "command": "k", "data": "d", "confidence": "95 %", "energy": "e"}
+    return render(
+        candidates=[],
+        differences=[],
+        caching={},
+        offloading=offloading,
+        promotion={},
+        costs=[],
+        charts={},
+        origin=origin,
+    )
+
+
+@pytest.fixture
+def params(tiny_params):
+    return tiny_params.model_copy(update={"links": {"wifi": tiny_params.links["wifi"]}})
+
+
+def test_every_policy_has_a_row_estimates_are_marked_and_nothing_is_left_out(params):
+    html = page({"phone-4gb": record(told(30), params)})
+    section = html[html.index('<h2 id="offloading-phone-4gb">') :]
+    section = section[: section.index("</section>")]
+    rows = re.findall(r'<tr><th scope="row">([^<]+)</th>(.*?)</tr>', section, re.DOTALL)
+    names = [name for name, _ in rows]
+    assert names[:7] == ["device", "server", "threshold", "learned, before", "learned, after", "random", "oracle"]
+    for name, cells in rows[:7]:
+        assert cells.count("~") == 3, name  # latency, joules, battery
+        assert ("<td>–</td>" in cells) == (name in ("device", "server", "random"))
+    assert names[7:] == ["threshold", "learned, before", "learned, after"]
+    assert section.count("<svg") == 2
+
+
+def test_the_same_figures_draw_the_same_bytes(params):
+    assert record(told(30), params)["charts"] == record(told(30), params)["charts"]
+
+
+def test_ends_that_know_nothing_and_questions_that_nobody_can_answer_have_their_page_too(params):
+    rows = [row(n, "W", "W", answerable=False) for n in range(24)]
+    found = record(rows, params)
+    assert found["links"]["wifi"]["learned_before"]["accuracy"]["value"] is None
+    assert found["areas"]["learned_after"]["both"]["value"] == 0.0
+    assert "unavailable" in page({"phone-4gb": found})
+
+
+def test_without_it_there_is_no_section():
+    assert "Device first" not in page({})
