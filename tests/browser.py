@@ -66,7 +66,7 @@ def press(driver: Chrome, *keys: str) -> None:
     driver.switch_to.active_element.send_keys(*(getattr(Keys, key, key) for key in keys))
 
 
-def wait_for(driver: Chrome, condition: str, *arguments: object, seconds: float = 5.0) -> Any:
+def wait_for(driver: Chrome, condition: str, *arguments: object, seconds: float = 15.0) -> Any:
     """What `condition`, a JavaScript expression, becomes once it is true."""
     from selenium.webdriver.support.wait import WebDriverWait
 
