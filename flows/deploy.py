@@ -27,6 +27,8 @@ from flows.workspace import PROJECT, alone_in
 from lilliput.artifacts import write_text
 from lilliput.config import load_params
 from lilliput.errors import ArtifactError, LilliputError
+from lilliput.serve.deployment import CURRENT, GATEWAY, PREVIOUS, admin_token, read_current, roll_back, tidy
+from lilliput.serve.deployment import deploy as make_current
 
 HOMES = Path("deployments")
 # Gateways that this process started: they outlive it, and as long as it lives it has to hear of their ends.
@@ -67,8 +69,7 @@ def deploy(
 
 
 def _deploy(device: str, action: Action, host: str, port: int, params_file: Path) -> str:
-    from lilliput.serve.deployment import CURRENT, PREVIOUS, deploy, read_current, roll_back, tidy
-    from tasks.deploy import stage_champion
+    from tasks.deploy import stage_champion  # brings MLflow
 
     folder = _folder(params_file)
     home = folder / HOMES / device
@@ -78,7 +79,7 @@ def _deploy(device: str, action: Action, host: str, port: int, params_file: Path
         if action is Action.rollback:
             roll_back(home)
         else:
-            deploy(stage_champion(load_params(folder / "params.yaml"), device, home), home)
+            make_current(stage_champion(load_params(folder / "params.yaml"), device, home), home)
         try:
             address = _take_over(home) if running(home) else _start(home, host, port)
         except ArtifactError:
@@ -94,8 +95,6 @@ def _deploy(device: str, action: Action, host: str, port: int, params_file: Path
 
 def running(home: Path) -> dict[str, Any] | None:
     """What is known of the gateway's process in `home`; None if there is none."""
-    from lilliput.serve.__main__ import GATEWAY
-
     try:
         known = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
         same = psutil.Process(known["pid"]).create_time() == known["started"]  # and not another of the same number
@@ -105,8 +104,6 @@ def running(home: Path) -> dict[str, Any] | None:
 
 
 def _take_over(home: Path) -> str:
-    from lilliput.serve.deployment import admin_token
-
     known = running(home)
     assert known is not None
     headers = {"x-lilliput-admin": admin_token(home)} | _bearer()

@@ -15,7 +15,7 @@ from lilliput.data.corpus import Corpus, read_corpus
 from lilliput.data.recipe import read_recipe
 from lilliput.data.wheels import default_cache
 from lilliput.errors import ArtifactError
-from lilliput.serve.embedding import Embedder
+from lilliput.serve.embedder import Embedder
 from lilliput.serve.routers import CACHE, GGUF, ROUTER, pair_of
 from lilliput.serve.server import LlamaServer, Serving
 from tasks import layout

@@ -11,7 +11,7 @@ from lilliput.artifacts import write_json, write_text
 from lilliput.config import Params
 from lilliput.data.wheels import default_cache
 from lilliput.errors import ArtifactError
-from lilliput.serve.embedding import Embedder
+from lilliput.serve.embedder import Embedder
 from lilliput.serve.router import Always, Router, Threshold
 from tasks import layout
 from tasks.offload import ANSWERS

@@ -30,7 +30,8 @@ from lilliput.models import open_model
 from lilliput.runtime.protocol import Runtime
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.serve.cache import AnswerCache, Asked, Hit
-from lilliput.serve.embedding import Embedder, SentenceEmbedder
+from lilliput.serve.embedder import Embedder
+from lilliput.serve.embedding import SentenceEmbedder
 from lilliput.serve.threshold import fit_threshold, judge_pairs, labelled_pairs, similarities
 
 PLAIN, PREFIX, CACHE = "plain", "prefix", "cache"

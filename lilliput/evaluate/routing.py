@@ -14,7 +14,7 @@ from sklearn.model_selection import GroupKFold
 from lilliput.config import LinkConfig, Params, ServingConfig
 from lilliput.errors import ConfigError
 from lilliput.evaluate import intervals
-from lilliput.serve.embedding import Embedder
+from lilliput.serve.embedder import Embedder
 from lilliput.serve.learned import (
     ALWAYS,
     NEVER,

@@ -18,12 +18,11 @@ import uvicorn
 from lilliput.artifacts import write_json
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.api import Admin, App
-from lilliput.serve.deployment import admin_token, read_current
+from lilliput.serve.deployment import GATEWAY, admin_token, read_current
 from lilliput.serve.gateway import Gateway, Service
 from lilliput.serve.opening import open_service
 from lilliput.serve.page import page_routes
 
-GATEWAY = "gateway.json"
 TOKEN = "LILLIPUT_TOKEN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WATCH_S, RESTART_S = 1.0, 10.0

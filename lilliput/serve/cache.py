@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 
 from lilliput.errors import ArtifactError
-from lilliput.serve.embedding import Embedder
+from lilliput.serve.embedder import Embedder
 
 LOCK_TIMEOUT_S = 30.0
 _SCHEMA = """

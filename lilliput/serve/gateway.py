@@ -219,10 +219,12 @@ class Gateway:
     async def _reply(self, service: Service, chat: Chat, conditions: Conditions, spent: Spent) -> Reply:
         if hit := await self._cached(service, chat, spent):
             return hit
-        decision, looked = await asyncio.to_thread(service.router.before, chat.question, conditions), None
+        router, looked = service.router, None
+        decision = await spent.thinking(lambda: router.before(chat.question, conditions))
         if decision is None:
             looked = await self._whole_from_device(service, chat, spent)
-            decision = await asyncio.to_thread(service.router.after, chat.question, logprobs_of(looked), conditions)
+            tokens = logprobs_of(looked)
+            decision = await spent.thinking(lambda: router.after(chat.question, tokens, conditions))
         if decision.place == "server":
             try:
                 return await self._from_edge(service, chat, decision, spent)
@@ -240,13 +242,7 @@ class Gateway:
         cache = service.cache
         if cache is None or not chat.cacheable:
             return None
-
-        def find() -> tuple[Any, float]:
-            begun = time.thread_time()
-            return cache.find(cache.asked(chat.question)), time.thread_time() - begun
-
-        hit, cpu_s = await asyncio.to_thread(find)
-        spent.cpu_s = None if spent.cpu_s is None else spent.cpu_s + cpu_s
+        hit = await spent.thinking(lambda: cache.find(cache.asked(chat.question)))
         if hit is None:
             return None
         decision = Decision("device", hit.similarity, f"{hit.kind} hit in the answer cache")
@@ -261,6 +257,7 @@ class Gateway:
             return await _begun(Reply("server", decision), self._edge_chunks(service, chat, request, spent))
         with spent.on_edge():
             body = await service.edge.ask(request)
+        body["model"] = service.setting.edge
         spent.down_bytes += len(json.dumps(body))
         await _remember(service, chat, text_of(body))
         return Reply("server", decision, body)
@@ -271,7 +268,7 @@ class Gateway:
             async with aclosing(_remembered(service, chat, service.edge.stream(request))) as chunks:
                 async for chunk in chunks:
                     spent.down_bytes += len(json.dumps(chunk))
-                    yield chunk
+                    yield chunk | {"model": service.setting.edge}
 
     async def _from_device(
         self, service: Service, chat: Chat, decision: Decision, spent: Spent, *, remember: bool = True
@@ -288,7 +285,7 @@ class Gateway:
         async with self._slot(service):
             with spent.on_device(service.device.clock):
                 try:
-                    return await service.device.ask(request)
+                    return await service.device.ask(request) | {"model": service.model.name}  # not where its file is
                 except EndFailed as error:
                     raise Unanswered(f"the device {error}") from None
 
@@ -300,7 +297,7 @@ class Gateway:
                 try:
                     async with aclosing(_remembered(service, chat, told) if remember else told) as chunks:
                         async for chunk in chunks:
-                            yield chunk
+                            yield chunk | {"model": service.model.name}
                 except EndFailed as error:
                     raise Unanswered(f"the device {error}") from None
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from lilliput.config import ObjectiveConfig
 from lilliput.serve.cache import names_in
-from lilliput.serve.embedding import Embedder
+from lilliput.serve.embedder import Embedder
 from lilliput.serve.router import Conditions, Decision
 
 Look = Literal["before", "after"]

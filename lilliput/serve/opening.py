@@ -11,7 +11,8 @@ from lilliput.serve.breaker import Breaker
 from lilliput.serve.cache import AnswerCache
 from lilliput.serve.costs import Device
 from lilliput.serve.deployment import ANSWERS, Deployed, Deployment, gguf_sha256, verified
-from lilliput.serve.embedding import Embedder, Remembering, open_embedder
+from lilliput.serve.embedder import Embedder, Remembering
+from lilliput.serve.embedding import open_embedder
 from lilliput.serve.ends import End
 from lilliput.serve.gateway import Model, Service, Setting
 from lilliput.serve.routers import open_router

@@ -9,7 +9,7 @@ from typing import Any
 from lilliput.artifacts import Manifest
 from lilliput.config import EdgeConfig, ServingConfig
 from lilliput.errors import ArtifactError
-from lilliput.serve.embedding import Embedder
+from lilliput.serve.embedder import Embedder
 from lilliput.serve.learned import Fitted, Learned, Point, Table
 from lilliput.serve.router import Always, Router, Threshold
 

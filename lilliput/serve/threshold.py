@@ -15,7 +15,7 @@ from lilliput.data.questions import Question
 from lilliput.data.recipe import Recipe, Relation
 from lilliput.evaluate.intervals import rate
 from lilliput.serve.cache import names_in
-from lilliput.serve.embedding import Embedder
+from lilliput.serve.embedder import Embedder
 
 Kind = Literal["paraphrase", "other_entity", "other_relation", "opposite"]
 
