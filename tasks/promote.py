@@ -73,7 +73,7 @@ def roll_back(params: Params, device: str, because: str) -> None:
             refused = {pool.name(champion): f"rolled back by hand {day}"}
             verdicts.veto(stepped_down, device, f"rolled back by hand {day}", params)
         reason = f"restored by hand in place of {''.join(refused) or 'nobody'} {day}"
-        verdicts.hold(restored, device, reason, params, pool.versions)
+        verdicts.hold(restored, device, reason, params, _on(device, pool))
         for alias, version in {CHAMPION: restored, PREVIOUS: stepped_down, CHALLENGER: None}.items():
             registry.point(f"{alias}{device}", version)
         decision = Decision(device=device, champion=pool.name(previous), reason=reason, refused=refused)
@@ -124,14 +124,21 @@ def _by_rules(device: str, pool: Pool) -> Decision:
     """What evaluations, rules and a person's earlier word would have."""
     # The versions of a search never served anyone, so that chains are held against the base alone.
     champion = None if layout.SEARCH.exists() else registry.version_of(f"{CHAMPION}{device}")
-    records, impossible = _on(device, pool)
-    impossible |= {name: why for name, tags in pool.tags.items() if (why := verdicts.vetoed(tags, device, pool.params))}
+    records, impossible = found = _on(device, pool)
+    impossible = impossible | {
+        name: why for name, tags in pool.tags.items() if (why := verdicts.vetoed(tags, device, pool.params))
+    }
     if champion is None:
         return decide(device, pool.params.promotion[device], records, pool.base_reference(), impossible)
-    if why := verdicts.held(champion.tags, device, pool.params, pool.versions):
+    if why := verdicts.held(champion.tags, device, pool.params, found):
         others = {name: f"{pool.name(champion)} was {why}" for name in pool.versions if name != pool.name(champion)}
         return Decision(device=device, champion=pool.name(champion), reason=why, refused=others | impossible)
-    return _beside(champion, device, pool, records, impossible)
+    decision = _beside(champion, device, pool, records, impossible)
+    moves = decision.champion not in (None, pool.name(champion))
+    if moves and verdicts.settled(champion.tags, device, pool.params, found):
+        # Near enough to the champion so far, but not to the one before it: else runs in a row would creep downwards.
+        return _staying(decision, pool, "fell short when this was decided; nothing has changed since", None)
+    return decision
 
 
 def _beside(
@@ -186,6 +193,8 @@ def _move(device: str, decision: Decision, pool: Pool) -> None:
     champion = versions.get(decision.champion or "")
     registry.move_champion(device, champion)
     registry.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
+    if champion and (before is None or str(before.version) != champion):
+        verdicts.settle(champion, device, pool.params, _on(device, pool))
     if before and str(before.version) != champion:
         followed = f"followed by {decision.champion or 'nobody'}"
         verdicts.tell_refused(str(before.version), device, decision.refused.get(pool.name(before), followed))

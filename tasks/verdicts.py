@@ -12,6 +12,9 @@ from typing import Any
 from lilliput.config import Params
 from tasks import registry
 
+# The candidates' records as a device knows them, and whom it cannot run.
+Found = tuple[Mapping[str, Any], Mapping[str, str]]
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -54,16 +57,26 @@ def vetoed(tags: Mapping[str, str], device: str, params: Params) -> str | None:
     return _in_force(tags.get(_tag("vetoed", device)), _asked(params, device))
 
 
-def hold(version: str, device: str, because: str, params: Params, versions: Mapping[str, str]) -> None:
+def hold(version: str, device: str, because: str, params: Params, found: Found) -> None:
     """A person's choice: `version` stays champion of `device` until an evaluation or the rules change."""
     tell_promoted(version, device, because)
-    note = _note(because, _asked(params, device, versions))
+    note = _note(because, _asked(params, device, found))
     registry.tell(version, {_tag("vetoed", device): None, _tag("held", device): note})
 
 
-def held(tags: Mapping[str, str], device: str, params: Params, versions: Mapping[str, str]) -> str | None:
+def held(tags: Mapping[str, str], device: str, params: Params, found: Found) -> str | None:
     """Why the champion with `tags` is to stay, if that is in force."""
-    return _in_force(tags.get(_tag("held", device)), _asked(params, device, versions))
+    return _in_force(tags.get(_tag("held", device)), _asked(params, device, found))
+
+
+def settle(version: str, device: str, params: Params, found: Found) -> None:
+    """Stores of which evaluations and rules champion `version` is the outcome."""
+    registry.tell(version, {_tag("settled", device): _asked(params, device, found)})
+
+
+def settled(tags: Mapping[str, str], device: str, params: Params, found: Found) -> bool:
+    """Whether neither evaluations nor rules have changed since the champion with `tags` was decided on."""
+    return tags.get(_tag("settled", device)) == _asked(params, device, found)
 
 
 def on_this_day(because: str) -> str:
@@ -71,10 +84,10 @@ def on_this_day(because: str) -> str:
     return f"on {datetime.now().astimezone():%Y-%m-%d}" + (f": {because}" if because else "")
 
 
-def _asked(params: Params, device: str, versions: Mapping[str, str] | None = None) -> str:
-    """Changes when what is asked of a champion of `device` does, or an evaluation among `versions`."""
+def _asked(params: Params, device: str, found: Found | None = None) -> str:
+    """Changes when what is asked of a champion of `device` does, or an evaluation in `found`."""
     rules = [params.promotion[device].model_dump(mode="json"), params.devices[device].model_dump(mode="json")]
-    return hashlib.sha256(json.dumps([rules, versions], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rules, found], sort_keys=True).encode()).hexdigest()
 
 
 def _note(because: str, of: str) -> str:
