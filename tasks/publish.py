@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 
 from lilliput.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify
 from lilliput.config import Params
@@ -19,6 +18,8 @@ from lilliput.report.card import hub_card
 from tasks import layout, registry
 
 CARD = "README.md"
+# Of whatever HTTP library the hub's client is built on; offline mode is an OSError, a bad name a ValueError.
+_HUB_ERRORS = (HfHubHTTPError.__mro__[1], OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
         api.create_repo(repository, private=private, exist_ok=True)
         message = f"{publication.device}: version {publication.version}"
         done = api.create_commit(repository, operations, commit_message=message)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.TransportError, ValueError) as error:
+    except _HUB_ERRORS as error:
         raise PublishError(f"{repository}: {error}") from None
     registry.tell(publication.version, {f"lilliput.published.{publication.device}": done.commit_url})
     return done.commit_url
