@@ -47,7 +47,10 @@ class Answering(PythonModel):
             folder = _registered(config["forms"][config["form"]])
             self._runtime = open_compiled(config["form"], folder, config["threads"], config["context_tokens"])
 
-    def predict(self, context: PythonModelContext, model_input: list[str]) -> list[str]:
+    # MLflow reads the types of the questions from this signature, and leaves `params` away as here.
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, context: PythonModelContext, model_input: list[str]
+    ) -> list[str]:
         """An answer to each question."""
         del context
         from lilliput.data.chat import encode_prompt

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
@@ -19,7 +19,7 @@ from tasks import layout, registry
 
 CARD = "README.md"
 # Of whatever HTTP library the hub's client is built on; offline mode is an OSError, a bad name a ValueError.
-_HUB_ERRORS = (HfHubHTTPError.__mro__[1], OSError, ValueError)
+_HUB_ERRORS = (cast("type[Exception]", HfHubHTTPError.__mro__[1]), OSError, ValueError)
 
 
 @dataclass(frozen=True)
