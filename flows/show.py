@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,9 @@ from lilliput.config import load_params
 from lilliput.graph import topological_order
 from lilliput.report.page import figure
 from tasks import layout
+
+if TYPE_CHECKING:  # brings MLflow
+    from tasks.publish import Publication
 
 MIB = 2**20
 
@@ -76,16 +79,32 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
     if on_devices := device_rows(folder):
         console.print()
         console.print(_table("Compiled, on devices: emulated threads and memory on this processor", on_devices))
+    print_decisions(folder)
+    console.print()
+    for label, state in (("Made now", "Completed"), ("Restored", "Restored"), ("Cached", "Cached")):
+        console.print(f"{label}: {', '.join(name for name in states if states[name] == state) or 'nothing'}")
+    console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_decisions(folder: Path, only: str | None = None) -> None:
+    """Prints who is champion of each device, or of one, and why nobody else."""
+    console = _console()
     for device, decision in _read(folder / layout.PROMOTION).items():
+        if only not in (None, device):
+            continue
         console.print(
             f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'nobody'}[/bold]: {decision['reason']}"
         )
         for name, reason in decision["refused"].items():
             console.print(f"  not {name}: {reason}", style="dim", highlight=False)
-    console.print()
-    for label, state in (("Made now", "Completed"), ("Restored", "Restored"), ("Cached", "Cached")):
-        console.print(f"{label}: {', '.join(name for name in states if states[name] == state) or 'nothing'}")
-    console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_publication(publication: Publication, repository: str) -> None:
+    """Prints the model card and the files of what would be published."""
+    console = _console()
+    console.print(publication.card, highlight=False, markup=False, soft_wrap=True)
+    rows = [{"file": file.path, "bytes": f"{file.size_bytes:,}", "sha256": file.sha256} for file in publication.files]
+    console.print(_table(f"{publication.device}, version {publication.version}, for {repository}", rows))
 
 
 def front_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:

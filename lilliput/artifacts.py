@@ -53,6 +53,11 @@ class Manifest(BaseModel):
         """The identity of the artefact: the hash of its whole manifest, and so of every file in it."""
         return hashlib.sha256(_canonical(self.model_dump()).encode()).hexdigest()
 
+    @property
+    def text(self) -> str:
+        """As it stands in lilliput.json."""
+        return _canonical(self.model_dump(), indent=2) + "\n"
+
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
@@ -102,7 +107,7 @@ def seal(
         versions=library_versions(),
         files={name: file_sha256(path) for name, path in files.items()},
     )
-    (directory / MANIFEST).write_text(_canonical(manifest.model_dump(), indent=2) + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(manifest.text, encoding="utf-8")
     return manifest
 
 

@@ -7,6 +7,7 @@ LilliputError            exit code 2: the message says what, where and what to d
 ├── ArtifactError        a model directory is missing, incomplete or not what it says
 ├── StrategyError        a strategy cannot be applied to this parent
 ├── CompileError         a checkpoint cannot be compiled for a target, or what came out is another model
+├── PublishError         a bundle cannot be put on the hub
 └── StageError           a stage of the pipeline ended badly in its own process
 """
 
@@ -45,6 +46,10 @@ class StrategyError(LilliputError):
 
 class CompileError(LilliputError):
     """A checkpoint cannot be compiled for a target, or the compiled model is not the one that was measured."""
+
+
+class PublishError(LilliputError):
+    """A bundle is not its device's champion, or the hub does not take it."""
 
 
 class StageError(LilliputError):

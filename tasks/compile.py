@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.artifacts import PARITY, read_manifest, seal, verify, write_json, writing
-from lilliput.compile.parity import prove_parity
 from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget, Params, TargetConfig
 from lilliput.data.corpus import read_corpus
 from lilliput.errors import ArtifactError
@@ -17,6 +16,8 @@ from tasks.cost import measured
 
 def compile_candidate(params: Params, name: str) -> None:
     """Writes compiled/<candidate>/<target>, with its parity record in it, and costs/compile-<name>.json."""
+    from lilliput.compile.parity import prove_parity  # brings torch; those who read device records need none
+
     config = params.compile[name]
     checkpoint = layout.model(config.candidate)
     parent = verify(checkpoint)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 DATA = Path("data")
+QUESTIONS = Path("data/questions.jsonl")
 SOURCE = Path("models/source")
 REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")

@@ -17,14 +17,23 @@ def git_commit() -> str | None:
 
 
 def dvc_hashes(candidate: str) -> dict[str, str]:
-    """DVC's md5 of the models and data that `compress@<candidate>` read and wrote; empty before its first commit."""
+    """DVC's md5 of what `candidate` was made from, what it is, compiled too, and the data it was measured on.
+
+    Empty before DVC's first commit of these stages.
+    """
     lock = Path("dvc.lock")
     if not lock.exists():
         return {}
     stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-    stage = stages.get(f"compress@{candidate}", {})
-    entries = [*stage.get("deps", []), *stage.get("outs", [])]
+    own = [stages.get(f"{kind}@{candidate}", {}) for kind in ("compress", "evaluate")]
+    entries = [entry for stage in own for entry in [*stage.get("deps", []), *stage.get("outs", [])]]
     wanted = [entry for entry in entries if "md5" in entry and entry["path"].startswith(("models", "data"))]
+    wanted += [
+        out
+        for stage in stages.values()
+        for out in stage.get("outs", [])
+        if out["path"].startswith(f"compiled/{candidate}/")
+    ]
     return {entry["path"]: str(entry["md5"]) for entry in wanted}
 
 

@@ -1,76 +1,216 @@
-"""Decide which candidate is best for each device, and point the registry's aliases at it."""
+"""Decide which candidate is best for each device, and point the registry's aliases at it.
+
+One function for all doors: the stage `promote`, which `dvc repro` and the flow democratize run, and flows/promote.py.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion
 
 from lilliput.artifacts import write_json
 from lilliput.config import Params
-from lilliput.errors import DataError
-from lilliput.evaluate.compare import compare
-from lilliput.graph import topological_order
+from lilliput.errors import ArtifactError, ConfigError
 from lilliput.promote import Decision, decide
-from tasks import layout, registry
+from tasks import layout, registry, verdicts
 from tasks.compile import device_record
+from tasks.pool import Pool, read_pool
+from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS
+from tasks.reign import as_device_knows, read_past
+from tasks.verdicts import Answer, Proposal
 
 
-def promote(params: Params) -> None:
-    """Writes promotion.json and moves the aliases `champion-<device>` of the registered model."""
-    registered = json.loads(layout.REGISTRY.read_text())
-    names = [name for name in topological_order(params) if name in registered]
-    base = names[0] if names else None
-    if base is None or params.candidates[base].apply != "load":
-        raise DataError("promote: the base has not been evaluated, and the rules are relative to it; run its stages")
-    records = {name: json.loads(layout.metrics(name).read_text()) for name in names}
-    answers = {name: _answers(name) for name in names}
-    seed, resamples = params.evaluation.seed, params.evaluation.resamples
-    against_base = {name: compare(answers[base], answers[name], seed, resamples) for name in names if name != base}
-    decisions = []
-    for device, rules in params.promotion.items():
-        found, impossible = _on(params, device, records)
-        decisions.append(decide(device, rules, found, against_base, impossible))
-    registry.point_champions(registered, decisions)
-    told = {d.device: d.model_dump(mode="json") | {"compiled": _compiled(params, d)} for d in decisions}
-    write_json(layout.PROMOTION, told)
+def promote(params: Params, answers: Mapping[str, Answer] | None = None) -> None:
+    """Writes promotion.json, moves the aliases `champion-`, `challenger-` and `previous-<device>`, and tells why.
+
+    Args:
+        params: of the project.
+        answers: by device, what a person said where the rules ask for approval; without one nothing moves there.
+    """
+    with registry.alone():
+        pool = read_pool(params)
+        decisions = {device: _decide(device, pool, (answers or {}).get(device)) for device in params.promotion}
+        for device, decision in decisions.items():
+            _move(device, decision, pool)
+        registry.forget_devices(params.promotion)
+        write_json(layout.PROMOTION, {device: _told(params, decision) for device, decision in decisions.items()})
 
 
-def _compiled(params: Params, decision: Decision) -> dict[str, str] | None:
-    """Which compiled form of the champion the device gets; None where it runs checkpoints, or has no champion."""
-    target = params.target_of(decision.device)
-    if target is None or decision.champion is None:
-        return None
-    name = f"{decision.champion}-{target}"
-    record = device_record(params, name)
-    assert record is not None, "others were refused"
-    return {"name": name, "sha256": record["sha256"]}
+def proposals(params: Params) -> list[Proposal]:
+    """The champions that wait for a person, as things stand; moves nothing."""
+    with registry.alone():
+        pool = read_pool(params)
+        decisions = [_by_rules(device, pool) for device in params.promotion]
+        return [
+            Proposal(decision.device, decision.champion, pool.versions[decision.champion], decision.reason)
+            for decision in decisions
+            if decision.champion and _needs_approval(decision, pool)
+        ]
 
 
-def _on(params: Params, device: str, records: Mapping[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
+def roll_back(params: Params, device: str, because: str) -> None:
+    """Restores the champion before this one, and keeps it until an evaluation or the rules of `device` change.
+
+    The version that steps down has the reason on it, and becomes `previous-<device>`: a second rollback undoes the
+    first.
+
+    Raises:
+        ConfigError: the device has no rules, or no champion before this one.
+    """
+    if device not in params.promotion:
+        raise ConfigError(f"--rollback {device}: no such device under `promotion`: {', '.join(params.promotion)}")
+    with registry.alone():
+        previous, champion = registry.version_of(f"{PREVIOUS}{device}"), registry.version_of(f"{CHAMPION}{device}")
+        if previous is None:
+            raise ConfigError(f"--rollback {device}: there is no champion before this one that could be restored")
+        pool, day = read_pool(params), verdicts.on_this_day(because)
+        restored, stepped_down = str(previous.version), None if champion is None else str(champion.version)
+        refused = {}
+        if champion and stepped_down:
+            refused = {pool.name(champion): f"rolled back by hand {day}"}
+            verdicts.veto(stepped_down, device, f"rolled back by hand {day}", params)
+        reason = f"restored by hand in place of {''.join(refused) or 'nobody'} {day}"
+        verdicts.hold(restored, device, reason, params, _on(device, pool))
+        for alias, version in {CHAMPION: restored, PREVIOUS: stepped_down, CHALLENGER: None}.items():
+            registry.point(f"{alias}{device}", version)
+        decision = Decision(device=device, champion=pool.name(previous), reason=reason, refused=refused)
+        told = json.loads(layout.PROMOTION.read_text(encoding="utf-8")) if layout.PROMOTION.exists() else {}
+        write_json(layout.PROMOTION, told | {device: _told(params, decision)})
+
+
+def _decide(device: str, pool: Pool, said: Answer | None) -> Decision:
+    decision = _by_rules(device, pool)
+    if not _needs_approval(decision, pool):
+        return decision
+    assert decision.champion is not None
+    version = pool.versions[decision.champion]
+    if said is None or said.version != version:
+        return _staying(decision, pool, "waits for a person's approval", challenger=decision.champion)
+    if said.approved:
+        agreed = f"approved {verdicts.on_this_day(said.because)}"
+        return decision.model_copy(update={"reason": f"{decision.reason}; {agreed}"})
+    denied = f"was denied by a person {verdicts.on_this_day(said.because)}"
+    verdicts.veto(version, device, denied, pool.params)
+    return _staying(decision, pool, denied, challenger=None)
+
+
+def _needs_approval(decision: Decision, pool: Pool) -> bool:
+    """Whether a person has to agree: the rules say so, and the champion would be another model than so far."""
+    if decision.champion not in pool.versions or not pool.params.promotion[decision.device].approval:
+        return False
+    before = registry.version_of(f"{CHAMPION}{decision.device}")
+    return before is None or pool.name(before) != decision.champion
+
+
+def _staying(decision: Decision, pool: Pool, why: str, challenger: str | None) -> Decision:
+    """`decision` when its champion may not take the place of who has it."""
+    before, kept_out = registry.version_of(f"{CHAMPION}{decision.device}"), decision.champion
+    assert kept_out is not None
+    name = pool.name(before) if before else None
+    refused = {key: reason for key, reason in decision.refused.items() if key != name}
+    return Decision(
+        device=decision.device,
+        champion=name,
+        challenger=challenger,
+        reason=f"{'stays' if name else 'nobody yet'}: {kept_out} {why}",
+        refused=refused | {kept_out: why},
+    )
+
+
+def _by_rules(device: str, pool: Pool) -> Decision:
+    """What evaluations, rules and a person's earlier word would have."""
+    # The versions of a search never served anyone, so that chains are held against the base alone.
+    champion = None if layout.SEARCH.exists() else registry.version_of(f"{CHAMPION}{device}")
+    records, impossible = found = _on(device, pool)
+    impossible = impossible | {
+        name: why for name, tags in pool.tags.items() if (why := verdicts.vetoed(tags, device, pool.params))
+    }
+    if champion is None:
+        return decide(device, pool.params.promotion[device], records, pool.base_reference(), impossible)
+    if why := verdicts.held(champion.tags, device, pool.params, found):
+        others = {name: f"{pool.name(champion)} was {why}" for name in pool.versions if name != pool.name(champion)}
+        return Decision(device=device, champion=pool.name(champion), reason=why, refused=others | impossible)
+    decision = _beside(champion, device, pool, records, impossible)
+    moves = decision.champion not in (None, pool.name(champion))
+    if moves and verdicts.settled(champion.tags, device, pool.params, found):
+        # Near enough to the champion so far, but not to the one before it: else runs in a row would creep downwards.
+        return _staying(decision, pool, "fell short when this was decided; nothing has changed since", None)
+    return decision
+
+
+def _beside(
+    champion: ModelVersion,
+    device: str,
+    pool: Pool,
+    records: Mapping[str, dict[str, Any]],
+    impossible: Mapping[str, str],
+) -> Decision:
+    """The decision where `champion` reigns: as one of the pool, or as it was measured then."""
+    name, rules = pool.name(champion), pool.params.promotion[device]
+    if name not in pool.versions:
+        try:
+            past = read_past(pool.params, device, champion)
+        except ArtifactError as error:
+            alone = decide(device, rules, records, pool.base_reference(), impossible)
+            return _incomparable(alone, name, str(error))
+        pool, records = pool.joined_by(name, past), {**records, name: past.on_device}
+    return decide(device, rules, records, pool.base_reference(), impossible, pool.champion_reference(name))
+
+
+def _incomparable(decision: Decision, champion: str, why: str) -> Decision:
+    """`decision` by the rules against the base alone, which says so; who reigns stays if nobody else may."""
+    told = f"not compared with the champion so far, {champion}: {why}"
+    if decision.champion is None:
+        return decision.model_copy(update={"champion": champion, "reason": f"stays: nobody else is eligible; {told}"})
+    return decision.model_copy(update={"reason": f"{decision.reason}; {told}"})
+
+
+def _on(device: str, pool: Pool) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The records as `device` knows them, and whom it cannot run.
 
     Where it runs a compiled form, size, energy and whether it fits are those of that form, measured as the device.
     """
+    params = pool.params
     target = params.target_of(device)
-    if target is None:
-        return dict(records), {}
-    found, impossible = dict(records), {}
-    for name, record in records.items():
+    found, impossible = dict(pool.records), {}
+    for name, record in pool.records.items() if target else ():
         compiled = f"{name}-{target}"
         measured = device_record(params, compiled) if compiled in params.compile else None
         if measured is None:
             impossible[name] = f"not compiled for {target}, which {device} runs; add {compiled} under `compile`"
-            continue
-        own = measured["devices"][device]
-        nothing = {"value": None, "source": "unavailable", "measured": False}
-        found[name] = record | {
-            "fits": {device: own["fits"]},
-            "does_not_fit": own["does_not_fit"],
-            "size_bytes": measured["size_bytes"],
-            "energy_per_query_j": own.get("energy_per_query_j", nothing),
-        }
+        else:
+            found[name] = as_device_knows(params, device, record, measured)
     return found, impossible
 
 
-def _answers(candidate: str) -> list[dict]:
-    return [json.loads(line) for line in layout.answers(candidate).read_text(encoding="utf-8").splitlines()]
+def _move(device: str, decision: Decision, pool: Pool) -> None:
+    """Points the aliases as `decision` has it, and stores on each version why it is the champion or why not."""
+    before = registry.version_of(f"{CHAMPION}{device}")
+    versions = ({pool.name(before): str(before.version)} if before else {}) | pool.versions
+    champion = versions.get(decision.champion or "")
+    registry.move_champion(device, champion)
+    registry.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
+    if champion and (before is None or str(before.version) != champion):
+        verdicts.settle(champion, device, pool.params, _on(device, pool))
+    if before and str(before.version) != champion:
+        followed = f"followed by {decision.champion or 'nobody'}"
+        verdicts.tell_refused(str(before.version), device, decision.refused.get(pool.name(before), followed))
+    for name, version in versions.items():
+        if version == champion:
+            verdicts.tell_promoted(version, device, decision.reason)
+        elif name in decision.refused:
+            verdicts.tell_refused(version, device, decision.refused[name])
+
+
+def _told(params: Params, decision: Decision) -> dict[str, Any]:
+    """For promotion.json: the decision, and which compiled form of the champion the device gets.
+
+    None where it runs checkpoints, has no champion, or one whose files are not here any more.
+    """
+    told, target = decision.model_dump(mode="json"), params.target_of(decision.device)
+    name = f"{decision.champion}-{target}"
+    record = device_record(params, name) if target and name in params.compile else None
+    return told | {"compiled": {"name": name, "sha256": record["sha256"]} if record else None}

@@ -21,8 +21,11 @@ from tasks import layout, registry
 from tasks.caching import caching_record
 from tasks.compile import device_record
 from tasks.lineage_tags import dvc_hashes, git_commit
+from tasks.reign import MEASURED_TAG, measured_how
 
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
+CHECKPOINT = "checkpoint"
+CONTEXT_TOKENS = 2048  # of prompt and answer, where a registered model is opened in its compiled form
 METRIC_NAMES = (
     "accuracy_choice",
     "accuracy_free",
@@ -52,6 +55,8 @@ def register(params: Params) -> None:
     for name, record in ready.items():
         version = known[name] or _register_one(client, experiment, parent_run or "", params, name, record)
         versions[name] = {"version": version, "run_id": client.get_model_version(registry.MODEL, version).run_id}
+        registry.add_mlmodel(client, version, _answering(params, name))
+        registry.tell(version, {f"dvc.{path}": digest for path, digest in dvc_hashes(name).items()})
         if caching := caching_record(params, name):
             registry.add_metrics(client, version, layout.caching(name), _leaves(caching, "caching"))
         for compiled, config in params.compile.items():
@@ -102,14 +107,39 @@ def _register_one(
     client.log_artifact(run_id, str(layout.metrics(name)))
     client.log_artifact(run_id, str(layout.answers(name)))
     client.set_terminated(run_id)
+    evaluated = {
+        "lilliput.evaluation_sha256": _sha256(layout.metrics(name)),
+        MEASURED_TAG: json.dumps(measured_how(params)),
+    }
     version = client.create_model_version(
         registry.MODEL,
-        source=layout.model(name).absolute().as_uri(),
+        source=registry.mlmodel_uri(client, run_id),
         run_id=run_id,
-        tags=tags | _four_metrics(record) | {"lilliput.evaluation_sha256": _sha256(layout.metrics(name))},
+        tags=tags | _four_metrics(record) | evaluated,
         description=card,
     )
     return str(version.version)
+
+
+def _answering(params: Params, name: str) -> dict[str, Any]:
+    """What tasks/answering.py has to know: where the forms of `name` lie, and how it is asked."""
+    compiled = {
+        config.target: layout.compiled(name, config.target)
+        for key, config in params.compile.items()
+        if config.candidate == name and device_record(params, key)
+    }
+    forms = {
+        form: {"folder": str(folder.absolute()), "sha256": read_manifest(folder).artifact_sha256}
+        for form, folder in {CHECKPOINT: layout.model(name), **compiled}.items()
+    }
+    return {
+        "form": next((form for form in ("gguf", "onnx") if form in forms), CHECKPOINT),
+        "forms": forms,
+        "system_prompt": params.data.system_prompt,
+        "max_new_tokens": params.evaluation.max_new_tokens,
+        "threads": params.evaluation.timed_threads,
+        "context_tokens": CONTEXT_TOKENS,
+    }
 
 
 def _numbers(record: dict[str, Any], name: str, manifest: Manifest) -> dict[str, float]:
@@ -154,7 +184,8 @@ def _lineage(name: str, manifest: Manifest) -> dict[str, str]:
         "lilliput.strategy": manifest.strategy,
         "lilliput.parent": str(manifest.parent),
         "lilliput.parent_sha256": str(manifest.parent_sha256),
-        "lilliput.artifact_sha256": manifest.artifact_sha256,
+        "lilliput.artifact": layout.model(name).absolute().as_uri(),
+        registry.ARTIFACT_TAG: manifest.artifact_sha256,
     }
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from lilliput.artifacts import MANIFEST, PARITY, file_sha256
-from lilliput.promote import Decision
+from lilliput.errors import ArtifactError, ConfigError
 from tasks import layout
 
 MODEL = "lilliput"
 EXPERIMENT = "lilliput"
 SEARCHES = "searches"
+CHAMPION, CHALLENGER, PREVIOUS = "champion-", "challenger-", "previous-"
+ARTIFACT_TAG = "lilliput.artifact_sha256"
+MLMODEL = "model"
+MLMODEL_TAG = "lilliput.mlmodel_sha256"
+ANSWERING = Path(__file__).with_name("answering.py")
+PATIENCE_S = 120.0
+_NEEDED = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
+# An alias that is not there is told as either, depending on the store.
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def client() -> MlflowClient:
@@ -108,18 +124,115 @@ def add_compiled(
     mlflow_client.set_model_version_tag(MODEL, version, tag, digest)
 
 
-def point_champions(registered: Mapping[str, Mapping[str, Any]], decisions: Sequence[Decision]) -> None:
-    """Moves `champion-<device>` to the winner of each decision, or takes it away where there is none."""
+def add_mlmodel(mlflow_client: MlflowClient, version: str, config: Mapping[str, Any]) -> None:
+    """Writes beside `version` what MLflow needs to open it: tasks/answering.py and `config`, no weights; once for each.
+
+    Args:
+        mlflow_client: of the store.
+        version: made with `mlmodel_uri` of its run as source.
+        config: as tasks/answering.py reads it.
+    """
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + ANSWERING.read_bytes()).hexdigest()
+    found = mlflow_client.get_model_version(MODEL, version)
+    if found.tags.get(MLMODEL_TAG) == digest:
+        return
+    assert found.run_id is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        write_mlmodel(Path(scratch, MLMODEL), config)
+        mlflow_client.log_artifacts(found.run_id, str(Path(scratch, MLMODEL)), MLMODEL)
+    mlflow_client.set_model_version_tag(MODEL, version, MLMODEL_TAG, digest)
+
+
+def write_mlmodel(folder: Path, config: Mapping[str, Any]) -> None:
+    """Makes `folder` one that MLflow opens as Python code: an MLmodel, tasks/answering.py and its `config`."""
+    from mlflow import pyfunc  # brings pandas and scikit-learn
+
+    needed = [f"{name}=={importlib.metadata.version(name)}" for name in _NEEDED]
+    pyfunc.save_model(str(folder), python_model=str(ANSWERING), model_config=dict(config), pip_requirements=needed)
+
+
+def mlmodel_uri(mlflow_client: MlflowClient, run_id: str) -> str:
+    """Where `add_mlmodel` writes to."""
+    return f"{mlflow_client.get_run(run_id).info.artifact_uri}/{MLMODEL}"
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Holds the champions of this folder's store: promotions wait for each other, so that each sees the last one's.
+
+    Raises:
+        ConfigError: another one does not end.
+    """
+    layout.MLRUNS.mkdir(exist_ok=True)
+    try:
+        with FileLock(layout.MLRUNS / ".promotion.lock", timeout=PATIENCE_S):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"{layout.MLRUNS}: another promotion has been at work for {PATIENCE_S:g} s; wait for it and try again"
+        ) from None
+
+
+def version_of(alias: str) -> ModelVersion | None:
+    """The version that `alias` (`champion-phone-4gb`) points to; None where it points to none."""
+    try:
+        return client().get_model_version_by_alias(MODEL, alias)
+    except MlflowException as error:
+        if error.error_code in _NOT_THERE:
+            return None
+        raise
+
+
+def point(alias: str, version: str | None) -> None:
+    """Points `alias` at `version`, or takes it away."""
+    found = version_of(alias)
+    if version is not None and (found is None or str(found.version) != version):
+        client().set_registered_model_alias(MODEL, alias, version)
+    elif version is None and found is not None:
+        client().delete_registered_model_alias(MODEL, alias)
+
+
+def move_champion(device: str, version: str | None) -> None:
+    """Points `champion-<device>` at `version`, or takes it away; who had it before becomes `previous-<device>`.
+
+    The same model, measured again, replaces itself: then `previous-<device>` stays.
+    """
+    before = version_of(f"{CHAMPION}{device}")
+    if before is not None and str(before.version) != version:
+        after = None if version is None else client().get_model_version(MODEL, version)
+        if after is None or after.tags.get(ARTIFACT_TAG) != before.tags.get(ARTIFACT_TAG):
+            point(f"{PREVIOUS}{device}", str(before.version))
+    point(f"{CHAMPION}{device}", version)
+
+
+def tell(version: str, tags: Mapping[str, str | None]) -> None:
+    """Sets tags of `version`, and removes those that are None; what is so already is not written again."""
     mlflow_client = client()
-    devices = {decision.device for decision in decisions}
+    known = mlflow_client.get_model_version(MODEL, version).tags
+    for key, value in tags.items():
+        if value is None and key in known:
+            mlflow_client.delete_model_version_tag(MODEL, version, key)
+        elif value is not None and known.get(key) != value:
+            mlflow_client.set_model_version_tag(MODEL, version, key, value)
+
+
+def forget_devices(devices: Collection[str]) -> None:
+    """Takes away the aliases of devices other than `devices`."""
+    mlflow_client = client()
     for alias in mlflow_client.get_registered_model(MODEL).aliases:
-        if alias.startswith("champion-") and alias.removeprefix("champion-") not in devices:
-            mlflow_client.delete_registered_model_alias(MODEL, alias)  # of a device params.yaml no longer has
-    for decision in decisions:
-        alias = f"champion-{decision.device}"
-        if decision.champion is None:
+        prefix = next((prefix for prefix in (CHAMPION, CHALLENGER, PREVIOUS) if alias.startswith(prefix)), None)
+        if prefix and alias.removeprefix(prefix) not in devices:
             mlflow_client.delete_registered_model_alias(MODEL, alias)
-            continue
-        version = str(registered[decision.champion]["version"])
-        mlflow_client.set_registered_model_alias(MODEL, alias, version)
-        mlflow_client.set_model_version_tag(MODEL, version, f"lilliput.promoted.{decision.device}", decision.reason)
+
+
+def read_artifact(run_id: str, path: str) -> str:
+    """The text of an artifact of a run.
+
+    Raises:
+        ArtifactError: it is not there, or its store does not answer.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            return Path(client().download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
+    except (MlflowException, OSError) as error:
+        raise ArtifactError(f"{path} of MLflow's run {run_id} cannot be read: {error}") from None

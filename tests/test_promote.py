@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from lilliput.config import PromotionConfig
 from lilliput.evaluate.compare import Comparison
 from lilliput.evaluate.intervals import Estimate
-from lilliput.promote import decide
+from lilliput.promote import Reference, decide
 
 RULES = PromotionConfig(prefer="accuracy", max_accuracy_drop=0.02, max_hallucination_rise=0.02)
 
@@ -23,15 +23,45 @@ def record(accuracy=0.5, hallucination=0.5, energy=5.0, size=100, fits=True, sou
     }
 
 
-def champion(records, rules=RULES, against_base=None):
-    return decide("phone", rules, records, against_base or {}).champion
+def estimated(value, low=None, high=None):
+    return Comparison(Estimate(value, value if low is None else low, value if high is None else high, 100), 0.5, 0.1)
+
+
+def compared(reference, records):
+    """How `records` differ from `reference` if every question gave the same: intervals of no width."""
+    metrics = ("accuracy_choice", "hallucination_rate", "energy_per_query_j")
+    return {
+        name: {
+            metric: estimated(own[metric]["value"] - reference[metric]["value"])
+            for metric in metrics
+            if None not in (own[metric]["value"], reference[metric]["value"])
+            and own[metric].get("source") == reference[metric].get("source")
+        }
+        for name, own in records.items()
+    }
+
+
+def base(differences=None, **values):
+    return Reference("base", "the base", record(**{"accuracy": 0.0, "hallucination": 1.0} | values), differences or {})
+
+
+def decision(records, rules=RULES, against_base=None, reigning=None, impossible=None):
+    held_against = base(compared(base().record, records) if against_base is None else against_base)
+    champion_so_far = reigning and Reference(
+        reigning, reigning, records[reigning], compared(records[reigning], records)
+    )
+    return decide("phone", rules, records, held_against, impossible, champion_so_far)
+
+
+def champion(records, rules=RULES, against_base=None, reigning=None):
+    return decision(records, rules, against_base, reigning).champion
 
 
 def test_best_accuracy_wins_and_every_loser_is_told_why():
-    decision = decide("phone", RULES, {"a": record(0.5, size=90), "b": record(0.7, size=100)}, {})
-    assert decision.champion == "b"
-    assert decision.refused.keys() == {"a"}
-    assert "prefers accuracy, where b is ahead" in decision.refused["a"]
+    decided = decision({"a": record(0.5, size=90), "b": record(0.7, size=100)})
+    assert (decided.champion, decided.challenger) == ("b", "a")
+    assert decided.refused.keys() == {"a"}
+    assert "prefers accuracy, where b is ahead" in decided.refused["a"]
 
 
 def test_what_does_not_fit_is_out_however_good():
@@ -39,20 +69,41 @@ def test_what_does_not_fit_is_out_however_good():
     assert champion({"a": record(0.9, fits=False)}) is None
 
 
-def test_the_interval_of_the_paired_difference_decides_not_its_mean():
-    def difference(low, high):
-        return {"accuracy_choice": Comparison(Estimate((low + high) / 2, low, high, 100), 0.5, 0.1)}
+@pytest.mark.parametrize("metric", ["accuracy_choice", "hallucination_rate", "energy_per_query_j"])
+def test_the_interval_of_the_paired_difference_decides_not_its_mean(metric):
+    records, rules = {"base": record(0.5), "a": record(0.6)}, RULES.model_copy(update={"max_energy_rise": 0.02 / 5.0})
+    sign = 1 if metric == "accuracy_choice" else -1
+    even = {key: estimated(0.0) for key in ("accuracy_choice", "hallucination_rate", "energy_per_query_j")}
 
-    records = {"base": record(0.5), "a": record(0.6)}
-    assert champion(records, against_base={"a": difference(-0.01, 0.21)}) == "a"
-    assert champion(records, against_base={"a": difference(-0.03, 0.23)}) == "base"
+    def against(worst):
+        low, high = sorted([sign * worst, sign * 0.2])
+        return {"a": even | {metric: estimated(sign * 0.1, low, high)}}
+
+    assert champion(records, rules, against(-0.01)) == "a"
+    refused = decision(records, rules, against(-0.03))
+    assert refused.champion == "base"
+    assert "0.030" in refused.refused["a"]
+    assert "0.020 is allowed" in refused.refused["a"]
 
 
-def test_more_hallucination_than_allowed_is_refused_with_the_figures():
-    rise = {"a": {"hallucination_rate": Comparison(Estimate(0.05, 0.0, 0.1, 100), 0.5, 0.1)}}
-    decision = decide("phone", RULES, {"base": record(0.5), "a": record(0.9)}, rise)
-    assert decision.champion == "base"
-    assert "0.100 above the base's" in decision.refused["a"]
+def test_a_less_accessible_one_is_refused_by_both_intervals_at_their_worst():
+    def accessible(value):
+        return {"accessibility": {"value": value, "low": value - 0.01, "high": value + 0.01}}
+
+    rules = RULES.model_copy(update={"max_accessibility_drop": 0.1})
+    records = {"a": record(0.6) | accessible(0.72), "b": record(0.5) | accessible(0.73), "c": record(0.9)}
+    even = {name: {"accuracy_choice": estimated(0.0), "hallucination_rate": estimated(0.0)} for name in records}
+    held_against = Reference("base", "the base", record() | accessible(0.8), even)
+    decided = decide("phone", rules, records, held_against)
+    assert decided.champion == "b"
+    assert "0.100 is allowed" in decided.refused["a"]
+    assert "unavailable" in decided.refused["c"]
+
+
+def test_what_cannot_be_compared_with_the_base_is_refused():
+    decided = decision({"base": record(0.5), "a": record(0.9)}, against_base={})
+    assert decided.champion == "base"
+    assert "cannot be compared with that of the base" in decided.refused["a"]
 
 
 def test_an_unavailable_metric_never_wins():
@@ -62,9 +113,30 @@ def test_an_unavailable_metric_never_wins():
 
 
 def test_energies_of_different_meters_are_not_compared():
-    measured, estimated = record(energy=9.0, source="rapl"), record(energy=1.0, source="estimate_tdp")
-    decision = decide("phone", RULES, {"a": measured, "b": estimated}, {})
-    assert not any("dominated" in reason for reason in decision.refused.values())
+    measured, guessed = record(energy=9.0, source="rapl"), record(energy=1.0, source="estimate_tdp")
+    decided = decision({"a": measured, "b": guessed})
+    assert not any("dominated" in reason for reason in decided.refused.values())
+
+
+def test_the_champion_so_far_keeps_out_who_falls_too_far_behind_it():
+    rules = RULES.model_copy(update={"prefer": "size"})
+    records = {"small": record(0.7, size=80), "large": record(0.8, size=99), "middle": record(0.79, size=90)}
+    decided = decision(records, rules, reigning="large")
+    assert decided.champion == "middle"  # 0.01 below the champion; small is 0.1 below it
+    assert decided.challenger == "small"  # which rules and preference would have, were it not for the champion
+    assert "choice accuracy may lie 0.100 below that of large" in decided.refused["small"]
+
+
+def test_a_champion_that_the_rules_let_in_no_more_keeps_nobody_out():
+    rules = RULES.model_copy(update={"prefer": "size"})
+    records = {"small": record(0.7, size=80), "large": record(0.9, size=99, fits=False)}
+    assert champion(records, rules, reigning="large") == "small"
+
+
+def test_the_same_decision_again_gives_the_same_reasons():
+    records = {"a": record(0.5, size=90), "b": record(0.7, size=100), "c": record(0.4, size=80)}
+    first = decision(records)
+    assert decision(records, reigning=first.champion) == first
 
 
 shares = st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -79,10 +151,31 @@ pools = st.dictionaries(st.sampled_from("abcdef"), a_record, min_size=1)
 preferences = st.sampled_from(["accuracy", "hallucination", "energy", "size"])
 
 
-@given(pools, preferences)
-def test_adding_a_dominated_candidate_never_changes_the_winner(records, prefer):
-    rules = RULES.model_copy(update={"prefer": prefer})
-    winner = champion(records, rules)
+@st.composite
+def situations(draw):
+    """A pool, a preference, and perhaps one of the pool as champion so far."""
+    records = draw(pools)
+    rules = RULES.model_copy(
+        update={"prefer": draw(preferences), "max_energy_rise": draw(st.sampled_from([None, 0.5]))}
+    )
+    return records, rules, draw(st.sampled_from([None, *records]))
+
+
+def improved(old, metric):
+    values = {
+        "accuracy": old["accuracy_choice"]["value"],
+        "hallucination": old["hallucination_rate"]["value"],
+        "energy": old["energy_per_query_j"]["value"],
+        "size": old["size_bytes"],
+    }
+    values[metric] += {"accuracy": 0.05, "hallucination": -0.05, "energy": -0.5, "size": -1}[metric]
+    return record(**values)
+
+
+@given(situations())
+def test_adding_a_dominated_candidate_never_changes_the_winner(situation):
+    records, rules, reigning = situation
+    winner = champion(records, rules, reigning=reigning)
     best = records[winner]
     worse = record(
         best["accuracy_choice"]["value"] - 0.05,
@@ -90,30 +183,29 @@ def test_adding_a_dominated_candidate_never_changes_the_winner(records, prefer):
         best["energy_per_query_j"]["value"] + 1,
         best["size_bytes"] + 1,
     )
-    assert champion(records | {"zz": worse}, rules) == winner
+    assert champion(records | {"zz": worse}, rules, reigning=reigning) == winner
 
 
-@given(pools, preferences, st.sampled_from(["accuracy", "hallucination", "energy", "size"]))
-def test_improving_one_metric_of_the_winner_never_demotes_it(records, prefer, improved):
-    rules = RULES.model_copy(update={"prefer": prefer})
-    winner = champion(records, rules)
-    old = records[winner]
-    values = {
-        "accuracy": old["accuracy_choice"]["value"],
-        "hallucination": old["hallucination_rate"]["value"],
-        "energy": old["energy_per_query_j"]["value"],
-        "size": old["size_bytes"],
-    }
-    values[improved] += {"accuracy": 0.05, "hallucination": -0.05, "energy": -0.5, "size": -1}[improved]
-    assert champion(records | {winner: record(**values)}, rules) == winner
+@given(situations(), st.sampled_from(["accuracy", "hallucination", "energy", "size"]))
+def test_improving_one_metric_of_the_winner_never_demotes_it(situation, metric):
+    records, rules, reigning = situation
+    winner = champion(records, rules, reigning=reigning)
+    better = records | {winner: improved(records[winner], metric)}
+    assert champion(better, rules, reigning=reigning) == winner
 
 
-@given(pools, preferences)
-def test_the_winner_is_on_the_front_and_everyone_else_has_a_reason(records, prefer):
-    decision = decide("phone", RULES.model_copy(update={"prefer": prefer}), records, {})
-    assert decision.champion is not None
-    assert decision.refused.keys() == records.keys() - {decision.champion}
-    assert all(decision.refused.values())
+@given(situations())
+def test_the_winner_is_within_the_limits_and_everyone_else_has_a_reason(situation):
+    records, rules, reigning = situation
+    decided = decision(records, rules, reigning=reigning)
+    assert decided.champion is not None
+    assert decided.refused.keys() == records.keys() - {decided.champion}
+    assert all(decided.refused.values())
+    assert decided.challenger in {None, *decided.refused}
+    if reigning:
+        won, so_far = records[decided.champion], records[reigning]
+        assert won["accuracy_choice"]["value"] >= so_far["accuracy_choice"]["value"] - 0.02 - 1e-9
+        assert won["hallucination_rate"]["value"] <= so_far["hallucination_rate"]["value"] + 0.02 + 1e-9
 
 
 @pytest.mark.parametrize("prefer", ["accuracy", "hallucination", "energy", "size"])
@@ -129,11 +221,11 @@ def test_preference_picks_from_the_front(prefer):
 
 def test_what_the_device_cannot_run_is_out_with_the_reason_given():
     records = {"a": record(0.9), "b": record(0.1)}
-    decision = decide("phone", RULES, records, {}, {"a": "not compiled for gguf, which phone runs"})
-    assert decision.champion == "b"
-    assert decision.refused["a"] == "not compiled for gguf, which phone runs"
+    decided = decision(records, impossible={"a": "not compiled for gguf, which phone runs"})
+    assert decided.champion == "b"
+    assert decided.refused["a"] == "not compiled for gguf, which phone runs"
 
 
 def test_a_device_run_that_did_not_fit_gives_its_own_reason():
     misfit = record(0.9, fits=False) | {"does_not_fit": "killed at 487 MiB, 400 MiB are allowed"}
-    assert decide("phone", RULES, {"a": misfit}, {}).refused["a"] == "killed at 487 MiB, 400 MiB are allowed"
+    assert decision({"a": misfit}).refused["a"] == "killed at 487 MiB, 400 MiB are allowed"

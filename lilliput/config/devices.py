@@ -99,10 +99,19 @@ class PromotionConfig(Section):
 
     Attributes:
         prefer: the metric by which the winner is picked from the Pareto front.
-        max_accuracy_drop: choice accuracy may lie this far below the base's, paired interval included.
-        max_hallucination_rise: hallucination rate may lie this far above the base's, likewise.
+        max_accuracy_drop: choice accuracy may lie this far below that of the base and of the champion so far, the
+            paired interval included.
+        max_hallucination_rise: hallucination rate may lie this far above theirs, likewise.
+        max_energy_rise: energy per query, on the reference runtime, may lie this share of theirs above it, likewise;
+            None: any.
+        max_accessibility_drop: the accessibility score may lie this far below theirs, both intervals at their worst;
+            None: any.
+        approval: whether a person has to agree before this device's champion changes.
     """
 
     prefer: Literal["accuracy", "hallucination", "energy", "size"]
     max_accuracy_drop: Share
     max_hallucination_rise: Share
+    max_energy_rise: Annotated[float, Field(ge=0.0)] | None = None
+    max_accessibility_drop: Share | None = None
+    approval: bool = False

@@ -48,6 +48,51 @@ def model_card(manifest: Manifest, record: Mapping[str, Any], system_prompt: str
     return "\n".join(lines)
 
 
+def hub_card(
+    manifest: Manifest,
+    record: Mapping[str, Any],
+    system_prompt: str,
+    start: str,
+    device: Mapping[str, Any],
+    reason: str,
+) -> str:
+    """The card of a bundle for the Hugging Face hub, without its metadata.
+
+    Args:
+        manifest: of the checkpoint that was compiled.
+        record: its evaluation.
+        system_prompt: the system line it was tuned and measured with.
+        start: the bundle's own README, which says how it is started.
+        device: what the device made of it: peak memory, times, energy.
+        reason: why it is the device's champion.
+    """
+    energy = device.get("energy_per_query_j") or {}
+    mark = "" if energy.get("measured") else "~"
+    measured = [
+        f"- Peak memory: {device['peak_rss_bytes'] / 2**20:.0f} MiB",
+        f"- First token: {device['ttft_ms']['p50']:.0f} ms, {device['rate_tokens_per_s']:.0f} tokens per second",
+        f"- Energy per query: {mark}{energy['value']:.2f} J ({energy.get('source')})"
+        if energy.get("value") is not None
+        else "- Energy per query: unavailable",
+    ]
+    return "\n".join(
+        [
+            start,
+            "## Why this one",
+            "",
+            f"It is the champion of its device: {reason}.",
+            "",
+            "## On the device",
+            "",
+            f"Emulated: {device['threads']} thread(s) and the device's memory, on another processor.",
+            "",
+            *measured,
+            "",
+            f"#{model_card(manifest, record, system_prompt)}",
+        ]
+    )
+
+
 def _row(estimate: Mapping[str, Any] | None) -> str:
     if not estimate or estimate.get("value") is None:
         return "unavailable | | "

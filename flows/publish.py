@@ -1,0 +1,50 @@
+"""A champion's bundle on the Hugging Face hub: shown first, uploaded when asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.show import fail, print_publication
+from flows.workspace import open_workspace
+from lilliput.config import load_params
+from lilliput.errors import LilliputError
+from tasks import layout
+from tasks.publish import prepare, upload
+
+TOKEN = "HF_TOKEN"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog="Example:  python -m flows.publish my-org/pocket --device phone-4gb")
+def main(
+    repository: Annotated[str, typer.Argument(help="<organisation>/<name> on the hub")],
+    device: Annotated[str, typer.Option(help="whose bundle")],
+    params: Annotated[Path, typer.Option(help="parameters; another file means workspaces/<name>")] = Path(
+        "params.yaml"
+    ),
+    really: Annotated[bool, typer.Option("--upload", help=f"upload; needs a token in {TOKEN}")] = False,
+    public: Annotated[bool, typer.Option(help="a new repository is open to all")] = False,
+) -> None:
+    """Show what would be uploaded of a device's champion: files, sizes, sha256, model card. Uploads with --upload."""
+    token = os.environ.get(TOKEN, "")
+    if really and not token:
+        fail(f"--upload needs a token that may write to {repository} in {TOKEN}", 2)
+    try:
+        with contextlib.chdir(open_workspace(params)):
+            publication = prepare(load_params(layout.PARAMS), device)
+            print_publication(publication, repository)
+            if really:
+                print(upload(publication, repository, token, private=not public))
+            else:
+                print("\nNothing was uploaded; --upload does it.")
+    except LilliputError as error:
+        fail(str(error), 2)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,288 @@
+"""Promotion on an embedded MLflow store: three candidates whose evaluations the tests set, registered as always."""
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+
+import pytest
+
+from lilliput.artifacts import seal, write_json
+from lilliput.config import CandidateConfig, PromotionConfig
+from lilliput.data.chat import encode_prompt
+from lilliput.errors import ArtifactError, ConfigError
+from lilliput.runtime.torch import TorchRuntime
+from tasks import layout, registry
+from tasks.promote import promote, proposals, roll_back
+from tasks.register import register
+from tasks.verdicts import Answer
+
+# MLflow, SQLAlchemy and pandas warn each other of what is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+QUESTIONS = 200
+DEVICES = ["laptop", *"abcdefghijklmnopq"]
+SIZES = {"base": 300, "a": 100, "b": 200}
+EVEN = {"base": 100, "a": 120, "b": 140}
+
+
+class Project:
+    """A folder with candidates `base`, `a` and `b`; each test promotes for a device of its own."""
+
+    def __init__(self, params, checkpoint):
+        specs = {"base": {"from": "source", "apply": "load"}}
+        specs |= {name: {"from": "base", "apply": "gptq"} for name in ("a", "b")}
+        candidates = {name: CandidateConfig.model_validate(spec) for name, spec in specs.items()}
+        profile = params.devices["laptop"]
+        devices = dict.fromkeys(DEVICES, profile)
+        self._params = params.model_copy(
+            update={"candidates": candidates, "compile": {}, "devices": devices, "promotion": {}}
+        )
+        for name in candidates:
+            self.make(name, checkpoint if name == "base" else None)
+        layout.PARAMS.write_text("candidates: …")
+        self.ask("these questions")
+
+    def params(self, device, **rules):
+        rules = {"prefer": "accuracy", "max_accuracy_drop": 0.05, "max_hallucination_rise": 1.0} | rules
+        return self._params.model_copy(update={"promotion": {device: PromotionConfig.model_validate(rules)}})
+
+    def make(self, name, checkpoint=None, weights="0"):
+        """Makes the artefact of `name` anew."""
+        folder = layout.model(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        if checkpoint:
+            shutil.copytree(checkpoint, folder)
+        else:
+            folder.mkdir(parents=True)
+            (folder / "weights.txt").write_text(f"{name} {weights}")
+        self._manifests = getattr(self, "_manifests", {})
+        self._manifests[name] = seal(
+            folder, candidate=name, strategy="load", config={}, parent=None, parameters=1, facts={}
+        )
+
+    def ask(self, questions):
+        layout.DATA.mkdir(exist_ok=True)
+        layout.QUESTIONS.write_text(questions)
+
+    def evaluate(self, right, energy_j=5.0, sizes=SIZES):
+        """Evaluates and registers: `right[name]` of the questions were answered rightly, the first ones."""
+        for name, count in right.items():
+            rows = [{"id": str(n), "choice_right": n < count, "hallucinated": n >= count} for n in range(QUESTIONS)]
+            layout.answers(name).parent.mkdir(exist_ok=True)
+            layout.answers(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            share = count / QUESTIONS
+            figure = {"low": share, "high": share, "n": QUESTIONS}
+            record = {
+                "candidate": name,
+                "sha256": self._manifests[name].artifact_sha256,
+                "accuracy_choice": {"value": share} | figure,
+                "hallucination_rate": {"value": 1 - share} | figure,
+                "energy_per_query_j": {"value": energy_j, "low": energy_j, "high": energy_j, "n": 9, "source": "rapl"},
+                "size_bytes": sizes[name],
+                "fits": dict.fromkeys(self._params.devices, True),
+            }
+            write_json(layout.metrics(name), record)
+            write_json(layout.cost(name), {"seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1})
+        register(self._params)
+        return {name: entry["version"] for name, entry in json.loads(layout.REGISTRY.read_text()).items()}
+
+
+@pytest.fixture(scope="module")
+def project(tiny_params, checkpoint, tmp_path_factory):
+    with contextlib.chdir(tmp_path_factory.mktemp("project")), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield Project(tiny_params, checkpoint)
+
+
+@pytest.fixture
+def device(request):
+    """One for each test, so that no test knows of another's champions."""
+    return DEVICES[
+        1 + [item.name for item in request.session.items if item.path == request.path].index(request.node.name)
+    ]
+
+
+def alias(name):
+    version = registry.version_of(name)
+    return version and str(version.version)
+
+
+def aliases(device):
+    return tuple(alias(f"{kind}-{device}") for kind in ("champion", "challenger", "previous"))
+
+
+def why(version, what, device):
+    return registry.client().get_model_version("lilliput", version).tags.get(f"lilliput.{what}.{device}")
+
+
+def told(device):
+    return json.loads(layout.PROMOTION.read_text())[device]
+
+
+def test_champion_and_challenger_are_pointed_at_with_their_reasons(project, device):
+    versions = project.evaluate(EVEN)
+    promote(project.params(device))
+    assert aliases(device) == (versions["b"], versions["a"], None)
+    assert "best accuracy (0.700)" in why(versions["b"], "promoted", device)
+    assert "prefers accuracy, where b is ahead" in why(versions["a"], "refused", device)
+    assert told(device)["challenger"] == "a"
+    promote(project.params("laptop"))
+    assert aliases(device) == (None, None, None)  # of a device that params.yaml no longer has
+
+
+def test_every_version_carries_metrics_lineage_and_card(project):
+    version = registry.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
+    assert version.tags["lilliput.artifact_sha256"] == project._manifests["a"].artifact_sha256
+    assert version.tags["accuracy_choice"] == "0.6000 [0.6000, 0.6000]"
+    assert version.description.startswith("# a")
+    assert registry.client().get_run(version.run_id).data.metrics["accuracy_choice"] == 0.6
+
+
+def test_a_rollback_restores_and_stays_until_the_rules_change(project, device):
+    versions, params = project.evaluate(EVEN), project.params(device, prefer="size")
+    promote(params)  # a is the smallest
+    changed = project.params(device, prefer="accuracy")
+    promote(changed)
+    assert aliases(device) == (versions["b"], versions["a"], versions["a"])
+    roll_back(changed, device, "speaks in rhymes")
+    assert aliases(device) == (versions["a"], None, versions["b"])
+    assert "speaks in rhymes" in why(versions["b"], "refused", device)
+    for _ in range(2):
+        promote(changed)
+        assert alias(f"champion-{device}") == versions["a"]
+        assert "speaks in rhymes" in told(device)["refused"]["b"]
+    promote(project.params(device, prefer="accuracy", max_accuracy_drop=0.06))
+    assert aliases(device) == (versions["b"], versions["a"], versions["a"])
+
+
+def test_a_second_rollback_undoes_the_first(project, device):
+    versions = project.evaluate(EVEN)
+    promote(project.params(device, prefer="size"))
+    params = project.params(device)
+    promote(params)
+    roll_back(params, device, "")
+    roll_back(params, device, "")
+    promote(params)
+    assert aliases(device)[::2] == (versions["b"], versions["a"])
+
+
+def test_a_new_evaluation_ends_a_rollback(project, device):
+    project.evaluate(EVEN)
+    promote(project.params(device, prefer="size"))
+    params = project.params(device)
+    promote(params)
+    roll_back(params, device, "")
+    versions = project.evaluate(EVEN | {"b": 141})
+    promote(params)
+    assert alias(f"champion-{device}") == versions["b"]
+    project.evaluate(EVEN)
+
+
+def test_what_was_never_champion_cannot_be_restored(project, device):
+    project.evaluate(EVEN)
+    promote(project.params(device))
+    with pytest.raises(ConfigError, match="no champion before this one"):
+        roll_back(project.params(device), device, "")
+    with pytest.raises(ConfigError, match="no such device"):
+        roll_back(project.params(device), "toaster", "")
+
+
+def test_who_falls_behind_the_champion_is_refused_and_runs_in_a_row_do_not_creep(project, device):
+    sizes = {"base": 100, "a": 300, "b": 200}
+    versions = project.evaluate({"base": 128, "a": 140, "b": 134}, sizes=sizes)
+    promote(project.params(device))
+    assert alias(f"champion-{device}") == versions["a"]
+    params = project.params(device, prefer="size", max_accuracy_drop=0.08)
+    promote(params)  # b may lie 0.055 below the champion, the smaller base 0.095
+    assert aliases(device) == (versions["b"], versions["base"], versions["a"])
+    assert "below that of the champion so far (a)" in why(versions["base"], "refused", device)
+    promote(params)  # the base may lie no more than 0.055 below b
+    assert aliases(device)[::2] == (versions["b"], versions["a"])
+    assert "nothing has changed since" in why(versions["base"], "refused", device)
+
+
+def test_a_champion_made_worse_since_stays_as_it_was(project, device):
+    versions, params = project.evaluate(EVEN), project.params(device, prefer="accuracy")
+    promote(params)
+    project.make("b", weights="1")
+    later = project.evaluate({**EVEN, "b": 110})
+    promote(params)
+    assert alias(f"champion-{device}") == versions["b"]
+    assert told(device)["champion"] == f"b (version {versions['b']})"
+    assert told(device)["compiled"] is None
+    assert "dominated" in why(later["b"], "refused", device)
+    project.ask("other questions")
+    elsewhere = project.evaluate({**EVEN, "a": 121, "b": 110})
+    promote(params)
+    assert alias(f"champion-{device}") == elsewhere["a"]
+    assert "not compared with the champion so far" in told(device)["reason"]
+    assert "other questions" in told(device)["reason"]
+    project.ask("these questions")
+    project.make("b")
+
+
+def test_the_same_model_measured_again_replaces_itself(project, device):
+    first, params = project.evaluate(EVEN), project.params(device)
+    promote(params)
+    second = project.evaluate(EVEN, energy_j=5.5)
+    assert second["b"] != first["b"]
+    promote(params)
+    assert aliases(device)[::2] == (second["b"], None)
+
+
+def test_a_person_is_asked_where_the_rules_say_so(project, device):
+    versions, params = project.evaluate(EVEN), project.params(device, approval=True)
+    promote(params)
+    assert aliases(device) == (None, versions["b"], None)
+    assert "waits for a person's approval" in told(device)["reason"]
+    (proposal,) = proposals(params)
+    assert (proposal.device, proposal.version) == (device, versions["b"])
+    promote(params, {device: Answer("999", True, "of another one")})
+    assert alias(f"champion-{device}") is None
+    promote(params, {device: Answer(versions["b"], False, "too terse")})
+    assert alias(f"champion-{device}") is None
+    assert "too terse" in why(versions["b"], "refused", device)
+    (proposal,) = proposals(params)
+    assert proposal.version == versions["a"]  # the denied one is not proposed again
+    promote(params, {device: Answer(versions["a"], True, "fine")})
+    assert alias(f"champion-{device}") == versions["a"]
+    assert why(versions["a"], "promoted", device).endswith("fine")
+    promote(params)
+    assert alias(f"champion-{device}") == versions["a"]
+    assert proposals(params) == []
+
+
+def test_two_promotions_at_once_see_each_other(project, device, monkeypatch):
+    versions, move = project.evaluate(EVEN), registry.move_champion
+
+    def slowly(device, version):
+        time.sleep(0.5)
+        move(device, version)
+
+    monkeypatch.setattr(registry, "move_champion", slowly)
+    rules = [project.params(device, prefer=prefer, max_accuracy_drop=1.0) for prefer in ("size", "accuracy")]
+    threads = [threading.Thread(target=promote, args=[params]) for params in rules]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Whoever came second has the first one before it; had both been alone, nobody had anyone.
+    assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
+
+
+def test_a_registered_model_answers_through_mlflow(project, opened):
+    import mlflow
+
+    versions = project.evaluate(EVEN)
+    registry.client()
+    mlflow.set_registry_uri(registry.tracking_uri())
+    model = mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}")
+    (answer,) = model.predict(["What is the capital of Peru?"])
+    system = project._params.data.system_prompt
+    prompt = encode_prompt(opened[1], system, "What is the capital of Peru?")
+    assert [answer] == TorchRuntime(*opened, batch_size=1).generate([prompt], project._params.evaluation.max_new_tokens)
+    assert not [*layout.MLRUNS.rglob("*.pkl")]
+    (layout.model("base") / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="altered"):
+        mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}")

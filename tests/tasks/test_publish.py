@@ -1,0 +1,141 @@
+"""Publishing against a stand-in of the hub on loopback, which the real client talks to."""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from lilliput.artifacts import MANIFEST, Manifest, file_sha256, seal, verify, write_json
+from lilliput.errors import ArtifactError, PublishError
+from tasks import layout, registry
+from tasks.publish import prepare, upload
+
+pytestmark = pytest.mark.filterwarnings("default")
+FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+
+
+@pytest.fixture
+def champion(tmp_path, monkeypatch):
+    """A folder with a candidate, its compiled form and the bundle of phone-4gb, and the version that is champion."""
+    monkeypatch.chdir(tmp_path)
+    model, compiled, bundle = layout.model("pocket"), layout.compiled("pocket", "gguf"), layout.BUNDLES / "phone-4gb"
+    for folder in (model, compiled, bundle):
+        folder.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"weights")
+    common = {"config": {"candidate": "pocket", "target": "gguf"}, "parameters": 1, "facts": {"candidate": "pocket"}}
+    parent = seal(model, candidate="pocket", strategy="gptq", parent=None, **common)
+    (compiled / "model.gguf").write_bytes(b"GGUF")
+    form = seal(compiled, candidate="pocket-gguf", strategy="gguf", parent=parent, **common)
+    (bundle / "model.gguf").write_bytes(b"GGUF")
+    (bundle / "README.md").write_text("# pocket for phone-4gb\n\nStart: `llama-server`\n")
+    seal(bundle, candidate="pocket-gguf", strategy="bundle", parent=form, **common)
+    write_json(layout.metrics("pocket"), {"accuracy_choice": FIGURE, "runtime": "torch"})
+    on_device = {"threads": 1, "peak_rss_bytes": 2**20, "ttft_ms": {"p50": 9.0}, "rate_tokens_per_s": 7.0}
+    write_json(layout.devices("pocket-gguf"), {"devices": {"phone-4gb": on_device}})
+    write_json(layout.PROMOTION, {"phone-4gb": {"reason": "has the best accuracy"}})
+    tags = {"lilliput.candidate": "pocket", "lilliput.compiled.gguf_sha256": file_sha256(compiled / MANIFEST)}
+    version = SimpleNamespace(version=7, tags=tags)
+    monkeypatch.setattr(registry, "version_of", lambda alias: version if alias == "champion-phone-4gb" else None)
+    monkeypatch.setattr(registry, "tell", lambda number, said: tags.update(said))
+    return version
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the hub's API answers to a commit of small files; `files` holds what was committed."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    seen = SimpleNamespace(files={}, repositories=[], tokens=set(), refuse=False)
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            seen.tokens.add(self.headers["Authorization"])
+            status = 403 if seen.refuse else 200
+            self._answer(status, {"error": "no right to write here"} if seen.refuse else self._do(body))
+
+        def _do(self, body):
+            if self.path == "/api/repos/create":
+                seen.repositories.append(json.loads(body))
+                return {"url": f"{seen.address}/org/pocket"}
+            if self.path == "/api/validate-yaml":
+                return {"errors": [], "warnings": []}
+            if "/preupload/" in self.path:
+                asked = json.loads(body)["files"]
+                return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    seen.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return {"commitUrl": f"{seen.address}/org/pocket/commit/abc", "commitOid": "abc", "pullRequestUrl": None}
+
+        def _answer(self, status, value):
+            content = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    seen.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield seen
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_what_the_hub_gets_is_the_bundle_with_a_card_and_verifies(champion, tiny_params, hub, tmp_path):
+    publication = prepare(tiny_params, "phone-4gb")
+    assert hub.files == {}  # preparing uploads nothing
+    address = upload(publication, "org/pocket", "secret", private=True, endpoint=hub.address)
+    assert address.endswith("/commit/abc")
+    assert champion.tags["lilliput.published.phone-4gb"] == address
+    assert hub.tokens == {"Bearer secret"}
+    assert hub.repositories[0]["visibility"] == "private"
+    downloaded = tmp_path / "downloaded"
+    downloaded.mkdir()
+    for name, content in hub.files.items():
+        (downloaded / name).write_bytes(content)
+    assert (
+        verify(downloaded).parent_sha256
+        == Manifest.model_validate_json((layout.compiled("pocket", "gguf") / MANIFEST).read_text()).artifact_sha256
+    )
+    assert hub.files["model.gguf"] == b"GGUF"
+    card = hub.files["README.md"].decode()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "Start: `llama-server`" in card
+    assert "| Accuracy, four choices | 0.500 |" in card
+    assert {file.path: file.sha256 for file in publication.files} == {
+        name: hashlib.sha256(content).hexdigest() for name, content in hub.files.items()
+    }
+
+
+def test_an_altered_bundle_is_not_published(champion, tiny_params):
+    (layout.BUNDLES / "phone-4gb" / "model.gguf").write_bytes(b"gguf")
+    with pytest.raises(ArtifactError, match="altered"):
+        prepare(tiny_params, "phone-4gb")
+
+
+def test_a_bundle_of_another_than_the_champion_is_not_published(champion, tiny_params):
+    champion.tags["lilliput.compiled.gguf_sha256"] = "0" * 64
+    with pytest.raises(PublishError, match="not the champion"):
+        prepare(tiny_params, "phone-4gb")
+    with pytest.raises(PublishError, match="no champion"):
+        prepare(tiny_params, "laptop")
+
+
+def test_a_hub_that_refuses_is_told_as_such(champion, tiny_params, hub):
+    hub.refuse = True
+    with pytest.raises(PublishError, match="org/pocket"):
+        upload(prepare(tiny_params, "phone-4gb"), "org/pocket", "secret", private=True, endpoint=hub.address)
+    with pytest.raises(PublishError, match="org/pocket"):
+        upload(prepare(tiny_params, "phone-4gb"), "org/pocket", "secret", private=True, endpoint="http://127.0.0.1:9")
+    assert "lilliput.published.phone-4gb" not in champion.tags
