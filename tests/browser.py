@@ -46,6 +46,14 @@ def start_chromium(profile: Path) -> Chrome:
     return Chrome(options, Service(_DRIVER))  # with a driver named, selenium looks for none
 
 
+def visit(driver: Chrome, address: str) -> None:
+    """Opens `address`; what was logged of earlier pages is forgotten."""
+    driver.get("about:blank")
+    for log in ("performance", "browser"):
+        driver.get_log(log)
+    driver.get(address)
+
+
 def resize(driver: Chrome, size: tuple[int, int]) -> None:
     """The viewport in CSS pixels: a window is never narrower than 500 of them."""
     width, height = size
@@ -66,7 +74,7 @@ def press(driver: Chrome, *keys: str) -> None:
     driver.switch_to.active_element.send_keys(*(getattr(Keys, key, key) for key in keys))
 
 
-def wait_for(driver: Chrome, condition: str, *arguments: object, seconds: float = 5.0) -> Any:
+def wait_for(driver: Chrome, condition: str, *arguments: object, seconds: float = 15.0) -> Any:
     """What `condition`, a JavaScript expression, becomes once it is true."""
     from selenium.webdriver.support.wait import WebDriverWait
 
@@ -83,7 +91,7 @@ def photograph(driver: Chrome, file: Path) -> None:
 
 
 def asked_for(driver: Chrome) -> set[str]:
-    """The addresses requested since this was last asked."""
+    """The addresses requested since the page was visited, or since this was last asked."""
     events = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
     return {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
 

@@ -74,8 +74,8 @@ def _point(figure: Mapping[str, Any] | float, metric: str) -> tuple[float, list[
     return value, [[value - figure["low"]], [figure["high"] - value]] if "low" in figure else None
 
 
-def _name(axes: Axes, name: str, x: float, y: float, **style: str) -> None:
-    axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 5), **style)
+def _name(axes: Axes, name: str, x: float, y: float, color: str = "black") -> None:
+    axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 5), color=color)
 
 
 def label(metric: str) -> str:

@@ -13,6 +13,7 @@ from tests.browser import (
     press,
     resize,
     scrolls_sideways,
+    visit,
     wait_for,
 )
 
@@ -31,8 +32,7 @@ def page(browser, address):
     """The report, freshly loaded at a desk in the light; its size and light may be changed."""
     prefer(browser, prefers_color_scheme="light")
     resize(browser, DESK)
-    asked_for(browser)
-    browser.get(address)
+    visit(browser, address)
     return browser
 
 

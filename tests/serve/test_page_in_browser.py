@@ -23,6 +23,7 @@ from tests.browser import (
     press,
     resize,
     scrolls_sideways,
+    visit,
     wait_for,
 )
 
@@ -128,7 +129,7 @@ def page(browser, paper):
     paper.reset()
     prefer(browser, prefers_color_scheme="light")
     resize(browser, DESK)
-    browser.get(paper.url)
+    visit(browser, paper.url)
     wait_for(browser, "document.querySelector('#link').options.length === 2")
     return browser
 
@@ -331,9 +332,6 @@ def test_the_policy_lets_no_added_script_run(page):
 
 
 def test_nothing_is_asked_of_anyone_but_the_gateway_and_nothing_complains(page, paper):
-    page.get_log("browser")
-    asked_for(page)
-    page.get(paper.url)
     ask(page)
     answered(page)
     addresses = [urlsplit(address) for address in asked_for(page)]
