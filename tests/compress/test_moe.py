@@ -4,7 +4,8 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from lilliput.compress.distill import distill
-from lilliput.compress.moe import ROUTER_LOGIT_RMS, carve, cluster, feed_forward_inputs, fit_router, moe
+from lilliput.compress.mixture import feed_forward_inputs
+from lilliput.compress.moe import ROUTER_LOGIT_RMS, carve, cluster, fit_router, moe
 from lilliput.compress.prune import prune
 from lilliput.compress.training import answer_logits, collate, encode_examples
 from lilliput.config import DistillConfig, MoeConfig, PruneConfig
