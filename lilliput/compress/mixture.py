@@ -24,11 +24,13 @@ _KEPT = (
 class Inputs:
     """What goes into each feed-forward layer: `states[layer]` is float (tokens, hidden size).
 
-    `counts` (tokens, 1) says how many texts a token stands for: their common beginning is run once.
+    `counts` (tokens, 1) says how many texts a token stands for: their common beginning is run once. `texts` (tokens,)
+    says which one it is of, −1 for that beginning.
     """
 
     states: list[torch.Tensor]
     counts: torch.Tensor
+    texts: torch.Tensor
 
 
 def kept_settings(dense: PreTrainedModel, architecture: str) -> dict[str, Any]:
@@ -88,24 +90,45 @@ def active_parameters(mixture: PreTrainedModel) -> int:
 
 
 def feed_forward_inputs(model: PreTrainedModel, texts: Sequence[list[int]]) -> Inputs:
-    """What goes into the feed-forward part of each decoder layer when `model` reads `texts`.
-
-    Its rows are those of the common beginning, then those of what each text has of its own.
-    """
+    """What goes into the feed-forward part of each decoder layer when `model` reads `texts`."""
     seen: list[list[torch.Tensor]] = [[] for _ in decoder_layers(model)]
     handles = [
         cast("Any", layer.mlp).register_forward_pre_hook(lambda _, args, of=of: of.append(args[0][0].clone()))
         for layer, of in zip(decoder_layers(model), seen, strict=True)
     ]
     try:
-        tokens = [len(states) for states in read(model, texts)]
+        tokens = torch.tensor([len(states) for states in read(model, texts)])
     finally:
         for handle in handles:
             handle.remove()
-    states = [torch.cat(parts) for parts in seen]
-    counts = torch.ones(sum(tokens), 1, device=states[0].device)
-    counts[: tokens[0]] = len(texts)
-    return Inputs(states, counts)
+    owners = torch.arange(-1, len(texts)).repeat_interleave(tokens).to(next(model.parameters()).device)
+    counts = torch.where(owners < 0, float(len(texts)), 1.0)[:, None]
+    return Inputs([torch.cat(parts) for parts in seen], counts, owners)
+
+
+def fit_router(
+    states: torch.Tensor, mass: torch.Tensor, counts: torch.Tensor, ridge: float, logit_rms: float
+) -> torch.Tensor:
+    """Linear scores that tell which experts give most: ridge regression of how far each lies above their mean.
+
+    The closed form W = (XᵀX + λI)⁻¹ XᵀY takes the place of CMoE's router, the gate and up projections of one
+    representative neuron an expert, which is not linear and so has no place in a plain architecture.
+
+    Args:
+        states: X, (tokens, hidden size).
+        mass: what each expert gives to each token, (tokens, experts).
+        counts: how often each token is there, (tokens, 1).
+        ridge: λ as a share of the mean diagonal of XᵀX.
+        logit_rms: root mean square of the logits.
+
+    Returns:
+        Float tensor (experts, hidden size).
+    """
+    x, y = states.double(), (mass - mass.mean(1, keepdim=True)).double()
+    gram = (x * counts).T @ x
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    router = torch.linalg.solve(gram + penalty, (x * counts).T @ y).T
+    return (router * (logit_rms / (x @ router.T).square().mean().sqrt())).float()
 
 
 @torch.inference_mode()

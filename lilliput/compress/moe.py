@@ -23,6 +23,7 @@ from lilliput.compress.mixture import (
     active_parameters,
     empty_mixture,
     feed_forward_inputs,
+    fit_router,
     kept_settings,
     require_same,
     set_active,
@@ -107,7 +108,7 @@ def carve(mlp: Any, states: torch.Tensor, counts: torch.Tensor, config: MoeConfi
     owner = cluster(contributions[:, routed] * counts.sqrt(), config.experts)
     experts = torch.stack([routed[owner == expert].sort().values for expert in range(config.experts)])
     mass = contributions[:, experts].sum(2)
-    router = fit_router(states, mass, counts)
+    router = fit_router(states, mass, counts, RIDGE, ROUTER_LOGIT_RMS)
     chosen = (states @ router.T).topk(config.active, dim=1).indices
     kept = mass.gather(1, chosen).sum(1, keepdim=True) + contributions[:, shared].sum(1, keepdim=True)
     captured = ((kept * counts).sum() / (contributions * counts).sum()).item()
@@ -138,27 +139,6 @@ def cluster(contributions: torch.Tensor, count: int) -> torch.Tensor:
         centres = normalize(torch.zeros_like(centres).index_add_(0, owner.to(profiles.device), profiles), dim=1)
     assert owner is not None
     return owner.to(contributions.device)
-
-
-def fit_router(states: torch.Tensor, mass: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Linear scores that tell which experts give most: ridge regression of how far each lies above their mean.
-
-    The closed form W = (XᵀX + λI)⁻¹ XᵀY takes the place of CMoE's router, the gate and up projections of one
-    representative neuron an expert, which is not linear and so has no place in a plain architecture.
-
-    Args:
-        states: X, (tokens, hidden size).
-        mass: what each expert gives to each token, (tokens, experts).
-        counts: how often each token is there, (tokens, 1).
-
-    Returns:
-        Float tensor (experts, hidden size), scaled to logits of ROUTER_LOGIT_RMS.
-    """
-    x, y = states.double(), (mass - mass.mean(1, keepdim=True)).double()
-    gram = (x * counts).T @ x
-    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    router = torch.linalg.solve(gram + penalty, (x * counts).T @ y).T
-    return (router * (ROUTER_LOGIT_RMS / (x @ router.T).square().mean().sqrt())).float()
 
 
 def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
