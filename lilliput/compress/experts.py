@@ -126,11 +126,11 @@ def mixture_of(opened: Opened, count: int) -> PreTrainedModel:
 
 def _mixture_config(dense: PreTrainedModel, count: int) -> PretrainedConfig:
     normed = hasattr(cast("Any", decoder_layers(dense)[0]).self_attn, "q_norm")
-    kept = kept_settings(dense, "Qwen3-MoE" if normed else "Mixtral") | {"num_experts_per_tok": count}
+    kept = kept_settings(dense, "Qwen3-MoE" if normed else "Mixtral")
     if normed:
-        neurons = kept["intermediate_size"]
-        return Qwen3MoeConfig(**kept, num_experts=count, moe_intermediate_size=neurons, norm_topk_prob=True)
-    return MixtralConfig(**kept, num_local_experts=count)
+        neurons = {"moe_intermediate_size": kept["intermediate_size"], "norm_topk_prob": True}
+        return Qwen3MoeConfig(**kept, **neurons, num_experts=count, num_experts_per_tok=count)
+    return MixtralConfig(**kept, num_local_experts=count, num_experts_per_tok=count)
 
 
 @torch.no_grad()
