@@ -28,6 +28,7 @@ from lilliput.errors import ConfigError, StrategyError
 from lilliput.shape import linear_inputs, pruned
 
 ROOT = "source"
+MIXTURES = {"moe", "experts"}  # strategies that make a mixture of experts
 
 
 def ancestors(params: Params, candidate: str) -> list[str]:
@@ -130,22 +131,24 @@ def _bad_successions(params: Params) -> Iterable[str]:
 
 def _bad_after_experts(params: Params) -> Iterable[str]:
     for name, spec in params.candidates.items():
-        mixture = next((link for link in ancestors(params, name) if params.candidates[link].apply == "moe"), None)
-        if mixture and not _handles_experts(params, name):
+        mixture = next((link for link in ancestors(params, name) if params.candidates[link].apply in MIXTURES), None)
+        if mixture and not _handles_experts(params, name, mixture):
+            made_by, parent = params.candidates[mixture].apply, params.candidates[mixture].parent
             yield (
                 f"candidates.{name}: `{spec.apply}` with these settings does not reach the experts of `{mixture}`, "
-                f"which moe made; apply {spec.apply} before moe (from: {params.candidates[mixture].parent})"
+                f"which {made_by} made; apply {spec.apply} before {made_by} (from: {parent})"
             )
 
 
-def _handles_experts(params: Params, candidate: str) -> bool:
-    """Training does, and taking whole layers away."""
+def _handles_experts(params: Params, candidate: str, mixture: str) -> bool:
+    """Training does, and taking whole layers away; LoRA sees linear layers alone, of which `experts` leaves none."""
     try:
         config = params.strategy_config(candidate)
     except ConfigError:
         return True  # the bad override is reported by itself
     layers = isinstance(config, PruneConfig) and config.method in {"block_influence", "perplexity"}
-    return layers or isinstance(config, LoraConfig | DistillConfig)
+    carved = params.candidates[mixture].apply == "moe"
+    return layers or isinstance(config, DistillConfig) or (isinstance(config, LoraConfig) and carved)
 
 
 def _bad_caching(params: Params) -> Iterable[str]:
@@ -177,7 +180,7 @@ def _unheld(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> s
     except ConfigError:
         return None  # the bad override is reported by itself
     links = [spec.candidate, *ancestors(params, spec.candidate)]
-    if isinstance(spec, OnnxTarget) and any(params.candidates[link].apply == "moe" for link in links):
+    if isinstance(spec, OnnxTarget) and any(params.candidates[link].apply in MIXTURES for link in links):
         return "ONNX Runtime's builder does not take mixtures of experts; compile it for gguf"
     if isinstance(config, LoraConfig) and not config.merge:
         return "its LoRA adapter is kept apart (merge: false), so it would be left out; set merge: true"

@@ -14,11 +14,12 @@ from lilliput.artifacts import (
     write_history,
     writing,
 )
-from lilliput.compress.checkpoint import fingerprint, last_checkpoint
+from lilliput.compress.checkpoint import fingerprint
 from lilliput.compress.result import Result
 from lilliput.config import (
     AwqConfig,
     DistillConfig,
+    ExpertsConfig,
     GptqConfig,
     LoadConfig,
     LoraConfig,
@@ -44,8 +45,8 @@ def compress(params: Params, candidate: str) -> None:
     parent = verify(layout.model(spec.parent))
     with measured(layout.cost(candidate)) as cost:
         checkpoints = _checkpoints(params, candidate, parent)
-        if last := last_checkpoint(checkpoints):
-            cost["resumed_from"] = last.name  # what was done before the kill is not in this cost
+        if kept := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
+            cost["resumed_from"] = max(kept)  # what was done before the kill is not in this cost
         result = _apply(params, candidate, checkpoints)
         with writing(layout.model(candidate)) as directory:
             cost["reload_max_logit_difference"] = _write(result, directory)
@@ -98,6 +99,10 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
         assert spec.teacher is not None, "held by check_graph"
         teacher_dir, cache = layout.model(spec.teacher), layout.TEACHER_LOGITS
         return distill(parent_dir, teacher_dir, corpus.train, system_prompt, config, cache, checkpoints)
+    if isinstance(config, ExpertsConfig):
+        from lilliput.compress.experts import experts
+
+        return experts(parent_dir, corpus.train, system_prompt, config, checkpoints)
     if isinstance(config, MoeConfig):
         from lilliput.compress.moe import moe
 

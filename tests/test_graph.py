@@ -211,25 +211,32 @@ def test_qlora_without_bitsandbytes_is_refused_by_name(wanting_gpu, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "child",
+    ("mixture", "child"),
     [
-        {"apply": "gptq"},
-        {"apply": "moe"},
-        {"apply": "prune", "with": {"method": "neurons"}},
-        {"apply": "sparsify"},
+        ("moe", {"apply": "gptq"}),
+        ("moe", {"apply": "moe"}),
+        ("moe", {"apply": "experts"}),
+        ("moe", {"apply": "prune", "with": {"method": "neurons"}}),
+        ("moe", {"apply": "sparsify"}),
+        ("experts", {"apply": "moe"}),
+        ("experts", {"apply": "lora"}),
+        ("experts", {"apply": "awq"}),
     ],
 )
-def test_what_does_not_reach_experts_cannot_follow_a_mixture(with_candidates, child):
-    graph = {"base": BASE, "m": {"from": "base", "apply": "moe"}}
+def test_what_does_not_reach_experts_cannot_follow_a_mixture(with_candidates, mixture, child):
+    graph = {"base": BASE, "m": {"from": "base", "apply": mixture}}
     graph |= {"d": {"from": "m", "apply": "distill", "teacher": "base"}, "child": {"from": "d"} | child}
     message = problems(with_candidates(graph))
-    assert f"`{child['apply']}` with these settings does not reach the experts of `m`" in message
+    told = f"`{child['apply']}` with these settings does not reach the experts of `m`, which {mixture} made"
+    assert told in message
     assert "(from: base)" in message
 
 
 def test_training_and_depth_pruning_may_follow_a_mixture(with_candidates):
     graph = {"base": BASE, "m": {"from": "base", "apply": "moe"}, "l": {"from": "m", "apply": "lora"}}
     graph |= {"d": {"from": "l", "apply": "distill", "teacher": "base"}, "p": {"from": "d", "apply": "prune"}}
+    graph |= {"e": {"from": "base", "apply": "experts"}, "f": {"from": "e", "apply": "prune"}}
+    graph["g"] = {"from": "f", "apply": "distill", "teacher": "base"}
     check_graph(with_candidates(graph), "params.yaml")
 
 

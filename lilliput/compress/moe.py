@@ -17,34 +17,27 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 from tqdm import tqdm
-from transformers import DynamicCache, Glm4MoeConfig, PreTrainedModel
+from transformers import Glm4MoeConfig, PreTrainedModel
 
+from lilliput.compress.mixture import (
+    active_parameters,
+    empty_mixture,
+    feed_forward_inputs,
+    fit_router,
+    kept_settings,
+    require_same,
+    set_active,
+)
 from lilliput.compress.result import Result
 from lilliput.compress.training import encode_examples
 from lilliput.config import MoeConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.models import Opened, decoder_layers, parameter_count, probe_logits, random_model, stored_dtype
+from lilliput.models import Opened, decoder_layers
 
 ROUTER_LOGIT_RMS = 1e-3  # an expert then weighs 1 ± 0.0005, and float32 still tells a thousandth of this apart
 RIDGE = 1e-2  # of the mean diagonal of XᵀX
 ROUNDS = 5  # of the clustering, at most
-_KEPT = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
-)  # keys of a configuration that mean the same in GLM-4-MoE
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What goes into each feed-forward layer: `states[layer]` is float (tokens, hidden size).
-
-    `counts` (tokens, 1) says how many calibration texts a token stands for: their common beginning is run once.
-    """
-
-    states: list[torch.Tensor]
-    counts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def moe(parent: Opened, calibration: Sequence[Question], system_prompt: str, con
         StrategyError: the model computes what GLM-4-MoE cannot, or its neurons cannot be shared out evenly.
     """
     dense, tokenizer = parent
-    mixture = _empty_mixture(dense, config)
+    mixture = empty_mixture(dense, _mixture_config(dense, config))
     examples = encode_examples(tokenizer, system_prompt, calibration[: config.calibration_examples])
     inputs = feed_forward_inputs(dense, [example.input_ids for example in examples])
     carvings = []
@@ -81,12 +74,10 @@ def moe(parent: Opened, calibration: Sequence[Question], system_prompt: str, con
     for layer, target, states in tqdm(pairs, desc="carve", unit="layer", total=len(inputs.states)):
         carvings.append(carve(layer.mlp, states, inputs.counts, config))
         _share_out(cast("Any", layer.mlp), cast("Any", target.mlp), carvings[-1])
-    _require_same(dense, mixture, tokenizer)
+    require_same(dense, mixture, tokenizer)
     for target, carving in zip(decoder_layers(mixture), carvings, strict=True):
-        gate = cast("Any", target.mlp).gate
-        gate.weight.data.copy_(carving.router)
-        gate.top_k = config.active
-    cast("Any", mixture.config).num_experts_per_tok = config.active
+        cast("Any", target.mlp).gate.weight.data.copy_(carving.router)
+    set_active(mixture, config.active)
     captured = [carving.captured for carving in carvings]
     facts = {
         "active_parameters": active_parameters(mixture),
@@ -94,49 +85,6 @@ def moe(parent: Opened, calibration: Sequence[Question], system_prompt: str, con
         "captured_mean": sum(captured) / len(captured),
     }
     return Result(mixture, tokenizer, facts, {"captured": list(enumerate(captured))})
-
-
-def active_parameters(mixture: PreTrainedModel) -> int:
-    """Distinct parameters that one token is computed with: all but those of the experts it is not sent to."""
-    config = cast("Any", mixture.config)
-    idle = config.n_routed_experts - config.num_experts_per_tok
-    return parameter_count(mixture) - config.num_hidden_layers * idle * 3 * (
-        config.hidden_size * config.moe_intermediate_size
-    )
-
-
-@torch.inference_mode()
-def feed_forward_inputs(model: PreTrainedModel, texts: Sequence[list[int]]) -> Inputs:
-    """What goes into the feed-forward part of each decoder layer when `model` reads `texts`."""
-    where = next(model.parameters()).device
-    seen: list[list[torch.Tensor]] = [[] for _ in decoder_layers(model)]
-    handles = [
-        cast("Any", layer.mlp).register_forward_pre_hook(lambda _, args, of=of: of.append(args[0][0].clone()))
-        for layer, of in zip(decoder_layers(model), seen, strict=True)
-    ]
-    shared = _common_beginning(texts)
-    cache = DynamicCache(config=model.config)
-    try:
-        for text in tqdm([texts[0][:shared], *(text[shared:] for text in texts)], desc="read", unit="text"):
-            if text:
-                cast("Any", model.model)(
-                    input_ids=torch.tensor([text], device=where), past_key_values=cache, use_cache=True
-                )
-            if cache.get_seq_length() > shared:
-                cache.crop(shared - cache.get_seq_length())
-    finally:
-        for handle in handles:
-            handle.remove()
-    states = [torch.cat(parts) for parts in seen]
-    counts = torch.ones(len(states[0]), 1, device=where)
-    counts[:shared] = len(texts)
-    return Inputs(states, counts)
-
-
-def _common_beginning(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts begin with; at least the last one of each is left to be run."""
-    together = zip(*(text[:-1] for text in texts), strict=False)
-    return next((place for place, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, texts)) - 1)
 
 
 @torch.inference_mode()
@@ -160,7 +108,7 @@ def carve(mlp: Any, states: torch.Tensor, counts: torch.Tensor, config: MoeConfi
     owner = cluster(contributions[:, routed] * counts.sqrt(), config.experts)
     experts = torch.stack([routed[owner == expert].sort().values for expert in range(config.experts)])
     mass = contributions[:, experts].sum(2)
-    router = fit_router(states, mass, counts)
+    router = fit_router(states, mass, counts, RIDGE, ROUTER_LOGIT_RMS)
     chosen = (states @ router.T).topk(config.active, dim=1).indices
     kept = mass.gather(1, chosen).sum(1, keepdim=True) + contributions[:, shared].sum(1, keepdim=True)
     captured = ((kept * counts).sum() / (contributions * counts).sum()).item()
@@ -193,70 +141,21 @@ def cluster(contributions: torch.Tensor, count: int) -> torch.Tensor:
     return owner.to(contributions.device)
 
 
-def fit_router(states: torch.Tensor, mass: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Linear scores that tell which experts give most: ridge regression of how far each lies above their mean.
-
-    The closed form W = (XᵀX + λI)⁻¹ XᵀY takes the place of CMoE's router, the gate and up projections of one
-    representative neuron an expert, which is not linear and so has no place in a plain architecture.
-
-    Args:
-        states: X, (tokens, hidden size).
-        mass: what each expert gives to each token, (tokens, experts).
-        counts: how often each token is there, (tokens, 1).
-
-    Returns:
-        Float tensor (experts, hidden size), scaled to logits of ROUTER_LOGIT_RMS.
-    """
-    x, y = states.double(), (mass - mass.mean(1, keepdim=True)).double()
-    gram = (x * counts).T @ x
-    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    router = torch.linalg.solve(gram + penalty, (x * counts).T @ y).T
-    return (router * (ROUTER_LOGIT_RMS / (x @ router.T).square().mean().sqrt())).float()
-
-
-def _empty_mixture(dense: PreTrainedModel, config: MoeConfig) -> PreTrainedModel:
-    """A mixture with all of `dense` but its feed-forward layers, routers of zero and all experts active."""
-    _require_fitting(dense, config)
-    mixture = random_model(_mixture_config(dense, config), seed=0).eval()
-    cast("torch.nn.Module", mixture).to(next(dense.parameters()).device)
-    keys = mixture.load_state_dict(dense.state_dict(), strict=False)
-    if strange := [key for key in (*keys.missing_keys, *keys.unexpected_keys) if ".mlp." not in key]:
-        raise _unlike(dense, f"its parts differ: {', '.join(strange[:3])}")
-    for layer in decoder_layers(mixture):
-        cast("Any", layer.mlp).gate.weight.data.zero_()
-    mixture.generation_config = dense.generation_config
-    cast("Any", mixture).stored_dtype = stored_dtype(dense)
-    return mixture
-
-
-def _require_fitting(dense: PreTrainedModel, config: MoeConfig) -> None:
-    source = cast("Any", dense.config)
-    if missing := [name for name in _KEPT if not hasattr(source, name)]:
-        raise _unlike(dense, f"its configuration has no {', '.join(missing)}")
-    for layer in decoder_layers(dense):
-        linears = [getattr(layer.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if any(not isinstance(linear, torch.nn.Linear) or linear.bias is not None for linear in linears):
-            raise _unlike(dense, "its feed-forward layers are not gate, up and down projection without bias")
-    if any(kind != "full_attention" for kind in getattr(source, "layer_types", None) or []):
-        raise _unlike(dense, "some of its layers attend to a window")
-    if getattr(source, "sliding_window", None) and getattr(source, "use_sliding_window", True):
-        raise _unlike(dense, f"it attends to a window of {source.sliding_window} tokens")
-    parts = config.experts + config.shared
-    if source.intermediate_size % parts:
-        raise StrategyError(
-            f"strategies.moe: {config.experts} experts and {config.shared} shared ones do not divide the "
-            f"{source.intermediate_size} neurons of a layer; choose other numbers"
-        )
-
-
 def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
-    source, attention = cast("Any", dense.config), cast("Any", decoder_layers(dense)[0]).self_attn
-    rotary = source.rope_parameters | {"partial_rotary_factor": 1.0}  # GLM-4 itself rotates half of a head
+    kept, attention = kept_settings(dense, "GLM-4-MoE"), cast("Any", decoder_layers(dense)[0]).self_attn
+    neurons, parts = kept["intermediate_size"], config.experts + config.shared
+    if neurons % parts:
+        raise StrategyError(
+            f"strategies.moe: {config.experts} experts and {config.shared} shared ones do not divide the {neurons} "
+            "neurons of a layer; choose other numbers"
+        )
+    # GLM-4 itself rotates half of a head.
+    kept["rope_parameters"] = kept["rope_parameters"] | {"partial_rotary_factor": 1.0}
     return Glm4MoeConfig(
-        **{name: getattr(source, name) for name in _KEPT} | {"head_dim": attention.head_dim, "rope_parameters": rotary},
+        **kept,
         attention_bias=attention.q_proj.bias is not None,
         use_qk_norm=hasattr(attention, "q_norm"),
-        moe_intermediate_size=source.intermediate_size // (config.experts + config.shared),
+        moe_intermediate_size=neurons // parts,
         n_routed_experts=config.experts,
         n_shared_experts=config.shared,
         num_experts_per_tok=config.experts,
@@ -275,18 +174,3 @@ def _share_out(dense: Any, mixture: Any, carving: Carving) -> None:
     mixture.shared_experts.down_proj.weight.data.copy_(down[:, carving.shared])
     mixture.experts.gate_up_proj.data.copy_(torch.cat([gate[carving.experts], up[carving.experts]], dim=1))
     mixture.experts.down_proj.data.copy_(down[:, carving.experts].transpose(0, 1))
-
-
-def _require_same(dense: PreTrainedModel, mixture: PreTrainedModel, tokenizer: Any) -> None:
-    """Raises StrategyError unless `mixture`, all experts active, computes what `dense` does."""
-    expected = probe_logits(dense, tokenizer)
-    difference = (probe_logits(mixture, tokenizer) - expected).abs().max().item()
-    if not difference <= 1e-3 * expected.abs().max().item():
-        raise _unlike(dense, f"with all experts active a logit differs by {difference:.3g}")
-
-
-def _unlike(dense: PreTrainedModel, reason: str) -> StrategyError:
-    return StrategyError(
-        f"moe: a {type(dense).__name__} cannot be written as GLM-4-MoE: {reason}; choose a parent of the Llama or Qwen "
-        "kind, not yet a mixture"
-    )

@@ -269,6 +269,48 @@ class MoeConfig(Section):
         return self
 
 
+class ExpertsConfig(TrainingConfig):
+    """LoRA on each of several topics, merged into a mixture of experts (Branch-Train-MiX, arXiv 2403.07816).
+
+    What a training needs is said of each topic's; the routers have `router_steps` and a learning rate of their own.
+
+    Attributes:
+        experts: as many as topics.
+        active: how many of them the router chooses for a token.
+        rank, alpha: of the adapters, as for `lora`.
+        router_steps: of training the routers alone, on all topics; 0 leaves them as they were derived.
+    """
+
+    experts: Annotated[int, Field(ge=2)]
+    active: Positive
+    rank: Positive
+    alpha: PositiveFloat
+    router_steps: NotNegative
+    router_learning_rate: PositiveFloat
+
+    @model_validator(mode="after")
+    def _some_are_idle(self) -> ExpertsConfig:
+        if self.active >= self.experts:
+            raise ValueError(f"`active` {self.active} of {self.experts} `experts` leaves none idle; lower `active`")
+        return self
+
+    @property
+    def branch(self) -> LoraConfig:
+        """How each topic's adapter is trained."""
+        adapter = {"variant": "lora", "rank": self.rank, "alpha": self.alpha, "dropout": 0.0}
+        return LoraConfig(**self._training(), **adapter, target_modules="all-linear", merge=True)
+
+    @property
+    def router(self) -> TrainingConfig:
+        """How the routers are trained, where `router_steps` is not 0."""
+        return TrainingConfig(
+            **self._training() | {"steps": self.router_steps, "learning_rate": self.router_learning_rate}
+        )
+
+    def _training(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in TrainingConfig.model_fields}
+
+
 class StrategiesConfig(Section):
     """The settings of each strategy; a candidate's `with` overrides single values."""
 
@@ -281,9 +323,10 @@ class StrategiesConfig(Section):
     rtn: RtnConfig
     awq: AwqConfig
     moe: MoeConfig
+    experts: ExpertsConfig
 
 
-StrategyName = Literal["load", "lora", "prune", "sparsify", "distill", "gptq", "rtn", "awq", "moe"]
+StrategyName = Literal["load", "lora", "prune", "sparsify", "distill", "gptq", "rtn", "awq", "moe", "experts"]
 StrategyConfig = (
     LoadConfig
     | LoraConfig
@@ -294,6 +337,7 @@ StrategyConfig = (
     | RtnConfig
     | AwqConfig
     | MoeConfig
+    | ExpertsConfig
 )
 
 

@@ -4,10 +4,12 @@ import shutil
 import gguf
 import numpy as np
 import pytest
+import torch
 from transformers import Qwen3Config
 
 from lilliput.compile.codes import Codes, read_codes
 from lilliput.compile.gguf import compile_gguf, encode
+from lilliput.compress.experts import mixture_of
 from lilliput.config import GgufTarget
 from lilliput.errors import CompileError
 from lilliput.models import open_model, random_model, save_model
@@ -130,6 +132,18 @@ def test_another_family_of_models_keeps_its_weights_too(tokenizer, tmp_path):
     np.testing.assert_array_equal(
         values(read(tmp_path)["blk.1.ffn_gate.weight"]), model.model.layers[1].mlp.gate_proj.weight.detach().numpy()
     )
+
+
+def test_a_merged_mixture_keeps_its_experts_and_routers(opened, tmp_path):
+    mixture = mixture_of(opened, 3)
+    for layer in mixture.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, generator=torch.Generator().manual_seed(0))
+    save_model(mixture, opened[1], tmp_path)
+    compile_gguf(tmp_path, tmp_path, config(floats="f32", embeddings="f32"))
+    tensors, layer = read(tmp_path), mixture.model.layers[1].mlp
+    gate, _ = layer.experts.gate_up_proj.detach().chunk(2, dim=1)
+    np.testing.assert_array_equal(values(tensors["blk.1.ffn_gate_exps.weight"]), gate.numpy())
+    np.testing.assert_array_equal(values(tensors["blk.1.ffn_gate_inp.weight"]), layer.gate.weight.detach().numpy())
 
 
 def test_what_the_converter_does_not_know_is_told(checkpoint, tmp_path):

@@ -4,7 +4,8 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from lilliput.compress.distill import distill
-from lilliput.compress.moe import ROUTER_LOGIT_RMS, carve, cluster, feed_forward_inputs, fit_router, moe
+from lilliput.compress.mixture import feed_forward_inputs, fit_router
+from lilliput.compress.moe import RIDGE, ROUTER_LOGIT_RMS, carve, cluster, moe
 from lilliput.compress.prune import prune
 from lilliput.compress.training import answer_logits, collate, encode_examples
 from lilliput.config import DistillConfig, MoeConfig, PruneConfig
@@ -103,7 +104,7 @@ def test_the_router_sends_each_token_where_most_is_given():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 8, generator=generator)
     mass = x @ torch.randn(8, 4, generator=generator)
-    router = fit_router(x[:300], mass[:300], torch.ones(300, 1))
+    router = fit_router(x[:300], mass[:300], torch.ones(300, 1), RIDGE, ROUTER_LOGIT_RMS)
     logits = x[:300] @ router.T
     assert logits.square().mean().sqrt().item() == pytest.approx(ROUTER_LOGIT_RMS, rel=1e-4)
     right = (x[300:] @ router.T).argmax(1) == mass[300:].argmax(1)
@@ -116,7 +117,7 @@ def test_counts_are_repetitions():
     twice = torch.cat([x, x[:5]]), torch.cat([mass, mass[:5]]), torch.ones(25, 1)
     counts = torch.ones(20, 1)
     counts[:5] = 2
-    found, expected = fit_router(x, mass, counts), fit_router(*twice)
+    found, expected = (fit_router(*rows, RIDGE, ROUTER_LOGIT_RMS) for rows in ((x, mass, counts), twice))
     assert torch.allclose(found / found.norm(), expected / expected.norm(), atol=1e-5)
 
 
