@@ -80,7 +80,14 @@ def serve(home: Path, host: str, port: int) -> None:
     serving = Serving(home)
     app = App(serving.gateway, token, Admin(admin_token(home), serving.take_over), page_routes())
     config = uvicorn.Config(
-        app, host, port, access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=30
+        app,
+        host,
+        port,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=60,  # five seconds, the default, cut clients short that come again after as many
+        timeout_graceful_shutdown=30,
     )
     try:
         asyncio.run(_run(uvicorn.Server(config), serving, home))

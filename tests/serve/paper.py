@@ -2,9 +2,14 @@
 
 import asyncio
 import json
+import re
+import threading
+import time
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
+import uvicorn
 
 from lilliput.config import LinkConfig
 from lilliput.serve.api import App
@@ -47,6 +52,10 @@ def events(*texts, ending="data: [DONE]\n\n"):
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ending
 
 
+def _words(text):
+    return re.findall(r"\s*\S+", text)
+
+
 class Paper(httpx.AsyncBaseTransport):
     """Both ends: what each says, and what it was asked."""
 
@@ -75,7 +84,7 @@ class Paper(httpx.AsyncBaseTransport):
         if isinstance(said, httpx.Response):
             return said
         if asked["stream"]:
-            return httpx.Response(200, text=events(*said["choices"][0]["message"]["content"].split(" ")))
+            return httpx.Response(200, text=events(*_words(said["choices"][0]["message"]["content"])))
         return httpx.Response(200, json=said)
 
 
@@ -133,4 +142,21 @@ def pieces(response):
 
 
 def said(chunks):
-    return " ".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk != "[DONE]").strip()
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk != "[DONE]")
+
+
+@contextmanager
+def served(application):
+    """The application on a real socket of loopback; its address."""
+    server = uvicorn.Server(
+        uvicorn.Config(application, "127.0.0.1", 0, log_config=None, access_log=False, timeout_keep_alive=60)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

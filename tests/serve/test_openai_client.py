@@ -1,0 +1,40 @@
+"""OpenAI's own client, unchanged, over a real socket."""
+
+import openai
+import pytest
+from paper import ASK, Paper, app, completion, served
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        served(app(Paper(device=completion("It is Lima")), token="secret")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as made,
+    ):
+        yield made
+
+
+def test_an_answer(client):
+    answer = client.chat.completions.create(model="pocket", messages=ASK["messages"], max_tokens=5)
+    assert answer.choices[0].message.content == "It is Lima"
+    assert answer.model == "pocket"
+    assert answer.model_extra["lilliput"]["place"] == "device"
+
+
+def test_a_stream(client):
+    with client.chat.completions.create(model="pocket", messages=ASK["messages"], stream=True) as stream:
+        chunks = list(stream)
+    assert "".join(filter(None, (chunk.choices[0].delta.content for chunk in chunks))) == "It is Lima"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].model_extra["lilliput"]["place"] == "device"
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["pocket"]
+
+
+def test_errors_are_of_the_kinds_it_knows(client):
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.chat.completions.create(model="pocket", messages=ASK["messages"], max_tokens=-1)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="guess").models.list()
