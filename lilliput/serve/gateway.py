@@ -222,7 +222,7 @@ class Gateway:
         router, looked = service.router, None
         decision = await spent.thinking(lambda: router.before(chat.question, conditions))
         if decision is None:
-            looked = await self._whole_from_device(service, chat, spent)
+            looked = await self._whole_from_device(service, chat, spent, looking=True)
             tokens = logprobs_of(looked)
             decision = await spent.thinking(lambda: router.after(chat.question, tokens, conditions))
         if decision.place == "server":
@@ -280,8 +280,11 @@ class Gateway:
             await _remember(service, chat, text_of(body))
         return Reply("device", decision, body)
 
-    async def _whole_from_device(self, service: Service, chat: Chat, spent: Spent) -> dict[str, Any]:
-        request = self._request(service, chat, service.device) | {"logprobs": True}
+    async def _whole_from_device(
+        self, service: Service, chat: Chat, spent: Spent, *, looking: bool = False
+    ) -> dict[str, Any]:
+        # Probabilities are asked for only where somebody looks at them: llama.cpp sorts the whole vocabulary for each.
+        request = self._request(service, chat, service.device) | ({"logprobs": True} if looking else {})
         async with self._slot(service):
             with spent.on_device(service.device.clock):
                 try:
