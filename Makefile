@@ -46,4 +46,4 @@ $(INSTALLED): requirements.lock
 	@touch $@
 
 clean:  ## what can be made again: models, reports, logs; not the DVC cache, not MLflow's store
-	rm -rf models compiled bundles data answers report logs workspaces .cache
+	rm -rf models compiled bundles data answers report logs workspaces .cache offload/*/

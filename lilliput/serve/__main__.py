@@ -46,12 +46,12 @@ class Serving:
         await asyncio.sleep(0)  # it has taken over; what is under way may take its time
 
     async def watch(self) -> None:
-        """Starts a model anew whose process has died."""
+        """Starts the models anew if the process of one has died."""
         while True:
             await asyncio.sleep(WATCH_S)
             if self.gateway.service.running():
                 continue
-            log.error("the device's model has died; it is started anew")
+            log.error("a model's process has died; all are started anew")
             try:
                 await self.take_over()
             except LilliputError as error:

@@ -88,7 +88,7 @@ class Service:
         router: made for these two.
         cache: answers that these two gave before; None for none.
         slots: of the device.
-        running: whether what was started for the device is there.
+        running: whether what was started for it is there.
         stop: ends what was started for it.
     """
 

@@ -36,7 +36,10 @@ def open_service(deployment: Deployment, home: Path) -> Service:
     router = open_router(serving, Path(deployment.routers), embedder, pair)
     with ExitStack() as started:
         device = _start(started, deployment, deployment.model, home, deployment.profile.threads, 1)
-        edge = _edge(started, deployment, home)
+        server = None
+        # Where the device answers everything, it would only take memory.
+        if deployment.edge is not None and serving.policy != "device":
+            server = _start(started, deployment, deployment.edge, home, serving.edge.threads, serving.edge.slots)
         cache = None
         if serving.cache.capacity and embedder:
             similarity = SAME_WORDING if deployment.threshold is None else deployment.threshold
@@ -47,10 +50,10 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             Device(deployment.profile.watts_per_core, serving.battery_wh, deployment.links),
             Model(deployment.model.name, deployment.model.sha256, deployment.system_prompt),
             End(device.url, DEVICE_TIMEOUT_S, clock=device.cpu_seconds),
-            edge,
+            _edge(deployment, server),
             router,
             cache,
-            running=lambda: device.running,
+            running=lambda: device.running and (server is None or server.running),
             stop=started.pop_all().close,
         )
 
@@ -76,15 +79,11 @@ def _start(
     return started.enter_context(LlamaServer(Serving(str(file), threads, deployment.profile.context_tokens, slots)))
 
 
-def _edge(started: ExitStack, deployment: Deployment, home: Path) -> End | None:
+def _edge(deployment: Deployment, server: LlamaServer | None) -> End | None:
     config = deployment.serving.edge
     if config.url is not None:
         return End(config.url, config.timeout_s, model=config.model, key=os.environ.get(EDGE_KEY), breaker=Breaker())
-    if deployment.serving.policy == "device":
-        return None  # it would only take memory
-    assert deployment.edge is not None
-    server = _start(started, deployment, deployment.edge, home, config.threads, config.slots)
-    return End(server.url, config.timeout_s, breaker=Breaker())
+    return End(server.url, config.timeout_s, breaker=Breaker()) if server else None
 
 
 def _edge_name(deployment: Deployment) -> str | None:

@@ -175,9 +175,16 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
         (home / "current.json").write_text(json.dumps(current | {"model": current["model"] | {"sha256": "0" * 64}}))
         with pytest.raises(ArtifactError, match="what was served before is served on"):
             flow._take_over(home)
+        (home / "current.json").write_text(json.dumps(current))
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
 
         process = flow.running(home)["pid"]
+        for model in psutil.Process(process).children():
+            model.kill()
+        deadline = time.monotonic() + 60
+        while httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code != 200:
+            assert time.monotonic() < deadline, "what died was not started anew"
+            time.sleep(0.2)
     finally:
         assert "is served no more" in flow.stop(home)
     assert flow.running(home) is None
