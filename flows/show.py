@@ -56,11 +56,32 @@ def device_rows(folder: Path) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: row["device"])
 
 
+def offloading_rows(folder: Path, device: str) -> list[dict[str, str]]:
+    """One row a policy of `device`: how much it leaves to the edge server over the configured link, and what for."""
+    record = _read(folder / layout.offload_record(device))
+    return [
+        {
+            "policy": policy.replace("_", ", "),
+            "offloaded": f"{found['offloaded']:.0%}",
+            "right": _estimate(found["accuracy"]),
+            "halluc.": _estimate(found["hallucination_rate"]),
+            "ms p50 (p90)": f"~{found['latency_ms']['p50']:.0f} ({found['latency_ms']['p90']:.0f})",
+            "J/query": _estimate(found["energy_per_query_j"], 2),
+        }
+        for policy, found in (record["links"][record["link"]] if record else {}).items()
+    ]
+
+
 def next_commands(folder: Path) -> str:
-    """Where the report is, and how the two UIs are opened, as Markdown that reads well as text."""
+    """What to serve, where the report is, and how the two UIs are opened, as Markdown that reads well as text."""
     store = (folder / layout.MLRUNS / "mlflow.db").absolute()
+    other = f" --params {folder.name}.yaml" if folder.parent.name == "workspaces" else ""  # its name is all that counts
+    served = [
+        device for device in load_params(folder / layout.PARAMS).serving if (folder / layout.BUNDLES / device).exists()
+    ]
     return "\n".join(
         [
+            *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{other}`" for device in served),
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
             f"- What each device is given: {(folder / layout.BUNDLES).absolute()}",
             f"- MLflow UI: `.venv/bin/mlflow ui --backend-store-uri sqlite:///{store} --port 5000`",
@@ -79,6 +100,10 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
     if on_devices := device_rows(folder):
         console.print()
         console.print(_table("Compiled, on devices: emulated threads and memory on this processor", on_devices))
+    for device in load_params(folder / layout.PARAMS).serving:
+        if rows := offloading_rows(folder, device):
+            console.print()
+            console.print(_table(f"Offloading from {device}: each policy on held-out questions", rows))
     print_decisions(folder)
     console.print()
     for label, state in (("Made now", "Completed"), ("Restored", "Restored"), ("Cached", "Cached")):
@@ -168,7 +193,7 @@ def _figures(record: Mapping[str, Any]) -> dict[str, str]:
         "free acc.": _estimate(record["accuracy_free"]),
         "halluc.": _estimate(record["hallucination_rate"]),
         "J/query": _estimate(record["energy_per_query_j"], 2),
-        "access.": _estimate(record["accessibility"]),
+        "access.": _estimate(record["accessibility"], 2),
         "MiB": f"{record['size_bytes'] / MIB:.0f}",
     }
 

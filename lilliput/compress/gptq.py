@@ -79,6 +79,7 @@ def _quantise(
             group_size=config.group_size,
             sym=config.symmetric,
             desc_act=config.act_order,
+            mse=config.scale_search,  # pyright: ignore[reportCallIssue]
             damp_percent=config.damp_percent,  # pyright: ignore[reportCallIssue] - its metaclass picks the class
             offload_to_disk=False,
             # The block packer spawns threads that fight the quantisation workers for few cores: 36 CPU-s against 1.5.

@@ -232,9 +232,15 @@ class MixedConfig(Section):
 
 
 class GptqConfig(QuantisationConfig):
-    """GPTQ (Frantar et al., arXiv 2210.17323); with `mixed`, layers have bits of their own and `bits` is not read."""
+    """GPTQ (Frantar et al., arXiv 2210.17323); with `mixed`, layers have bits of their own and `bits` is not read.
+
+    Attributes:
+        scale_search: the power of the rounding error by which each group's scale is searched for; 0 takes the scale
+            that just holds the largest weight.
+    """
 
     act_order: bool
+    scale_search: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
     calibration_examples: Positive
     damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
     seed: int
