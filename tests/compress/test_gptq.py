@@ -148,3 +148,18 @@ def test_a_layer_that_gptqmodel_rounded_instead_is_refused():
 def test_group_size_that_divides_no_layer_is_refused_before_anything_is_quantised(checkpoint, facts):
     with pytest.raises(StrategyError, match=r"128 does not divide.*64; choose one of 64, 32, 16"):
         gptq(checkpoint, facts, facts, SYSTEM, GptqConfig(**CONFIG | {"group_size": 128}))
+
+
+def test_searched_scales_are_never_wider_and_round_the_weights_closer(quantised, checkpoint, facts, tmp_path):
+    _, folder = quantised
+    gptq(checkpoint, facts, facts, SYSTEM, GptqConfig(**CONFIG | {"scale_search": 2.0})).save(tmp_path)
+    name, weight = "model.layers.0.mlp.up_proj", open_model(checkpoint)[0].model.layers[0].mlp.up_proj.weight
+    plain, searched = (load_file(each / "model.safetensors")[f"{name}.scales"].float() for each in (folder, tmp_path))
+    assert (searched <= plain * 1.01).all()
+    assert (searched < plain * 0.99).float().mean() > 0.3
+    grouped = weight.detach().reshape(128, 2, 32)
+    errors = []
+    for scales in (plain, searched):
+        scale = scales.T[..., None]
+        errors.append(((grouped - (grouped / scale).round().clamp(-8, 7) * scale) ** 2).sum().item())
+    assert errors[1] < errors[0]
