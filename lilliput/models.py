@@ -117,7 +117,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     require_harmless(directory)
     with opening(directory, ArtifactError):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    require_causal_lm(config, str(directory))
+        require_causal_lm(config, str(directory))
     return config
 
 
@@ -261,7 +261,11 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
 
 def _checkpoint(directory: Path) -> PreTrainedModel:
     model = open_safetensors(directory)
-    model.stored_dtype = getattr(torch, json.loads((directory / "config.json").read_text()).get("dtype", "float32"))
+    name = json.loads((directory / "config.json").read_text()).get("dtype") or "float32"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(f"{directory / 'config.json'}: dtype: torch has none of this name; found {name!r:.80}")
+    model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
     for name, parameter in model.named_parameters():
         if name.endswith(".mlp.gate.weight"):
             parameter.requires_grad_(False)  # a carved router's logits are thousandths: one step of Adam drowns them

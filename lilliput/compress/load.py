@@ -26,7 +26,7 @@ def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Opened:
     with opening(source_dir, SourceError):
         tokenizer = AutoTokenizer.from_pretrained(source_dir, trust_remote_code=False, **name)
         model_config = AutoConfig.from_pretrained(source_dir, trust_remote_code=False, **name)
-    require_causal_lm(model_config, str(source_dir))
+        require_causal_lm(model_config, str(source_dir))
     if config.rehearsal:
         model = random_model(_reshape(model_config, config.rehearsal, len(tokenizer)), config.seed)
     elif gguf_file:

@@ -292,7 +292,7 @@ def little_gguf(tmp_path_factory):
 
 def test_the_little_gguf_itself_opens(little_gguf):
     model, tokenizer = load(little_gguf.parent, little_gguf.name, LOAD)
-    assert len(tokenizer) == 300
+    assert tokenizer.decode([296]) == "ab"
     assert sum(parameter.numel() for parameter in model.parameters()) < 20_000
 
 

@@ -2,6 +2,7 @@ import hashlib
 
 """What a gateway serves, in a folder of its own, and the process that serves it."""
 
+import hashlib
 import json
 import stat
 import threading
