@@ -81,9 +81,9 @@ def test_damaged_yaml(count, tmp_path):
 
     def body(content):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match="params.yaml"):
+        with pytest.raises(ConfigError, match=r"params\.yaml"):
             load_params(path)
-        with pytest.raises(DataError, match="params.yaml"):
+        with pytest.raises(DataError, match=r"params\.yaml"):
             read_recipe(path)
 
     run(count, st.one_of(st.binary(max_size=60), damaged(SNIPPET)), body)

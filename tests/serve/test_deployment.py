@@ -1,5 +1,3 @@
-import hashlib
-
 """What a gateway serves, in a folder of its own, and the process that serves it."""
 
 import hashlib
