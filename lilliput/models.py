@@ -249,9 +249,10 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
     Raises:
         ArtifactError: weights are missing, which transformers would draw at random.
     """
-    model, told = AutoModelForCausalLM.from_pretrained(
+    opened: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
+    model, told = opened
     if missing := sorted(told["missing_keys"]):
         raise ArtifactError(
             f"{directory}: {len(missing)} weights are missing, {missing[0]} among them; fetch or make it again"
@@ -265,7 +266,7 @@ def _checkpoint(directory: Path) -> PreTrainedModel:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ArtifactError(f"{directory / 'config.json'}: dtype: torch has none of this name; found {name!r:.80}")
-    model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
+    model.stored_dtype = dtype  # pyright: ignore[reportArgumentType]
     for name, parameter in model.named_parameters():
         if name.endswith(".mlp.gate.weight"):
             parameter.requires_grad_(False)  # a carved router's logits are thousandths: one step of Adam drowns them

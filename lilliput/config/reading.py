@@ -41,8 +41,8 @@ def read_yaml(path: Path) -> object:
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be read.
-        ValueError: it is no YAML, is larger than MOST_BYTES, has aliases by which a few lines become gigabytes, or holds
-            a secret; the message is one line without secrets.
+        ValueError: it is no YAML, is larger than MOST_BYTES, has aliases by which a few lines become gigabytes, or
+            holds a secret; the message is one line without secrets.
     """
     with path.open("rb") as stream:
         content = stream.read(MOST_BYTES + 1)

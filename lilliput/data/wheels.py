@@ -144,8 +144,8 @@ def _most_bytes(wheel: Path) -> int:
 
 def _bomb(wheel: Path, size: int) -> str:
     return (
-        f"{wheel}: what is asked of it unpacks to {size} bytes or more, over {MOST_TIMES} times its own size; it may be "
-        "made to fill the disk, and nothing of it was kept. Pin another wheel"
+        f"{wheel}: what is asked of it unpacks to {size} bytes or more, over {MOST_TIMES} times its own size; it may "
+        "be made to fill the disk, and nothing of it was kept. Pin another wheel"
     )
 
 

@@ -177,12 +177,17 @@ def test_processes_that_open_models_are_given_no_secrets(canaries, monkeypatch, 
 
 
 @pytest.mark.filterwarnings("default")
-def test_registering_promoting_and_reporting_write_no_secret(canaries, tiny_params, tmp_path, caplog, capfd):
+def test_registering_promoting_and_reporting_write_no_secret(
+    canaries, tiny_params, tmp_path, monkeypatch, caplog, capfd
+):
     from tasks.promote import promote
     from tasks.report import report
     from tests.report.conftest import record
     from tests.tasks.test_promotion import EVEN, Project
 
+    # MLflow sets this itself, for the rest of the process; set and removed here, it is gone after the test.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     caplog.set_level(logging.INFO)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "weights.txt").write_text("weights")
