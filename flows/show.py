@@ -14,6 +14,7 @@ from rich.table import Table
 from flows.plan import PlannedStage
 from lilliput.config import load_params
 from lilliput.graph import topological_order
+from lilliput.redaction import redacted
 from lilliput.report.page import figure
 from tasks import layout
 
@@ -159,7 +160,7 @@ def print_search(folder: Path) -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """Ends this process with `message` on stderr."""
-    print(f"\nerror: {message}", file=sys.stderr)
+    print(f"\nerror: {redacted(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 

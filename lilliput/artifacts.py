@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lilliput.errors import ArtifactError
+from lilliput.untrusted import require_harmless
 
 MANIFEST = "lilliput.json"
 HISTORY = "history.json"
@@ -123,13 +124,13 @@ def read_manifest(directory: Path) -> Manifest:
         ArtifactError: there is no artefact, or its manifest is not readable.
     """
     path = directory / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if path.is_symlink() or not path.is_file():
         raise ArtifactError(
             f"{directory}: no {MANIFEST} here, so this is no finished artefact; run the stage that makes it"
-        ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+        )
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: not a manifest ({type(error).__name__}); make this artefact again") from None
 
 
@@ -137,9 +138,10 @@ def verify(directory: Path) -> Manifest:
     """The manifest of the artefact in `directory`, once every file in it has the sha256 it should.
 
     Raises:
-        ArtifactError: a file is missing, altered or not listed.
+        ArtifactError: a file is missing, altered or not listed, or the folder is not harmless (lilliput/untrusted.py).
     """
     manifest = read_manifest(directory)
+    require_harmless(directory)
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {MANIFEST}
     if strays := found ^ manifest.files.keys():
         raise ArtifactError(f"{directory}: missing or unlisted: {', '.join(sorted(strays))}; make this artefact again")

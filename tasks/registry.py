@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from lilliput.artifacts import MANIFEST, PARITY, file_sha256
 from lilliput.errors import ArtifactError, ConfigError
+from lilliput.redaction import has_credentials, redacted
 from tasks import layout
 
 MODEL = "lilliput"
@@ -45,8 +46,18 @@ def client() -> MlflowClient:
 
 
 def tracking_uri() -> str:
-    """Where runs and versions are kept."""
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(layout.MLRUNS / 'mlflow.db').absolute()}")
+    """Where runs and versions are kept.
+
+    Raises:
+        ConfigError: MLFLOW_TRACKING_URI holds a user or a password, which MLflow would repeat in errors and records.
+    """
+    address = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(layout.MLRUNS / 'mlflow.db').absolute()}")
+    if has_credentials(address):
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI: {redacted(address)} holds a user or a password; take them out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a database: its own password file)"
+        )
+    return address
 
 
 def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lilliput.compile.codes import read_codes
 from lilliput.config import AutogptqTarget
 from lilliput.errors import CompileError
+from lilliput.untrusted import require_harmless
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json")
 
@@ -27,6 +28,7 @@ def compile_autogptq(checkpoint: Path, target: Path, _config: AutogptqTarget) ->
     Raises:
         CompileError: the checkpoint is not quantised.
     """
+    require_harmless(checkpoint)
     layers = dict(read_codes(checkpoint))
     if not layers:
         raise CompileError(f"{checkpoint}: not quantised, so there is nothing for auto-gptq to open")

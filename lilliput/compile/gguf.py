@@ -6,7 +6,6 @@ does not do: it would turn the codes into floats and lose them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
@@ -21,6 +20,7 @@ from gguf import GGMLQuantizationType as Type
 from lilliput.compile.codes import PARTS, Codes, read_codes
 from lilliput.config import GgufTarget
 from lilliput.errors import CompileError
+from lilliput.untrusted import require_harmless
 
 if TYPE_CHECKING:
     from conversion.base import TextModel as _Converter
@@ -45,10 +45,13 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
         layer's weights there and here, relative to its scale (0 but for offsets rounded to float16).
 
     Raises:
-        CompileError: the architecture is unknown to llama.cpp, a layer's codes have no type that holds them, or the
-            checkpoint would run code of its own.
+        CompileError: the architecture is unknown to llama.cpp, or a layer's codes have no type that holds them.
+        ArtifactError: the checkpoint would run code of its own.
     """
-    _require_no_code(checkpoint)
+    # The converter trusts the code that some tokenizers name.
+    require_harmless(checkpoint)
+    if not any(checkpoint.glob("*.safetensors")):
+        raise CompileError(f"{checkpoint}: no safetensors here, and pickled weights are never opened")
     converter = _converter(checkpoint)
     with torch.inference_mode():
         model = converter(checkpoint, gguf.LlamaFileType.ALL_F32, target / FILE, eager=True, model_name=checkpoint.name)
@@ -103,16 +106,6 @@ def encode(codes: Codes) -> tuple[Type, np.ndarray]:
 def _nibbles(blocks: np.ndarray) -> np.ndarray:
     """Two codes a byte: the first half of a block in the low bits, the second half in the high ones."""
     return blocks[..., : BLOCK // 2] | (blocks[..., BLOCK // 2 :] << 4)
-
-
-def _require_no_code(checkpoint: Path) -> None:
-    """Refuses what the converter would run: it trusts the code that some tokenizers name."""
-    for name in ("config.json", "tokenizer_config.json"):
-        path = checkpoint / name
-        if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
-            raise CompileError(f"{path}: names code of its own (auto_map), which is never run; take it out")
-    if not any(checkpoint.glob("*.safetensors")):
-        raise CompileError(f"{checkpoint}: no safetensors here, and pickled weights are never opened")
 
 
 def _converter(checkpoint: Path) -> type[Any]:

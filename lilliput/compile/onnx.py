@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,8 @@ from typing import Any
 from lilliput.compile.codes import read_codes
 from lilliput.config import OnnxTarget
 from lilliput.errors import CompileError
+from lilliput.redaction import environment_without_secrets
+from lilliput.untrusted import require_harmless
 
 _BITS = {4: "int4", 8: "int8"}
 
@@ -25,7 +26,9 @@ def compile_onnx(checkpoint: Path, target: Path, config: OnnxTarget) -> dict[str
 
     Raises:
         CompileError: the builder does not take this architecture or this grid, or is not done in time.
+        ArtifactError: the checkpoint would run code of its own.
     """
+    require_harmless(checkpoint)
     layers = dict(read_codes(checkpoint))
     bits = {codes.bits for codes in layers.values()}
     if len(bits) > 1 or bits - _BITS.keys():
@@ -59,7 +62,7 @@ def _run(command: list[str], checkpoint: Path, deadline_s: float) -> None:
             check=False,
             timeout=deadline_s,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=environment_without_secrets() | {"HF_HUB_OFFLINE": "1"},
         )
     except subprocess.TimeoutExpired:
         raise CompileError(f"{checkpoint}: ONNX Runtime's builder was not done after {deadline_s:g} s") from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer
 
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import SourceError
-from lilliput.models import Opened, open_gguf, random_model, require_causal_lm
+from lilliput.models import Opened, open_gguf, open_safetensors, opening, random_model, require_causal_lm
+from lilliput.untrusted import require_harmless
 
 
 def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Opened:
@@ -18,32 +18,24 @@ def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Opened:
 
     Raises:
         SourceError: the source is no causal language model, or cannot be opened.
+        ArtifactError: weights are missing, or something in the folder would run.
     """
+    require_harmless(source_dir)
     dtype = getattr(torch, config.dtype)
     name = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
+    with opening(source_dir, SourceError):
         tokenizer = AutoTokenizer.from_pretrained(source_dir, trust_remote_code=False, **name)
         model_config = AutoConfig.from_pretrained(source_dir, trust_remote_code=False, **name)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{source_dir}: no model that transformers opens: {str(error).splitlines()[0]}") from None
-    require_causal_lm(model_config, str(source_dir))
+        require_causal_lm(model_config, str(source_dir))
     if config.rehearsal:
         model = random_model(_reshape(model_config, config.rehearsal, len(tokenizer)), config.seed)
     elif gguf_file:
         model = open_gguf(source_dir, gguf_file, torch.float32)
     else:
-        model = _open_safetensors(source_dir)
+        with opening(source_dir, SourceError):
+            model = open_safetensors(source_dir)
     model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
     return model.eval(), tokenizer
-
-
-def _open_safetensors(source_dir: Path) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SourceError(f"{source_dir}: no safetensors checkpoint opens here: {str(error).splitlines()[0]}") from None
 
 
 def _reshape(config, shape: RehearsalShape, vocabulary: int):  # noqa: ANN001, ANN202 - any PretrainedConfig

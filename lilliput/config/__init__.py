@@ -20,7 +20,7 @@ from lilliput.config.evaluation import (
 )
 from lilliput.config.inputs import DataConfig, SourceConfig
 from lilliput.config.params import Params, load_params
-from lilliput.config.reading import read_section
+from lilliput.config.reading import read_section, read_yaml
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
 from lilliput.config.serving import (
     AnswerCacheConfig,
@@ -111,4 +111,5 @@ __all__ = [
     "WheelPin",
     "load_params",
     "read_section",
+    "read_yaml",
 ]

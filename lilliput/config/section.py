@@ -17,7 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 class Section(BaseModel):
     """A part of params.yaml: unknown keys and wrong types are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False)
 
 
 Model = TypeVar("Model", bound=Section)
@@ -26,6 +26,7 @@ Model = TypeVar("Model", bound=Section)
 class WheelPin(Section):
     """A wheel by name, version and sha256."""
 
-    package: str
-    version: str
+    # Nothing that pip would take for an option or an address.
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]*$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lilliput.config.section import LinkName, Name, NotNegative, Positive, PositiveFloat, Section, Share
+from lilliput.redaction import has_credentials
 
 NotNegativeFloat = Annotated[float, Field(ge=0.0)]
 
@@ -42,7 +43,8 @@ class EdgeConfig(Section):
         candidate: whose compiled form for llama.cpp is served; it has to stand under `compile`.
         threads: CPU threads of that server.
         slots: requests that it answers at once.
-        url: of an OpenAI-compatible server instead, without `/v1`; its key is read from LILLIPUT_EDGE_KEY.
+        url: of an OpenAI-compatible server instead, without `/v1`, user, password and query; its key is read from
+            LILLIPUT_EDGE_KEY.
         model: as that server calls it.
         timeout_s: after which it counts as down for a request, and the device answers.
     """
@@ -50,9 +52,16 @@ class EdgeConfig(Section):
     candidate: Name | None = None
     threads: Positive = 1
     slots: Positive = 1
-    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+[^\s]*$")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")] | None = None
     model: str | None = None
     timeout_s: PositiveFloat = 10.0
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> EdgeConfig:
+        # params.yaml is kept by git, MLflow and the report's readers.
+        if self.url is not None and has_credentials(self.url):
+            raise ValueError("`url` holds a user or a password; take them out and put the key into LILLIPUT_EDGE_KEY")
+        return self
 
     @model_validator(mode="after")
     def _one_of_two(self) -> EdgeConfig:

@@ -82,6 +82,8 @@ def read_questions(path: Path) -> list[Question]:
         raise DataError(f"{path}: no such file; correct `data.source` in params.yaml") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); correct `data.source` in params.yaml") from None
     questions: dict[str, Question] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

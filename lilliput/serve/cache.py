@@ -6,7 +6,7 @@ import re
 import sqlite3
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,13 +99,10 @@ class AnswerCache:
     def __init__(self, path: Path, embedder: Embedder, version: str, threshold: float, capacity: int) -> None:
         self._path, self._embedder = path, embedder
         self._version, self._threshold, self._capacity = f"{version}/{embedder.sha256}", threshold, capacity
-        try:
-            # Under a lock: two that change the journal at once are told that the file is busy, without any wait.
-            with FileLock(f"{path}.lock"), self._connected() as connection:
-                connection.execute("pragma journal_mode = wal")  # readers do not wait for a writer, nor it for the disk
-                connection.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            raise ArtifactError(f"{path}: no answer cache ({error}); delete the file, and it is made anew") from None
+        # Under a lock: two that change the journal at once are told that the file is busy, without any wait.
+        with FileLock(f"{path}.lock"), self._connected() as connection:
+            connection.execute("pragma journal_mode = wal")  # readers do not wait for a writer, nor it for the disk
+            connection.executescript(_SCHEMA)
 
     def count(self) -> int:
         """How many answers are kept, of all versions."""
@@ -163,12 +160,16 @@ class AnswerCache:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own for each call, so that no thread meets another's; every statement commits itself."""
-        connection = sqlite3.connect(self._path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
         try:
-            connection.execute("pragma synchronous = normal")
-            yield connection
-        finally:
-            connection.close()
+            with closing(sqlite3.connect(self._path, timeout=LOCK_TIMEOUT_S, isolation_level=None)) as connection:
+                connection.execute("pragma synchronous = normal")
+                connection.execute("pragma trusted_schema = off")  # a foreign file's schema calls no function
+                yield connection
+        # ValueError: a row that is in the form of the table but not of an answer, its vector too short, say.
+        except (sqlite3.DatabaseError, ValueError) as error:
+            raise ArtifactError(
+                f"{self._path}: no answer cache ({error}); if it stays so, delete the file, and it is made anew"
+            ) from None
 
 
 def _plain(question: str) -> str:

@@ -14,8 +14,9 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lilliput.artifacts import MANIFEST, read_manifest, remove, verify, write_text, writing
 from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingConfig
@@ -37,7 +38,7 @@ class Deployed(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
-    sha256: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     version: str | None = None
 
 
@@ -152,8 +153,16 @@ def verified(deployment: Deployment, deployed: Deployed, home: Path) -> Path:
 
 
 def gguf_sha256(deployment: Deployment, deployed: Deployed, home: Path) -> str:
-    """The sha256 of the model's file, by which routers know it."""
-    return read_manifest(deployment.folder_of(deployed, home)).files[GGUF]
+    """The sha256 of the model's file, by which routers know it.
+
+    Raises:
+        ArtifactError: there is no manifest, or it names no such file.
+    """
+    folder = deployment.folder_of(deployed, home)
+    files = read_manifest(folder).files
+    if GGUF not in files:
+        raise ArtifactError(f"{folder}: its manifest names no {GGUF}; remove it and deploy again")
+    return files[GGUF]
 
 
 def tidy(home: Path) -> None:
@@ -169,7 +178,7 @@ def _read(path: Path) -> Deployment | None:
         return Deployment.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: no deployment ({type(error).__name__}); remove it and deploy again") from None
 
 

@@ -50,9 +50,15 @@ def open_router(serving: ServingConfig, folder: Path, embedder: Embedder | None,
     if embedder is None:
         raise ArtifactError("serving: the policy `learned` needs the embedder of `caching.embedder`")
     record = read_router(folder, pair, embedder.sha256)
-    of_look = record["looks"][serving.look]
-    tables = {link: table_of(raw) for link, raw in of_look["links"].items()}
-    fitted = Fitted.from_dict(of_look["fitted"])
+    try:
+        of_look = record["looks"][serving.look]
+        tables = {link: table_of(raw) for link, raw in of_look["links"].items()}
+        fitted = Fitted.from_dict(of_look["fitted"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder / ROUTER}: no fitted router ({type(error).__name__}: {error}); run the stage `offload` for this "
+            "device again"
+        ) from None
     return Learned(fitted, tables, serving.look, serving.objective, serving.saver_percent, embedder)
 
 
@@ -66,15 +72,16 @@ def read_router(folder: Path, pair: tuple[str, str], embedder_sha256: str) -> di
     remedy = "run the stage `offload` for this device again"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        fitted_for, embedder = record["pair"], record["embedder_sha256"]
+        names = ("device model", "edge server")
+        others = [name for name, was, now in zip(names, fitted_for, pair, strict=True) if was != now]
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no router is fitted yet; {remedy}") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not readable ({error}); {remedy}") from None
-    if tuple(record["pair"]) != pair:
-        names = ("device model", "edge server")
-        others = [name for name, was, now in zip(names, record["pair"], pair, strict=True) if was != now]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not readable ({type(error).__name__}: {error}); {remedy}") from None
+    if others:
         raise ArtifactError(f"{path}: fitted for another {' and another '.join(others)}; {remedy}")
-    if record["embedder_sha256"] != embedder_sha256:
+    if embedder != embedder_sha256:
         raise ArtifactError(f"{path}: fitted with another embedder; {remedy}")
     return record
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from lilliput.errors import ArtifactError
+from lilliput.redaction import environment_without_secrets
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class LlamaServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env=environment_without_secrets(),
         )
         told: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, args=(told,), daemon=True)

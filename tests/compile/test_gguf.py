@@ -11,7 +11,7 @@ from lilliput.compile.codes import Codes, read_codes
 from lilliput.compile.gguf import compile_gguf, encode
 from lilliput.compress.experts import mixture_of
 from lilliput.config import GgufTarget
-from lilliput.errors import CompileError
+from lilliput.errors import ArtifactError, CompileError
 from lilliput.models import open_model, random_model, save_model
 
 
@@ -104,7 +104,7 @@ def test_code_of_its_own_and_pickles_are_refused(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     told = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(told | {"auto_map": {"AutoTokenizer": "evil.py"}}))
-    with pytest.raises(CompileError, match="auto_map"):
+    with pytest.raises(ArtifactError, match="auto_map"):
         compile_gguf(folder, tmp_path, config())
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     (folder / "model.safetensors").unlink()

@@ -1,5 +1,6 @@
 """What a gateway serves, in a folder of its own, and the process that serves it."""
 
+import hashlib
 import json
 import stat
 import threading
@@ -78,12 +79,12 @@ def test_models_stay_as_long_as_one_may_go_back_to_them(tmp_path, deployment):
 
 def test_the_same_deployment_twice_does_not_forget_what_was_before(tmp_path, deployment):
     for name in ("one", "two", "two"):
-        deploy(deployment(name, name), tmp_path)
+        deploy(deployment(name, hashlib.sha256(name.encode()).hexdigest()), tmp_path)
     assert roll_back(tmp_path).model.name == "one"
 
 
 def test_nothing_to_go_back_to_is_said(tmp_path, deployment):
-    deploy(deployment("one", "1"), tmp_path)
+    deploy(deployment("one", "1" * 64), tmp_path)
     with pytest.raises(ArtifactError, match="nothing was deployed before"):
         roll_back(tmp_path)
 
@@ -139,7 +140,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     home = tmp_path / "home"
     (_, first_sha), (_, second_sha) = models
-    nothing = {"cache": deployment("x", "x").serving.cache.model_copy(update={"capacity": 0})}
+    nothing = {"cache": deployment("x", "0" * 64).serving.cache.model_copy(update={"capacity": 0})}
     for folder, sha256 in models:
         keep(folder, home, sha256)
     deploy(deployment("first", first_sha, **nothing), home)

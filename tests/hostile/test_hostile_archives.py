@@ -1,0 +1,188 @@
+"""Wheels that are damaged, lie about their size or name files elsewhere; SQLite files that are no answer cache."""
+
+import io
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from lilliput.config import SourceConfig, WheelPin
+from lilliput.data import wheels
+from lilliput.data.wheels import extract_member, read_members
+from lilliput.errors import ArtifactError, SourceError
+from lilliput.serve.cache import AnswerCache
+from tests.hostile.fuzzing import damaged, examples, run
+
+MEMBER = "pkg/a.gguf"
+
+
+def archive(members, method=zipfile.ZIP_DEFLATED):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as written:
+        for name, content in members.items():
+            written.writestr(zipfile.ZipInfo(name), content, compress_type=method)
+    return stream.getvalue()
+
+
+def refused(path, tmp_path, match):
+    for unpack in (lambda: extract_member(path, MEMBER, tmp_path / "out"), lambda: read_members(path, "pkg/", ".gguf")):
+        with pytest.raises(SourceError, match=match):
+            unpack()
+    assert sorted(found.name for found in tmp_path.iterdir()) == [path.name]
+
+
+@examples(150, 10_000)
+def test_damaged_wheels(count, tmp_path):
+    path, target = tmp_path / "a.whl", tmp_path / "out"
+
+    def body(content):
+        path.write_bytes(content)
+        for unpack in (lambda: extract_member(path, MEMBER, target), lambda: read_members(path, "pkg/", "")):
+            try:
+                unpack()
+            except SourceError as error:
+                assert str(path) in str(error)
+        target.unlink(missing_ok=True)
+        assert [*tmp_path.iterdir()] == [path]
+
+    whole = st.sampled_from([archive({MEMBER: b"weights" * 9, "pkg/b": b"x"}, m) for m in (0, 8, 12, 14)])
+    run(count, whole.flatmap(damaged), body)
+
+
+def test_a_bomb_is_refused_by_the_size_it_declares(tmp_path, monkeypatch):
+    path = tmp_path / "a.whl"
+    path.write_bytes(archive({MEMBER: bytes(1 << 25)}))
+    assert path.stat().st_size < 1 << 16
+    monkeypatch.setattr(wheels, "_copy", None)  # nothing is unpacked
+    refused(path, tmp_path, "unpacks to 33554432 bytes or more")
+
+
+def test_many_small_bombs_count_together(tmp_path):
+    path = tmp_path / "a.whl"
+    path.write_bytes(archive({f"pkg/{n}.json": bytes(1 << 20) for n in range(20)}))
+    with pytest.raises(SourceError, match="unpacks to 20971520 bytes"):
+        read_members(path, "pkg/", ".json")
+
+
+def test_a_bomb_that_declares_little_is_found_while_it_unpacks(tmp_path, monkeypatch):
+    content = bytearray(archive({MEMBER: bytes(1 << 20)}))
+    for signature, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        start = content.index(signature) + place
+        content[start : start + 4] = struct.pack("<I", 10)
+    path = tmp_path / "a.whl"
+    path.write_bytes(content)
+    refused(path, tmp_path, "truncated")  # zipfile stops where the entry said it would end, and its sum is wrong there
+    monkeypatch.setattr(wheels, "_most_bytes", lambda _: 1 << 19)
+    endless, kept = io.BytesIO(bytes(1 << 20)), io.BytesIO()
+    with pytest.raises(SourceError, match="unpacks to 1048576 bytes"):
+        wheels._copy(endless, kept, path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packings_that_unpack_gigabytes_at_once_are_refused(method, tmp_path):
+    path = tmp_path / "a.whl"
+    path.write_bytes(archive({MEMBER: b"x"}, method))
+    refused(path, tmp_path, "neither stored nor deflated")
+
+
+def test_encrypted_entries_are_refused(tmp_path):
+    content = bytearray(archive({MEMBER: b"x" * 20}))
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + place] |= 1
+    path = tmp_path / "a.whl"
+    path.write_bytes(content)
+    refused(path, tmp_path, "encrypted")
+
+
+def test_a_member_is_written_where_it_was_asked_to_whatever_it_is_called(tmp_path):
+    folder = tmp_path / "in" / "side"
+    folder.mkdir(parents=True)
+    path = tmp_path / "a.whl"
+    path.write_bytes(archive({"../../evil.gguf": b"x", "/etc/evil.gguf": b"x"}))
+    for member in ("../../evil.gguf", "/etc/evil.gguf"):
+        extract_member(path, member, folder / "out")
+    assert sorted(found.name for found in tmp_path.rglob("*") if found.is_file()) == ["a.whl", "out"]
+
+
+@pytest.mark.parametrize(
+    "file", ["../up.gguf", "/etc/a.gguf", "a/../../b.gguf", "a\\..\\b.gguf", "..", "a/..", "config.json"]
+)
+def test_a_file_elsewhere_cannot_be_named(file):
+    with pytest.raises(ValueError, match="inside the model's own folder"):
+        SourceConfig(model="path:models", file=file)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "wheel:-rfile==1",
+        "wheel:--index-url==1",
+        "wheel:../a==1",
+        "hub:a/b@main",
+        "hub:a/b@v1.0",
+        "hub:../..@" + "0" * 40 + "x",
+        "path:",
+    ],
+)
+def test_addresses_that_move_or_that_pip_takes_for_options_are_refused(model):
+    with pytest.raises(ValueError, match="pattern"):
+        SourceConfig(model=model, file="a.gguf", sha256="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [("-r", "1"), ("--index-url=x", "1"), ("../a", "1"), ("a @ x", "1"), ("a", "1 -r x"), ("a", "")],
+)
+def test_pins_name_a_package_and_a_version_and_nothing_else(package, version):
+    with pytest.raises(ValueError, match="pattern"):
+        WheelPin(package=package, version=version, sha256="0" * 64)
+
+
+class _Embedder:
+    sha256 = "e" * 64
+
+    def embed(self, texts):
+        return np.ones((len(texts), 4), dtype=np.float32) / 2
+
+
+@examples(40, 2000)
+def test_damaged_answer_caches(count, tmp_path):
+    path = tmp_path / "answers.db"
+    cache = AnswerCache(path, _Embedder(), "v", 0.5, 10)
+    for town in ("Paris", "Rome", "Lima"):
+        cache.store(cache.asked(f"Where is {town}?"), "There.")
+    import sqlite3
+
+    connection = sqlite3.connect(path)
+    connection.execute("pragma journal_mode = delete")
+    connection.close()
+    whole = path.read_bytes()
+
+    def body(content):
+        for left in tmp_path.glob("answers.db-*"):
+            left.unlink()
+        path.write_bytes(content)
+        try:
+            found = AnswerCache(path, _Embedder(), "v", 0.5, 10)
+            found.find(found.asked("Where is Paris?"))
+            found.find(found.asked("Where on earth is Paris?"))
+            found.store(found.asked("Where is Oslo?"), "There.")
+        except ArtifactError as error:
+            assert str(path) in str(error)
+
+    run(count, st.one_of(st.binary(max_size=40), damaged(whole), damaged(whole, 200)), body)
+
+
+def test_a_row_that_is_no_answer_is_told_as_a_damaged_cache(tmp_path):
+    import sqlite3
+
+    path = tmp_path / "answers.db"
+    cache = AnswerCache(path, _Embedder(), "v", 0.5, 10)
+    cache.store(cache.asked("Where is Paris?"), "There.")
+    with sqlite3.connect(path) as connection:
+        connection.execute("update answers set vector = x'00'")
+    connection.close()
+    with pytest.raises(ArtifactError, match=r"no answer cache .*delete the file"):
+        cache.find(cache.asked("Where on earth is Paris?"))

@@ -1,0 +1,251 @@
+"""Canaries in the place of secrets: they turn up in no log, record, MLflow store, report, message or child process."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lilliput import devices, redaction
+from lilliput.artifacts import write_json
+from lilliput.config import EdgeConfig, load_params
+from lilliput.data import wheels
+from lilliput.data.wheels import fetch_wheel
+from lilliput.errors import ConfigError, SourceError
+from lilliput.serve.server import LlamaServer, Serving
+from tasks import __main__ as commands
+from tasks import console, layout, registry
+from tests.conftest import PROJECT
+
+NAMES = (
+    "HF_TOKEN",
+    "LILLIPUT_TOKEN",
+    "LILLIPUT_EDGE_KEY",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "PREFECT_API_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+CANARY = "canary-3f9a"
+ADDRESS = f"https://{CANARY}:{CANARY}@host.example/path"
+
+
+@pytest.fixture
+def canaries(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setenv(name, f"{CANARY}-{name}")
+
+
+def said(refusal) -> str:
+    assert CANARY not in str(refusal.value)
+    return str(refusal.value)
+
+
+def with_line(tmp_path, old, new):
+    text = (PROJECT / "params.yaml").read_text()
+    assert old in text
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_holds_a_secret_is_known_by_its_name(name):
+    assert redaction.is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["AWS_REGION", "TOKENIZERS_PARALLELISM", "PATH", "KEYBOARD", "HF_HUB_OFFLINE"])
+def test_other_variables_are_none(name):
+    assert not redaction.is_secret(name)
+
+
+def test_a_value_that_begins_with_another_is_hidden_whole(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "abcdefgh")
+    monkeypatch.setenv("B_TOKEN", "abcdefgh-ijkl")
+    assert redaction.redacted("<abcdefgh-ijkl> <abcdefgh> <abc>") == "<***> <***> <abc>"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "remedy"),
+    [
+        ("{candidate: lora, threads: 1, slots: 2}", f'{{url: "{ADDRESS}", model: m}}', "LILLIPUT_EDGE_KEY"),
+        ("Everything that changes", f"{ADDRESS} Everything that changes", "line 1: an address with a user"),
+        ("licence: Apache-2.0", f"licence: {CANARY}-HF_TOKEN", "holds the value of HF_TOKEN"),
+        ("threads: 1", f"thread: http:/{CANARY}-LILLIPUT_TOKEN", "holds the value of LILLIPUT_TOKEN"),
+    ],
+)
+def test_params_with_a_secret_are_refused_and_the_secret_is_not_repeated(old, new, remedy, canaries, tmp_path):
+    with pytest.raises(ConfigError) as refusal:
+        load_params(with_line(tmp_path, old, new))
+    assert remedy in said(refusal)
+
+
+@pytest.mark.parametrize("url", [ADDRESS, "https://user@host", "http://a:b@[::1]:8000"])
+def test_the_edge_servers_address_holds_no_user_and_no_password(url):
+    with pytest.raises(ValueError, match="put the key into LILLIPUT_EDGE_KEY"):
+        EdgeConfig(url=url, model="m")
+    assert EdgeConfig(url="https://host.example/a@b", model="m")
+
+
+@pytest.mark.parametrize("url", ["https://host?key=1", "https://host/#a", "ftp://host", "https://"])
+def test_the_edge_servers_address_is_one_to_which_paths_can_be_added(url):
+    with pytest.raises(ValueError, match="pattern"):
+        EdgeConfig(url=url, model="m")
+
+
+@pytest.mark.parametrize("address", [ADDRESS, f"postgresql://me:{CANARY}@host/db"])
+def test_a_password_in_the_tracking_address_is_refused(address, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(ConfigError) as refusal:
+        registry.client()
+    assert "MLFLOW_TRACKING_PASSWORD" in said(refusal)
+
+
+def test_a_stages_log_holds_no_secret_whoever_writes_it(canaries, tmp_path):
+    code = (
+        "import logging, os, sys, traceback, warnings\n"
+        "from pathlib import Path\n"
+        "from tasks.console import logging_to\n"
+        "with logging_to(Path('stage.log')):\n"
+        "    print(dict(os.environ)); logging.getLogger('x').warning('%s', os.environ['HF_TOKEN'])\n"
+        "    warnings.warn(os.environ['PREFECT_API_KEY']); print(os.environ['LILLIPUT_TOKEN'], file=sys.stderr)\n"
+        f"    print({ADDRESS!r})\n"
+        "    try: raise ValueError(os.environ['AWS_SECRET_ACCESS_KEY'])\n"
+        "    except ValueError: traceback.print_exc()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    log = (tmp_path / "stage.log").read_text()
+    assert log.count(redaction.HIDDEN) >= len(NAMES) + 4
+    assert CANARY not in log + (done.stdout + done.stderr).decode()
+
+
+def test_the_message_a_stage_ends_with_holds_no_secret(canaries, monkeypatch, tmp_path):
+    log = tmp_path / "stage.log"
+    with log.open("w") as stream, contextlib.redirect_stdout(stream):
+        terminal = io.StringIO()
+        commands._tell(terminal, f"source: cannot fetch {ADDRESS} with {os.environ['HF_TOKEN']}")
+    told = console.last_error(log)  # what Prefect keeps of a failed stage
+    assert told == f"source: cannot fetch https://{redaction.HIDDEN}@host.example/path with {redaction.HIDDEN}"
+    assert CANARY not in terminal.getvalue()
+
+
+def test_pips_reason_is_told_without_the_indexs_password(canaries, monkeypatch, tmp_path):
+    done = subprocess.CompletedProcess([], 1, "", f"ERROR: no wheel at {ADDRESS}\n")
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(wheels, "WAIT_S", 0.0)
+    with pytest.raises(SourceError) as refusal:
+        fetch_wheel("a", "1", "0" * 64, tmp_path)
+    assert "no wheel at https://***@host.example" in said(refusal)
+
+
+class _NotStarted(Exception):
+    pass
+
+
+def test_processes_that_open_models_are_given_no_secrets(canaries, monkeypatch, tmp_path):
+    from lilliput.compile import onnx
+    from lilliput.models import prove_reload
+
+    seen = []
+
+    def note(*_, env, **__):
+        seen.append(env)
+        raise _NotStarted
+
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.setattr(subprocess, "Popen", note)
+    starts = (
+        lambda: devices.run_on_device(devices.Job("gguf", "x", 1, 1), memory_bytes=None, deadline_s=1.0),
+        lambda: LlamaServer(Serving("x", 1, 1)),
+        lambda: prove_reload(tmp_path, None, 0.0),
+        lambda: onnx._run(["x"], tmp_path, 1.0),
+    )
+    for start in starts:
+        with pytest.raises(_NotStarted):
+            start()
+    assert len(seen) == len(starts)
+    for environment in seen:
+        assert environment["PATH"] == os.environ["PATH"]
+        assert not [name for name, value in environment.items() if CANARY in value]
+
+
+@pytest.mark.filterwarnings("default")
+def test_registering_promoting_and_reporting_write_no_secret(
+    canaries, tiny_params, tmp_path, monkeypatch, caplog, capfd
+):
+    from tasks.promote import promote
+    from tasks.report import report
+    from tests.report.conftest import record
+    from tests.tasks.test_promotion import EVEN, Project
+
+    # MLflow sets this itself, for the rest of the process; set and removed here, it is gone after the test.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    caplog.set_level(logging.INFO)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "weights.txt").write_text("weights")
+    with contextlib.chdir(tmp_path):
+        project = Project(tiny_params, tmp_path / "checkpoint")
+        project.evaluate(dict.fromkeys(EVEN, 100))
+        promote(project.params("laptop"))
+        for name in EVEN:  # what the page shows and promotion does not ask for
+            told = json.loads(layout.metrics(name).read_text())
+            cost = json.loads(layout.cost(name).read_text())
+            write_json(layout.metrics(name), record(0.5, 260) | cost | told)
+        report(project.params("laptop"))
+        assert (layout.REPORT / "index.html").exists()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".db" for path in written)
+    assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
+    captured = capfd.readouterr()
+    assert CANARY not in caplog.text + captured.out + captured.err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
+    """A stage prints its environment and fails; then Prefect's database, the logs and the terminal are searched."""
+    (tmp_path / "stage.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from tasks import layout\n"
+        "from tasks.__main__ import _tell\n"
+        "from tasks.console import logging_to\n"
+        "with logging_to(layout.log('data')) as terminal:\n"
+        "    print(dict(os.environ))\n"
+        "    _tell(terminal, f'data: {dict(os.environ)}')\n"
+        "    sys.exit(2)\n"
+    )
+    (tmp_path / "night.py").write_text(
+        "from pathlib import Path\n"
+        "from prefect import flow\n"
+        "from prefect.settings import PREFECT_API_URL, temporary_settings\n"
+        "from flows.lineage import Stage\n"
+        "from flows.stages import run_stages\n"
+        "class Lineage:\n"
+        "    def changes(self, name): return ['new']\n"
+        "    def restore(self, name): return False\n"
+        "    def upstream(self, name): return set()\n"
+        "@flow\n"
+        "def night():\n"
+        "    print(run_stages([Stage('data', 'python stage.py', 'builds')], Lineage(), Path.cwd(), True))\n"
+        "night()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment |= {"PYTHONPATH": str(PROJECT), "PREFECT_HOME": str(tmp_path / "prefect"), "DO_NOT_TRACK": "1"}
+    done = subprocess.run(
+        [sys.executable, "night.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'data': " in done.stdout and redaction.HIDDEN in done.stdout  # the reason, as Prefect has it, without them
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("prefect.db") for path in written)
+    assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in done.stdout + done.stderr
