@@ -21,6 +21,7 @@ from lilliput.config import (
     Params,
     PruneConfig,
     QuantisationConfig,
+    SparseConfig,
     SparsifyConfig,
     TrainingConfig,
 )
@@ -112,15 +113,16 @@ def _bad_successions(params: Params) -> Iterable[str]:
         if spec.parent == ROOT:
             continue
         parent = params.candidates[spec.parent]
-        if isinstance(getattr(params.strategies, parent.apply), QuantisationConfig):
+        made_by = getattr(params.strategies, parent.apply)
+        if isinstance(made_by, QuantisationConfig):
             yield (
                 f"candidates.{name}: `{spec.apply}` needs a float parent, but `{spec.parent}` is quantised by "
                 f"{parent.apply}; apply {spec.apply} first and quantise last (from: {parent.parent})"
             )
-        if parent.apply == "sparsify":
+        if isinstance(made_by, SparseConfig):
             yield (
                 f"candidates.{name}: `{spec.apply}` would not keep the zeros of `{spec.parent}`; apply {spec.apply} "
-                f"first and sparsify last (from: {parent.parent})"
+                f"first and {parent.apply} last (from: {parent.parent})"
             )
         if parent.apply == "lora" and not _merges(params, spec.parent):
             yield (

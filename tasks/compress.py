@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from lilliput.artifacts import (
@@ -23,11 +24,8 @@ from lilliput.config import (
     GptqConfig,
     LoadConfig,
     LoraConfig,
-    MoeConfig,
     Params,
-    PruneConfig,
     RtnConfig,
-    SparsifyConfig,
 )
 from lilliput.data.corpus import read_corpus
 from lilliput.graph import check_shape, require_gpu
@@ -85,14 +83,6 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
         from lilliput.compress.lora import lora
 
         return lora(parent_dir, corpus.train, system_prompt, config, checkpoints)
-    if isinstance(config, PruneConfig):
-        from lilliput.compress.prune import prune
-
-        return prune(open_model(parent_dir), corpus.calibration, system_prompt, config)
-    if isinstance(config, SparsifyConfig):
-        from lilliput.compress.sparsify import sparsify
-
-        return sparsify(open_model(parent_dir), corpus.calibration, system_prompt, config)
     if isinstance(config, DistillConfig):
         from lilliput.compress.distill import distill
 
@@ -103,10 +93,6 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
         from lilliput.compress.experts import experts
 
         return experts(parent_dir, corpus.train, system_prompt, config, checkpoints)
-    if isinstance(config, MoeConfig):
-        from lilliput.compress.moe import moe
-
-        return moe(open_model(parent_dir), corpus.calibration, system_prompt, config)
     held_out = [question for question in corpus.questions if question.answerable][:32]
     if isinstance(config, RtnConfig):
         from lilliput.compress.rtn import rtn
@@ -116,10 +102,13 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
         from lilliput.compress.awq import awq
 
         return awq(parent_dir, corpus.calibration, held_out, system_prompt, config)
-    assert isinstance(config, GptqConfig)
-    from lilliput.compress.gptq import gptq
+    if isinstance(config, GptqConfig):
+        from lilliput.compress.gptq import gptq
 
-    return gptq(parent_dir, corpus.calibration, held_out, system_prompt, config)
+        return gptq(parent_dir, corpus.calibration, held_out, system_prompt, config)
+    # A strategy that needs no more than this has no branch: it is the function of its module's name.
+    strategy = getattr(importlib.import_module(f"lilliput.compress.{spec.apply}"), spec.apply)
+    return strategy(open_model(parent_dir), corpus.calibration, system_prompt, config)
 
 
 def _write(result: Result, directory: Path) -> float:

@@ -13,7 +13,7 @@ from lilliput.config.inputs import DataConfig, SourceConfig
 from lilliput.config.reading import read_section, validate
 from lilliput.config.section import LinkName, Name, Section
 from lilliput.config.serving import LinkConfig, ServingConfig
-from lilliput.config.strategies import CandidateConfig, StrategiesConfig, StrategyConfig
+from lilliput.config.strategies import CandidateConfig, StrategiesConfig
 
 
 class Params(Section):
@@ -74,7 +74,7 @@ class Params(Section):
         """What `device` runs: a target's compiled form; None for checkpoints as they are, or if nothing is compiled."""
         return self.devices[device].target if self.compile else None
 
-    def strategy_config(self, candidate: str) -> StrategyConfig:
+    def strategy_config(self, candidate: str) -> Section:
         """The settings of `candidate`'s strategy with its own `with` applied.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -123,19 +123,27 @@ class PruneConfig(Section):
     calibration_examples: Positive
 
 
-class SparsifyConfig(Section):
-    """Which single weights become zero. The shape stays.
+class SparseConfig(Section):
+    """Single weights become zero, the shape stays; nothing may follow, because it would not keep the zeros.
+
+    Attributes:
+        sparsity: share of each linear layer's weights that become zero.
+    """
+
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class SparsifyConfig(SparseConfig):
+    """Zeros chosen on calibration text; the pattern 2:4 is a sparsity of 0.5.
 
     Attributes:
         method: `wanda` (arXiv 2306.11695) zeroes; `sparsegpt` (arXiv 2301.00774) also changes the weights that stay.
-        sparsity: share of each linear layer's weights that become zero; 0.5 for the pattern 2:4.
         pattern: any place, or two of every four in a row, which GPUs skip.
         damp_percent: of the Hessian's mean diagonal, added to its diagonal (`sparsegpt`).
         block_size: columns for which a mask is chosen at once (`sparsegpt`).
     """
 
     method: Literal["wanda", "sparsegpt"]
-    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)]
     pattern: Literal["unstructured", "2:4"]
     damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
     block_size: Positive
@@ -318,7 +326,7 @@ class ExpertsConfig(TrainingConfig):
 
 
 class StrategiesConfig(Section):
-    """The settings of each strategy; a candidate's `with` overrides single values."""
+    """The settings of each strategy, by the name that candidates apply it by; their `with` overrides single values."""
 
     load: LoadConfig
     lora: LoraConfig
@@ -332,19 +340,10 @@ class StrategiesConfig(Section):
     experts: ExpertsConfig
 
 
-StrategyName = Literal["load", "lora", "prune", "sparsify", "distill", "gptq", "rtn", "awq", "moe", "experts"]
-StrategyConfig = (
-    LoadConfig
-    | LoraConfig
-    | PruneConfig
-    | SparsifyConfig
-    | DistillConfig
-    | GptqConfig
-    | RtnConfig
-    | AwqConfig
-    | MoeConfig
-    | ExpertsConfig
-)
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[*StrategiesConfig.model_fields]  # which a type checker cannot know
 
 
 class CandidateConfig(Section):

@@ -1,0 +1,139 @@
+"""docs/adding-a-strategy.md does what it says: its blocks, applied to a copy of the project, make a candidate."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tasks import layout
+from tasks.console import EXIT_REFUSED
+from tests.flows.conftest import Clone, environment_in
+
+PROJECT = Path(__file__).resolve().parent.parent
+DOCUMENT = PROJECT / "docs" / "adding-a-strategy.md"
+# In one process, which imports torch once: the stage as on the command line, then the example's own tests.
+MAKE_AND_TEST = """
+import sys, pytest
+from tasks.__main__ import app
+app(["compress", "sparse"], standalone_mode=False)
+sys.exit(pytest.main(["-q", "tests"]))
+"""
+CONFTEST = """
+import pathlib, pytest
+@pytest.fixture
+def checkpoint():
+    return pathlib.Path("models/base")  # the tiny model that the project's fixture of this name gives
+"""
+BLOCK = re.compile(r"^```(\w+) title=(.+)\n((?:.*\n)*?)```$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of the document that has a title: a file, a change to one, or what is printed."""
+
+    language: str
+    title: str
+    text: str
+
+    def apply(self, file: Path) -> None:
+        """Makes `file` what the block says; lines of a `diff` without a plus stand in it, and only once."""
+        if self.language != "diff":
+            assert not file.exists(), f"{self.title} is part of the product; the example has to be something new"
+            file.write_text(self.text)
+            return
+        lines = [(line[:1], line[1:]) for line in self.text.splitlines(keepends=True)]
+        before = "".join(line for sign, line in lines if sign != "+")
+        text = file.read_text()
+        assert text.count(before) == 1, f"{DOCUMENT.name}: not found once in {file.name}:\n{before}"
+        file.write_text(text.replace(before, "".join(line for _, line in lines)))
+
+
+BLOCKS = [Block(*found) for found in BLOCK.findall(DOCUMENT.read_text())]
+
+
+def blocks(title: str) -> list[Block]:
+    return [block for block in BLOCKS if block.title == title]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Clone:
+    """The project's code with the example's blocks applied, and the tiny parameters."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("lilliput", "tasks"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests" / "compress").mkdir(parents=True)
+    shutil.copyfile(PROJECT / "examples" / "tiny.yaml", folder / "params.yaml")
+    for block in BLOCKS:
+        if block.language in ("python", "diff") and block.title.endswith((".py", ".yaml")):
+            block.apply(folder / block.title)
+    return Clone(folder, environment_in(folder, folder / "prefect"))
+
+
+def test_the_defaults_fit_into_the_default_graph(tmp_path):
+    params = tmp_path / "params.yaml"
+    shutil.copyfile(PROJECT / "params.yaml", params)
+    for block in [*blocks("params.yaml"), *blocks("params.yaml refused")]:
+        block.apply(params)
+
+
+def test_the_graph_refuses_what_the_document_says_it_refuses(copy, tmp_path):
+    shutil.copytree(copy.folder, tmp_path, dirs_exist_ok=True)
+    for block in blocks("params.yaml refused"):
+        block.apply(tmp_path / "params.yaml")
+    done = Clone(tmp_path, copy.environment).run("python", "-m", "tasks", "compress", "sparse")
+    assert done.returncode == EXIT_REFUSED, done.stderr
+    [said] = blocks("refusals")
+    assert said.text in done.stderr
+
+
+@pytest.mark.parametrize("name", ["prune", "sparsify", "moe"])
+def test_strategies_without_a_branch_take_the_example_s_arguments(name):
+    strategy = getattr(importlib.import_module(f"lilliput.compress.{name}"), name)
+    assert list(inspect.signature(strategy).parameters) == ["parent", "calibration", "system_prompt", "config"]
+
+
+@pytest.mark.slow
+def test_the_example_makes_a_candidate_that_is_what_it_says_and_passes_its_own_tests(copy, checkpoint, facts):
+    import torch
+    from safetensors.torch import load_file
+
+    from lilliput.artifacts import seal, verify
+    from lilliput.data.corpus import Corpus, write_corpus
+    from lilliput.models import open_model, parameter_count
+
+    base, sparse = copy.folder / "models" / "base", copy.folder / "models" / "sparse"
+    shutil.copytree(checkpoint, base)
+    model, _ = open_model(base)
+    made = {"candidate": "base", "strategy": "load", "config": {}, "facts": {}}
+    parent = seal(base, parent=None, parameters=parameter_count(model), **made)
+    write_corpus(Corpus(facts, facts, facts), copy.folder / "data")
+
+    (copy.folder / "tests" / "conftest.py").write_text(CONFTEST)
+    done = copy.run("python", "-c", MAKE_AND_TEST)
+    log = copy.folder / layout.log("compress@sparse")  # what the stage's process prints goes there, to its end
+    assert done.returncode == 0, done.stderr + log.read_text()
+    assert "2 passed" in log.read_text()
+
+    manifest = verify(sparse)
+    assert (manifest.strategy, manifest.config, manifest.facts) == ("magnitude", {"sparsity": 0.5}, {"zeros": 0.5})
+    assert (manifest.parent, manifest.parent_sha256) == ("base", parent.artifact_sha256)
+    linears = {f"{name}.weight" for name, module in model.model.named_modules(prefix="model") if "_proj" in name}
+    assert len(linears) == 4 * 7
+    dense, found = load_file(base / "model.safetensors"), load_file(sparse / "model.safetensors")
+    assert dense.keys() == found.keys()
+    for name, weight in dense.items():
+        gone = found[name] == 0
+        assert torch.equal(found[name][~gone], weight[~gone])
+        if name in linears:
+            assert gone.sum() == weight.numel() // 2
+            assert weight[gone].abs().max() <= weight[~gone].abs().min()
+        else:
+            assert torch.equal(found[name], weight)
+    reopened, _ = open_model(sparse)
+    assert parameter_count(reopened) == manifest.parameters
