@@ -24,7 +24,7 @@ class Clone:
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(self, *command: str, timeout_s: float = 250, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 500, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs `python …`, `dvc …` or `prefect …` of this virtual environment here; output captured."""
         return subprocess.run(
             command,

@@ -114,14 +114,22 @@ def report_html(effects):
     front = charts.trade_offs(RECORDS, ["lora", "pocket"], ["accuracy_choice", "size_bytes"], ["base"], name_all=True)
     loss = charts.curves({"lora": [(1, 4.0), (2, 4.5), (60, 0.5)]}, "Training loss by step", "step", "loss (nats)")
     metrics = ("accuracy_choice", "hallucination_rate", "energy_per_query_j", "ttft_ms")
-    decision = {"champion": "pocket", "reason": "fits, and has the best accuracy", "refused": {"lora": LONG_REASON}}
+    decision = {
+        "champion": "pocket",
+        "challenger": None,
+        "reason": "fits, and has the best accuracy",
+        "refused": {"lora": LONG_REASON},
+    }
     cost = {"seconds": 135.0, "cpu_seconds": 247.0, "peak_rss_bytes": 2**31}
     return render(
         candidates=[candidate(name) for name in NAMES],
         differences=[difference(name, metric, 0.3, 0.1, True) for name in list(NAMES)[1:] for metric in metrics],
         caching={"pocket": caching()},
         compiled=[compiled()],
-        promotion={"phone-4gb": decision, "board": {"champion": None, "reason": "nobody is eligible", "refused": {}}},
+        promotion={
+            "phone-4gb": decision,
+            "board": {"champion": None, "challenger": None, "reason": "nobody is eligible", "refused": {}},
+        },
         costs=[{"stage": f"{step} {name}", **cost} for name in NAMES for step in ("compress", "evaluate")],
         charts={
             "impact": [effects],
