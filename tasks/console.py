@@ -18,29 +18,23 @@ EXIT_REFUSED = 2
 EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: worth another try
 
 
-class _WithoutSecrets(io.TextIOBase):
+class _WithoutSecrets(io.TextIOWrapper):
     """A log in which nothing of this process's secrets is written, whoever prints them."""
 
-    def __init__(self, log: TextIO) -> None:
-        self.log = log
-
-    def write(self, text: str) -> int:
-        self.log.write(redacted(text))
+    def write(self, text: str, /) -> int:
+        super().write(redacted(text))
         return len(text)
-
-    def flush(self) -> None:
-        self.log.flush()
 
 
 class _ProgressToTerminal(io.TextIOBase):
     """A stand-in for stderr: what holds a carriage return is a progress bar, the rest is chatter for the log."""
 
-    def __init__(self, terminal: TextIO, log: io.TextIOBase) -> None:
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
         self.terminal, self.log = terminal, log
 
     def write(self, text: str) -> int:
         # A bar ends with a bare newline, which belongs to it.
-        (self.terminal if "\r" in text or text == "\n" else self.log).write(text)
+        (self.terminal if "\r" in text or text == "\n" else self.log).write(redacted(text))
         return len(text)
 
     def flush(self) -> None:
@@ -55,15 +49,15 @@ class _ProgressToTerminal(io.TextIOBase):
 def logging_to(path: Path) -> Iterator[TextIO]:
     """Sends what this process prints to `path`, and yields the terminal for what a person must see."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", buffering=1) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+    opened = _WithoutSecrets(path.open("wb"), encoding="utf-8", line_buffering=True)
+    with opened as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
         if not terminal.isatty():
             os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log wants a line now and then, not ten a second
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)  # what libraries write without asking Python
-        clean = _WithoutSecrets(log)
-        sys.stdout, sys.stderr = clean, _ProgressToTerminal(terminal, clean)
+        sys.stdout, sys.stderr = log, _ProgressToTerminal(terminal, log)
         logging.captureWarnings(True)
-        logging.basicConfig(stream=clean, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:
             yield terminal
         finally:
