@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from lilliput.errors import ArtifactError
 from lilliput.serve.cache import AnswerCache
 from lilliput.serve.chat import Chat, as_chunks, completion, delta_of, logprobs_of, text_of
 from lilliput.serve.costs import Cost, Device, Spent
@@ -21,6 +23,7 @@ from lilliput.serve.router import Conditions, Decision, Router
 
 log = logging.getLogger("lilliput.gateway")
 DRAIN_S = 120.0
+_CACHE_FAILS = (ArtifactError, sqlite3.Error, OSError)  # damaged, locked for too long, or the disk is full
 Chunks = AsyncGenerator[dict[str, Any], None]
 
 
@@ -242,7 +245,10 @@ class Gateway:
         cache = service.cache
         if cache is None or not chat.cacheable:
             return None
-        hit = await spent.thinking(lambda: cache.find(cache.asked(chat.question)))
+        try:
+            hit = await spent.thinking(lambda: cache.find(cache.asked(chat.question)))
+        except _CACHE_FAILS as error:
+            return log.error("the answer cache cannot be read, and answers are given without it: %s", error)
         if hit is None:
             return None
         decision = Decision("device", hit.similarity, f"{hit.kind} hit in the answer cache")
@@ -395,7 +401,10 @@ async def _remembered(service: Service, chat: Chat, chunks: Chunks) -> Chunks:
 async def _remember(service: Service, chat: Chat, answer: str) -> None:
     cache = service.cache
     if cache is not None and chat.cacheable:
-        await asyncio.to_thread(lambda: cache.store(cache.asked(chat.question), answer))
+        try:
+            await asyncio.to_thread(lambda: cache.store(cache.asked(chat.question), answer))
+        except _CACHE_FAILS as error:
+            log.error("the answer cache cannot be written, and the answer is not remembered: %s", error)
 
 
 def _ends(chunk: Mapping[str, Any]) -> bool:

@@ -126,6 +126,18 @@ def test_what_was_streamed_is_remembered_whole_and_streamed_again(tmp_path):
     assert pieces(again)[0]["choices"][0]["delta"]["content"] == "It is Lima"
 
 
+def test_a_cache_that_is_damaged_costs_no_answer(tmp_path, caplog):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    application = app(Paper(), cache=cache)
+    ask(application, ASK)
+    for file in tmp_path.glob("answers.db*"):
+        file.write_bytes(b"no database, whatever reads it" * 100)
+    for body in (ASK, STREAM):
+        [response] = ask(application, body)
+        assert (response.status_code, response.headers["x-lilliput-place"]) == (200, "device")
+    assert "the answer cache cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize(("server", "places"), [(None, ["server", "cache"]), (httpx.Response(500), ["device"] * 2)])
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_cache_keeps_what_the_server_said_and_no_makeshift(tmp_path, server, places, stream):
