@@ -26,9 +26,10 @@ import uvicorn
 
 from lilliput.serve.api import App
 from lilliput.serve.deployment import read_current
-from lilliput.serve.gateway import Gateway, Service
+from lilliput.serve.gateway import Gateway
 from lilliput.serve.opening import open_service
 from lilliput.serve.router import Always, Conditions
+from lilliput.serve.service import Service
 
 PLACES = ("Peru", "Chad", "Norway", "Fiji", "Laos", "Malta", "Cuba", "Togo", "Iran", "Nepal")
 QUESTION, REWORDED = "What is the capital of {}?", "What is the capital city of {}, {}briefly?"

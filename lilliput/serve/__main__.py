@@ -19,9 +19,10 @@ from lilliput.artifacts import write_json
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.api import Admin, App
 from lilliput.serve.deployment import GATEWAY, admin_token, read_current
-from lilliput.serve.gateway import Gateway, Service
+from lilliput.serve.gateway import Gateway
 from lilliput.serve.opening import open_service
 from lilliput.serve.page import page_routes
+from lilliput.serve.service import Service
 
 TOKEN = "LILLIPUT_TOKEN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

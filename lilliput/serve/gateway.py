@@ -15,11 +15,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lilliput.errors import ArtifactError
-from lilliput.serve.cache import AnswerCache
 from lilliput.serve.chat import Chat, as_chunks, completion, delta_of, logprobs_of, text_of
-from lilliput.serve.costs import Cost, Device, Spent
+from lilliput.serve.costs import Cost, Spent
 from lilliput.serve.ends import End, EndFailed
-from lilliput.serve.router import Conditions, Decision, Router
+from lilliput.serve.router import Conditions, Decision
+from lilliput.serve.service import Service
 
 log = logging.getLogger("lilliput.gateway")
 DRAIN_S = 120.0
@@ -44,84 +44,6 @@ class Limits:
     device_slots: int = 1
     waiting: int = 64
     requests_per_minute: int = 6000
-
-
-@dataclass(frozen=True)
-class Model:
-    """What answers on the device.
-
-    Attributes:
-        name: as `/v1/models` tells it.
-        version: its sha256; the answer cache is keyed by it.
-        system_prompt: the line it was tuned with, put before questions that bring none.
-    """
-
-    name: str
-    version: str
-    system_prompt: str
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a gateway stands for.
-
-    Attributes:
-        device: whose champion answers.
-        policy: of the router.
-        edge: how the edge server is called; None where there is none.
-        link: over which it is reached unless a request says otherwise.
-    """
-
-    device: str
-    policy: str
-    edge: str | None
-    link: str
-
-
-@dataclass
-class Service:
-    """What answers at present; a new champion brings another.
-
-    Attributes:
-        setting: what it stands for.
-        costs: what an answer takes on the device.
-        model: on the device.
-        device: what runs it.
-        edge: the edge server; None where there is none.
-        router: made for these two.
-        cache: answers that these two gave before; None for none.
-        slots: of the device.
-        running: whether what was started for it is there.
-        stop: ends what was started for it.
-    """
-
-    setting: Setting
-    costs: Device
-    model: Model
-    device: End
-    edge: End | None
-    router: Router
-    cache: AnswerCache | None = None
-    slots: int = 1
-    running: Callable[[], bool] = lambda: True
-    stop: Callable[[], None] = lambda: None
-    waiting: int = 0
-    under_way: int = 0
-    free: asyncio.Semaphore = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.free = asyncio.Semaphore(self.slots)
-
-    def left(self) -> None:
-        """A request is at its end."""
-        self.under_way -= 1
-
-    async def close(self) -> None:
-        """Lets go of its ends, and stops what was started for it."""
-        for end in (self.device, self.edge):
-            if end is not None:
-                await end.close()
-        await asyncio.to_thread(self.stop)
 
 
 @dataclass

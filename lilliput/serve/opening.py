@@ -14,9 +14,9 @@ from lilliput.serve.deployment import ANSWERS, Deployed, Deployment, gguf_sha256
 from lilliput.serve.embedder import Embedder, Remembering
 from lilliput.serve.embedding import open_embedder
 from lilliput.serve.ends import End
-from lilliput.serve.gateway import Model, Service, Setting
 from lilliput.serve.routers import open_router
 from lilliput.serve.server import LlamaServer, Serving
+from lilliput.serve.service import Model, Service, Setting
 
 EDGE_KEY = "LILLIPUT_EDGE_KEY"
 DEVICE_TIMEOUT_S = 60.0

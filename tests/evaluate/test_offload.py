@@ -30,8 +30,8 @@ from lilliput.evaluate.routing import (
     policies,
     tabulate,
 )
-from lilliput.serve.gateway import Model
 from lilliput.serve.learned import ALWAYS, NEVER
+from lilliput.serve.service import Model
 from tests.serve import paper
 from tests.serve.conftest import BagOfWords
 

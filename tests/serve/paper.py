@@ -16,8 +16,9 @@ from lilliput.serve.api import App
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.costs import Device
 from lilliput.serve.ends import End
-from lilliput.serve.gateway import Gateway, Model, Service, Setting
+from lilliput.serve.gateway import Gateway
 from lilliput.serve.router import Always
+from lilliput.serve.service import Model, Service, Setting
 
 MODEL = Model("pocket", "sha", "Answer briefly.")
 ASK = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}]}

@@ -11,9 +11,10 @@ from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError
 from lilliput.serve.cache import AnswerCache
 from lilliput.serve.chat import Chat
-from lilliput.serve.gateway import Limits, Model
+from lilliput.serve.gateway import Limits
 from lilliput.serve.router import Always, Conditions, Threshold
 from lilliput.serve.server import LlamaServer, Serving
+from lilliput.serve.service import Model
 
 STREAM = ASK | {"stream": True}
 SERVER_FAILS = {
