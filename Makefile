@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check browser interop repro plan ui clean
 
-demo: $(INSTALLED)  ## everything, on the embedded default: about 25 minutes on 2 cores
+demo: $(INSTALLED)  ## everything, on the embedded default: about 32 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
 
-test: $(INSTALLED)  ## the fast suite: tiny random model, under 5 minutes on 2 cores
+test: $(INSTALLED)  ## the fast suite: a tiny random model with the real tokenizer
 	@$(BIN)/python -m pytest
 
 check: $(INSTALLED)  ## formatter, linter, types and import directions
