@@ -175,7 +175,7 @@ def test_a_bad_recipe_is_refused_with_its_place(recipe_path, raw_recipe, change,
 
 def test_a_recipe_that_is_no_yaml_is_refused(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(DataError, match=r"bad\.yaml: not readable as YAML"):
+    with pytest.raises(DataError, match=r"bad\.yaml: no recipe of plain values: not readable as YAML"):
         read_recipe(tmp_path / "bad.yaml")
 
 
