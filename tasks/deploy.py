@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlparse
 from lilliput.artifacts import MANIFEST, file_sha256, read_manifest
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
-from lilliput.serve.deployment import Deployed, Deployment, keep
+from lilliput.serve.deployment import Deployed, Deployment, keep, keep_router
 from lilliput.serve.routers import CACHE
 from tasks import layout, registry
 
@@ -42,7 +42,7 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         links=params.links,
         profile=params.devices[device],
         system_prompt=params.data.system_prompt,
-        routers=str(layout.offload(device).absolute()),
+        router=keep_router(layout.offload(device), home) if serving.policy == "learned" else None,
         embedder=params.caching.embedder,
         threshold=_threshold(device),
     )

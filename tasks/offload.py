@@ -21,7 +21,6 @@ from lilliput.serve.server import LlamaServer, Serving
 from tasks import layout
 from tasks.cost import measured
 
-EDGE_KEY = "LILLIPUT_EDGE_KEY"
 ANSWERS, CURVES = "answers.jsonl", "curves.json"
 
 
@@ -96,6 +95,7 @@ def _both_ends(params: Params, device: str) -> Iterator[Any]:
     import httpx
 
     from lilliput.evaluate.offload import End
+    from lilliput.serve.ends import EDGE_KEY
 
     serving, profile = params.serving[device], params.devices[device]
     edge, bundle = serving.edge, layout.BUNDLES / device

@@ -3,6 +3,7 @@
 deployments/<device>/
 ├── current.json, previous.json   what is served, and what was before
 ├── models/<sha256>/              the compiled models of both, verified
+├── routers/<sha256>/             what was fitted for them
 ├── answers.db                    the answer cache, which survives restarts
 ├── admin-token                   for who may have another champion taken over
 └── gateway.json, gateway.log     the process that serves
@@ -18,13 +19,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lilliput.artifacts import MANIFEST, read_manifest, remove, verify, write_text, writing
+from lilliput.artifacts import MANIFEST, file_sha256, remove, verify, write_text, writing
 from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingConfig
 from lilliput.errors import ArtifactError
+from lilliput.serve.routers import GGUF, ROUTER
 
-CURRENT, PREVIOUS, MODELS = "current.json", "previous.json", "models"
+CURRENT, PREVIOUS, MODELS, ROUTERS = "current.json", "previous.json", "models", "routers"
 ANSWERS, ADMIN_TOKEN, GATEWAY = "answers.db", "admin-token", "gateway.json"
-GGUF = "model.gguf"
 
 
 class Deployed(BaseModel):
@@ -50,7 +51,8 @@ class Deployment(BaseModel):
         edge: beside it; None where the edge server is elsewhere.
         serving: how it is served.
         profile: of the device.
-        routers: the folder of the stage `offload`.
+        router: the sha256 of what was fitted for these two, by which its folder under `routers/` is called; None where
+            the policy needs none.
         embedder: for the answer cache and the learned router.
         threshold: of similarity in the answer cache; None for answers to the same wording alone.
     """
@@ -63,7 +65,7 @@ class Deployment(BaseModel):
     links: dict[str, LinkConfig]
     profile: DeviceConfig
     system_prompt: str
-    routers: str
+    router: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     embedder: EmbedderConfig
     threshold: float | None
 
@@ -96,6 +98,22 @@ def keep(compiled: Path, home: Path, sha256: str) -> None:
         for name in [*manifest.files, MANIFEST]:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             _link(compiled / name, partial / name)
+
+
+def keep_router(fitted: Path, home: Path) -> str:
+    """Puts what the stage `offload` fitted in the folder `fitted` under `home`, too, and returns its sha256.
+
+    Raises:
+        ArtifactError: nothing was fitted.
+    """
+    path = fitted / ROUTER
+    if not path.exists():
+        raise ArtifactError(
+            f"{path}: no router is fitted yet; run the stage `offload` for this device, or choose another policy"
+        )
+    sha256 = file_sha256(path)
+    write_text(home / ROUTERS / sha256 / ROUTER, path.read_text(encoding="utf-8"))
+    return sha256
 
 
 def deploy(deployment: Deployment, home: Path) -> None:
@@ -152,24 +170,12 @@ def verified(deployment: Deployment, deployed: Deployed, home: Path) -> Path:
     return folder / GGUF
 
 
-def gguf_sha256(deployment: Deployment, deployed: Deployed, home: Path) -> str:
-    """The sha256 of the model's file, by which routers know it.
-
-    Raises:
-        ArtifactError: there is no manifest, or it names no such file.
-    """
-    folder = deployment.folder_of(deployed, home)
-    files = read_manifest(folder).files
-    if GGUF not in files:
-        raise ArtifactError(f"{folder}: its manifest names no {GGUF}; remove it and deploy again")
-    return files[GGUF]
-
-
 def tidy(home: Path) -> None:
-    """Removes the models of neither deployment."""
-    kept = {model.sha256 for name in (CURRENT, PREVIOUS) if (was := _read(home / name)) for model in was.models}
-    for folder in (home / MODELS).iterdir():
-        if folder.name not in kept and not folder.name.startswith("."):
+    """Removes the models and routers of neither deployment."""
+    deployments = [was for name in (CURRENT, PREVIOUS) if (was := _read(home / name))]
+    kept = {was.router for was in deployments} | {model.sha256 for was in deployments for model in was.models}
+    for folder in [*(home / MODELS).glob("[!.]*"), *(home / ROUTERS).glob("[!.]*")]:
+        if folder.name not in kept:
             remove(folder)
 
 

@@ -13,6 +13,7 @@ import httpx
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.chat import delta_of, logprobs_of, text_of
 
+EDGE_KEY = "LILLIPUT_EDGE_KEY"  # the environment variable with the key of an edge server elsewhere
 MOST_BYTES = 4 * 2**20  # of an answer; an end that sends more is out of order
 # Unreachable, an error status, too slow, no JSON, or JSON that is no chat completion.
 _FAILURES = (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError, AttributeError)

@@ -34,14 +34,12 @@ class Limits:
     Attributes:
         body_bytes: of a request.
         max_tokens: of an answer; asking for more is cut to it.
-        device_slots: answers the device gives at once.
         waiting: requests that may wait for a slot; beyond that 503 with Retry-After.
         requests_per_minute: of one client; beyond that 429 with Retry-After.
     """
 
     body_bytes: int = 64 * 1024
     max_tokens: int = 256
-    device_slots: int = 1
     waiting: int = 64
     requests_per_minute: int = 6000
 

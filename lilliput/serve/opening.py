@@ -6,19 +6,19 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+from lilliput.artifacts import read_manifest
 from lilliput.data.wheels import default_cache
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.cache import AnswerCache
 from lilliput.serve.costs import Device
-from lilliput.serve.deployment import ANSWERS, Deployed, Deployment, gguf_sha256, verified
+from lilliput.serve.deployment import ANSWERS, ROUTERS, Deployed, Deployment, verified
 from lilliput.serve.embedder import Embedder, Remembering
 from lilliput.serve.embedding import open_embedder
-from lilliput.serve.ends import End
-from lilliput.serve.routers import open_router
+from lilliput.serve.ends import EDGE_KEY, End
+from lilliput.serve.routers import open_router, pair_of
 from lilliput.serve.server import LlamaServer, Serving
 from lilliput.serve.service import Model, Service, Setting
 
-EDGE_KEY = "LILLIPUT_EDGE_KEY"
 DEVICE_TIMEOUT_S = 60.0
 SAME_WORDING = 1.0  # no two embeddings are more alike than this: exact hits alone
 
@@ -31,9 +31,10 @@ def open_service(deployment: Deployment, home: Path) -> Service:
         SourceError: the embedder cannot be fetched or opened.
     """
     serving = deployment.serving
-    pair = pair_of(deployment, home)
+    manifests = [read_manifest(deployment.folder_of(model, home)) for model in deployment.models]
+    pair = pair_of(manifests[0], serving.edge, manifests[1] if deployment.edge else None)
     embedder = open_remembering(deployment)
-    router = open_router(serving, Path(deployment.routers), embedder, pair)
+    router = open_router(serving, home / ROUTERS / (deployment.router or "none"), embedder, pair)
     with ExitStack() as started:
         device = _start(started, deployment, deployment.model, home, deployment.profile.threads, 1)
         server = None
@@ -56,13 +57,6 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             running=lambda: device.running and (server is None or server.running),
             stop=started.pop_all().close,
         )
-
-
-def pair_of(deployment: Deployment, home: Path) -> tuple[str, str]:
-    """What tells this pair of device model and edge server from another, as the stage `offload` tells it."""
-    edge = deployment.serving.edge
-    server = gguf_sha256(deployment, deployment.edge, home) if deployment.edge else f"{edge.url} {edge.model}"
-    return gguf_sha256(deployment, deployment.model, home), server
 
 
 def open_remembering(deployment: Deployment) -> Embedder | None:

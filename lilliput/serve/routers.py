@@ -27,8 +27,17 @@ def pair_of(device: Manifest, edge: EdgeConfig, server: Manifest | None) -> tupl
 
     Returns:
         The sha256 of the device's GGUF file, and of the server's; or the server's address and model.
+
+    Raises:
+        ArtifactError: a manifest names no GGUF file.
     """
-    return device.files[GGUF], server.files[GGUF] if server else f"{edge.url} {edge.model}"
+    return _gguf_sha256(device), _gguf_sha256(server) if server else f"{edge.url} {edge.model}"
+
+
+def _gguf_sha256(manifest: Manifest) -> str:
+    if GGUF not in manifest.files:
+        raise ArtifactError(f"the manifest of {manifest.candidate} names no {GGUF}; compile it for llama.cpp again")
+    return manifest.files[GGUF]
 
 
 def open_router(serving: ServingConfig, folder: Path, embedder: Embedder | None, pair: tuple[str, str]) -> Router:

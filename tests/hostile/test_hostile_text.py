@@ -184,7 +184,7 @@ def test_damaged_deployments(count, tmp_path, tiny_params):
         "links": raw["links"],
         "profile": raw["devices"]["phone-4gb"],
         "system_prompt": "Answer.",
-        "routers": "offload/phone-4gb",
+        "router": "2" * 64,
         "embedder": raw["caching"]["embedder"],
         "threshold": 0.9,
     }

@@ -20,6 +20,7 @@ from lilliput.serve.deployment import (
     admin_token,
     deploy,
     keep,
+    keep_router,
     read_current,
     roll_back,
     tidy,
@@ -29,7 +30,7 @@ from lilliput.serve.deployment import (
 
 @pytest.fixture
 def deployment(tiny_params):
-    def make(name, sha256, **serving):
+    def make(name, sha256, router=None, **serving):
         settings = tiny_params.serving["phone-4gb"].model_copy(update={"policy": "threshold", **serving})
         return Deployment(
             device="phone-4gb",
@@ -39,7 +40,7 @@ def deployment(tiny_params):
             links=tiny_params.links,
             profile=tiny_params.devices["phone-4gb"],
             system_prompt="Answer briefly.",
-            routers="nowhere",
+            router=router,
             embedder=tiny_params.caching.embedder,
             threshold=None,
         )
@@ -81,6 +82,21 @@ def test_the_same_deployment_twice_does_not_forget_what_was_before(tmp_path, dep
     for name in ("one", "two", "two"):
         deploy(deployment(name, hashlib.sha256(name.encode()).hexdigest()), tmp_path)
     assert roll_back(tmp_path).model.name == "one"
+
+
+def test_a_router_stays_with_the_deployment_whatever_is_fitted_afterwards(tmp_path, deployment):
+    home, fitted, kept = tmp_path / "home", tmp_path / "offload", []
+    fitted.mkdir()
+    with pytest.raises(ArtifactError, match="no router is fitted yet"):
+        keep_router(fitted, home)
+    for text in ("first", "second", "third"):
+        (fitted / "router.json").write_text(text)
+        kept.append(keep_router(fitted, home))
+        deploy(deployment("one", "1" * 64, kept[-1]), home)
+        tidy(home)
+    found = {folder.name: (folder / "router.json").read_text() for folder in (home / "routers").iterdir()}
+    assert found == {kept[1]: "second", kept[2]: "third"}
+    assert roll_back(home).router == kept[1]
 
 
 def test_nothing_to_go_back_to_is_said(tmp_path, deployment):
