@@ -85,7 +85,8 @@ def next_commands(folder: Path) -> str:
             *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{other}`" for device in served),
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
             f"- What each device is given: {(folder / layout.BUNDLES).absolute()}",
-            f"- MLflow UI: `.venv/bin/mlflow ui --backend-store-uri sqlite:///{store} --port 5000`",
+            f"- MLflow UI: `.venv/bin/mlflow ui --backend-store-uri sqlite:///{store} --port 5000`, then "
+            "http://127.0.0.1:5000/#/models/lilliput for the champions, and under Experiments the view *Four metrics*",
             "- Prefect UI: `.venv/bin/prefect server start`, then http://127.0.0.1:4200",
         ]
     )

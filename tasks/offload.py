@@ -20,6 +20,7 @@ from lilliput.serve.routers import CACHE, GGUF, ROUTER, pair_of
 from lilliput.serve.server import LlamaServer, Serving
 from tasks import layout
 from tasks.cost import measured
+from tasks.run_metrics import of_offloading
 
 ANSWERS, CURVES = "answers.jsonl", "curves.json"
 
@@ -131,16 +132,5 @@ def _tell_registry(record: Mapping[str, Any], device: str) -> None:
     from tasks import registry
 
     versions = json.loads(layout.REGISTRY.read_text(encoding="utf-8"))
-    numbers = {
-        f"offload.{device}.{policy}.{metric}": figures[metric][part]
-        for policy, figures in record["links"][record["link"]].items()
-        for metric, part in (
-            ("accuracy", "value"),
-            ("hallucination_rate", "value"),
-            ("latency_ms", "p50"),
-            ("energy_per_query_j", "value"),
-        )
-        if figures[metric][part] is not None
-    }
     version = str(versions[record["candidate"]]["version"])
-    registry.add_metrics(registry.client(), version, layout.offload_record(device), numbers)
+    registry.add_metrics(registry.client(), version, layout.offload_record(device), of_offloading(device, record))

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lilliput.artifacts import Manifest, read_history, read_manifest, write_json
 from lilliput.config import Params
 from lilliput.errors import ArtifactError
 from lilliput.graph import topological_order
 from lilliput.report.card import model_card
-from tasks import layout, registry
+from tasks import layout, registry, run_metrics
 from tasks.caching import caching_record
 from tasks.compile import device_record
 from tasks.lineage_tags import dvc_hashes, git_commit
@@ -26,18 +26,6 @@ from tasks.reign import MEASURED_TAG, measured_how
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
 CHECKPOINT = "checkpoint"
 CONTEXT_TOKENS = 2048  # of prompt and answer, where a registered model is opened in its compiled form
-METRIC_NAMES = (
-    "accuracy_choice",
-    "accuracy_free",
-    "hallucination_rate",
-    "abstention_rate",
-    "selective_accuracy",
-    "energy_per_query_j",
-    "energy_per_token_j",
-    "energy_per_right_answer_j",
-    "accessibility",
-)
-PLAIN_METRICS = ("size_bytes", "parameters", "rate_tokens_per_s", "peak_rss_bytes", "load_s")
 
 
 def register(params: Params) -> None:
@@ -50,26 +38,24 @@ def register(params: Params) -> None:
     experiment = registry.experiment_id(client)
     ready = {name: record for name in topological_order(params) if (record := _evaluated(name))}
     known = {name: registry.find_version(client, _sha256(layout.metrics(name))) for name in ready}
-    parent_run = None if all(known.values()) else _start_parent(client, experiment)
+    batch = _batch()
     versions = {}
     for name, record in ready.items():
-        version = known[name] or _register_one(client, experiment, parent_run or "", params, name, record)
+        version = known[name] or _register_one(client, experiment, batch, params, name, record)
         versions[name] = {"version": version, "run_id": client.get_model_version(registry.MODEL, version).run_id}
         registry.add_mlmodel(client, version, _answering(params, name))
-        registry.tell(version, {f"dvc.{path}": digest for path, digest in dvc_hashes(name).items()})
+        registry.tell(version, {registry.DVC_TAG: json.dumps(dvc_hashes(name))})
         if caching := caching_record(params, name):
-            registry.add_metrics(client, version, layout.caching(name), _leaves(caching, "caching"))
+            registry.add_metrics(client, version, layout.caching(name), run_metrics.of_caching(caching))
         for compiled, config in params.compile.items():
-            if config.candidate == name and (record := device_record(params, compiled)):
+            if config.candidate == name and (measured := device_record(params, compiled)):
                 registry.add_compiled(
                     client,
                     version,
                     layout.compiled(name, config.target),
                     layout.devices(compiled),
-                    _leaves(record["devices"], config.target),
+                    run_metrics.on_devices(config.target, measured),
                 )
-    if parent_run:
-        client.set_terminated(parent_run)
     write_json(layout.REGISTRY, versions)
 
 
@@ -83,29 +69,35 @@ def _evaluated(candidate: str) -> dict[str, Any] | None:
     return record if record["sha256"] == manifest.artifact_sha256 else None
 
 
-def _start_parent(client: MlflowClient, experiment: str) -> str:
+def _batch() -> dict[str, str]:
+    """What the runs of one registration have in common, to group them by: side by side the UI compares them best."""
     flow_run = os.environ.get(FLOW_RUN, "")
-    name = f"{'democratize' if flow_run else 'dvc repro'} {datetime.now().astimezone():%Y-%m-%d %H:%M}"
-    run = client.create_run(experiment, run_name=name, tags={"mlflow.source.git.commit": git_commit() or ""})
-    if flow_run:
-        client.set_tag(run.info.run_id, "prefect.flow_run", flow_run)
-    client.log_artifact(run.info.run_id, str(layout.PARAMS))
-    return run.info.run_id
+    door = "democratize" if flow_run else "dvc repro"
+    return {
+        "lilliput.run": f"{door} {datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        **({"prefect.flow_run": flow_run} if flow_run else {}),
+    }
 
 
 def _register_one(
-    client: MlflowClient, experiment: str, parent_run: str, params: Params, name: str, record: dict[str, Any]
+    client: MlflowClient, experiment: str, batch: Mapping[str, str], params: Params, name: str, record: dict[str, Any]
 ) -> str:
     manifest = read_manifest(layout.model(name))
-    tags = _lineage(name, manifest)
-    run_id = client.create_run(experiment, run_name=name, tags={MLFLOW_PARENT_RUN_ID: parent_run}).info.run_id
-    config = {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()}
-    curves = read_history(layout.model(name))
-    registry.log_run(client, run_id, config, _numbers(record, name, manifest), curves, tags)
+    cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
     card = model_card(manifest, record, params.data.system_prompt)
+    tags = {**_four_metrics(record), **_lineage(name, manifest), registry.DVC_TAG: json.dumps(dvc_hashes(name))}
+    run_id = client.create_run(experiment, run_name=name, tags={**batch, "mlflow.note.content": card}).info.run_id
+    registry.log_run(
+        client,
+        run_id,
+        {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()},
+        run_metrics.of_candidate(manifest, record, cost),
+        run_metrics.of_curves(manifest, read_history(layout.model(name))),
+        tags,
+    )
     client.log_text(run_id, card, "model_card.md")
-    client.log_artifact(run_id, str(layout.metrics(name)))
-    client.log_artifact(run_id, str(layout.answers(name)))
+    for file in (layout.PARAMS, layout.metrics(name), layout.answers(name)):
+        client.log_artifact(run_id, str(file))
     client.set_terminated(run_id)
     evaluated = {
         "lilliput.evaluation_sha256": _sha256(layout.metrics(name)),
@@ -115,8 +107,8 @@ def _register_one(
         registry.MODEL,
         source=registry.mlmodel_uri(client, run_id),
         run_id=run_id,
-        tags=tags | _four_metrics(record) | evaluated,
-        description=card,
+        tags=tags | evaluated,
+        description=f"**{name}**: {card.removeprefix(f'# {name}').strip()}",  # its first line is all that lists show
     )
     return str(version.version)
 
@@ -142,32 +134,6 @@ def _answering(params: Params, name: str) -> dict[str, Any]:
     }
 
 
-def _numbers(record: dict[str, Any], name: str, manifest: Manifest) -> dict[str, float]:
-    numbers: dict[str, float] = {key: record[key] for key in PLAIN_METRICS if record.get(key) is not None}
-    for key in METRIC_NAMES:
-        estimate = record.get(key) or {}
-        suffixes = {"": "value", "_low": "low", "_high": "high"}
-        numbers |= {key + s: estimate[field] for s, field in suffixes.items() if estimate.get(field) is not None}
-    for key in ("ttft_ms", "tpot_ms"):
-        for part in ("p50", "p90"):
-            if (record.get(key) or {}).get(part) is not None:
-                numbers[f"{key}_{part}"] = record[key][part]
-    for task, metrics in record.get("benchmarks", {}).items():
-        numbers |= {f"{task}.{name}": value["value"] for name, value in metrics.items() if isinstance(value, dict)}
-    numbers |= {f"fits_{device}": float(fits) for device, fits in record["fits"].items()}
-    facts = manifest.facts.items()
-    numbers |= {key: float(value) for key, value in facts if isinstance(value, float | int)}
-    cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
-    return numbers | {f"cost_{key}": cost[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes")}
-
-
-def _leaves(tree: Any, name: str) -> dict[str, float]:
-    """The numbers in a record by their dotted path."""
-    if isinstance(tree, dict):
-        return {path: value for key, part in tree.items() for path, value in _leaves(part, f"{name}.{key}").items()}
-    return {name: float(tree)} if isinstance(tree, int | float) else {}
-
-
 def _four_metrics(record: dict[str, Any]) -> dict[str, str]:
     names = ("accuracy_choice", "hallucination_rate", "energy_per_query_j", "accessibility")
     tags = {}
@@ -189,7 +155,7 @@ def _lineage(name: str, manifest: Manifest) -> dict[str, str]:
     }
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit
-    return tags | {f"dvc.{path}": digest for path, digest in dvc_hashes(name).items()}
+    return tags
 
 
 def _sha256(path: Path) -> str:

@@ -23,16 +23,24 @@ from lilliput.artifacts import MANIFEST, PARITY, file_sha256
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.redaction import has_credentials, redacted
 from tasks import layout
+from tasks.mlflow_view import VIEW_TAG, four_metrics_view
 
 MODEL = "lilliput"
 EXPERIMENT = "lilliput"
 SEARCHES = "searches"
 CHAMPION, CHALLENGER, PREVIOUS = "champion-", "challenger-", "previous-"
 ARTIFACT_TAG = "lilliput.artifact_sha256"
+DVC_TAG = "lilliput.dvc"  # DVC's hash of each folder the version comes from or is
 MLMODEL = "model"
 MLMODEL_TAG = "lilliput.mlmodel_sha256"
 ANSWERING = Path(__file__).with_name("answering.py")
 PATIENCE_S = 120.0
+_NOTES = {
+    EXPERIMENT: "One run a candidate of the compression graph: its evaluation, what making it cost, what devices made "
+    "of it. *Views > Four metrics* compares them; the tag `lilliput.run` says what was registered together. Energy is "
+    "an estimate unless `energy_source` names a counter. Champions: the registered model `lilliput`.",
+    SEARCHES: "One run a search of sequences of strategies, with a run a trial beneath it.",
+}
 _NEEDED = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
 # An alias that is not there is told as either, depending on the store.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -66,8 +74,12 @@ def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:
     if found:
         return found.experiment_id
     place = None if "MLFLOW_TRACKING_URI" in os.environ else (layout.MLRUNS / "artifacts").absolute().as_uri()
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on chat traces: there are none
-    return mlflow_client.create_experiment(name, artifact_location=place, tags=kind)
+    tags = {
+        "mlflow.experimentKind": "custom_model_development",  # else the UI opens on chat traces: there are none
+        "mlflow.note.content": _NOTES[name],
+        **({VIEW_TAG: four_metrics_view()} if name == EXPERIMENT else {}),
+    }
+    return mlflow_client.create_experiment(name, artifact_location=place, tags=tags)
 
 
 def ensure_model(mlflow_client: MlflowClient) -> None:
@@ -111,13 +123,12 @@ def log_run(
 def add_metrics(mlflow_client: MlflowClient, version: str, record: Path, metrics: Mapping[str, float]) -> None:
     """Adds what was measured later to the run of `version`, with the file it stands in; once for the same file."""
     tag, digest = f"lilliput.{record.parent.name}.{record.stem}_sha256", file_sha256(record)
-    found = mlflow_client.get_model_version(MODEL, version)
-    if found.tags.get(tag) == digest:
+    run_id = _run_of(mlflow_client, version)
+    if mlflow_client.get_run(run_id).data.tags.get(tag) == digest:
         return
-    assert found.run_id is not None
-    mlflow_client.log_batch(found.run_id, metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()])
-    mlflow_client.log_artifact(found.run_id, str(record), record.parent.name)
-    mlflow_client.set_model_version_tag(MODEL, version, tag, digest)
+    mlflow_client.log_batch(run_id, metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()])
+    mlflow_client.log_artifact(run_id, str(record), record.parent.name)
+    mlflow_client.set_tag(run_id, tag, digest)
 
 
 def add_compiled(
@@ -144,14 +155,13 @@ def add_mlmodel(mlflow_client: MlflowClient, version: str, config: Mapping[str, 
         config: as tasks/answering.py reads it.
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + ANSWERING.read_bytes()).hexdigest()
-    found = mlflow_client.get_model_version(MODEL, version)
-    if found.tags.get(MLMODEL_TAG) == digest:
+    run_id = _run_of(mlflow_client, version)
+    if mlflow_client.get_run(run_id).data.tags.get(MLMODEL_TAG) == digest:
         return
-    assert found.run_id is not None
     with tempfile.TemporaryDirectory() as scratch:
         write_mlmodel(Path(scratch, MLMODEL), config)
-        mlflow_client.log_artifacts(found.run_id, str(Path(scratch, MLMODEL)), MLMODEL)
-    mlflow_client.set_model_version_tag(MODEL, version, MLMODEL_TAG, digest)
+        mlflow_client.log_artifacts(run_id, str(Path(scratch, MLMODEL)), MLMODEL)
+    mlflow_client.set_tag(run_id, MLMODEL_TAG, digest)
 
 
 def write_mlmodel(folder: Path, config: Mapping[str, Any]) -> None:
@@ -160,6 +170,12 @@ def write_mlmodel(folder: Path, config: Mapping[str, Any]) -> None:
 
     needed = [f"{name}=={importlib.metadata.version(name)}" for name in _NEEDED]
     pyfunc.save_model(str(folder), python_model=str(ANSWERING), model_config=dict(config), pip_requirements=needed)
+
+
+def _run_of(mlflow_client: MlflowClient, version: str) -> str:
+    run_id = mlflow_client.get_model_version(MODEL, version).run_id
+    assert run_id is not None
+    return run_id
 
 
 def mlmodel_uri(mlflow_client: MlflowClient, run_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,8 @@ def model_card(manifest: Manifest, record: Mapping[str, Any], system_prompt: str
         "held-out entities.",
         "",
         f"- System prompt: {system_prompt}",
-        f"- Settings: `{manifest.config}`",
-        f"- Found on the way: `{manifest.facts}`",
+        f"- Settings: {_listed(manifest.config)}",
+        f"- Found on the way: {_listed({k: v for k, v in manifest.facts.items() if k not in manifest.config})}",
         f"- Parent: `{manifest.parent}` sha256 `{manifest.parent_sha256}`",
         f"- This artefact: sha256 `{manifest.artifact_sha256}`",
         "",
@@ -91,6 +92,11 @@ def hub_card(
             f"#{model_card(manifest, record, system_prompt)}",
         ]
     )
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    told = {key: f"{value:.4g}" if isinstance(value, float) else json.dumps(value) for key, value in values.items()}
+    return ", ".join(f"{key} `{value}`" for key, value in told.items()) or "none"
 
 
 def _row(estimate: Mapping[str, Any] | None) -> str:

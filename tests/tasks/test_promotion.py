@@ -135,7 +135,7 @@ def test_every_version_carries_metrics_lineage_and_card(project):
     version = registry.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
     assert version.tags["lilliput.artifact_sha256"] == project._manifests["a"].artifact_sha256
     assert version.tags["accuracy_choice"] == "0.6000 [0.6000, 0.6000]"
-    assert version.description.startswith("# a")
+    assert version.description.startswith("**a**: Made from")
     assert registry.client().get_run(version.run_id).data.metrics["accuracy_choice"] == 0.6
 
 

@@ -1,0 +1,80 @@
+"""What stands in a candidate's run in MLflow: names with units, in sections, without what says nothing in a chart."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+
+from lilliput.artifacts import Manifest
+from tasks import mlflow_view, run_metrics
+
+ESTIMATE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+TIMES = {"p50": 10.0, "p90": 20.0, "n": 4}
+RECORD = {
+    **dict.fromkeys(run_metrics.ESTIMATES, ESTIMATE),
+    **dict.fromkeys(run_metrics.PLAIN, 7),
+    "energy_per_query_j": {"value": None, "source": "unavailable"},
+    "ttft_ms": TIMES,
+    "tpot_ms": TIMES,
+    "fits": {"phone": True},
+    "benchmarks": {"arc_easy": {"acc": ESTIMATE, "n": 10}},
+}
+MANIFEST = Manifest.model_construct(
+    strategy="gptq", config={"bits": 4}, facts={"bits": 4, "perplexity_after": 3.0, "kept": ["lm_head"]}
+)
+COST = {"seconds": 1.0, "cpu_seconds": 2.0, "peak_rss_bytes": 3, "resumed_from": 4}
+
+
+def test_a_candidates_numbers_come_in_sections_and_without_what_no_chart_needs():
+    numbers = run_metrics.of_candidate(MANIFEST, RECORD, COST)
+    assert numbers["accuracy_choice"] == 0.5
+    assert (numbers["interval/accuracy_choice_low"], numbers["interval/accuracy_choice_high"]) == (0.4, 0.6)
+    assert (numbers["ttft_ms_p50"], numbers["ttft_ms_p90"]) == (10.0, 20.0)
+    assert numbers["fits/phone"] == 1.0
+    assert numbers["benchmark/arc_easy/acc"] == 0.5
+    assert {name for name in numbers if name.startswith(("gptq/", "cost/"))} == {
+        "gptq/perplexity_after",
+        "cost/seconds",
+        "cost/cpu_seconds",
+        "cost/peak_rss_bytes",
+    }
+    assert not any(name.startswith(("energy_per_query_j", "interval/energy_per_query_j")) for name in numbers)
+    assert not any(name.rpartition("/")[2] in ("n", "p50", "value", "bits") for name in numbers)
+
+
+def test_what_devices_made_of_a_model_is_a_section_a_device():
+    run = {"fits": True, "threads": 1, "ttft_ms": TIMES, "energy_per_query_j": ESTIMATE, "context_tokens": 2048}
+    assert run_metrics.on_devices("gguf", {"devices": {"phone": run}}) == {
+        "gguf/phone/fits": 1.0,
+        "gguf/phone/ttft_ms_p50": 10.0,
+        "gguf/phone/ttft_ms_p90": 20.0,
+        "gguf/phone/energy_per_query_j": 0.5,
+    }
+
+
+def test_each_offloading_policy_is_a_section():
+    figures = dict.fromkeys(run_metrics.OFFLOADING, ESTIMATE) | {"latency_ms": TIMES, "offloaded": 0.3}
+    record = {"link": "wifi", "links": {"wifi": {"learned": figures}, "poor": {"learned": figures}}}
+    assert run_metrics.of_offloading("phone", record) == {
+        "offload/phone/learned/accuracy": 0.5,
+        "offload/phone/learned/hallucination_rate": 0.5,
+        "offload/phone/learned/latency_ms_p50": 10.0,
+        "offload/phone/learned/latency_ms_p90": 20.0,
+        "offload/phone/learned/energy_per_query_j": 0.5,
+    }
+
+
+def test_the_saved_view_shows_metrics_that_runs_have():
+    view = json.loads(mlflow_view.four_metrics_view())
+    packing, _, packed = view["state"].partition(";")
+    state = json.loads(zlib.decompress(base64.b64decode(packed)))
+    numbers = run_metrics.of_candidate(MANIFEST, RECORD | {"energy_per_query_j": ESTIMATE}, COST)
+    assert packing == "deflate"
+    assert {column.split("`")[1] for column in state["selectedColumns"]} <= numbers.keys()
+    charts = state["compareRunCharts"]
+    shown = {c["metricKey"] for c in charts if c["type"] == "BAR"} | {
+        c[axis]["key"] for c in charts if c["type"] == "SCATTER" for axis in ("xaxis", "yaxis")
+    }
+    assert shown <= numbers.keys()
+    assert {chart["metricSectionId"] for chart in charts} == {state["compareRunSections"][0]["uuid"]}
