@@ -32,6 +32,11 @@ from lilliput.errors import ConfigError, LilliputError, StageError, TemporaryErr
 RUNNER_HELP = "local, ray, dask (a cluster on this machine), ray://HOST:PORT or tcp://HOST:PORT (Dask)"
 WORKERS_HELP = "stages at work at a time"
 _HIDING = str(PROJECT / "flows" / "without_amdsmi")
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",  # what Ray 2.60 does anyway, without a warning
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # everywhere: without it a cluster listens beyond loopback, on Linux too
+}
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least; names and paths take none of it
 
 
@@ -158,7 +163,7 @@ def _local(_runner: str, workers: int) -> TaskRunner:
 
 
 def _ray(runner: str, workers: int) -> TaskRunner:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= _RAY_ENVIRONMENT
     _hide_broken_amdsmi()
     from prefect_ray import RayTaskRunner
 
@@ -175,19 +180,19 @@ def _ray(runner: str, workers: int) -> TaskRunner:
         | {
             "num_cpus": workers,
             "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
             "object_store_memory": _OBJECT_STORE_BYTES,
         },
     )
 
 
 def _dask(runner: str, workers: int) -> TaskRunner:
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
     from prefect_dask import DaskTaskRunner
 
     if "://" in runner:
         return DaskTaskRunner(address=runner)
-    # The work is in processes of their own: nannies would watch the wrong ones' memory.
-    quiet = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": 0}
+    # No limit of memory: the work is done by processes that Dask does not see.
+    quiet = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": 0}
     return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1} | quiet)
 
 
