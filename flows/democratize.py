@@ -14,6 +14,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas import State
 from prefect.states import Failed
 
+from flows.crew import RUNNER_HELP, WORKERS_HELP, Crew, open_crew, require_runner
 from flows.lineage import Lineage
 from flows.plan import plan
 from flows.show import candidate_rows, fail, next_commands, print_plan, print_summary
@@ -27,29 +28,36 @@ from lilliput.graph import needing_gpu, require_gpu
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
 def democratize(
-    params_file: str = "params.yaml", only: list[str] | None = None, share_machine: bool = False
+    params_file: str = "params.yaml",
+    only: list[str] | None = None,
+    share_machine: bool = False,
+    runner: str = "local",
+    workers: int = 1,
 ) -> State | dict[str, str]:
-    """Runs every stage that is not up to date, in order, each as a Prefect task.
+    """Runs every stage that is not up to date, each as a Prefect task once what it needs is there.
 
     Args:
         params_file: the project's params.yaml, or another file, which then gets a workspace of its own.
         only: candidates to stop at (with what they are made from); nothing is promoted then.
         share_machine: let trainings and measurements of other runs happen at the same time.
+        runner: who does the work: `local`, `ray`, `dask`, or a cluster's address (docs/operations.md).
+        workers: stages at work at a time; one keeps to their order.
     """
     folder = Path(params_file)
     try:
         folder = open_workspace(folder)
         _require_runnable(folder, only)
-        with contextlib.chdir(folder), alone_in(folder):
-            return _run_all(folder, only or [], share_machine)
+        require_runner(runner, workers)
+        with contextlib.chdir(folder), alone_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
+            return _run_all(folder, only or [], crew)
     except (LilliputError, DvcException) as error:
         return Failed(message=str(error))
 
 
-def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict[str, str]:
+def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str]:
     lineage = Lineage(folder)
     _require_gpu_if_due(lineage, folder, only)
-    states, failed = run_stages(lineage.stages(only), lineage, folder, share_machine)
+    states, failed = run_stages(lineage.stages(only), lineage, crew)
     _publish(folder)
     if failed:
         left = [stage.name for stage in lineage.stages(only) if stage.name not in states | failed]
@@ -96,11 +104,14 @@ def main(
         bool, typer.Option("--plan", help="say what would run and what it costs; run nothing")
     ] = False,
     share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
+    runner: Annotated[str, typer.Option(envvar="LILLIPUT_RUNNER", help=RUNNER_HELP)] = "local",
+    workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
 ) -> None:
     """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
     try:
         folder = open_workspace(params)
         _require_runnable(folder, only)
+        require_runner(runner, workers)
         if plan_only:
             with contextlib.chdir(folder):
                 print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))
@@ -109,7 +120,7 @@ def main(
         fail(str(error), 2)
     os.chdir(PROJECT)
     try:
-        state = democratize(str(params), only, share_machine, return_state=True)
+        state = democratize(str(params), only, share_machine, runner, workers, return_state=True)
     except KeyboardInterrupt:
         fail("stopped; nothing is half-written, and the same command goes on from here", 130)
     if not state.is_completed():

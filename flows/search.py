@@ -21,10 +21,11 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 
+from flows.crew import RUNNER_HELP, WORKERS_HELP, open_crew, require_runner
 from flows.lineage import Stage
 from flows.process import run_process
 from flows.show import fail, front_rows, print_search
-from flows.stages import environment_of_stages, run_stages
+from flows.stages import run_stages
 from flows.study import CANDIDATE, FIGURES, REASON, SECONDS, Budget, begun, finished, front, grow, open_study
 from flows.workshop import Workshop
 from flows.workspace import PROJECT, alone_in, open_workspace
@@ -46,6 +47,8 @@ def search(
     trials: int = 20,
     minutes: float = 120.0,
     share_machine: bool = False,
+    runner: str = "local",
+    workers: int = 1,
 ) -> State:
     """Tries chains of strategies in a workspace of its own, each stage a Prefect task, and writes down what it found.
 
@@ -55,15 +58,17 @@ def search(
         trials: chains in all, those of earlier runs of this search included.
         minutes: no chain is begun that is expected to take this run beyond them.
         share_machine: let trainings and measurements of other runs happen at the same time.
+        runner: who does the work: `local`, `ray`, `dask`, or a cluster's address (docs/operations.md).
+        workers: stages at work at a time; chains are tried one after another all the same.
     """
     try:
         config = read_section(SearchConfig, Path(search_file), "--search")
         folder = open_search(Path(params_file), config, search_file)
-        with contextlib.chdir(folder), alone_in(folder):
-            run = partial(run_stages, folder=folder, share_machine=share_machine)
+        with contextlib.chdir(folder), alone_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
+            run = partial(run_stages, crew=crew)
             workshop = Workshop(folder, Space(config, load_params(layout.PARAMS), search_file), run)
             stopped = _search(workshop, config, search_file, Budget(trials, minutes), time.monotonic())
-            run_process(LOG, folder, environment_of_stages(share_machine))
+            run_process(LOG, crew.site)
             found = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
             create_table_artifact(front_rows(found), key="search-front", description=f"{found['study']}: Pareto front")
             return Completed(message=stopped)
@@ -161,15 +166,18 @@ def main(
     trials: Annotated[int, typer.Option(min=1, help="chains to try, those of earlier runs included")] = 20,
     minutes: Annotated[float, typer.Option(min=0, help="of this run; 0 writes down what is finished")] = 120.0,
     share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
+    runner: Annotated[str, typer.Option(envvar="LILLIPUT_RUNNER", help=RUNNER_HELP)] = "local",
+    workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
 ) -> None:
     """Find the chains of strategies that none beats on every objective, and the lines of params.yaml that make them."""
     try:
         folder = open_search(params, read_section(SearchConfig, space, "--search"), str(space))
+        require_runner(runner, workers)
     except (LilliputError, DvcException) as error:
         fail(str(error), 2)
     os.chdir(PROJECT)
     try:
-        state = search(str(params), str(space), trials, minutes, share_machine, return_state=True)
+        state = search(str(params), str(space), trials, minutes, share_machine, runner, workers, return_state=True)
     except KeyboardInterrupt:
         fail("stopped; the same command goes on from here, and --minutes 0 writes down what is finished", 130)
     if not state.is_completed():

@@ -1,84 +1,98 @@
-"""Runs stages as Prefect tasks, in order: what every flow here does."""
+"""Runs stages, each once what it needs is there: what every flow here does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas import State
-from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from dvc.exceptions import DvcException
 
 from flows.lineage import Lineage, Stage
-from flows.process import run_process
-from lilliput.errors import LilliputError, StageError, TemporaryError
 
 
-@task(cache_policy=NO_CACHE)  # DVC alone knows what is stale
-def run_stage(stage: Stage, lineage: Lineage, folder: Path, environment: dict[str, str]) -> State:
-    """Does the work of `stage` unless DVC finds nothing changed, and records it with DVC."""
-    changes = lineage.changes(stage.name)
-    if not changes:
-        return Completed(name="Cached", message=f"{stage.name}: nothing changed, cached")
-    get_run_logger().info("%s: %s", stage.name, "; ".join(changes[:3]))
-    if lineage.restore(stage.name):
-        lineage.commit(stage.name)
-        return Completed(name="Restored", message=f"{stage.name}: made from these inputs before, restored")
-    try:
-        run_process(stage, folder, environment)
-    except TemporaryError:
-        raise  # Prefect tries again
-    except StageError as error:
-        return Failed(message=str(error))
-    lineage.commit(stage.name)
-    return Completed(message=f"{stage.name}: done")
+class Workers(Protocol):
+    """Who does the work of stages: `flows.crew.Crew`, to the flows."""
+
+    @property
+    def workers(self) -> int:
+        """How many stages are at work at a time, at most."""
+        ...
+
+    def show(self, stage: Stage, standing: str) -> None:
+        """Tells that `stage` stands made: `Cached` or `Restored`."""
+        ...
+
+    def start(self, stage: Stage, reasons: list[str]) -> None:
+        """Sets a worker to `stage`, which is due for `reasons`."""
+        ...
+
+    def ended(self) -> tuple[Stage, str | None]:
+        """Waits for the next stage that ends; the second is why it failed, None if it did not."""
+        ...
 
 
-def run_stages(
-    stages: Iterable[Stage], lineage: Lineage, folder: Path, share_machine: bool
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Runs `stages` in order, but not what needs a failed one.
+def run_stages(stages: Iterable[Stage], lineage: Lineage, crew: Workers) -> tuple[dict[str, str], dict[str, str]]:
+    """Runs `stages`, the first that can begin first, but not what needs a failed one.
+
+    DVC is asked and told here, by the one thread that calls this; workers only do the work.
+
+    Args:
+        stages: in an order they can run in; a crew of one keeps to it.
+        lineage: what DVC knows of them.
+        crew: does the work.
 
     Returns:
-        By stage's name, the state of each that stands made (`Cached`, `Restored`, `Completed`), and why others failed.
-
-    Raises:
-        StageError: a stage crashed or was cancelled, and nothing after it was tried.
+        By stage's name, how each that stands made came to (`Cached`, `Restored`, `Completed`), and why others failed.
     """
+    waiting = {stage.name: stage for stage in stages}
+    needs = {name: lineage.upstream(name) for name in waiting}
+    running: set[str] = set()
     states: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for stage in stages:
-        if failed.keys() & lineage.upstream(stage.name):
+    while waiting or running:
+        name = _first(waiting, needs, running) if len(running) < crew.workers else None
+        if name is None:
+            stage, reason = crew.ended()
+            running.remove(stage.name)
+            if reason:
+                failed[stage.name] = reason
+                continue
+            with _failing(stage.name, failed):
+                lineage.commit(stage.name)
+                states[stage.name] = "Completed"
+            continue
+        stage = waiting.pop(name)
+        if failed.keys() & needs[name]:
             continue  # what does not need the broken stage is still worth having in the morning
-        work = run_stage.with_options(
-            name=stage.name.partition("@")[0],
-            task_run_name=stage.title.replace("{", "(").replace("}", ")"),
-            retries=2,
-            retry_delay_seconds=10,
-            retry_condition_fn=_may_help,
-        )
-        state = work(stage, lineage, folder, environment_of_stages(share_machine), return_state=True)
-        if state.is_completed():
-            states[stage.name] = state.name or state.type.value
-        elif state.is_failed():
-            failed[stage.name] = _reason(state, stage)
-        else:  # crashed or cancelled
-            raise StageError(_reason(state, stage))
+        with _failing(name, failed):
+            reasons = lineage.changes(name)
+            if not reasons or _restored(name, lineage):
+                states[name] = "Restored" if reasons else "Cached"
+                crew.show(stage, states[name])
+            else:
+                crew.start(stage, reasons)
+                running.add(name)
     return states, failed
 
 
-def environment_of_stages(share_machine: bool) -> dict[str, str]:
-    """What a stage's process is told besides this one's environment."""
-    return {"LILLIPUT_FLOW_RUN": str(flow_run.id or "")} | ({"LILLIPUT_SHARE_MACHINE": "1"} if share_machine else {})
+def _first(waiting: Iterable[str], needs: Mapping[str, set[str]], running: set[str]) -> str | None:
+    """The first that needs nothing which still waits or runs; None if all do."""
+    unfinished = running.union(waiting)
+    return next((name for name in waiting if not needs[name] & unfinished), None)
 
 
-def _may_help(_task: object, _run: object, state: State) -> bool:
-    """Whether to try again: after a failed download, not after a failed training, which would fail again."""
-    return isinstance(state.result(raise_on_failure=False), TemporaryError)
+def _restored(name: str, lineage: Lineage) -> bool:
+    found = lineage.restore(name)
+    if found:
+        lineage.commit(name)
+    return found
 
 
-def _reason(state: State, stage: Stage) -> str:
-    error = state.result(raise_on_failure=False)
-    return str(error) if isinstance(error, LilliputError) else state.message or f"{stage.name} did not finish"
+@contextmanager
+def _failing(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """What DVC cannot do for a stage fails that one alone."""
+    try:
+        yield
+    except (DvcException, OSError) as error:
+        failed[name] = f"{name}: {error}"

@@ -228,6 +228,7 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "from prefect import flow\n"
         "from prefect.settings import PREFECT_API_URL, temporary_settings\n"
         "from flows.lineage import Stage\n"
+        "from flows.crew import open_crew\n"
         "from flows.stages import run_stages\n"
         "class Lineage:\n"
         "    def changes(self, name): return ['new']\n"
@@ -235,7 +236,8 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "    def upstream(self, name): return set()\n"
         "@flow\n"
         "def night():\n"
-        "    print(run_stages([Stage('data', 'python stage.py', 'builds')], Lineage(), Path.cwd(), True))\n"
+        "    with open_crew('local', 1, Path.cwd(), True) as crew:\n"
+        "        print(run_stages([Stage('data', 'python stage.py', 'builds')], Lineage(), crew))\n"
         "night()\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
