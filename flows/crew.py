@@ -74,17 +74,20 @@ class Crew:
         self.workers, self.site = workers, site
         self._runner = runner
         self._stages: dict[PrefectFuture[Any], Stage] = {}
+        self._stand: dict[str, State] = {}  # by stage's name: Prefect draws from them what needed what
         self._ended: SimpleQueue[PrefectFuture[Any]] = SimpleQueue()
 
     def show(self, stage: Stage, standing: str) -> None:
         """Tells Prefect that `stage` stands made: `Cached` or `Restored`."""
-        stand.with_options(**_names(stage))(stage, standing)
+        work = stand.with_options(**_names(stage))
+        self._stand[stage.name] = work(stage, standing, return_state=True, wait_for=self._needed(stage))
 
     def start(self, stage: Stage, reasons: list[str]) -> None:
         """Hands `stage`, which is due for `reasons`, to the task runner."""
         get_run_logger().info("%s: %s", stage.name, "; ".join(reasons[:3]))
         work = run_stage.with_options(**_names(stage), retries=2, retry_delay_seconds=10, retry_condition_fn=_may_help)
-        future = self._runner.submit(work, parameters={"stage": stage, "site": self.site})
+        parameters = {"stage": stage, "site": self.site}
+        future = self._runner.submit(work, parameters, wait_for=self._needed(stage))
         self._stages[future] = stage
         future.add_done_callback(self._ended.put)
 
@@ -93,7 +96,11 @@ class Crew:
         future = self._ended.get()
         stage = self._stages.pop(future)
         future.wait()
+        self._stand[stage.name] = future.state
         return stage, None if future.state.is_completed() else _reason(future.state, stage)
+
+    def _needed(self, stage: Stage) -> list[Any]:
+        return [self._stand[name] for name in stage.needs if name in self._stand]
 
 
 def require_runner(runner: str, workers: int) -> None:

@@ -23,11 +23,12 @@ logging.getLogger("dvc").setLevel(logging.WARNING)  # what DVC would tell is tol
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of dvc.yaml: its name (`compress@lora`), its command and its one-line description."""
+    """A stage of dvc.yaml: its name (`compress@lora`), its command, its one-line description and what it needs."""
 
     name: str
     command: str
     description: str
+    needs: tuple[str, ...] = ()  # stages, directly
 
     @property
     def candidate(self) -> str | None:
@@ -63,7 +64,7 @@ class Lineage:
         declared = {stage: number for number, stage in enumerate(self._repo.index.stages)}
         order = networkx.lexicographical_topological_sort(self._graph.reverse(), key=declared.__getitem__)
         wanted = self._needed_for(only) if only else set(self._graph)
-        return [Stage(s.name, s.cmd, s.desc or "") for s in order if s in wanted]
+        return [Stage(s.name, s.cmd, s.desc or "", self._needs(s)) for s in order if s in wanted]
 
     def upstream(self, name: str) -> set[str]:
         """The names of all stages `name` needs, directly or not."""
@@ -93,6 +94,9 @@ class Lineage:
 
     def _node(self, name: str) -> Any:
         return next(node for node in self._graph if node.name == name)
+
+    def _needs(self, node: Any) -> tuple[str, ...]:
+        return tuple(sorted(needed.name for needed in self._graph.successors(node)))
 
     def _needed_for(self, candidates: Sequence[str]) -> set:
         targets = {f"evaluate@{candidate}" for candidate in candidates}

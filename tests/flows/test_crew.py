@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 import pytest
@@ -115,6 +118,21 @@ def test_independent_stages_are_at_work_together_and_dvc_has_them_all(paper, run
     assert "up to date" in paper.run("dvc", "status").stdout
     again = outcome(paper.run("python", "night.py", runner, timeout_s=PATIENCE_S))
     assert set(again["outcome"][0].values()) == {"Cached"}
+    needs_of_runs = {"first": set(), "pair@one": {"first"}, "pair@two": {"first"}, "last": {"pair@one", "pair@two"}}
+    assert drawn(paper) == [needs_of_runs, needs_of_runs]
+
+
+def drawn(paper: Clone) -> list[dict[str, set[str]]]:
+    """What needs what in Prefect's graph of each flow run, the oldest first."""
+    with contextlib.closing(sqlite3.connect(Path(paper.environment["PREFECT_HOME"], "prefect.db"))) as database:
+        rows = database.execute("SELECT flow_run_id, id, name, task_inputs FROM task_run ORDER BY expected_start_time")
+        runs: dict[str, dict[str, set[str]]] = {}
+        names = {}
+        for flow_run, task_run, name, inputs in rows:
+            names[task_run] = title = name.partition(":")[0]
+            needed = {part["id"] for part in json.loads(inputs)["wait_for"]}
+            runs.setdefault(flow_run, {})[title] = {names[part] for part in needed}
+    return list(runs.values())
 
 
 @pytest.mark.slow
