@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,12 +137,12 @@ def open_crew(runner: str, workers: int, folder: Path, share_machine: bool) -> I
         share_machine: let trainings and measurements of other runs happen at the same time.
 
     Raises:
-        ConfigError: as `require_runner` says.
+        ConfigError: as `require_runner` says, or a cluster is not reached or does not start.
     """
     require_runner(runner, workers)
     with (
         _within_reach(runner),
-        _RUNNERS[_kind(runner)](runner, workers) as started,
+        _started(runner, workers) as started,
         sign_of_life(folder) as sign,  # goes first, so that workers let go of their stages
     ):
         yield Crew(started, workers, Site(folder, sign, environment_of_stages(share_machine, workers)))
@@ -155,6 +155,17 @@ def environment_of_stages(share_machine: bool, workers: int = 1) -> dict[str, st
     if share_machine or os.environ.get("LILLIPUT_SHARE_MACHINE") == "1":
         return told | {"LILLIPUT_SHARE_MACHINE": "1"}
     return told | ({"LILLIPUT_SHARE_MACHINE": "trainings"} if workers > 1 else {})
+
+
+@contextmanager
+def _started(runner: str, workers: int) -> Iterator[TaskRunner]:
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(_RUNNERS[_kind(runner)](runner, workers))
+            getattr(started, "client", None)  # Dask's connects when it is first asked for
+        except Exception as error:  # Ray and Dask raise what they like
+            raise ConfigError(f"--runner {runner}: its workers could not be had: {error}") from error
+        yield started
 
 
 def _kind(runner: str) -> str:
