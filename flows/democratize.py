@@ -23,6 +23,7 @@ from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
+from lilliput.redaction import redacted
 
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
@@ -43,7 +44,7 @@ def democratize(
         with contextlib.chdir(folder), alone_in(folder):
             return _run_all(folder, only or [], share_machine)
     except (LilliputError, DvcException) as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
 
 
 def _run_all(folder: Path, only: list[str], share_machine: bool) -> State | dict[str, str]:

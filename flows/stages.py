@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -11,6 +12,7 @@ from prefect.client.schemas import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows.champions import deciding
 from flows.lineage import Lineage, Stage
 from flows.process import run_process
 from lilliput.errors import LilliputError, StageError, TemporaryError
@@ -27,7 +29,8 @@ def run_stage(stage: Stage, lineage: Lineage, folder: Path, environment: dict[st
         lineage.commit(stage.name)
         return Completed(name="Restored", message=f"{stage.name}: made from these inputs before, restored")
     try:
-        run_process(stage, folder, environment)
+        with deciding(folder) if stage.name == "promote" else nullcontext():
+            run_process(stage, folder, environment)
     except TemporaryError:
         raise  # Prefect tries again
     except StageError as error:
