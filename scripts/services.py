@@ -35,7 +35,7 @@ REGION = "us-east-1"
 ROLE = "lilliput"
 MLFLOW_BUCKET, DVC_BUCKET = "lilliput-mlflow", "lilliput-dvc"
 CLIENT, PROCESSES, SECRETS = "client.env", "processes", "secrets.env"
-START_S, STOP_S = 240.0, 60.0
+START_S, STOP_S = 300.0, 60.0
 BIN = Path(sys.executable).parent  # the virtual environment's: mlflow, prefect and nanio are there
 
 
@@ -161,7 +161,7 @@ class Services:
         return address
 
     def _launch(self, name: str, *command: str | Path, **environment: str | Path) -> None:
-        user = {"user": self._user, "group": pwd.getpwnam(self._user).pw_gid, "extra_groups": []} if self._user else {}
+        user, group = self._identity(name)
         with (self._folder / "logs" / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
                 command,
@@ -171,19 +171,15 @@ class Services:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for this process, which ends the others in order
-                **(user if name == "postgres" else {}),
+                user=user,
+                group=group,
+                extra_groups=None if user is None else [],
             )
         self._note()
 
-    def _run(
-        self,
-        name: str,
-        *command: str | Path,
-        stdin: str = "",
-        **environment: str | Path,
-    ) -> None:
+    def _run(self, name: str, *command: str | Path, stdin: str = "", **environment: str | Path) -> None:
         """Runs a program of PostgreSQL to its end."""
-        user = {"user": self._user, "extra_groups": []} if self._user and name == "initdb" else {}
+        user, group = self._identity(name)
         done = subprocess.run(
             command,
             cwd="/",
@@ -192,10 +188,18 @@ class Services:
             text=True,
             capture_output=True,
             check=False,
-            **user,
+            user=user,
+            group=group,
+            extra_groups=None if user is None else [],
         )
         if done.returncode:
             raise ServiceError(f"{name}: {done.stderr.strip() or done.stdout.strip()}")
+
+    def _identity(self, name: str) -> tuple[str, int] | tuple[None, None]:
+        """User and group that a program runs as, if not as this one."""
+        if self._user is None or name not in ("initdb", "postgres"):
+            return None, None
+        return self._user, pwd.getpwnam(self._user).pw_gid
 
     def _wait(self, name: str, answers: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_S
