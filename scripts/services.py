@@ -35,7 +35,7 @@ REGION = "us-east-1"
 ROLE = "lilliput"
 MLFLOW_BUCKET, DVC_BUCKET = "lilliput-mlflow", "lilliput-dvc"
 CLIENT, PROCESSES, SECRETS = "client.env", "processes", "secrets.env"
-START_S, STOP_S = 300.0, 60.0
+START_S, STOP_S = 300.0, 120.0
 BIN = Path(sys.executable).parent  # the virtual environment's: mlflow, prefect and nanio are there
 
 
