@@ -14,7 +14,7 @@ from tasks import layout
 
 
 def note(device: str, decision: Decision, version: str | None, before: str | None) -> None:
-    """Writes down that another model reigns on `device`.
+    """Writes down that another model reigns on `device`; in a workspace, where nobody is served from, nothing.
 
     Args:
         device: whose champion it is.
@@ -22,6 +22,8 @@ def note(device: str, decision: Decision, version: str | None, before: str | Non
         version: of the champion in the registry; None if there is none any more.
         before: who was champion, by name.
     """
+    if layout.is_workspace(Path.cwd()):
+        return
     told = {"device": device, "champion": decision.champion, "version": version, "before": before}
     layout.MLRUNS.mkdir(exist_ok=True)
     with layout.CHANGES.open("a", encoding="utf-8") as stream:
