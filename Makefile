@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser interop repro plan ui clean
+.PHONY: demo test check browser services interop repro plan ui clean
 
 demo: $(INSTALLED)  ## everything, on the embedded default: about 32 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -20,6 +20,9 @@ check: $(INSTALLED)  ## formatter, linter, types and import directions
 
 browser: $(INSTALLED)  ## the pages in headless Chromium; on Debian: apt-get install chromium chromium-driver
 	@$(BIN)/python -m pytest -m browser -n 0
+
+services: $(VENV)/.team  ## PostgreSQL, S3, MLflow and Prefect servers brought up; on Debian: apt-get install postgresql
+	@$(BIN)/python -m pytest -m services -n 0
 
 interop: $(INSTALLED)  ## real auto-gptq, in an environment of its own, opens our export
 	test -d .venv-autogptq || $(PYTHON) -m venv .venv-autogptq
@@ -43,6 +46,10 @@ $(INSTALLED): requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|setuptools|wheel)==' requirements.lock)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --requirement requirements.lock
+	@touch $@
+
+$(VENV)/.team: $(INSTALLED) requirements-team.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-team.lock
 	@touch $@
 
 clean:  ## what can be made again: models, reports, logs; not the DVC cache, not MLflow's store

@@ -24,6 +24,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.champions import deciding
 from flows.lineage import Stage
 from flows.process import THREADS, Site, run_process, sign_of_life
 from flows.workspace import PROJECT
@@ -44,7 +45,8 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least; names and path
 def run_stage(stage: Stage, site: Site) -> State:
     """Does the work of `stage`, in whatever process the task runner put this."""
     try:
-        run_process(stage, site)
+        with deciding(site.folder) if stage.name == "promote" else nullcontext():
+            run_process(stage, site)
     except TemporaryError:
         raise  # Prefect tries again
     except StageError as error:

@@ -24,6 +24,7 @@ from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
+from lilliput.redaction import redacted
 
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
@@ -51,7 +52,7 @@ def democratize(
         with contextlib.chdir(folder), alone_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
             return _run_all(folder, only or [], crew)
     except (LilliputError, DvcException) as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
 
 
 def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str]:

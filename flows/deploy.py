@@ -27,6 +27,7 @@ from flows.workspace import PROJECT, alone_in
 from lilliput.artifacts import write_text
 from lilliput.config import load_params
 from lilliput.errors import ArtifactError, LilliputError
+from lilliput.redaction import redacted
 from lilliput.serve.deployment import CURRENT, GATEWAY, PREVIOUS, admin_token, read_current, roll_back, tidy
 from lilliput.serve.deployment import deploy as make_current
 
@@ -63,7 +64,7 @@ def deploy(
     try:
         told = _deploy(device, Action(action), host, port, Path(params_file))
     except LilliputError as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
     create_markdown_artifact(told, key=f"deployed-{device}", description=f"What {device} serves")
     return Completed(message=told)
 

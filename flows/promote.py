@@ -16,10 +16,12 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 from prefect.states import Completed, Failed
 
+from flows.champions import deciding
 from flows.show import fail, print_decisions
 from flows.workspace import alone_in, open_workspace
 from lilliput.config import load_params
 from lilliput.errors import LilliputError
+from lilliput.redaction import redacted
 from tasks import layout
 from tasks import promote as promotion
 from tasks.promote import Answer, Proposal
@@ -46,7 +48,7 @@ def promote(params_file: str = "params.yaml", ask_minutes: float = 0.0) -> State
     try:
         promote_now(Path(params_file), partial(ask, minutes=ask_minutes) if ask_minutes else lambda _: None)
     except LilliputError as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
     return Completed(message=NEXT)
 
 
@@ -57,7 +59,7 @@ def promote_now(params_file: Path, answer: Callable[[Proposal], Answer | None]) 
         waiting = promotion.proposals(load_params(layout.PARAMS))
     # Nothing is held while a person thinks; the answer counts for the version it was given about.
     answers = {proposal.device: said for proposal in waiting if (said := answer(proposal))}
-    with contextlib.chdir(folder), alone_in(folder):
+    with contextlib.chdir(folder), alone_in(folder), deciding(folder):
         promotion.promote(load_params(layout.PARAMS), answers)
 
 
@@ -98,7 +100,7 @@ def main(
     try:
         folder = open_workspace(params)
         if rollback:
-            with contextlib.chdir(folder), alone_in(folder):
+            with contextlib.chdir(folder), alone_in(folder), deciding(folder):
                 promotion.roll_back(load_params(layout.PARAMS), rollback, because)
         else:
             promote_now(params, answer)

@@ -33,6 +33,7 @@ from lilliput.artifacts import write_json, write_text
 from lilliput.config import load_params, read_section
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
+from lilliput.redaction import redacted
 from lilliput.search import SearchConfig, Space, describe, value, winners
 from tasks import layout
 
@@ -73,7 +74,7 @@ def search(
             create_table_artifact(front_rows(found), key="search-front", description=f"{found['study']}: Pareto front")
             return Completed(message=stopped)
     except (LilliputError, DvcException) as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
 
 
 def open_search(params_file: Path, config: SearchConfig, search_file: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # brings MLflow
     from tasks.publish import Publication
 
 MIB = 2**20
+_MLFLOW = "http://127.0.0.1:5000"
 
 
 def candidate_rows(folder: Path) -> list[dict[str, str]]:
@@ -75,8 +77,11 @@ def offloading_rows(folder: Path, device: str) -> list[dict[str, str]]:
 
 def next_commands(folder: Path) -> str:
     """What to serve, where the report is, and how the two UIs are opened, as Markdown that reads well as text."""
-    store = (folder / layout.MLRUNS / "mlflow.db").absolute()
-    other = f" --params {folder.name}.yaml" if folder.parent.name == "workspaces" else ""  # its name is all that counts
+    workspace = layout.is_workspace(folder)
+    other = f" --params {folder.name}.yaml" if workspace else ""  # its name is all that counts
+    store = f"sqlite:///{(folder / layout.MLRUNS / 'mlflow.db').absolute()}"
+    mlflow = "" if workspace else os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix(store)
+    prefect = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     served = [
         device for device in load_params(folder / layout.PARAMS).serving if (folder / layout.BUNDLES / device).exists()
     ]
@@ -85,9 +90,9 @@ def next_commands(folder: Path) -> str:
             *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{other}`" for device in served),
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
             f"- What each device is given: {(folder / layout.BUNDLES).absolute()}",
-            f"- MLflow UI: `.venv/bin/mlflow ui --backend-store-uri sqlite:///{store} --port 5000`, then "
-            "http://127.0.0.1:5000/#/models/lilliput for the champions, and under Experiments the view *Four metrics*",
-            "- Prefect UI: `.venv/bin/prefect server start`, then http://127.0.0.1:4200",
+            f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`, then {_MLFLOW}'}; "
+            f"the champions: {mlflow or _MLFLOW}/#/models/lilliput, the candidates: Experiments, view *Four metrics*",
+            f"- Prefect UI: {prefect or '`.venv/bin/prefect server start`, then http://127.0.0.1:4200'}",
         ]
     )
 

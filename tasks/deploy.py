@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 from lilliput.artifacts import MANIFEST, file_sha256, read_manifest
 from lilliput.config import Params
@@ -56,17 +55,18 @@ def _champion(device: str) -> tuple[Deployed, Path]:
         raise ArtifactError(
             f"the registry has no {alias}; run `python -m flows.democratize` first; promotion.json says who was refused"
         )
-    place = version.tags.get(f"lilliput.compiled.{TARGET}")
+    digest = version.tags.get(f"lilliput.compiled.{TARGET}_sha256")
     name = version.tags["lilliput.candidate"]
-    if place is None:
+    if digest is None:
         raise ArtifactError(f"version {version.version} ({name}) was not compiled for {TARGET}; add it under `compile`")
-    folder = Path(unquote(urlparse(place).path))
-    manifest = read_manifest(folder)
-    if file_sha256(folder / MANIFEST) != version.tags[f"lilliput.compiled.{TARGET}_sha256"]:
+    folder = layout.compiled(name, TARGET)  # not where it was registered, which may be another machine's
+    if not folder.exists() or file_sha256(folder / MANIFEST) != digest:
         raise ArtifactError(
-            f"{folder}: not what was registered as version {version.version} ({name}); "
-            "run the pipeline to its end, or `dvc checkout`"
+            f"{folder.absolute()}: not what was registered as version {version.version} ({name}) in "
+            f"{version.tags.get(f'lilliput.compiled.{TARGET}')}; run the pipeline to its end, or bring it here with "
+            "`git checkout` and `dvc pull`"
         )
+    manifest = read_manifest(folder)
     return Deployed(name=name, sha256=manifest.artifact_sha256, version=str(version.version)), folder
 
 

@@ -15,9 +15,15 @@ BUNDLES = Path("bundles")
 OFFLOAD = Path("offload")  # not under metrics/: promotion waits for those, and offloading for promotion
 MLRUNS = Path("mlruns")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
+CHANGES = MLRUNS / "champions.jsonl"
 SEARCH = Path("search.json")  # these three in the workspace of a search only
 STUDY = Path("search.db")
 WINNER = Path("winner.yaml")
+
+
+def is_workspace(folder: Path) -> bool:
+    """Whether `folder`, absolute, is a workspace beside the project (flows/workspace.py)."""
+    return folder.parent.name == "workspaces"
 
 
 def model(candidate: str) -> Path:

@@ -15,7 +15,7 @@ from lilliput.artifacts import write_json
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.promote import Decision, decide
-from tasks import layout, registry, verdicts
+from tasks import changes, layout, registry, verdicts
 from tasks.compile import device_record
 from tasks.pool import Pool, read_pool
 from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS
@@ -77,6 +77,7 @@ def roll_back(params: Params, device: str, because: str) -> None:
         for alias, version in {CHAMPION: restored, PREVIOUS: stepped_down, CHALLENGER: None}.items():
             registry.point(f"{alias}{device}", version)
         decision = Decision(device=device, champion=pool.name(previous), reason=reason, refused=refused)
+        changes.note(device, decision, restored, pool.name(champion) if champion else None)
         told = json.loads(layout.PROMOTION.read_text(encoding="utf-8")) if layout.PROMOTION.exists() else {}
         write_json(layout.PROMOTION, told | {device: _told(params, decision)})
 
@@ -191,7 +192,8 @@ def _move(device: str, decision: Decision, pool: Pool) -> None:
     before = registry.version_of(f"{CHAMPION}{device}")
     versions = ({pool.name(before): str(before.version)} if before else {}) | pool.versions
     champion = versions.get(decision.champion or "")
-    registry.move_champion(device, champion)
+    if registry.move_champion(device, champion):
+        changes.note(device, decision, champion, pool.name(before) if before else None)
     registry.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
     if champion and (before is None or str(before.version) != champion):
         verdicts.settle(champion, device, pool.params, _on(device, pool))

@@ -121,10 +121,11 @@ def _answering(params: Params, name: str) -> dict[str, Any]:
         if config.candidate == name and device_record(params, key)
     }
     forms = {
-        form: {"folder": str(folder.absolute()), "sha256": read_manifest(folder).artifact_sha256}
+        form: {"folder": str(folder), "sha256": read_manifest(folder).artifact_sha256}
         for form, folder in {CHECKPOINT: layout.model(name), **compiled}.items()
     }
     return {
+        "project": str(Path.cwd()),
         "form": next((form for form in ("gguf", "onnx") if form in forms), CHECKPOINT),
         "forms": forms,
         "system_prompt": params.data.system_prompt,

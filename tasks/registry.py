@@ -47,7 +47,10 @@ _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def client() -> MlflowClient:
-    """A client of the store in MLFLOW_TRACKING_URI, or of the embedded one: mlruns/mlflow.db and files beside it."""
+    """A client of the store in MLFLOW_TRACKING_URI, or of the embedded one: mlruns/mlflow.db and files beside it.
+
+    A workspace always has the embedded one: a rehearsal or a search moves nobody's champions but its own.
+    """
     layout.MLRUNS.mkdir(exist_ok=True)
     mlflow.set_tracking_uri(tracking_uri())
     return MlflowClient()
@@ -59,7 +62,9 @@ def tracking_uri() -> str:
     Raises:
         ConfigError: MLFLOW_TRACKING_URI holds a user or a password, which MLflow would repeat in errors and records.
     """
-    address = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(layout.MLRUNS / 'mlflow.db').absolute()}")
+    address = os.environ.get("MLFLOW_TRACKING_URI", _embedded_uri())
+    if layout.is_workspace(Path.cwd()):
+        return _embedded_uri()
     if has_credentials(address):
         raise ConfigError(
             f"MLFLOW_TRACKING_URI: {redacted(address)} holds a user or a password; take them out and set "
@@ -68,12 +73,17 @@ def tracking_uri() -> str:
     return address
 
 
+def _embedded_uri() -> str:
+    return f"sqlite:///{(layout.MLRUNS / 'mlflow.db').absolute()}"
+
+
 def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:
     """The id of the experiment, made if it is not there."""
     found = mlflow_client.get_experiment_by_name(name)
     if found:
         return found.experiment_id
-    place = None if "MLFLOW_TRACKING_URI" in os.environ else (layout.MLRUNS / "artifacts").absolute().as_uri()
+    # A server knows where its artifacts go. The variable alone tells nothing: MLflow sets it to whatever it opened.
+    place = (layout.MLRUNS / "artifacts").absolute().as_uri() if tracking_uri() == _embedded_uri() else None
     tags = {
         "mlflow.experimentKind": "custom_model_development",  # else the UI opens on chat traces: there are none
         "mlflow.note.content": _NOTES[name],
@@ -219,17 +229,22 @@ def point(alias: str, version: str | None) -> None:
         client().delete_registered_model_alias(MODEL, alias)
 
 
-def move_champion(device: str, version: str | None) -> None:
+def move_champion(device: str, version: str | None) -> bool:
     """Points `champion-<device>` at `version`, or takes it away; who had it before becomes `previous-<device>`.
 
     The same model, measured again, replaces itself: then `previous-<device>` stays.
+
+    Returns:
+        Whether another model reigns now, or none where there was one.
     """
     before = version_of(f"{CHAMPION}{device}")
-    if before is not None and str(before.version) != version:
-        after = None if version is None else client().get_model_version(MODEL, version)
-        if after is None or after.tags.get(ARTIFACT_TAG) != before.tags.get(ARTIFACT_TAG):
-            point(f"{PREVIOUS}{device}", str(before.version))
+    after = None if version is None else client().get_model_version(MODEL, version)
+    artifacts = [found and found.tags.get(ARTIFACT_TAG) for found in (before, after)]
+    changed = artifacts[0] != artifacts[1]
+    if before is not None and changed:
+        point(f"{PREVIOUS}{device}", str(before.version))
     point(f"{CHAMPION}{device}", version)
+    return changed
 
 
 def tell(version: str, tags: Mapping[str, str | None]) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from lilliput.config import CandidateConfig, PromotionConfig
 from lilliput.data.chat import encode_prompt
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.runtime.torch import TorchRuntime
-from tasks import layout, registry
+from tasks import changes, layout, registry
 from tasks.promote import promote, proposals, roll_back
 from tasks.register import register
 from tasks.verdicts import Answer
@@ -137,6 +138,41 @@ def test_every_version_carries_metrics_lineage_and_card(project):
     assert version.tags["accuracy_choice"] == "0.6000 [0.6000, 0.6000]"
     assert version.description.startswith("**a**: Made from")
     assert registry.client().get_run(version.run_id).data.metrics["accuracy_choice"] == 0.6
+
+
+def test_a_new_champion_is_noted_once_until_it_is_told(project, device):
+    changes.forget(Path.cwd())
+    versions, params = project.evaluate(EVEN), project.params(device, prefer="size")
+    promote(params)
+    promote(params)  # the same one again is no news
+    (change,) = changes.read(Path.cwd())
+    assert (change["device"], change["champion"], change["version"]) == (device, "a", versions["a"])
+    assert change["before"] is None and "best size" in change["reason"]
+    project.evaluate(EVEN, energy_j=5.25)
+    promote(params)  # nor is the same model, measured again
+    assert changes.read(Path.cwd()) == [change]
+    promote(project.params(device))
+    roll_back(project.params(device), device, "")
+    assert [(told["before"], told["champion"]) for told in changes.read(Path.cwd())[1:]] == [("a", "b"), ("b", "a")]
+    changes.forget(Path.cwd())
+    assert changes.read(Path.cwd()) == []
+    project.evaluate(EVEN)
+
+
+def test_a_workspace_keeps_to_its_own_store_whatever_the_environment_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
+    folder = tmp_path / "workspaces" / "tiny"
+    folder.mkdir(parents=True)
+    with contextlib.chdir(folder):
+        assert registry.tracking_uri() == f"sqlite:///{folder}/mlruns/mlflow.db"
+    with contextlib.chdir(tmp_path):
+        assert registry.tracking_uri() == "http://tracking.example:5000"
+
+
+def test_artefacts_of_the_embedded_store_lie_under_mlruns_artifacts(project, device):
+    version = registry.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
+    run = registry.client().get_run(version.run_id)
+    assert run.info.artifact_uri.startswith(f"{(layout.MLRUNS / 'artifacts').absolute().as_uri()}/")
 
 
 def test_a_rollback_restores_and_stays_until_the_rules_change(project, device):
@@ -271,7 +307,7 @@ def test_two_promotions_at_once_see_each_other(project, device, monkeypatch):
     assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
 
 
-def test_a_registered_model_answers_through_mlflow(project, opened):
+def test_a_registered_model_answers_through_mlflow(project, opened, tmp_path):
     import mlflow
 
     versions = project.evaluate(EVEN)
@@ -283,6 +319,11 @@ def test_a_registered_model_answers_through_mlflow(project, opened):
     prompt = encode_prompt(opened[1], system, "What is the capital of Peru?")
     assert [answer] == TorchRuntime(*opened, batch_size=1).generate([prompt], project._params.evaluation.max_new_tokens)
     assert not [*layout.MLRUNS.rglob("*.pkl")]
+    elsewhere = {"project": "/on/another/machine"}
+    here = mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}", model_config=elsewhere)
+    assert here.predict(["What is the capital of Peru?"]) == [answer]  # found in the working directory
+    with contextlib.chdir(tmp_path), pytest.raises(ArtifactError, match="dvc pull models/base"):
+        mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}", model_config=elsewhere)
     (layout.model("base") / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="altered"):
         mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}")

@@ -1,0 +1,312 @@
+"""What a team shares, brought up for real: Prefect and MLflow on PostgreSQL, MLflow's artefacts and DVC's remote on S3.
+
+`make services`. The tests are one story, told in order: a run by a worker, what each service holds afterwards, and the
+work of one machine taken up on another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.flows.conftest import PROJECT, Clone, copy_project
+
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("default"),  # MLflow, Prefect and SQLAlchemy warn each other of what is theirs to mend
+]
+SCRIPT = [sys.executable, str(PROJECT / "scripts" / "services.py")]
+CANARY = "c0ffee-canary-c0ffee"
+ANY_PORTS = [f"--{name}=0" for name in ("postgres", "s3", "mlflow", "prefect")]
+TREES = ("models", "compiled", "data", "answers", "bundles")
+ASK = (
+    "import mlflow, os, sys; mlflow.set_tracking_uri(os.environ['MLFLOW_TRACKING_URI']);"
+    "print(mlflow.pyfunc.load_model(sys.argv[1]).predict(['What is the capital of Peru?']))"
+)
+
+
+@pytest.fixture(scope="module")
+def services():
+    """The environment of the servers' clients, from the documented script, and the folder it was given."""
+    if shutil.which("initdb") is None and not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    pytest.importorskip("nanio", reason="pip install --requirement requirements-team.lock")
+    folder = Path(tempfile.mkdtemp(prefix="lilliput-services-"))
+    folder.chmod(0o711)  # pytest's own folders are closed to the user who runs PostgreSQL
+    process = subprocess.Popen([*SCRIPT, "start", str(folder), *ANY_PORTS], stdout=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: (folder / "client.env").exists() or process.poll() is not None, 600)
+        assert process.poll() is None, "the servers did not start; what they said is above"
+        lines = (folder / "client.env").read_text().splitlines()
+        yield dict(line.removeprefix("export ").split("=", 1) for line in lines) | {"FOLDER": str(folder)}
+    finally:
+        subprocess.run([*SCRIPT, "stop", str(folder)], check=False)
+        process.wait(180)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def received():
+    """Every message that a webhook on loopback was sent."""
+    messages: list[str] = []
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], messages
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def team(services, received, tokenizer, tmp_path_factory):
+    """A checkout whose deployments a worker runs, told of the services by its environment and by `dvc remote add`."""
+    del tokenizer  # skips where the wheels cannot be had
+    clone = copy_project(tmp_path_factory.mktemp("team"))
+    clone.environment |= {key: value for key, value in services.items() if key != "FOLDER"} | {"HF_TOKEN": CANARY}
+    for command in (
+        ["dvc", "remote", "add", "--default", "team", "s3://lilliput-dvc/lilliput"],
+        ["dvc", "remote", "modify", "team", "verify", "true"],
+        ["prefect", "work-pool", "create", "lilliput", "--type", "process"],
+        ["prefect", "--no-prompt", "deploy", "--all"],
+    ):
+        done = clone.run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    _automate(clone, received[0])
+    with _worker(clone):
+        yield clone
+
+
+def _automate(clone: Clone, port: int) -> None:
+    """As docs/operations.md has it: a block for whom to tell, and the automations that name it."""
+    block = (
+        "from prefect.blocks.notifications import CustomWebhookNotificationBlock as Webhook;"
+        f"Webhook(name='team', url='http://127.0.0.1:{port}', json_data={{'text': '{{{{subject}}}}\\n{{{{body}}}}'}})"
+        ".save('team')"
+    )
+    assert clone.run("python", "-c", block).returncode == 0
+    known = json.loads(clone.run("prefect", "block", "inspect", "custom-webhook/team", "--output", "json").stdout)
+    path = clone.folder / "automations.yaml"
+    named = clone.folder / "logs" / "automations.yaml"
+    named.parent.mkdir(exist_ok=True)
+    named.write_text(path.read_text().replace("BLOCK_ID", known["id"]))
+    done = clone.run("prefect", "automation", "create", "--from-file", str(named))
+    assert done.returncode == 0, done.stdout
+
+
+@contextlib.contextmanager
+def _worker(clone: Clone):
+    log = clone.folder / "logs" / "worker.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            ["prefect", "worker", "start", "--pool", "lilliput"],
+            cwd=clone.folder,
+            env=clone.environment,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(team, services, tmp_path_factory):
+    """Another machine: a fresh clone of what was committed, after `dvc pull`; the first checkout is gone from sight."""
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["dvc", "push", "-q"], [*git, "add", "-A"], [*git, "commit", "-qm", "a night's work"]):
+        done = team.run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path_factory.mktemp("elsewhere") / "lilliput"
+    assert team.run("git", "clone", "-q", str(team.folder), str(folder)).returncode == 0
+    clone = Clone(folder, team.environment | {"PWD": str(folder)})
+    done = clone.run("dvc", "pull", "-q")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return clone
+
+
+def _wait_for(happened, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.5)
+
+
+def _query(services: dict[str, str], database: str, sql: str) -> list[tuple]:
+    import psycopg2
+
+    folder = Path(services["FOLDER"])
+    port = (folder / "postgres" / "postmaster.pid").read_text().splitlines()[3]
+    password = (folder / "pgpass").read_text().strip().rsplit(":", 1)[1]
+    with (
+        contextlib.closing(
+            psycopg2.connect(host="127.0.0.1", port=port, user="lilliput", dbname=database, password=password)
+        ) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(sql)
+        return cursor.fetchall()
+
+
+def _bucket(services: dict[str, str], name: str):
+    import boto3
+
+    return boto3.resource(
+        "s3",
+        services["AWS_DEFAULT_REGION"],
+        endpoint_url=services["AWS_ENDPOINT_URL"],
+        aws_access_key_id=services["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=services["AWS_SECRET_ACCESS_KEY"],
+    ).Bucket(name)
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The sha256 of every file that DVC keeps in `folder`."""
+    paths = [path for tree in TREES for path in (folder / tree).rglob("*") if path.is_file()]
+    paths = [path for path in paths if path.name != ".gitignore"]  # DVC's own, left where it made something
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_a_worker_does_the_whole_job_and_prefect_keeps_its_state_in_postgresql(team, services):
+    done = team.run("prefect", "deployment", "run", "democratize/local", "--watch", timeout_s=1500)
+    assert done.returncode == 0, done.stdout + (team.folder / "logs" / "worker.log").read_text()
+    assert _query(services, "prefect", "SELECT name, state_type FROM flow_run") == [
+        ("democratize-params.yaml", "COMPLETED")
+    ]
+    states = _query(services, "prefect", "SELECT name, state_name FROM task_run")
+    assert {name for name, state in states if state == "Completed"} >= {
+        "small: gptq on base",
+        "report: report and plots",
+    }
+    schedules = "SELECT schedule->>'timezone', active FROM deployment_schedule"
+    assert _query(services, "prefect", schedules) == [("Europe/Berlin", False)]
+
+
+def test_runs_and_versions_are_in_postgresql_and_their_artefacts_in_s3(team, services):
+    versions = dict(_query(services, "mlflow", "SELECT run_id, source FROM model_versions"))
+    assert len(versions) == 2
+    assert all(source == f"mlflow-artifacts:/1/{run}/artifacts/model" for run, source in versions.items())
+    metrics = _query(services, "mlflow", "SELECT run_uuid FROM metrics WHERE key = 'accuracy_choice'")
+    assert {run for (run,) in metrics} == set(versions)
+    aliases = dict(_query(services, "mlflow", "SELECT alias, version FROM registered_model_aliases"))
+    assert "champion-laptop" in aliases
+    keys = {item.key for item in _bucket(services, "lilliput-mlflow").objects.all()}
+    for run in versions:
+        assert {f"1/{run}/artifacts/model/MLmodel", f"1/{run}/artifacts/model_card.md"} <= keys
+    assert not (team.folder / "mlruns" / "mlflow.db").exists()
+    assert not [*(team.folder / "mlruns").rglob("MLmodel")]
+
+
+def test_each_new_champion_is_told_once(team, received):
+    champions = {
+        device: decision["champion"]
+        for device, decision in json.loads((team.folder / "promotion.json").read_text()).items()
+        if decision["champion"]
+    }
+    told = [f"Lilliput: {device} has a new champion\n{champion} (version " for device, champion in champions.items()]
+    _wait_for(lambda: len(received[1]) >= len(champions), 60)
+    time.sleep(5)  # for what comes twice
+    assert sorted(message[: len(start)] for message, start in zip(sorted(received[1]), sorted(told), strict=True)) == (
+        sorted(told)
+    )
+    received[1].clear()
+
+
+def test_a_failed_run_is_told_once_and_without_the_secret_in_its_message(team, received):
+    done = team.run("prefect", "deployment", "run", "promote/local", "-p", f"params_file={CANARY}.yaml", "--watch")
+    assert done.returncode != 0
+    _wait_for(lambda: received[1], 60)
+    time.sleep(5)
+    (message,) = received[1]
+    assert message.startswith("Lilliput: promote/local failed\n***.yaml: no such file")
+    assert CANARY not in message
+
+
+def test_decisions_on_shared_champions_wait_for_each_other(team, monkeypatch, tmp_path):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.champions import deciding
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", team.environment["MLFLOW_TRACKING_URI"])
+    events: list[tuple[str, int]] = []
+
+    def decide(number: int) -> None:
+        server = temporary_settings({PREFECT_API_URL: team.environment["PREFECT_API_URL"]})
+        with server, deciding(tmp_path / str(number)):  # two checkouts, so that no lock of a folder helps
+            events.append(("in", number))
+            time.sleep(3)
+            events.append(("out", number))
+
+    threads = [threading.Thread(target=decide, args=[number]) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [what for what, _ in events] == ["in", "out", "in", "out"]
+    assert events[0][1] == events[1][1] and {number for _, number in events} == {1, 2}
+
+
+def test_a_fresh_clone_pulls_the_same_bytes_and_has_nothing_to_do(team, elsewhere):
+    files = _files(team.folder)
+    assert "models/small/model.safetensors" in files
+    assert _files(elsewhere.folder) == files
+    assert elsewhere.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
+
+
+def test_a_champion_opens_on_another_machine_from_what_was_pulled_there(team, elsewhere):
+    away = team.folder.with_name(f"{team.folder.name}-away")
+    team.folder.rename(away)
+    try:
+        opened = elsewhere.run("python", "-c", ASK, "models:/lilliput@champion-laptop")
+        assert opened.returncode == 0, opened.stderr
+        nowhere = elsewhere.folder / "nowhere"
+        nowhere.mkdir()
+        lost = Clone(nowhere, elsewhere.environment | {"PYTHONPATH": str(elsewhere.folder)})
+        refused = lost.run("python", "-c", ASK, "models:/lilliput@champion-laptop")
+        assert refused.returncode and "dvc pull models/" in refused.stderr
+    finally:
+        away.rename(team.folder)
+
+
+def test_a_corrupted_object_is_found_when_it_is_pulled(team, services, elsewhere, tmp_path):
+    weights = hashlib.md5((team.folder / "models/small/model.safetensors").read_bytes()).hexdigest()
+    damaged = _bucket(services, "lilliput-dvc").Object(f"lilliput/files/md5/{weights[:2]}/{weights[2:]}")
+    whole = damaged.get()["Body"].read()
+    damaged.put(Body=whole[:-1] + bytes([whole[-1] ^ 1]))
+    folder = tmp_path / "third"
+    assert team.run("git", "clone", "-q", str(team.folder), str(folder)).returncode == 0
+    third = Clone(folder, team.environment | {"PWD": str(folder)})
+    pulled = third.run("dvc", "pull", "models/small")
+    assert pulled.returncode != 0
+    assert not (folder / "models/small/model.safetensors").exists()
+    damaged.put(Body=whole)
+    assert third.run("dvc", "pull", "models/small").returncode == 0
+    assert (folder / "models/small/model.safetensors").read_bytes() == whole
