@@ -90,8 +90,8 @@ def next_commands(folder: Path) -> str:
             *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{other}`" for device in served),
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
             f"- What each device is given: {(folder / layout.BUNDLES).absolute()}",
-            f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`, then {_MLFLOW}'}; "
-            f"the champions: {mlflow or _MLFLOW}/#/models/lilliput, the candidates: Experiments, view *Four metrics*",
+            f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
+            f"{mlflow or _MLFLOW}/#/models/lilliput, candidates side by side: Experiments, view *Four metrics*",
             f"- Prefect UI: {prefect or '`.venv/bin/prefect server start`, then http://127.0.0.1:4200'}",
         ]
     )

@@ -130,7 +130,7 @@ def drawn(paper: Clone) -> list[dict[str, set[str]]]:
         names = {}
         for flow_run, task_run, name, inputs in rows:
             names[task_run] = title = name.partition(":")[0]
-            needed = {part["id"] for part in json.loads(inputs)["wait_for"]}
+            needed = {part["id"] for part in json.loads(inputs).get("wait_for", [])}
             runs.setdefault(flow_run, {})[title] = {names[part] for part in needed}
     return list(runs.values())
 
