@@ -38,19 +38,26 @@ METRIC_NAMES = (
     "accessibility",
 )
 PLAIN_METRICS = ("size_bytes", "parameters", "rate_tokens_per_s", "peak_rss_bytes", "load_s")
+EVALUATIONS_TAG = "lilliput.evaluations_sha256"
 
 
+@registry.in_reach()
 def register(params: Params) -> None:
     """Writes registry.json: the version and run of each candidate whose evaluation matches its artefact.
 
-    An evaluation that is registered already keeps its version, so running this again adds nothing.
+    An evaluation that is registered already keeps its version, so running this again adds nothing; one whose logging
+    was cut off goes on in the run it had.
+
+    Raises:
+        RegistryError: MLflow does not answer, or refuses.
     """
     client = registry.client()
     registry.ensure_model(client)
     experiment = registry.experiment_id(client)
     ready = {name: record for name in topological_order(params) if (record := _evaluated(name))}
-    known = {name: registry.find_version(client, _sha256(layout.metrics(name))) for name in ready}
-    parent_run = None if all(known.values()) else _start_parent(client, experiment)
+    evaluations = {name: _sha256(layout.metrics(name)) for name in ready}
+    known = {name: registry.find_version(client, digest) for name, digest in evaluations.items()}
+    parent_run = None if all(known.values()) else _start_parent(client, experiment, list(evaluations.values()))
     versions = {}
     for name, record in ready.items():
         version = known[name] or _register_one(client, experiment, parent_run or "", params, name, record)
@@ -68,8 +75,6 @@ def register(params: Params) -> None:
                     layout.devices(compiled),
                     _leaves(record["devices"], config.target),
                 )
-    if parent_run:
-        client.set_terminated(parent_run)
     write_json(layout.REGISTRY, versions)
 
 
@@ -83,14 +88,15 @@ def _evaluated(candidate: str) -> dict[str, Any] | None:
     return record if record["sha256"] == manifest.artifact_sha256 else None
 
 
-def _start_parent(client: MlflowClient, experiment: str) -> str:
+def _start_parent(client: MlflowClient, experiment: str, evaluations: list[str]) -> str:
     flow_run = os.environ.get(FLOW_RUN, "")
     name = f"{'democratize' if flow_run else 'dvc repro'} {datetime.now().astimezone():%Y-%m-%d %H:%M}"
-    run = client.create_run(experiment, run_name=name, tags={"mlflow.source.git.commit": git_commit() or ""})
-    if flow_run:
-        client.set_tag(run.info.run_id, "prefect.flow_run", flow_run)
-    client.log_artifact(run.info.run_id, str(layout.PARAMS))
-    return run.info.run_id
+    same = {EVALUATIONS_TAG: hashlib.sha256("".join(evaluations).encode()).hexdigest()}
+    tags = {"mlflow.source.git.commit": git_commit() or ""} | ({"prefect.flow_run": flow_run} if flow_run else {})
+    run_id = registry.find_or_create_run(client, experiment, name, same, tags).info.run_id
+    client.log_artifact(run_id, str(layout.PARAMS))
+    client.set_terminated(run_id)  # before what comes under it: once that is there, nobody comes back for this
+    return run_id
 
 
 def _register_one(
@@ -98,7 +104,8 @@ def _register_one(
 ) -> str:
     manifest = read_manifest(layout.model(name))
     tags = _lineage(name, manifest)
-    run_id = client.create_run(experiment, run_name=name, tags={MLFLOW_PARENT_RUN_ID: parent_run}).info.run_id
+    same = {MLFLOW_PARENT_RUN_ID: parent_run, registry.EVALUATION_TAG: _sha256(layout.metrics(name))}
+    run_id = registry.find_or_create_run(client, experiment, name, same).info.run_id
     config = {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()}
     curves = read_history(layout.model(name))
     registry.log_run(client, run_id, config, _numbers(record, name, manifest), curves, tags)
@@ -108,7 +115,7 @@ def _register_one(
     client.log_artifact(run_id, str(layout.answers(name)))
     client.set_terminated(run_id)
     evaluated = {
-        "lilliput.evaluation_sha256": _sha256(layout.metrics(name)),
+        registry.EVALUATION_TAG: same[registry.EVALUATION_TAG],
         MEASURED_TAG: json.dumps(measured_how(params)),
     }
     version = client.create_model_version(
