@@ -98,9 +98,11 @@ def running(home: Path) -> dict[str, Any] | None:
     """What is known of the gateway's process in `home`; None if there is none."""
     try:
         known = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
-        same = psutil.Process(known["pid"]).create_time() == known["started"]  # and not another of the same number
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        command = psutil.Process(known["pid"]).cmdline()
+    except (FileNotFoundError, ValueError, psutil.Error):
         return None
+    # Not another of the same number. When it was started does not tell: that changes when the clock is set.
+    same = "lilliput.serve" in command and any(Path(argument).name == home.name for argument in command)
     return known if same else None
 
 

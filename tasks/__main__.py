@@ -22,6 +22,7 @@ from lilliput.redaction import redacted
 from tasks import layout
 from tasks.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPORARY, EXIT_TERMINATED, logging_to
 from tasks.cost import last_peak, out_of_memory
+from tasks.deadline import deadline
 from tasks.folder import alone_here, started_by_flow
 from tasks.machine import end_with_stdin, machine_for
 
@@ -152,7 +153,8 @@ def _work(stage: str, module: str, function: str, name: str | None, *options: ob
             params = load_params(layout.PARAMS)
             require_benchmarks(params.evaluation.benchmarks, Path())
             work = getattr(importlib.import_module(f"tasks.{module}"), function)
-            told = work(params, *_checked(params, module, name), *options)
+            with deadline(lambda why: _tell(terminal, f"{stage}: {why}")):
+                told = work(params, *_checked(params, module, name), *options)
             if told:
                 print(told, file=terminal)
         except KeyboardInterrupt:

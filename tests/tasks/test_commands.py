@@ -1,3 +1,5 @@
+import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -7,7 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lilliput.errors import ConfigError
 from tasks.console import EXIT_REFUSED, EXIT_TERMINATED
+from tasks.cost import measured
+from tasks.deadline import deadline
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 FULL_DISK = """
@@ -53,17 +58,22 @@ def fetch(params):
 tasks.source.fetch = fetch
 commands._run("source", "fetch")
 """
+HANGING = """
+import time, tasks.source, tasks.__main__ as commands
+tasks.source.fetch = lambda params: time.sleep(600)
+commands._run("source", "fetch")
+"""
 
 
 @pytest.fixture
 def run(tmp_path):
     shutil.copyfile(PROJECT / "examples" / "tiny.yaml", tmp_path / "params.yaml")
 
-    def command(*arguments):
+    def command(*arguments, **environment):
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+            env={"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -122,3 +132,24 @@ def test_a_stage_that_is_terminated_takes_its_children_along(tmp_path):
     assert stage.wait(60) == EXIT_TERMINATED
     assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
     assert (tmp_path / "closed").exists()  # what it held was let go
+
+
+def test_a_stage_that_hangs_is_ended_when_its_hours_are_over(run):
+    done = run("-c", HANGING, LILLIPUT_STAGE_HOURS="0.0003")
+    assert done.returncode == EXIT_REFUSED
+    assert "error: source: not done after 0.0003 h (LILLIPUT_STAGE_HOURS) and stopped" in done.stderr
+
+
+@pytest.mark.parametrize("hours", ["soon", "0", "nan", "inf"])
+def test_hours_that_are_none_are_refused(monkeypatch, hours):
+    monkeypatch.setenv("LILLIPUT_STAGE_HOURS", hours)
+    with pytest.raises(ConfigError, match="LILLIPUT_STAGE_HOURS"), deadline(print):
+        pass
+
+
+def test_a_clock_that_is_set_back_does_not_change_what_a_stage_cost(monkeypatch, tmp_path):
+    jumps = itertools.cycle([0.0, 4e9, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    with measured(tmp_path / "cost.json"):
+        time.sleep(0.05)
+    assert 0.05 <= json.loads((tmp_path / "cost.json").read_text())["seconds"] < 60

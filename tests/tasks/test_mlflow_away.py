@@ -15,8 +15,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from lilliput.errors import RegistryError
+from lilliput.artifacts import write_json
+from lilliput.errors import ConfigError, RegistryError
 from tasks import layout, registry
+from tasks.log import log
 from tasks.promote import promote
 from tests.tasks.test_promotion import EVEN, QUESTIONS, Project
 
@@ -223,3 +225,25 @@ def test_a_promotion_cut_off_anywhere_ends_as_if_it_had_not_been(project, tmp_pa
             return  # it has fewer calls than that
         promote(rules)
         assert _told() == wanted, place
+
+
+def test_offloading_is_added_to_the_champions_run_by_a_stage_that_measures_nothing(project, right):
+    version = project.evaluate(right)["a"]
+    figures = {"accuracy": {"value": 0.8}, "hallucination_rate": {"value": None}, "latency_ms": {"p50": 90.0}}
+    policy = {"device": figures | {"energy_per_query_j": {"value": 4.0}}}
+    record = {"candidate": "a", "link": "wifi", "links": {"wifi": policy, "3g": {}}}
+    write_json(layout.offload_record("laptop"), record)
+    log(project.params("laptop"), "laptop")
+    log(project.params("laptop"), "laptop")
+    store = registry.client()
+    run = store.get_run(store.get_model_version("lilliput", version).run_id)
+    told = {key: value for key, value in run.data.metrics.items() if key.startswith("offload.")}
+    assert told == {
+        "offload.laptop.device.accuracy": 0.8,
+        "offload.laptop.device.latency_ms": 90.0,
+        "offload.laptop.device.energy_per_query_j": 4.0,
+    }
+    assert len(store.get_metric_history(run.info.run_id, "offload.laptop.device.accuracy")) == 1
+    write_json(layout.offload_record("laptop"), record | {"candidate": "nobody"})
+    with pytest.raises(ConfigError, match="is of nobody, which is not registered"):
+        log(project.params("laptop"), "laptop")
