@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import httpx
 from prefect import Flow, get_client
 from prefect.client.schemas import State
-from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 
 from flows.show import fail
@@ -38,10 +39,10 @@ def run_flow(work: Flow[..., Any], *arguments: object, stopped: str) -> State:
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only keep Prefect from putting things away
         fail(stopped, EXIT_TERMINATED if isinstance(interrupt, _Terminated) else EXIT_STOPPED)
-    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+    except httpx.HTTPError as error:
         fail(
-            f"Prefect's server at {PREFECT_API_URL.value()} is gone ({error}); what was made is recorded, and the same "
-            "command goes on from here, with that server or, without PREFECT_API_URL, one of its own",
+            f"Prefect's server at {PREFECT_API_URL.value() or 'this run'} is gone ({error}); what was made is recorded, "
+            "and the same command goes on from here, with that server or, without PREFECT_API_URL, one of its own",
             EXIT_REFUSED,
         )
 
@@ -52,6 +53,12 @@ def _terminate(_signal: int, _frame: object) -> None:
 
 def _require_server() -> None:
     """Makes sure that Prefect's server answers; starts one, deaf to Ctrl-C, where none is configured."""
+    address, home = PREFECT_API_URL.value(), PREFECT_HOME.value()
+    if not address and not _writable(home):  # the server would try for two minutes and not say why
+        fail(
+            f"PREFECT_HOME: {home} is not a folder that this run's Prefect server can write its database to",
+            EXIT_REFUSED,
+        )
     found: list[Exception | None] = []
 
     def ask() -> None:
@@ -67,14 +74,19 @@ def _require_server() -> None:
     asking.join()
     if found == [None]:
         return
-    if address := PREFECT_API_URL.value():
+    if address:
         fail(
             f"PREFECT_API_URL: {address} does not answer ({found[0]}); start it (`prefect server start`), or unset the "
             "variable: the run then has a server of its own",
             EXIT_REFUSED,
         )
-    fail(
-        f"Prefect's server for this run did not start ({found[0]}); its database is in {PREFECT_HOME.value()}, which "
-        "has to be writable and have space left",
-        EXIT_REFUSED,
-    )
+    fail(f"Prefect's server for this run did not start ({found[0]}); its database is in {home}", EXIT_REFUSED)
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

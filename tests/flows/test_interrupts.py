@@ -106,3 +106,11 @@ def test_a_server_that_is_not_there_is_told_before_anything_starts(clone, free_p
     assert done.returncode == 2
     assert f"error: PREFECT_API_URL: http://127.0.0.1:{free_port}/api does not answer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_home_that_is_none_is_told_before_a_server_is_waited_for(clone):
+    (clone.folder / "file").touch()
+    done = clone.run("python", "-m", "flows.democratize", PREFECT_HOME=str(clone.folder / "file" / "home"))
+    assert done.returncode == 2
+    assert "error: PREFECT_HOME: " in done.stderr
+    assert "Traceback" not in done.stderr
