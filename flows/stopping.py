@@ -40,9 +40,10 @@ def run_flow(work: Flow[..., Any], *arguments: object, stopped: str) -> State:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only keep Prefect from putting things away
         fail(stopped, EXIT_TERMINATED if isinstance(interrupt, _Terminated) else EXIT_STOPPED)
     except httpx.HTTPError as error:
+        server = PREFECT_API_URL.value() or "of this run"
         fail(
-            f"Prefect's server at {PREFECT_API_URL.value() or 'this run'} is gone ({error}); what was made is recorded, "
-            "and the same command goes on from here, with that server or, without PREFECT_API_URL, one of its own",
+            f"Prefect's server {server} is gone ({error}); what was made is recorded: the same command goes on from "
+            "here, with that server or, without PREFECT_API_URL, one of its own",
             EXIT_REFUSED,
         )
 

@@ -39,11 +39,18 @@ def stage_of(run, name, limit_s=600):
     """Waits for the process of stage `name`; all processes of the run."""
     for _ in range(int(10 * limit_s)):
         processes = run.children(recursive=True)
-        if any(name in " ".join(process.cmdline()) for process in processes if process.is_running()):
+        if any(name in command_of(process) for process in processes):
             return [run, *processes]
         assert run.is_running() and run.status() != psutil.STATUS_ZOMBIE, "it ended before"
         time.sleep(0.1)
     raise AssertionError(f"{name} never began")
+
+
+def command_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def states(clone, table):
@@ -97,7 +104,7 @@ def test_work_goes_on_without_prefects_server_and_the_end_is_one_message(clone, 
             part.kill()
         server.wait()
     assert process.wait(1200) == 2
-    assert f"error: Prefect's server at {address} is gone" in (clone.folder / "run.log").read_text()
+    assert f"error: Prefect's server {address} is gone" in (clone.folder / "run.log").read_text()
     assert clone.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
 
 
