@@ -19,6 +19,7 @@ from flows.lineage import Lineage
 from flows.plan import plan
 from flows.show import candidate_rows, fail, next_commands, print_plan, print_summary
 from flows.stages import run_stages
+from flows.stopping import run_flow
 from flows.workspace import PROJECT, alone_in, open_workspace
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError
@@ -120,10 +121,8 @@ def main(
     except (LilliputError, DvcException) as error:
         fail(str(error), 2)
     os.chdir(PROJECT)
-    try:
-        state = democratize(str(params), only, share_machine, runner, workers, return_state=True)
-    except KeyboardInterrupt:
-        fail("stopped; nothing is half-written, and the same command goes on from here", 130)
+    stopped = "stopped; nothing is half-written, and the same command goes on from here"
+    state = run_flow(democratize, str(params), only, share_machine, runner, workers, stopped=stopped)
     if not state.is_completed():
         fail(state.message or "the flow did not finish", 2)
     print_summary(folder, cast("dict[str, str]", state.result()))

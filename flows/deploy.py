@@ -23,6 +23,7 @@ from prefect.states import Completed, Failed
 from rich.console import Console
 
 from flows.show import fail
+from flows.stopping import run_flow
 from flows.workspace import PROJECT, alone_in
 from lilliput.artifacts import write_text
 from lilliput.config import load_params
@@ -83,7 +84,7 @@ def _deploy(device: str, action: Action, host: str, port: int, params_file: Path
             make_current(stage_champion(load_params(folder / "params.yaml"), device, home), home)
         try:
             address = _take_over(home) if running(home) else _start(home, host, port)
-        except ArtifactError:
+        except BaseException:
             for name, content in files.items():  # what is served stays what is said to be served
                 _restore(home / name, content)
             raise
@@ -98,9 +99,11 @@ def running(home: Path) -> dict[str, Any] | None:
     """What is known of the gateway's process in `home`; None if there is none."""
     try:
         known = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
-        same = psutil.Process(known["pid"]).create_time() == known["started"]  # and not another of the same number
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        command = psutil.Process(known["pid"]).cmdline()
+    except (FileNotFoundError, ValueError, psutil.Error):
         return None
+    # Not another of the same number. When it was started does not tell: that changes when the clock is set.
+    same = "lilliput.serve" in command and any(Path(argument).name == home.name for argument in command)
     return known if same else None
 
 
@@ -128,14 +131,15 @@ def _start(home: Path, host: str, port: int) -> str:
         )
     _STARTED.append(process)
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if known := running(home):
-            return known["url"]
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    else:
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if known := running(home):
+                return known["url"]
+            time.sleep(0.1)
+    except BaseException:  # Ctrl-C among them
         process.kill()
+        raise
+    process.kill()
     with log.open("rb") as stream:
         stream.seek(began)
         last = "".join(stream.read().decode(errors="replace").strip().splitlines()[-1:]).removeprefix("error: ")
@@ -227,7 +231,7 @@ def main(
     except (LilliputError, httpx.HTTPError) as error:
         fail(f"{device}: {error}", 2)
     action = Action.rollback if rollback else Action.champion
-    state = deploy(device, action, host, port, str(params), return_state=True)
+    state = run_flow(deploy, device, action, host, port, str(params), stopped="stopped; --status says what is served")
     if not state.is_completed():
         fail(state.message or "the flow did not finish", 2)
     Console().print(state.message, highlight=False)

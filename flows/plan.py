@@ -46,10 +46,10 @@ def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> lis
 
 def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
     """By this stage's last cost, else by the mean of the candidates made by the same strategy."""
-    if stage.candidate is None:
-        return None
     kind = stage.name.partition("@")[0]
-    read = _COSTS[kind]
+    read = _COSTS.get(kind)
+    if stage.candidate is None or read is None:
+        return None
     if own := read(stage.candidate, folder):
         return Prediction(*own, of=stage.name)
     if kind == "offload":
@@ -80,11 +80,4 @@ def _cost_in(place: Callable[[str], Path]) -> Callable[[str, Path], tuple[float,
     return read
 
 
-_COSTS = {
-    "compress": _cost_in(layout.cost),
-    "evaluate": _cost_in(layout.metrics),
-    "caching": _cost_in(layout.caching),
-    "compile": _cost_in(lambda name: layout.cost(f"compile-{name}")),
-    "devices": _cost_in(layout.devices),
-    "offload": _cost_in(layout.offload_record),
-}
+_COSTS = {kind: _cost_in(place) for kind, place in layout.RECORDS.items()}

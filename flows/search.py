@@ -26,6 +26,7 @@ from flows.lineage import Stage
 from flows.process import run_process
 from flows.show import fail, front_rows, print_search
 from flows.stages import run_stages
+from flows.stopping import run_flow
 from flows.study import CANDIDATE, FIGURES, REASON, SECONDS, Budget, begun, finished, front, grow, open_study
 from flows.workshop import Workshop
 from flows.workspace import PROJECT, alone_in, open_workspace
@@ -177,10 +178,9 @@ def main(
     except (LilliputError, DvcException) as error:
         fail(str(error), 2)
     os.chdir(PROJECT)
-    try:
-        state = search(str(params), str(space), trials, minutes, share_machine, runner, workers, return_state=True)
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on from here, and --minutes 0 writes down what is finished", 130)
+    stopped = "stopped; the same command goes on from here, and --minutes 0 writes down what is finished"
+    arguments = (str(params), str(space), trials, minutes, share_machine, runner, workers)
+    state = run_flow(search, *arguments, stopped=stopped)
     if not state.is_completed():
         fail(state.message or "the search did not finish", 2)
     print_search(folder)

@@ -8,15 +8,13 @@ inputs, the others restore. `dvc repro` works in a workspace as it does in the p
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dvc.repo import Repo
-from filelock import FileLock, Timeout
 
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, DataError
+from tasks.folder import alone_in
 
 PROJECT = Path(__file__).resolve().parent.parent
 _CODE = ("lilliput", "tasks", "corpora")
@@ -63,20 +61,6 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
     with alone_in(folder):
         _copy_into(folder, params_file, data_source, data_name)
     return folder
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds `folder` for one run; the system frees it even when the run is killed.
-
-    Raises:
-        ConfigError: another run holds it.
-    """
-    try:
-        with FileLock(folder / ".democratize.lock", timeout=0):
-            yield
-    except Timeout:
-        raise ConfigError(f"{folder}: another run is at work here; wait for it or use another --params file") from None
 
 
 def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> None:

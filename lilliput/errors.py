@@ -8,6 +8,7 @@ LilliputError            exit code 2: the message says what, where and what to d
 ├── StrategyError        a strategy cannot be applied to this parent
 ├── CompileError         a checkpoint cannot be compiled for a target, or what came out is another model
 ├── PublishError         a bundle cannot be put on the hub
+├── RegistryError        MLflow does not answer, or refuses
 └── StageError           a stage of the pipeline ended badly in its own process
 """
 
@@ -50,6 +51,14 @@ class CompileError(LilliputError):
 
 class PublishError(LilliputError):
     """A bundle is not its device's champion, or the hub does not take it."""
+
+
+class RegistryError(LilliputError):
+    """MLflow does not answer, or refuses; `temporary` if another try may help."""
+
+    def __init__(self, message: str, *, temporary: bool = False) -> None:
+        self.temporary = temporary
+        super().__init__(message)
 
 
 class StageError(LilliputError):

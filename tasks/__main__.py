@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, TextIO
 
+import psutil
 import typer
 
 from lilliput.config import Params, load_params
@@ -17,7 +20,10 @@ from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.redaction import redacted
 from tasks import layout
-from tasks.console import ERROR, EXIT_REFUSED, EXIT_TEMPORARY, logging_to
+from tasks.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPORARY, EXIT_TERMINATED, logging_to
+from tasks.cost import last_peak, out_of_memory
+from tasks.deadline import deadline
+from tasks.folder import alone_here, started_by_flow
 from tasks.machine import end_with_stdin, machine_for
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -25,7 +31,7 @@ Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in par
 Compiled = Annotated[str, typer.Argument(help="a name under `compile` in params.yaml, `pocket-gguf` say")]
 Served = Annotated[str, typer.Argument(help="a device under `serving` in params.yaml")]
 # Where a task's argument stands, if not under `candidates`.
-_SECTIONS = {"compile": "compile", "devices": "compile", "offload": "serving", "simulate": "serving"}
+_SECTIONS = {"compile": "compile", "devices": "compile", "offload": "serving", "log": "serving", "simulate": "serving"}
 
 
 @app.command()
@@ -95,6 +101,12 @@ def offload(device: Served) -> None:
 
 
 @app.command()
+def log(device: Served) -> None:
+    """Add what was measured by `offload` to the champion's run in MLflow."""
+    _run("log", "log", device)
+
+
+@app.command()
 def simulate(
     device: Served,
     days: Annotated[int, typer.Option(min=1, help="days to draw traffic for")] = 3,
@@ -122,24 +134,64 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = f"{module}@{name}" if name else module
     end_with_stdin()
+    signal.signal(signal.SIGTERM, _stop)
+    if started_by_flow():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the flow ends its stages itself
+    with ExitStack() as held:
+        try:
+            if module != "simulate":  # which reads what is there, for as long as it likes
+                held.enter_context(alone_here())
+        except ConfigError as error:
+            print(f"\n{ERROR}{stage}: {error}", file=sys.stderr)
+            sys.exit(EXIT_REFUSED)
+        _work(stage, module, function, name, *options)
+
+
+def _work(stage: str, module: str, function: str, name: str | None, *options: object) -> None:
     with logging_to(layout.log(stage)) as terminal, machine_for(stage, terminal):
         try:
             params = load_params(layout.PARAMS)
             require_benchmarks(params.evaluation.benchmarks, Path())
             work = getattr(importlib.import_module(f"tasks.{module}"), function)
-            told = work(params, *_checked(params, module, name), *options)
+            with deadline(lambda why: _tell(terminal, f"{stage}: {why}")):
+                told = work(params, *_checked(params, module, name), *options)
             if told:
                 print(told, file=terminal)
-        except LilliputError as error:
-            _tell(terminal, f"{stage}: {error}")
-            sys.exit(EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED)
+        except KeyboardInterrupt:
+            _tell(terminal, f"{stage}: stopped; nothing is half-written, and the same command starts it again")
+            sys.exit(EXIT_STOPPED)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                _tell(terminal, f"{stage}: {error}; free some space and run this again, nothing is half-written")
-                sys.exit(EXIT_REFUSED)
-            traceback.print_exc()
-            _tell(terminal, f"{stage}: {type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})")
-            sys.exit(1)
+            message, code = _told(stage, error)
+            _tell(terminal, f"{stage}: {message}")
+            sys.exit(code)
+
+
+def _told(stage: str, error: Exception) -> tuple[str, int]:
+    """What to say of `error`, and the exit code."""
+    if out_of_memory(error):  # also where a library made of it that a model does not open
+        return f"{_memory(stage)} ({type(error).__name__}: {error})", EXIT_REFUSED
+    if isinstance(error, LilliputError):
+        return str(error), EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}; free some space and run this again, nothing is half-written", EXIT_REFUSED
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})", 1
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    """Ends this process in order, with what it started: blocks are left, files closed, servers and children ended."""
+    for child in psutil.Process().children(recursive=True):
+        child.terminate()
+    sys.exit(EXIT_TERMINATED)
+
+
+def _memory(stage: str) -> str:
+    memory = psutil.virtual_memory()
+    return (
+        f"out of memory{last_peak(stage)}; this machine has {memory.total / 2**20:.0f} MiB, of which "
+        f"{memory.available / 2**20:.0f} are free now. Nothing is half-written: end other work, lift the limit on this "
+        "process, or take a smaller batch, and run the same command again"
+    )
 
 
 def _checked(params: Params, module: str, name: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from lilliput.redaction import redacted
 ERROR = "error: "
 EXIT_REFUSED = 2
 EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: worth another try
+EXIT_STOPPED, EXIT_TERMINATED = 130, 143  # as a shell tells of SIGINT and SIGTERM
 
 
 class _WithoutSecrets(io.TextIOWrapper):

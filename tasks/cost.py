@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import time
@@ -14,6 +15,7 @@ import psutil
 
 from lilliput.artifacts import write_json
 from lilliput.memory import peak_rss_bytes
+from tasks import layout
 
 
 @contextmanager
@@ -39,6 +41,32 @@ def measured(path: Path) -> Iterator[dict[str, Any]]:
             **extra,
         },
     )
+
+
+def last_peak(stage: str) -> str:
+    """`; it took 812 MiB at its peak the last time` by the record of `stage`; nothing where there is none."""
+    kind, _, name = stage.partition("@")
+    place = layout.RECORDS.get(kind)
+    if place is None or not place(name).exists():
+        return ""
+    peak = json.loads(place(name).read_text(encoding="utf-8"))["peak_rss_bytes"]
+    return f"; it took {peak / 2**20:.0f} MiB at its peak the last time ({place(name)})"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or what it came from, says that memory could not be had: on this machine or on an accelerator.
+
+    Torch has no type of its own for the former.
+    """
+    texts = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MemoryError) or type(found).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(found, RuntimeError | OSError | ImportError) and any(text in str(found) for text in texts):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _cpu_s() -> float:

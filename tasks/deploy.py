@@ -15,6 +15,7 @@ from tasks import layout, registry
 TARGET = "gguf"
 
 
+@registry.in_reach()
 def stage_champion(params: Params, device: str, home: Path) -> Deployment:
     """The deployment of `device`'s champion in the registry, its models verified and put under `home`.
 

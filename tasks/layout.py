@@ -81,6 +81,11 @@ def offload_record(device: str) -> Path:
     return OFFLOAD / f"{device}.json"
 
 
+def logged(device: str) -> Path:
+    """The version that MLflow has the offloading of `device` with."""
+    return Path("logged") / f"{device}.json"
+
+
 def simulation(device: str) -> Path:
     """What days of traffic did to each policy of `device`; made by hand, no stage waits for it."""
     return Path("simulations") / f"{device}.json"
@@ -89,3 +94,14 @@ def simulation(device: str) -> Path:
 def log(stage: str) -> Path:
     """The log of the last run of `stage`."""
     return Path("logs") / f"{stage.replace('@', '-')}.log"
+
+
+# Where each kind of stage writes what it took: `seconds` and `peak_rss_bytes`, among other things.
+RECORDS = {
+    "compress": cost,
+    "evaluate": metrics,
+    "caching": caching,
+    "compile": lambda name: cost(f"compile-{name}"),
+    "devices": devices,
+    "offload": offload_record,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from lilliput.serve.routers import CACHE, GGUF, ROUTER, pair_of
 from lilliput.serve.server import LlamaServer, Serving
 from tasks import layout
 from tasks.cost import measured
-from tasks.run_metrics import of_offloading
 
 ANSWERS, CURVES = "answers.jsonl", "curves.json"
 
@@ -58,7 +57,6 @@ def offload(params: Params, device: str) -> None:
             "link": serving.link,
             **found,
         }
-    _tell_registry(record, device)
 
 
 def offload_record(params: Params, device: str) -> dict[str, Any] | None:
@@ -125,12 +123,3 @@ def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[st
     recipe = read_recipe(Path(params.data.source))
     threshold, pairs = fitted_threshold(corpus, recipe, params.caching, embedder)
     return {"threshold": threshold, "pairs": pairs}
-
-
-def _tell_registry(record: Mapping[str, Any], device: str) -> None:
-    """Adds what each policy reaches over the configured link to the run of the champion's version."""
-    from tasks import registry
-
-    versions = json.loads(layout.REGISTRY.read_text(encoding="utf-8"))
-    version = str(versions[record["candidate"]]["version"])
-    registry.add_metrics(registry.client(), version, layout.offload_record(device), of_offloading(device, record))

@@ -23,6 +23,7 @@ from tasks.reign import as_device_knows, read_past
 from tasks.verdicts import Answer, Proposal
 
 
+@registry.in_reach()
 def promote(params: Params, answers: Mapping[str, Answer] | None = None) -> None:
     """Writes promotion.json, moves the aliases `champion-`, `challenger-` and `previous-<device>`, and tells why.
 
@@ -39,6 +40,7 @@ def promote(params: Params, answers: Mapping[str, Answer] | None = None) -> None
         write_json(layout.PROMOTION, {device: _told(params, decision) for device, decision in decisions.items()})
 
 
+@registry.in_reach()
 def proposals(params: Params) -> list[Proposal]:
     """The champions that wait for a person, as things stand; moves nothing."""
     with registry.alone():
@@ -51,6 +53,7 @@ def proposals(params: Params) -> list[Proposal]:
         ]
 
 
+@registry.in_reach()
 def roll_back(params: Params, device: str, because: str) -> None:
     """Restores the champion before this one, and keeps it until an evaluation or the rules of `device` change.
 

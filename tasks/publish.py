@@ -46,6 +46,7 @@ class Publication:
         return next(str(file.content, "utf-8") for file in self.files if isinstance(file.content, bytes))
 
 
+@registry.in_reach()
 def prepare(params: Params, device: str) -> Publication:
     """The bundle of `device`, once every file in it is what was made, and it is the champion's.
 
@@ -90,6 +91,7 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
 
     Raises:
         PublishError: the hub does not take it.
+        RegistryError: it has, but MLflow does not hear of it; the same again tells it.
     """
     api = HfApi(endpoint=endpoint, token=token)
     operations = [
@@ -102,7 +104,8 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
         done = api.create_commit(repository, operations, commit_message=message)
     except _HUB_ERRORS as error:
         raise PublishError(f"{repository}: {error}") from None
-    registry.tell(publication.version, {f"lilliput.published.{publication.device}": done.commit_url})
+    with registry.in_reach():
+        registry.tell(publication.version, {f"lilliput.published.{publication.device}": done.commit_url})
     return done.commit_url
 
 

@@ -28,10 +28,15 @@ CHECKPOINT = "checkpoint"
 CONTEXT_TOKENS = 2048  # of prompt and answer, where a registered model is opened in its compiled form
 
 
+@registry.in_reach()
 def register(params: Params) -> None:
     """Writes registry.json: the version and run of each candidate whose evaluation matches its artefact.
 
-    An evaluation that is registered already keeps its version, so running this again adds nothing.
+    An evaluation that is registered already keeps its version, so running this again adds nothing; one whose logging
+    was cut off goes on in the run it had.
+
+    Raises:
+        RegistryError: MLflow does not answer, or refuses.
     """
     client = registry.client()
     registry.ensure_model(client)
@@ -86,7 +91,9 @@ def _register_one(
     cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
     card = model_card(manifest, record, params.data.system_prompt)
     tags = {**_four_metrics(record), **_lineage(name, manifest), registry.DVC_TAG: json.dumps(dvc_hashes(name))}
-    run_id = client.create_run(experiment, run_name=name, tags={**batch, "mlflow.note.content": card}).info.run_id
+    same = {registry.EVALUATION_TAG: _sha256(layout.metrics(name))}
+    told = {**batch, "mlflow.note.content": card}
+    run_id = registry.find_or_create_run(client, experiment, name, same, told).info.run_id
     registry.log_run(
         client,
         run_id,
@@ -99,10 +106,7 @@ def _register_one(
     for file in (layout.PARAMS, layout.metrics(name), layout.answers(name)):
         client.log_artifact(run_id, str(file))
     client.set_terminated(run_id)
-    evaluated = {
-        "lilliput.evaluation_sha256": _sha256(layout.metrics(name)),
-        MEASURED_TAG: json.dumps(measured_how(params)),
-    }
+    evaluated = same | {MEASURED_TAG: json.dumps(measured_how(params))}
     version = client.create_model_version(
         registry.MODEL,
         source=registry.mlmodel_uri(client, run_id),

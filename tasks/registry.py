@@ -15,12 +15,12 @@ from typing import Any
 import mlflow
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from lilliput.artifacts import MANIFEST, PARITY, file_sha256
-from lilliput.errors import ArtifactError, ConfigError
+from lilliput.errors import ArtifactError, ConfigError, RegistryError
 from lilliput.redaction import has_credentials, redacted
 from tasks import layout
 from tasks.mlflow_view import VIEW_TAG, four_metrics_view
@@ -31,6 +31,7 @@ SEARCHES = "searches"
 CHAMPION, CHALLENGER, PREVIOUS = "champion-", "challenger-", "previous-"
 ARTIFACT_TAG = "lilliput.artifact_sha256"
 DVC_TAG = "lilliput.dvc"  # DVC's hash of each folder the version comes from or is
+EVALUATION_TAG = "lilliput.evaluation_sha256"
 MLMODEL = "model"
 MLMODEL_TAG = "lilliput.mlmodel_sha256"
 ANSWERING = Path(__file__).with_name("answering.py")
@@ -44,6 +45,12 @@ _NOTES = {
 _NEEDED = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
 # An alias that is not there is told as either, depending on the store.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+# MLflow would try for four minutes, and for sixteen where a server takes calls and gives no answer.
+_HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+# Whose exceptions say that the store failed: MLflow's own, and those it lets through.
+_OF_STORE = ("mlflow", "sqlalchemy", "requests", "urllib3", "boto3", "botocore")
+_AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "IO_ERROR")
+_OURS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")  # a bug, which keeps its traceback
 
 
 def client() -> MlflowClient:
@@ -52,8 +59,35 @@ def client() -> MlflowClient:
     A workspace always has the embedded one: a rehearsal or a search moves nobody's champions but its own.
     """
     layout.MLRUNS.mkdir(exist_ok=True)
+    for variable, value in _HTTP_PATIENCE.items():
+        os.environ.setdefault(variable, value)
     mlflow.set_tracking_uri(tracking_uri())
     return MlflowClient()
+
+
+@contextmanager
+def in_reach() -> Iterator[None]:
+    """Tells in one message that MLflow's store fails; also a decorator, for whatever talks to it.
+
+    Raises:
+        RegistryError: it does not answer, which another try may mend, or it refuses.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _OF_STORE:
+            raise
+        code = error.error_code if isinstance(error, MlflowException) else "TEMPORARILY_UNAVAILABLE"
+        if code in _OURS:
+            raise
+        said = " ".join(redacted(str(error)).split())[:300]
+        if code not in _AWAY:
+            raise RegistryError(f"MLflow at {tracking_uri()} refuses ({code}): {said}") from error
+        raise RegistryError(
+            f"MLflow at {tracking_uri()} does not answer: {said}\nNothing is lost: results are kept, and the same "
+            "command logs them when MLflow is back",
+            temporary=True,
+        ) from error
 
 
 def tracking_uri() -> str:
@@ -96,17 +130,30 @@ def ensure_model(mlflow_client: MlflowClient) -> None:
     """Makes the registered model if it is not there."""
     try:
         mlflow_client.get_registered_model(MODEL)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in _NOT_THERE:
+            raise
         mlflow_client.create_registered_model(
             MODEL, description="Candidates of the compression graph, each with its four-metric evaluation."
         )
 
 
+def find_or_create_run(
+    mlflow_client: MlflowClient,
+    experiment: str,
+    name: str,
+    identity: Mapping[str, str],
+    tags: Mapping[str, str] | None = None,
+) -> Run:
+    """The run whose tags hold `identity`, made with these and `tags` if it is not there."""
+    wanted = " and ".join(f"tags.`{key}` = '{text}'" for key, text in identity.items())
+    known = mlflow_client.search_runs([experiment], wanted, max_results=1)
+    return known[0] if known else mlflow_client.create_run(experiment, run_name=name, tags={**identity, **(tags or {})})
+
+
 def find_version(mlflow_client: MlflowClient, evaluation_sha256: str) -> str | None:
     """The version registered for exactly this evaluation, if there is one."""
-    found = mlflow_client.search_model_versions(
-        f"name = '{MODEL}' and tags.`lilliput.evaluation_sha256` = '{evaluation_sha256}'"
-    )
+    found = mlflow_client.search_model_versions(f"name = '{MODEL}' and tags.`{EVALUATION_TAG}` = '{evaluation_sha256}'")
     return str(found[0].version) if found else None
 
 
@@ -271,10 +318,15 @@ def read_artifact(run_id: str, path: str) -> str:
     """The text of an artifact of a run.
 
     Raises:
-        ArtifactError: it is not there, or its store does not answer.
+        ArtifactError: it is not there. A store that does not answer is another matter, and the caller's.
     """
+    mlflow_client, folder = client(), path.rpartition("/")[0]
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            return Path(client().download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
-    except (MlflowException, OSError) as error:
+        if not any(found.path == path for found in mlflow_client.list_artifacts(run_id, folder or None)):
+            raise ArtifactError(f"{path} of MLflow's run {run_id} is not there")
+    except MlflowException as error:
+        if error.error_code not in _NOT_THERE:
+            raise
         raise ArtifactError(f"{path} of MLflow's run {run_id} cannot be read: {error}") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        return Path(mlflow_client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lilliput.config import Params
@@ -17,13 +16,14 @@ from tasks import layout, registry
 TABLE = "front.json"
 
 
+@registry.in_reach()
 def log(params: Params) -> None:
     """Brings the runs of search.json up to date; a trial that is logged already keeps its run."""
     del params
     found = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
     client = registry.client()
     experiment = registry.experiment_id(client, registry.SEARCHES)
-    parent = _run(client, experiment, found["study"], {"lilliput.search": found["study"]})
+    parent = registry.find_or_create_run(client, experiment, found["study"], {"lilliput.search": found["study"]})
     for trial in found["trials"]:
         _log_trial(client, experiment, parent.info.run_id, found, trial)
     _log_front(client, parent.info.run_id, found)
@@ -31,18 +31,11 @@ def log(params: Params) -> None:
     client.set_terminated(parent.info.run_id)
 
 
-def _run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
-    """The run with these tags, made if it is not there."""
-    wanted = " and ".join(f"tags.`{key}` = '{text}'" for key, text in tags.items())
-    known = client.search_runs([experiment], wanted, max_results=1)
-    return known[0] if known else client.create_run(experiment, run_name=name, tags=dict(tags))
-
-
 def _log_trial(
     client: MlflowClient, experiment: str, parent: str, found: Mapping[str, Any], trial: Mapping[str, Any]
 ) -> None:
     identity = {MLFLOW_PARENT_RUN_ID: parent, "lilliput.candidate": trial["candidate"]}
-    run_id = _run(client, experiment, trial["candidate"], identity).info.run_id
+    run_id = registry.find_or_create_run(client, experiment, trial["candidate"], identity).info.run_id
     params = {"chain": trial["chain"], "base": found["base"], **trial["settings"]}
     numbers = {metric: value(trial["figures"], metric) for metric in trial["figures"]}
     metrics = {metric: float(number) for metric, number in numbers.items() if number is not None}

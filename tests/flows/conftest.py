@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -87,6 +88,13 @@ def copy_project(folder: Path) -> Clone:
     for arguments in (["init", "-q"], ["add", "-A"], [*git[1:], "commit", "-qm", "clone"]):
         assert subprocess.run(["git", *arguments], cwd=folder, check=False).returncode == 0
     return clone
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,18 @@
+import itertools
+import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tasks.console import EXIT_REFUSED
+from lilliput.errors import ConfigError
+from tasks.console import EXIT_REFUSED, EXIT_TERMINATED
+from tasks.cost import measured
+from tasks.deadline import deadline
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 FULL_DISK = """
@@ -15,17 +22,57 @@ def fetch(params):
 tasks.source.fetch = fetch
 commands._run("source", "fetch")
 """
+OUT_OF_MEMORY = """
+import sys, types, tasks.__main__ as commands
+# In the place of tasks/compress.py, which brings torch.
+sys.modules["tasks.compress"] = types.SimpleNamespace(compress=lambda params, name: bytearray(2**62))
+commands._run("compress", "compress", "base")
+"""
+ALLOCATIONS = """
+import numpy, torch
+from tasks.cost import out_of_memory
+def told(allocate):
+    try:
+        allocate()
+    except Exception as error:
+        return out_of_memory(error)
+def opened():
+    try:
+        torch.empty(2**50)
+    except RuntimeError as error:
+        raise ValueError("no model that opens") from error
+print(told(lambda: torch.empty(2**50)), told(lambda: numpy.ones(2**50)), told(opened), told(lambda: int("x")))
+"""
+WITH_A_CHILD = """
+import subprocess, time, tasks.source, tasks.__main__ as commands
+from pathlib import Path
+def fetch(params):
+    child = subprocess.Popen(["sleep", "600"])
+    Path("child").write_text(str(child.pid))
+    try:
+        time.sleep(600)
+    finally:
+        child.wait()
+        Path("closed").touch()
+tasks.source.fetch = fetch
+commands._run("source", "fetch")
+"""
+HANGING = """
+import time, tasks.source, tasks.__main__ as commands
+tasks.source.fetch = lambda params: time.sleep(600)
+commands._run("source", "fetch")
+"""
 
 
 @pytest.fixture
 def run(tmp_path):
     shutil.copyfile(PROJECT / "examples" / "tiny.yaml", tmp_path / "params.yaml")
 
-    def command(*arguments):
+    def command(*arguments, **environment):
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+            env={"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -48,3 +95,60 @@ def test_a_name_that_is_not_compiled_is_refused_with_those_that_are(run):
     done = run("-m", "tasks", "compile", "pocket")
     assert done.returncode == EXIT_REFUSED
     assert "unknown name `pocket`; params.yaml has under compile: pocket-gguf, pocket-onnx" in done.stderr
+
+
+def test_memory_that_cannot_be_had_is_told_with_what_the_stage_took_before(run, tmp_path):
+    (tmp_path / "costs").mkdir()
+    (tmp_path / "costs" / "base.json").write_text('{"seconds": 1.0, "peak_rss_bytes": 850000000}')
+    done = run("-c", OUT_OF_MEMORY)
+    assert done.returncode == EXIT_REFUSED
+    assert "error: compress@base: out of memory; it took 811 MiB at its peak the last time (costs/base.json)" in (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr + (tmp_path / "logs" / "compress-base.log").read_text()
+
+
+@pytest.mark.slow
+def test_torch_and_numpy_tell_of_missing_memory_in_ways_that_are_known(run):
+    done = run("-c", ALLOCATIONS)
+    assert done.stdout.split() == ["True", "True", "True", "False"], done.stderr
+
+
+def test_a_stage_that_is_terminated_takes_its_children_along(tmp_path):
+    shutil.copyfile(PROJECT / "examples" / "tiny.yaml", tmp_path / "params.yaml")
+    stage = subprocess.Popen(
+        [sys.executable, "-c", WITH_A_CHILD],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        assert time.monotonic() < deadline and stage.poll() is None
+        time.sleep(0.05)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    stage.terminate()
+    assert stage.wait(60) == EXIT_TERMINATED
+    assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
+    assert (tmp_path / "closed").exists()  # what it held was let go
+
+
+def test_a_stage_that_hangs_is_ended_when_its_hours_are_over(run):
+    done = run("-c", HANGING, LILLIPUT_STAGE_HOURS="0.0003")
+    assert done.returncode == EXIT_REFUSED
+    assert "error: source: not done after 0.0003 h (LILLIPUT_STAGE_HOURS) and stopped" in done.stderr
+
+
+@pytest.mark.parametrize("hours", ["soon", "0", "nan", "inf"])
+def test_hours_that_are_none_are_refused(monkeypatch, hours):
+    monkeypatch.setenv("LILLIPUT_STAGE_HOURS", hours)
+    with pytest.raises(ConfigError, match="LILLIPUT_STAGE_HOURS"), deadline(print):
+        pass
+
+
+def test_a_clock_that_is_set_back_does_not_change_what_a_stage_cost(monkeypatch, tmp_path):
+    jumps = itertools.cycle([0.0, 4e9, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    with measured(tmp_path / "cost.json"):
+        time.sleep(0.05)
+    assert 0.05 <= json.loads((tmp_path / "cost.json").read_text())["seconds"] < 60

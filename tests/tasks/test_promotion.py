@@ -85,6 +85,10 @@ class Project:
             }
             write_json(layout.metrics(name), record)
             write_json(layout.cost(name), {"seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1})
+        return self.register()
+
+    def register(self):
+        """Registers what is evaluated; the version of each candidate."""
         register(self._params)
         return {name: entry["version"] for name, entry in json.loads(layout.REGISTRY.read_text()).items()}
 

@@ -1,0 +1,251 @@
+"""MLflow dead, hanging, refusing, or gone in the middle: what is told, how soon, and what the next run finds."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import socket
+import sqlite3
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from lilliput.artifacts import write_json
+from lilliput.errors import ConfigError, RegistryError
+from tasks import layout, registry
+from tasks.log import log
+from tasks.promote import promote
+from tests.tasks.test_promotion import EVEN, QUESTIONS, Project
+
+# MLflow, SQLAlchemy and pandas warn each other of what is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+_COUNTS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def project(tiny_params, checkpoint, tmp_path_factory):
+    """Candidates that are made, in a folder with a store of its own."""
+    with contextlib.chdir(tmp_path_factory.mktemp("project")), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(registry, "add_mlmodel", lambda *_: None)  # a second each, and no part of this story
+        yield Project(tiny_params, checkpoint)
+
+
+def _next():
+    """How many questions each candidate answers rightly: never the same twice, so that it is to be registered."""
+    more = next(_COUNTS)
+    return {name: count + more for name, count in (EVEN | {"b": 20}).items()}
+
+
+@pytest.fixture
+def right():
+    return _next()
+
+
+@contextlib.contextmanager
+def server(status: int):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            self.send_response(status)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield listening.server_port
+        listening.shutdown()
+
+
+@contextlib.contextmanager
+def dead():
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@contextlib.contextmanager
+def hanging():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(16)  # connects, and never gets a word
+        yield listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("away", [dead, hanging, lambda: server(503)], ids=["dead", "hanging", "503"])
+def test_a_server_that_is_away_is_one_message_and_what_was_measured_is_logged_when_it_is_back(
+    project, right, monkeypatch, away
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with away() as port, monkeypatch.context() as during:
+        during.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        with pytest.raises(RegistryError, match=rf"MLflow at http://127.0.0.1:{port} does not answer") as raised:
+            project.evaluate(right)
+    assert raised.value.temporary
+    assert "the same command logs them when MLflow is back" in str(raised.value)
+    store, versions = registry.client(), project.register()
+    for name, count in right.items():
+        version = store.get_model_version("lilliput", versions[name])
+        assert store.get_run(version.run_id).data.metrics["accuracy_choice"] == count / QUESTIONS
+
+
+def test_trying_ends_after_two_minutes_where_nobody_says_otherwise(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for variable in registry._HTTP_PATIENCE:
+        monkeypatch.delenv(variable, raising=False)
+    registry.client()
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    assert (1 + MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()) * MLFLOW_HTTP_REQUEST_TIMEOUT.get() <= 120
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_server_that_refuses_or_is_none_is_not_tried_again(project, right, monkeypatch, status):
+    with server(status) as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        with pytest.raises(RegistryError, match="refuses") as raised:
+            project.evaluate(right)
+    assert not raised.value.temporary
+
+
+@pytest.mark.slow
+def test_a_locked_database_is_waited_for_and_then_told(project, right):
+    with contextlib.closing(sqlite3.connect(layout.MLRUNS / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(RegistryError, match="database is locked") as raised:
+            project.evaluate(right)
+    assert raised.value.temporary
+    assert len(set(project.register().values())) == 3
+
+
+class Cut:
+    """The store, which fails at its call number `at`: before it is done, or after, so that only the answer is lost."""
+
+    def __init__(self, at: int, done: bool) -> None:
+        self.at, self.done, self.calls = at, done, 0
+
+    def client(self):
+        cut, store = self, MlflowClient(registry.tracking_uri())
+
+        class Client:
+            def __getattr__(self, name):
+                def call(*arguments, **options):
+                    cut.calls += 1
+                    if cut.calls != cut.at:
+                        return getattr(store, name)(*arguments, **options)
+                    if cut.done:
+                        getattr(store, name)(*arguments, **options)
+                    raise MlflowException("the line is dead")
+
+                return call
+
+        return Client()
+
+
+def _runs(store):
+    (experiment,) = store.search_experiments(filter_string="name = 'lilliput'")
+    return store.search_runs([experiment.experiment_id])
+
+
+def _versions(store):
+    return store.search_model_versions("name = 'lilliput'")
+
+
+@pytest.mark.parametrize(
+    "places", [[7, 16], pytest.param(range(1, 99, 3), marks=pytest.mark.slow)], ids=["two", "every third"]
+)
+@pytest.mark.parametrize("done", [False, True], ids=["call lost", "answer lost"])
+def test_a_registration_cut_off_anywhere_goes_on_without_duplicates(project, monkeypatch, places, done):
+    store = MlflowClient(registry.tracking_uri())
+    project.evaluate(_next())
+    for place in places:
+        runs, versions, cut = len(_runs(store)), _versions(store), Cut(place, done)
+        with monkeypatch.context() as during:
+            during.setattr(registry, "client", cut.client)
+            with contextlib.suppress(RegistryError):
+                project.evaluate(_next())
+        if cut.calls < place:
+            return  # it has fewer calls than that
+        assert project.register().keys() == EVEN.keys()
+        assert len(_runs(store)) == runs + 3, place  # one for each candidate
+        assert len(_versions(store)) == len(versions) + 3, place
+        assert {run.info.status for run in _runs(store)} == {"FINISHED"}
+
+
+def _told():
+    store = registry.client()
+    aliases = store.get_registered_model("lilliput").aliases
+    tags = {v.version: v.tags for v in _versions(store)}
+    return {alias: str(version) for alias, version in aliases.items()}, tags, layout.PROMOTION.read_text()
+
+
+def _copy_of(folder, other):
+    """The same project with a copy of the store; what the copy's runs hold is shared with the first."""
+    other.mkdir()
+    for path in folder.iterdir():
+        if path.name not in ("mlruns", "promotion.json"):
+            (other / path.name).symlink_to(path)
+    (other / "mlruns").mkdir()
+    shutil.copyfile(folder / "mlruns" / "mlflow.db", other / "mlruns" / "mlflow.db")
+    return other
+
+
+def _go_to(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow itself sets it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [False, True], ids=["call lost", "answer lost"])
+def test_a_promotion_cut_off_anywhere_ends_as_if_it_had_not_been(project, tmp_path, monkeypatch, done):
+    rules, home = project.params("laptop"), Path.cwd()
+    project.evaluate(_next())
+    promote(rules)
+    project.evaluate(_next() | {"b": 190 if done else 189})
+    _go_to(_copy_of(home, tmp_path / "undisturbed"), monkeypatch)
+    promote(rules)
+    wanted = _told()
+    assert wanted[0]["champion-laptop"] != wanted[0]["previous-laptop"]
+    for place in range(1, 99, 3):
+        _go_to(_copy_of(home, tmp_path / f"cut-{place}"), monkeypatch)
+        cut = Cut(place, done)
+        with monkeypatch.context() as during:
+            during.setattr(registry, "client", cut.client)
+            with contextlib.suppress(RegistryError):
+                promote(rules)
+        if cut.calls < place:
+            return  # it has fewer calls than that
+        promote(rules)
+        assert _told() == wanted, place
+
+
+def test_offloading_is_added_to_the_champions_run_by_a_stage_that_measures_nothing(project, right):
+    version = project.evaluate(right)["a"]
+    figures = {"accuracy": {"value": 0.8}, "hallucination_rate": {"value": None}, "latency_ms": {"p50": 90.0}}
+    policy = {"device": figures | {"energy_per_query_j": {"value": 4.0}}}
+    record = {"candidate": "a", "link": "wifi", "links": {"wifi": policy, "3g": {}}}
+    write_json(layout.offload_record("laptop"), record)
+    log(project.params("laptop"), "laptop")
+    log(project.params("laptop"), "laptop")
+    store = registry.client()
+    run = store.get_run(store.get_model_version("lilliput", version).run_id)
+    told = {key: value for key, value in run.data.metrics.items() if key.startswith("offload.")}
+    assert told == {
+        "offload.laptop.device.accuracy": 0.8,
+        "offload.laptop.device.latency_ms": 90.0,
+        "offload.laptop.device.energy_per_query_j": 4.0,
+    }
+    assert len(store.get_metric_history(run.info.run_id, "offload.laptop.device.accuracy")) == 1
+    write_json(layout.offload_record("laptop"), record | {"candidate": "nobody"})
+    with pytest.raises(ConfigError, match="is of nobody, which is not registered"):
+        log(project.params("laptop"), "laptop")
