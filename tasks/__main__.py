@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -12,6 +11,7 @@ from typing import Annotated, TextIO
 
 import typer
 
+from lilliput.artifacts import disk_is_full, told_of_full_disk
 from lilliput.config import Params, load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
@@ -134,8 +134,8 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
             _tell(terminal, f"{stage}: {error}")
             sys.exit(EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                _tell(terminal, f"{stage}: {error}; free some space and run this again, nothing is half-written")
+            if disk_is_full(error):
+                _tell(terminal, f"{stage}: {told_of_full_disk(error)}")
                 sys.exit(EXIT_REFUSED)
             traceback.print_exc()
             _tell(terminal, f"{stage}: {type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})")
