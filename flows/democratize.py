@@ -19,6 +19,7 @@ from flows.plan import plan
 from flows.show import candidate_rows, fail, next_commands, print_plan, print_summary
 from flows.stages import run_stages
 from flows.workspace import PROJECT, alone_in, open_workspace
+from lilliput.artifacts import require_room
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
@@ -38,6 +39,7 @@ def democratize(
     """
     folder = Path(params_file)
     try:
+        require_room(PROJECT)
         folder = open_workspace(folder)
         _require_runnable(folder, only)
         with contextlib.chdir(folder), alone_in(folder):
@@ -99,6 +101,7 @@ def main(
 ) -> None:
     """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
     try:
+        require_room(PROJECT)
         folder = open_workspace(params)
         _require_runnable(folder, only)
         if plan_only:

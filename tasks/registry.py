@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from lilliput.artifacts import MANIFEST, PARITY, file_sha256
+from lilliput.artifacts import MANIFEST, PARITY, file_sha256, written_aside
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.redaction import has_credentials, redacted
 from tasks import layout
@@ -33,6 +33,7 @@ MLMODEL = "model"
 MLMODEL_TAG = "lilliput.mlmodel_sha256"
 ANSWERING = Path(__file__).with_name("answering.py")
 PATIENCE_S = 120.0
+_DATABASE = layout.MLRUNS / "mlflow.db"
 _NEEDED = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
 # An alias that is not there is told as either, depending on the store.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -41,7 +42,10 @@ _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 def client() -> MlflowClient:
     """A client of the store in MLFLOW_TRACKING_URI, or of the embedded one: mlruns/mlflow.db and files beside it."""
     layout.MLRUNS.mkdir(exist_ok=True)
-    mlflow.set_tracking_uri(tracking_uri())
+    address = tracking_uri()
+    if address == _embedded() and not _DATABASE.exists():
+        _make_store()
+    mlflow.set_tracking_uri(address)
     return MlflowClient()
 
 
@@ -51,13 +55,25 @@ def tracking_uri() -> str:
     Raises:
         ConfigError: MLFLOW_TRACKING_URI holds a user or a password, which MLflow would repeat in errors and records.
     """
-    address = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(layout.MLRUNS / 'mlflow.db').absolute()}")
+    address = os.environ.get("MLFLOW_TRACKING_URI", _embedded())
     if has_credentials(address):
         raise ConfigError(
             f"MLFLOW_TRACKING_URI: {redacted(address)} holds a user or a password; take them out and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a database: its own password file)"
         )
     return address
+
+
+def _embedded(database: Path = _DATABASE) -> str:
+    return f"sqlite:///{database.absolute()}"
+
+
+def _make_store() -> None:
+    """Makes the embedded store, whole or not at all: one whose making was killed half-way, MLflow never opens again."""
+    for left in layout.MLRUNS.glob(f".{_DATABASE.name}.partial*"):  # what a killed run left, its journal too
+        left.unlink()
+    with written_aside(_DATABASE) as partial:
+        MlflowClient(_embedded(partial)).search_experiments(max_results=1)
 
 
 def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:

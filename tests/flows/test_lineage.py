@@ -7,9 +7,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from dvc.repo import Repo
 
 from flows.lineage import Lineage
 from lilliput.errors import ConfigError, StageError
+from tests.killing import killed_at
 
 PIPELINE = """\
 stages:
@@ -32,7 +31,6 @@ stages:
     outs: [answers]
 """
 pytestmark = pytest.mark.filterwarnings("default")  # DVC and pygtrie warn each other of what is theirs to mend
-CHANGES_FILES = ("os.rename", "os.remove", "os.mkdir", "os.link", "os.chmod", "os.truncate", "os.rmdir")
 
 
 @pytest.fixture
@@ -111,32 +109,6 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
     path.chmod(0o444)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def killed_at(operation: int, work) -> bool:
-    """Runs `work` in a process that kills itself before the given one of its changes to files; whether it got there."""
-    child = os.fork()
-    if not child:
-        left = operation
-
-        def hook(event: str, arguments: tuple) -> None:
-            nonlocal left
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if writes or event in CHANGES_FILES:
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        code = 1
-        try:
-            sys.addaudithook(hook)
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
 
 
 def killed_everywhere(folder: Path, tmp_path: Path, step: int) -> int:
