@@ -211,7 +211,9 @@ def _check(
         with path.open("rb") as stream:
             whole = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if whole != oid.removesuffix(".dir"):
-            _log.warning("%s: damaged in DVC's cache (its md5 is %s), and removed; it is fetched or made again", path, whole)
+            _log.warning(
+                "%s: damaged in DVC's cache (its md5 is %s), and removed; it is fetched or made again", path, whole
+            )
             damaged.append(oid)
             path.unlink()
             _drop_folders_of(oid, Path(cache.path))
@@ -234,9 +236,7 @@ def _drop_folders_of(oid: str, cache: Path) -> None:
                 listed.unlink()
 
 
-_OTHERWISE = (
-    "or delete it: what was made from the same inputs is restored from DVC's cache, the rest is made again"
-)
+_OTHERWISE = "or delete it: what was made from the same inputs is restored from DVC's cache, the rest is made again"
 
 
 def _require_whole(lock: Path) -> None:

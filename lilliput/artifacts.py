@@ -132,7 +132,7 @@ def require_room(folder: Path, needed_bytes: int = 0) -> None:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether `error`, or what led to it, is that a disk takes no more; safetensors and SQLite say so in words alone."""
+    """Whether `error` or what led to it is that a disk takes no more; safetensors and SQLite say so in words alone."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True

@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from lilliput.artifacts import disk_is_full, told_of_full_disk
+from lilliput.artifacts import disk_is_full, require_room, told_of_full_disk
 from lilliput.config import Params, load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
@@ -122,6 +122,11 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = f"{module}@{name}" if name else module
     end_with_stdin()
+    try:
+        require_room(Path())
+    except LilliputError as error:  # there is no room for a log either
+        print(f"{ERROR}{stage}: {error}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
     with logging_to(layout.log(stage)) as terminal, machine_for(stage, terminal):
         try:
             params = load_params(layout.PARAMS)

@@ -1,11 +1,13 @@
-"""`kill -9` in the middle of a chosen change to the files: in a process of its own, so that the test lives on."""
+"""What storage has to survive: `kill -9` at a chosen change to the files, in a process of its own, and a full disk."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.link", "os.chmod", "os.truncate", "os.rmdir")
@@ -40,3 +42,12 @@ def killed_at(change: int, work: Callable[[], Any]) -> bool:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work itself failed"
     return os.WIFSIGNALED(status)
+
+
+def fill(disk: Path) -> Path:
+    """The file that takes what was left on the disk `disk`."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(512))
+    return filler

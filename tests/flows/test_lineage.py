@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from dvc.repo import Repo
 
 from flows.lineage import Lineage
 from lilliput.errors import ConfigError, StageError
-from tests.killing import killed_at
+from tests.killing import fill, killed_at
 
 PIPELINE = """\
 stages:
@@ -45,7 +44,9 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def prepare(project: Path) -> None:
     Repo.init(str(project), no_scm=True).close()
-    (project / ".dvc" / "config").write_text("[core]\nno_scm = true\nanalytics = false\n[cache]\ntype = hardlink,copy\n")
+    (project / ".dvc" / "config").write_text(
+        "[core]\nno_scm = true\nanalytics = false\n[cache]\ntype = hardlink,copy\n"
+    )
     (project / "dvc.yaml").write_text(PIPELINE)
     make(project, "one")
     commit("make")
@@ -145,7 +146,7 @@ def recorded(folder: Path) -> dict:
 
 
 def test_a_commit_killed_at_some_of_its_writes_leaves_the_old_record_or_the_new(folder, tmp_path):
-    assert killed_everywhere(folder, tmp_path, step=16) > 2
+    assert killed_everywhere(folder, tmp_path, step=24) > 1
 
 
 @pytest.mark.slow
@@ -216,12 +217,13 @@ def test_what_a_killed_run_left_does_not_keep_an_earlier_one_from_being_restored
     assert changes("make") == []
 
 
-@pytest.mark.parametrize("left", [0, 60, 320, "garbage"])
-def test_a_damaged_record_of_a_run_is_dropped_and_the_stage_made_again(folder, left):
+@pytest.mark.parametrize("share", [0.0, 0.7, None])
+def test_a_damaged_record_of_a_run_is_dropped_and_the_stage_made_again(folder, share):
     commit("make")
     for path in (folder / ".dvc" / "cache" / "runs").glob("*/*/*"):
         path.chmod(0o644)
-        path.write_bytes(b"\x00\xff" * 50 if left == "garbage" else path.read_bytes()[:left])
+        content = path.read_bytes()
+        path.write_bytes(b"\x00\xff" * 50 if share is None else content[: int(share * len(content))])
     back_to_one(folder)
     assert not restored("make")
     make(folder, "one")
@@ -262,26 +264,11 @@ def test_a_damaged_list_of_locks_is_one_clear_error(folder):
         changes("make")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of one MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "lilliput-test", str(place)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield place
-    os.chdir("/")
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_record_that_finds_no_room_leaves_the_old_one_and_comes_after_some_is_freed(small_disk, monkeypatch):
     monkeypatch.chdir(small_disk)
     prepare(small_disk)
     before = (small_disk / "dvc.lock").read_bytes()
-    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while True:
-            filler.write(bytes(512))
+    fill(small_disk)
     with pytest.raises(StageError, match=r"0 MiB free.*free some space"):
         commit("make")
     assert (small_disk / "dvc.lock").read_bytes() == before

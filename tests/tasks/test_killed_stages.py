@@ -10,14 +10,11 @@ import random
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lilliput.artifacts import verify
 from lilliput.config import load_params
-from lilliput.data.questions import write_questions
 from tests.killing import killed_at
 
-PROJECT = Path(__file__).parent.parent.parent
 KILLS = int(os.environ.get("LILLIPUT_KILLS", "24"))  # of each stage, in the slow test
 SEED = int(os.environ.get("LILLIPUT_KILLS_SEED", "8"))
 STAGES = [
@@ -26,22 +23,6 @@ STAGES = [
     ("compress", "compress", "base"),
     ("compress", "compress", "lora"),
 ]
-
-
-@pytest.fixture(scope="module")
-def project(checkpoint, facts, tmp_path_factory) -> Path:
-    """A folder with parameters and questions, nothing made."""
-    folder = tmp_path_factory.mktemp("killed")
-    raw = yaml.safe_load((PROJECT / "examples" / "tiny.yaml").read_text())
-    raw["source"] = {"model": f"path:{checkpoint}"}
-    raw["data"] |= {"source": "facts.jsonl", "train_share": 0.5}
-    raw["strategies"]["load"]["rehearsal"] = None
-    raw["candidates"] = {"base": {"from": "source", "apply": "load"}, "lora": {"from": "base", "apply": "lora"}}
-    raw |= {"compile": {}, "serving": {}}
-    raw["caching"]["candidates"] = []
-    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
-    write_questions(folder / "facts.jsonl", facts)
-    return folder
 
 
 def run(module: str, function: str, *name: str) -> None:
