@@ -21,6 +21,7 @@ from flows.show import candidate_rows, fail, next_commands, print_plan, print_su
 from flows.stages import run_stages
 from flows.stopping import run_flow
 from flows.workspace import PROJECT, alone_in, open_workspace
+from lilliput.artifacts import require_room
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
@@ -47,6 +48,7 @@ def democratize(
     """
     folder = Path(params_file)
     try:
+        require_room(PROJECT)
         folder = open_workspace(folder)
         _require_runnable(folder, only)
         require_runner(runner, workers)
@@ -111,6 +113,7 @@ def main(
 ) -> None:
     """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
     try:
+        require_room(PROJECT)
         folder = open_workspace(params)
         _require_runnable(folder, only)
         require_runner(runner, workers)

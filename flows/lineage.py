@@ -5,20 +5,34 @@ All DVC calls of a run are made by the flow's own process, one at a time: two at
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import networkx
-from dvc.exceptions import DvcException
+from dvc.config import RemoteConfigError
+from dvc.exceptions import ConfirmRemoveError, DvcException
+from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
+from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
 from dvc.stage.cache import RunCacheNotFoundError
+from dvc.utils import dict_sha256
+from dvc.utils.serialize import load_yaml
+from dvc_data.hashfile.db.local import LocalHashFileDB
+from dvc_data.hashfile.tree import Tree
+from dvc_objects.errors import ObjectFormatError
 
-from lilliput.errors import ConfigError
+from lilliput.artifacts import disk_is_full, told_of_full_disk, written_aside
+from lilliput.errors import ConfigError, StageError
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # what DVC would tell is told by the flow
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,11 +59,13 @@ class Lineage:
     """The pipeline of the DVC repository in `folder`, which has to be the working directory: DVC looks there."""
 
     def __init__(self, folder: Path) -> None:
+        _require_whole(folder / "dvc.lock")
         try:
             self._repo = Repo(str(folder))
+            self._repo.fs = _WholeFiles()
             self._graph = self._repo.index.graph  # an edge leads from a stage to one it needs
         except DvcException as error:
-            raise ConfigError(f"{folder}/dvc.yaml: {error}") from None
+            raise ConfigError(_remedied(error, folder)) from None
 
     def close(self) -> None:
         """Lets go of DVC's files."""
@@ -74,23 +90,85 @@ class Lineage:
         """What DVC finds changed in stage `name` since it last ran: `params.yaml: strategies.gptq modified`, say.
 
         Empty: nothing, so what lies there is what the stage would make.
+
+        Raises:
+            ConfigError: DVC's own records are damaged; the message says which and what to do.
         """
         address = self._node(name).addressing
-        found = self._repo.status(targets=[address]).get(address, [])
+        try:
+            found = self._repo.status(targets=[address]).get(address, [])
+        except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
+            raise ConfigError(_remedied(error, Path(self._repo.root_dir))) from None
         return [text for entry in found for text in _describe(entry)]
 
     def restore(self, name: str) -> bool:
-        """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it."""
-        with self._repo.lock:
-            try:
-                self._repo.stage_cache.restore(self._node(name))
-            except RunCacheNotFoundError:
-                return False
-        return True
+        """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it.
+
+        Every byte of it is checked: DVC itself trusts whatever is read-only in its cache. What is damaged is removed
+        and, where a remote has it, fetched anew.
+        """
+        with self._repo.lock, self._distrusted_cache() as damaged:
+            self._drop_damaged_runs()
+            if self._restored(name):
+                return True
+            return bool(damaged) and self._restored(name, fetch=True)
 
     def commit(self, name: str) -> None:
-        """Records what stage `name` just read and wrote: outputs into the cache, hashes into dvc.lock."""
-        self._repo.commit(self._node(name).addressing, force=True)
+        """Records what stage `name` just read and wrote: outputs into the cache, hashes into dvc.lock.
+
+        Raises:
+            StageError: there is no room for it.
+        """
+        node = self._node(name)
+        try:
+            with self._repo.lock, self._distrusted_cache():
+                node.save()
+                # DVC puts nothing over what its cache has by that name, and links what the stage wrote to it.
+                for oid in (oid for out in node.outs for oid in _oids(out.get_obj())):
+                    with suppress(FileNotFoundError, ObjectFormatError):
+                        self._repo.cache.local.check(oid)
+            self._repo.commit(node.addressing, force=True)
+        except (DvcException, OSError) as error:
+            if not disk_is_full(error):
+                raise
+            raise StageError(f"{name} is done but cannot be recorded: {told_of_full_disk(error)}") from None
+
+    def _restored(self, name: str, fetch: bool = False) -> bool:
+        try:
+            self._repo.stage_cache.restore(self._read_anew(name), pull=fetch)
+        except (RunCacheNotFoundError, RemoteConfigError):
+            return False
+        except ConfirmRemoveError:  # what lies there is of a run that was never recorded; the stage would overwrite it
+            self._node(name).remove_outs(force=True)
+            self._repo.stage_cache.restore(self._read_anew(name), pull=fetch)
+        return True
+
+    def _read_anew(self, name: str) -> Any:
+        """Stage `name` as dvc.lock has it: one that failed to be restored goes for one recorded with today's inputs."""
+        return self._repo.stage.load_one(name=name)
+
+    @contextmanager
+    def _distrusted_cache(self) -> Iterator[list[str]]:
+        """Has DVC hash what is in its cache before it uses it, and drop what is damaged; yields what was dropped."""
+        cache, known, damaged = self._repo.cache.local, set[str](), list[str]()
+        cache.check = partial(_check, cache, known, damaged)
+        try:
+            yield damaged
+        finally:
+            del cache.check
+
+    def _drop_damaged_runs(self) -> None:
+        """Removes what is not what it was from DVC's record of runs: each is named by its own hash."""
+        for path in Path(self._repo.stage_cache.cache_dir).glob("??/*/*"):
+            try:
+                whole = dict_sha256(load_yaml(str(path)), exclude=["size", "nfiles"]) == path.name
+            except (DvcException, TypeError, ValueError, AttributeError):
+                whole = False
+            if not whole and len(path.name) == len(hashlib.sha256().hexdigest()):
+                _log.warning("%s: damaged, and removed; what it told of is made again", path)
+                path.unlink()
+                with suppress(OSError):  # others may be there; DVC stumbles over an empty folder
+                    path.parent.rmdir()
 
     def _node(self, name: str) -> Any:
         return next(node for node in self._graph if node.name == name)
@@ -103,6 +181,93 @@ class Lineage:
         nodes = [node for node in self._graph if node.name in targets]
         needed = set(nodes).union(*(networkx.descendants(self._graph, node) for node in nodes))
         return needed | {node for node in self._graph if node.name == "register"}
+
+
+class _WholeFiles(LocalFileSystem):
+    """DVC's file system, with dvc.lock and DVC's list of locks written aside and renamed.
+
+    DVC empties them first, and a kill then leaves a dvc.lock in which stages are missing, or a list that nothing reads.
+    """
+
+    def open(self, path: Any, mode: Any = "r", encoding: str | None = None, **kwargs: Any) -> Any:
+        """As `open`; a text file that is to be written appears when it is closed, whole."""
+        if mode not in ("w", "w+"):
+            return super().open(path, mode, encoding=encoding, **kwargs)
+        return _renamed_when_closed(Path(path), encoding)
+
+
+@contextmanager
+def _renamed_when_closed(path: Path, encoding: str | None) -> Iterator[IO[str]]:
+    with written_aside(path) as partial, partial.open("w", encoding=encoding) as stream:
+        yield stream
+
+
+def _check(
+    cache: LocalHashFileDB, known: set[str], damaged: list[str], oid: str, check_hash: bool = True, _info: Any = None
+) -> Any:
+    """In place of `LocalHashFileDB.check`, which looks at no byte of a file that is read-only.
+
+    Raises:
+        ObjectFormatError: it is not what its name says, and is gone.
+    """
+    path = Path(cache.oid_to_path(oid))
+    if oid not in known and path.exists():
+        with path.open("rb") as stream:
+            whole = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if whole != oid.removesuffix(".dir"):
+            _log.warning(
+                "%s: damaged in DVC's cache (its md5 is %s), and removed; it is fetched or made again", path, whole
+            )
+            damaged.append(oid)
+            path.unlink()
+            _drop_folders_of(oid, Path(cache.path))
+            raise ObjectFormatError(f"{path} is damaged")
+    known.add(oid)
+    return LocalHashFileDB.check(cache, oid, check_hash, _info)
+
+
+def _oids(obj: Any) -> list[str]:
+    """The names of what DVC's cache needs for an output: of a folder its list and the files in it."""
+    inside = [entry.value for _, _, entry in obj] if isinstance(obj, Tree) else []
+    return [*inside, obj.oid] if obj else []
+
+
+def _drop_folders_of(oid: str, cache: Path) -> None:
+    """Removes the lists of folders that hold `oid`: where such a list is, DVC takes for granted all that it names."""
+    for listed in cache.glob("??/*.dir"):
+        with suppress(ValueError):
+            if any(entry["md5"] == oid for entry in json.loads(listed.read_bytes())):
+                listed.unlink()
+
+
+_OTHERWISE = "or delete it: what was made from the same inputs is restored from DVC's cache, the rest is made again"
+
+
+def _require_whole(lock: Path) -> None:
+    """Raises ConfigError where dvc.lock holds both sides of a merge, or ends in the middle of a line."""
+    content = lock.read_bytes() if lock.exists() else b""
+    if b"\n<<<<<<< " in b"\n" + content:
+        raise ConfigError(
+            f"{lock}: holds both sides of a git merge; take one with `git checkout --ours dvc.lock`, {_OTHERWISE}"
+        )
+    if content and not content.endswith(b"\n"):
+        raise ConfigError(
+            f"{lock}: damaged (it ends in the middle of a line); bring the committed one back with "
+            f"`git checkout dvc.lock`, {_OTHERWISE}"
+        )
+
+
+def _remedied(error: DvcException, folder: Path) -> str:
+    """What DVC says is wrong in `folder`, and what to do."""
+    told = " ".join(str(error).split())
+    if isinstance(error, RWLockFileCorruptedError | RWLockFileFormatError):
+        return f"{folder}: {told}; a killed `dvc` left it so: delete {folder / '.dvc/tmp/rwlock'} while no other runs"
+    if "dvc.lock" in told:
+        return (
+            f"{folder / 'dvc.lock'}: damaged ({told}); bring the committed one back with `git checkout dvc.lock`, "
+            f"{_OTHERWISE}"
+        )
+    return f"{folder}/dvc.yaml: {told}"
 
 
 def _describe(entry: object) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,26 +65,95 @@ class Manifest(BaseModel):
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target` when the block ends well, and vanishes when it does not."""
+    """Yields an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    It is on the disk before it has its name, so that power that goes leaves no whole-looking folder of empty files.
+    """
     partial = target.with_name(f".{target.name}.partial")
     remove(partial)  # what a killed run left
     partial.mkdir(parents=True)
     try:
         yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
         remove(target)
         partial.rename(target)
+        _flush(target.parent)
     finally:
         remove(partial)
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields a place to write a file to that becomes `path` when the block ends well, and vanishes when it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+        _flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def remove(directory: Path) -> None:
     """Removes `directory` if it is there; renamed first, so that a half-removed one never looks whole."""
-    if not directory.exists():
-        return
     doomed = directory.with_name(f".{directory.name.lstrip('.')}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    directory.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what a killed run left
+    if directory.exists():
+        directory.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def require_room(folder: Path, needed_bytes: int = 0) -> None:
+    """Refuses, before anything expensive starts, a folder that takes no file or not so many bytes.
+
+    Args:
+        folder: where something will be written.
+        needed_bytes: that are expected to be.
+
+    Raises:
+        ArtifactError: it is read-only, or its disk has not that much left.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+            probe.flush()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: nothing can be written here ({error.strerror}; {free_mib(folder)} MiB free); "
+            "make it writable, or free some space"
+        ) from None
+    if shutil.disk_usage(folder).free < needed_bytes:
+        raise ArtifactError(
+            f"{folder}: {free_mib(folder)} MiB free, and about {needed_bytes / 2**20:.0f} MiB will be written; "
+            "free some space and run this again"
+        )
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether `error` or what led to it is that a disk takes no more; safetensors and SQLite say so in words alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(words in str(error) for words in ("No space left on device", "database or disk is full")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def told_of_full_disk(error: BaseException) -> str:
+    """What to say of an `error` for which `disk_is_full`: what was written, how much is free here, what to do."""
+    what = " ".join(str(error).split())[:300]
+    return (
+        f"{what}; {Path.cwd()} has {free_mib(Path.cwd())} MiB free, {tempfile.gettempdir()} "
+        f"{free_mib(Path(tempfile.gettempdir()))}: free some space and run this again, nothing is half-written"
+    )
+
+
+def free_mib(folder: Path) -> int:
+    """What the disk under `folder` has left, in MiB."""
+    return shutil.disk_usage(folder).free // 2**20
 
 
 def seal(
@@ -149,7 +221,7 @@ def verify(directory: Path) -> Manifest:
         if (actual := file_sha256(directory / name)) != expected:
             raise ArtifactError(
                 f"{directory / name}: altered or truncated (sha256 {actual}, should be {expected}); "
-                "make this artefact again or fetch it with `dvc pull`"
+                f"delete {directory} and run again: it is restored, if DVC's cache has it whole, or made again"
             )
     return manifest
 
@@ -168,9 +240,8 @@ def read_history(directory: Path) -> dict[str, list[tuple[int, float]]]:
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -182,6 +253,15 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Has the system put what was written to `path`, a file or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _canonical(value: Any, indent: int | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Annotated, TextIO
 import psutil
 import typer
 
+from lilliput.artifacts import disk_is_full, require_room, told_of_full_disk
 from lilliput.config import Params, load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
@@ -139,9 +139,10 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the flow ends its stages itself
     with ExitStack() as held:
         try:
+            require_room(Path())  # there would be none for a log either
             if module != "simulate":  # which reads what is there, for as long as it likes
                 held.enter_context(alone_here())
-        except ConfigError as error:
+        except LilliputError as error:
             print(f"\n{ERROR}{stage}: {error}", file=sys.stderr)
             sys.exit(EXIT_REFUSED)
         _work(stage, module, function, name, *options)
@@ -172,8 +173,8 @@ def _told(stage: str, error: Exception) -> tuple[str, int]:
         return f"{_memory(stage)} ({type(error).__name__}: {error})", EXIT_REFUSED
     if isinstance(error, LilliputError):
         return str(error), EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}; free some space and run this again, nothing is half-written", EXIT_REFUSED
+    if disk_is_full(error):
+        return told_of_full_disk(error), EXIT_REFUSED
     traceback.print_exc()
     return f"{type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})", 1
 

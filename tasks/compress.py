@@ -10,6 +10,7 @@ from lilliput.artifacts import (
     file_sha256,
     read_manifest,
     remove,
+    require_room,
     seal,
     verify,
     write_history,
@@ -41,6 +42,7 @@ def compress(params: Params, candidate: str) -> None:
     require_gpu(params, [candidate])
     spec = params.candidates[candidate]
     parent = verify(layout.model(spec.parent))
+    require_room(layout.model(candidate).parent, parent.size_bytes)
     with measured(layout.cost(candidate)) as cost:
         checkpoints = _checkpoints(params, candidate, parent)
         if kept := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from lilliput.artifacts import disk_is_full
 from lilliput.redaction import redacted
 
 ERROR = "error: "
@@ -23,7 +24,11 @@ class _WithoutSecrets(io.TextIOWrapper):
     """A log in which nothing of this process's secrets is written, whoever prints them."""
 
     def write(self, text: str, /) -> int:
-        super().write(redacted(text))
+        try:
+            super().write(redacted(text))
+        except OSError as error:
+            if not disk_is_full(error):  # the work itself will say so, where a person sees it
+                raise
         return len(text)
 
 
@@ -50,7 +55,8 @@ class _ProgressToTerminal(io.TextIOBase):
 def logging_to(path: Path) -> Iterator[TextIO]:
     """Sends what this process prints to `path`, and yields the terminal for what a person must see."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened = _WithoutSecrets(path.open("wb"), encoding="utf-8", line_buffering=True)
+    # Nothing is kept back in memory, which a full disk would not take later either.
+    opened = _WithoutSecrets(path.open("wb", buffering=0), encoding="utf-8", write_through=True)
     with opened as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
         if not terminal.isatty():
             os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log wants a line now and then, not ten a second

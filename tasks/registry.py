@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from lilliput.artifacts import MANIFEST, PARITY, file_sha256
+from lilliput.artifacts import MANIFEST, PARITY, file_sha256, written_aside
 from lilliput.errors import ArtifactError, ConfigError, RegistryError
 from lilliput.redaction import has_credentials, redacted
 from tasks import layout
@@ -42,6 +42,7 @@ _NOTES = {
     "an estimate unless `energy_source` names a counter. Champions: the registered model `lilliput`.",
     SEARCHES: "One run a search of sequences of strategies, with a run a trial beneath it.",
 }
+_DATABASE = layout.MLRUNS / "mlflow.db"
 _NEEDED = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
 # An alias that is not there is told as either, depending on the store.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -61,7 +62,10 @@ def client() -> MlflowClient:
     layout.MLRUNS.mkdir(exist_ok=True)
     for variable, value in _HTTP_PATIENCE.items():
         os.environ.setdefault(variable, value)
-    mlflow.set_tracking_uri(tracking_uri())
+    address = tracking_uri()
+    if address == _embedded() and not _DATABASE.exists():
+        _make_store()
+    mlflow.set_tracking_uri(address)
     return MlflowClient()
 
 
@@ -96,9 +100,9 @@ def tracking_uri() -> str:
     Raises:
         ConfigError: MLFLOW_TRACKING_URI holds a user or a password, which MLflow would repeat in errors and records.
     """
-    address = os.environ.get("MLFLOW_TRACKING_URI", _embedded_uri())
     if layout.is_workspace(Path.cwd()):
-        return _embedded_uri()
+        return _embedded()
+    address = os.environ.get("MLFLOW_TRACKING_URI", _embedded())
     if has_credentials(address):
         raise ConfigError(
             f"MLFLOW_TRACKING_URI: {redacted(address)} holds a user or a password; take them out and set "
@@ -107,8 +111,16 @@ def tracking_uri() -> str:
     return address
 
 
-def _embedded_uri() -> str:
-    return f"sqlite:///{(layout.MLRUNS / 'mlflow.db').absolute()}"
+def _embedded(database: Path = _DATABASE) -> str:
+    return f"sqlite:///{database.absolute()}"
+
+
+def _make_store() -> None:
+    """Makes the embedded store, whole or not at all: one whose making was killed half-way, MLflow never opens again."""
+    for left in layout.MLRUNS.glob(f".{_DATABASE.name}.partial*"):  # what a killed run left, its journal too
+        left.unlink()
+    with written_aside(_DATABASE) as partial:
+        MlflowClient(_embedded(partial)).search_experiments(max_results=1)
 
 
 def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:
@@ -117,7 +129,7 @@ def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:
     if found:
         return found.experiment_id
     # A server knows where its artifacts go. The variable alone tells nothing: MLflow sets it to whatever it opened.
-    place = (layout.MLRUNS / "artifacts").absolute().as_uri() if tracking_uri() == _embedded_uri() else None
+    place = (layout.MLRUNS / "artifacts").absolute().as_uri() if tracking_uri() == _embedded() else None
     tags = {
         "mlflow.experimentKind": "custom_model_development",  # else the UI opens on chat traces: there are none
         "mlflow.note.content": _NOTES[name],

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 
 from lilliput.artifacts import (
     MANIFEST,
+    disk_is_full,
     read_history,
     read_manifest,
     remove,
+    require_room,
     seal,
     verify,
     write_history,
@@ -19,6 +22,7 @@ from lilliput.artifacts import (
     writing,
 )
 from lilliput.errors import ArtifactError
+from tests.killing import fill, killed_at
 
 
 def make(folder: Path, text: str = "weights") -> Path:
@@ -106,3 +110,70 @@ def test_json_refuses_nan_and_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "m.json", {"a": float("nan")})
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": 1}
+
+
+def test_a_writer_killed_before_any_of_its_changes_leaves_the_old_the_new_or_none(tmp_path):
+    make(tmp_path / "a", "old")
+    kills = 0
+    while killed_at(kills, lambda: make(tmp_path / "a", "new")):
+        kills += 1
+        if (tmp_path / "a").exists():
+            assert verify(tmp_path / "a")
+            assert (tmp_path / "a" / "model.safetensors").read_text() in ("old", "new")
+        make(tmp_path / "a", "old")
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]  # the next writer clears what was left aside
+    assert kills >= 10
+
+
+def test_a_json_file_killed_before_any_of_its_changes_is_the_old_or_the_new(tmp_path):
+    write_json(tmp_path / "m.json", {"a": 1})
+    kills = 0
+    while killed_at(kills, lambda: write_json(tmp_path / "m.json", {"a": 2})):
+        kills += 1
+        assert json.loads((tmp_path / "m.json").read_text()) in ({"a": 1}, {"a": 2})
+    assert kills >= 2  # before it is opened aside, before it is renamed
+    assert json.loads((tmp_path / "m.json").read_text()) == {"a": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_a_full_disk_leaves_the_old_artefact_and_record_and_says_so(small_disk):
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    make(small_disk / "a", "old")
+    write_json(small_disk / "m.json", {"a": 1})
+    with pytest.raises(SafetensorError) as raised, writing(small_disk / "a") as partial:
+        save_file({"weights": torch.zeros(1 << 20)}, partial / "model.safetensors")
+    assert disk_is_full(raised.value)
+    filler = fill(small_disk)
+    with pytest.raises(OSError) as denied:
+        write_json(small_disk / "m.json", {"a": [2] * 4096})
+    assert disk_is_full(denied.value)
+    filler.unlink()
+    verify(small_disk / "a")
+    assert json.loads((small_disk / "m.json").read_text()) == {"a": 1}
+    assert sorted(path.name for path in small_disk.iterdir()) == ["a", "m.json"]
+    make(small_disk / "a", "new")
+
+
+def test_a_database_on_a_full_disk_says_so_in_words_that_are_known(small_disk):
+    connection = sqlite3.connect(small_disk / "store.db")
+    with pytest.raises(sqlite3.OperationalError) as raised:
+        connection.execute("create table t as select zeroblob(4000000)")
+    connection.close()
+    assert disk_is_full(raised.value)
+
+
+def test_an_ordinary_error_is_no_full_disk():
+    assert not disk_is_full(ValueError("no"))
+    assert not disk_is_full(PermissionError(13, "denied"))
+
+
+def test_too_little_room_is_refused_before_anything_is_written(small_disk):
+    require_room(small_disk, 1 << 20)
+    with pytest.raises(ArtifactError, match=r"\d MiB free, and about 4 MiB will be written; free some space"):
+        require_room(small_disk, 4 << 20)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ArtifactError, match=r"nothing can be written here \(Read-only file system"):
+        require_room(small_disk)

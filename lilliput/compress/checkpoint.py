@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
 import lilliput.models
-from lilliput.artifacts import file_sha256, library_versions
+from lilliput.artifacts import file_sha256, library_versions, written_aside
 
 _WEIGHTS, _OPTIMIZER, _SCHEDULE, _RANDOM = (
     "weights.safetensors",
@@ -44,9 +44,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Writes `model`'s trainable weights to `path`, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: weight.detach().contiguous() for name, weight in _trainable(model).items()}, partial)
-    partial.replace(path)
+    with written_aside(path) as partial:
+        save_file({name: weight.detach().contiguous() for name, weight in _trainable(model).items()}, partial)
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:

