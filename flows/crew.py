@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from prefect import get_client, get_run_logger, task
+from prefect import Task, get_client, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.futures import PrefectFuture
@@ -41,7 +41,12 @@ _RAY_ENVIRONMENT = {
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least; names and paths take none of it
 
 
-@task(cache_policy=NO_CACHE)  # DVC alone knows what is stale
+def _may_help(_task: object, _run: object, state: State) -> bool:
+    """Whether to try again: after a failed download, not after a failed training, which would fail again."""
+    return isinstance(state.result(raise_on_failure=False), TemporaryError)
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_may_help)
 def run_stage(stage: Stage, site: Site) -> State:
     """Does the work of `stage`, in whatever process the task runner put this."""
     try:
@@ -54,7 +59,7 @@ def run_stage(stage: Stage, site: Site) -> State:
     return Completed(message=f"{stage.name}: done")
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE)  # DVC alone knows what is stale
 def stand(stage: Stage, standing: str) -> State:
     """The task run of a stage that needs no work."""
     return Completed(name=standing, message=f"{stage.name}: {_STANDING[standing]}")
@@ -72,7 +77,7 @@ class Crew:
         site: where.
     """
 
-    def __init__(self, runner: TaskRunner, workers: int, site: Site) -> None:
+    def __init__(self, runner: TaskRunner[Any], workers: int, site: Site) -> None:
         self.workers, self.site = workers, site
         self._runner = runner
         self._stages: dict[PrefectFuture[Any], Stage] = {}
@@ -81,15 +86,14 @@ class Crew:
 
     def show(self, stage: Stage, standing: str) -> None:
         """Tells Prefect that `stage` stands made: `Cached` or `Restored`."""
-        work = stand.with_options(**_names(stage))
-        self._stand[stage.name] = work(stage, standing, return_state=True, wait_for=self._needed(stage))
+        shown = _named(stand, stage)(stage, standing, return_state=True, wait_for=self._needed(stage))
+        self._stand[stage.name] = shown
 
     def start(self, stage: Stage, reasons: list[str]) -> None:
         """Hands `stage`, which is due for `reasons`, to the task runner."""
         get_run_logger().info("%s: %s", stage.name, "; ".join(reasons[:3]))
-        work = run_stage.with_options(**_names(stage), retries=2, retry_delay_seconds=10, retry_condition_fn=_may_help)
         parameters = {"stage": stage, "site": self.site}
-        future = self._runner.submit(work, parameters, wait_for=self._needed(stage))
+        future = self._runner.submit(_named(run_stage, stage), parameters, wait_for=self._needed(stage))
         self._stages[future] = stage
         future.add_done_callback(self._ended.put)
 
@@ -160,7 +164,7 @@ def environment_of_stages(share_machine: bool, workers: int = 1) -> dict[str, st
 
 
 @contextmanager
-def _started(runner: str, workers: int) -> Iterator[TaskRunner]:
+def _started(runner: str, workers: int) -> Iterator[TaskRunner[Any]]:
     with ExitStack() as stack:
         try:
             started = stack.enter_context(_RUNNERS[_kind(runner)](runner, workers))
@@ -178,23 +182,23 @@ def _kind(runner: str) -> str:
     return kind
 
 
-def _local(_runner: str, workers: int) -> TaskRunner:
+def _local(_runner: str, workers: int) -> TaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=workers)
 
 
-def _ray(runner: str, workers: int) -> TaskRunner:
-    os.environ |= _RAY_ENVIRONMENT
+def _ray(runner: str, workers: int) -> TaskRunner[Any]:
+    if "://" not in runner:
+        os.environ |= _RAY_ENVIRONMENT  # read when Ray is imported
     _hide_broken_amdsmi()
-    from prefect_ray import RayTaskRunner
-
+    runners = import_module("prefect_ray.task_runners")  # by name, for type checkers that do not have the extra
     told = {
         "PYTHONPATH": f"{PROJECT}:${{PYTHONPATH}}",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a stage sees the GPUs of its machine, as without Ray
     }
     settings: dict[str, Any] = {"runtime_env": {"env_vars": told}, "log_to_driver": False}
     if "://" in runner:
-        return RayTaskRunner(runner, settings)
-    return RayTaskRunner(
+        return runners.RayTaskRunner(runner, settings)
+    return runners.RayTaskRunner(
         "local",  # not a cluster that happens to run on this machine
         settings
         | {
@@ -205,25 +209,24 @@ def _ray(runner: str, workers: int) -> TaskRunner:
     )
 
 
-def _dask(runner: str, workers: int) -> TaskRunner:
+def _dask(runner: str, workers: int) -> TaskRunner[Any]:
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
-    from prefect_dask import DaskTaskRunner
-
+    runners = import_module("prefect_dask.task_runners")
     if "://" in runner:
-        return DaskTaskRunner(address=runner)
+        return runners.DaskTaskRunner(address=runner)
     # No limit of memory: the work is done by processes that Dask does not see.
     quiet = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": 0}
-    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1} | quiet)
+    return runners.DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1} | quiet)
 
 
 def _hide_broken_amdsmi() -> None:
-    """Ray (2.60) expects an ImportError where there is no ROCm; the `amdsmi` that zeus brings raises a KeyError."""
+    """Ray (2.60) puts up with an ImportError where there is no ROCm; the `amdsmi` that zeus brings raises others."""
     try:
         with redirect_stdout(None):
             import_module("amdsmi")
     except ImportError:
         return
-    except KeyError:
+    except Exception:
         sys.path.insert(0, _HIDING)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HIDING, os.environ.get("PYTHONPATH")]))
 
@@ -239,13 +242,10 @@ def _within_reach(runner: str) -> Any:
     return temporary_settings({PREFECT_API_URL: str(get_client(sync_client=True).api_url)})
 
 
-def _names(stage: Stage) -> dict[str, str]:
-    return {"name": stage.name.partition("@")[0], "task_run_name": stage.title.replace("{", "(").replace("}", ")")}
-
-
-def _may_help(_task: object, _run: object, state: State) -> bool:
-    """Whether to try again: after a failed download, not after a failed training, which would fail again."""
-    return isinstance(state.result(raise_on_failure=False), TemporaryError)
+def _named(work: Task[..., State], stage: Stage) -> Task[..., State]:
+    """As a person meets it in the Prefect UI; braces would ask for parameters."""
+    title = stage.title.replace("{", "(").replace("}", ")")
+    return work.with_options(name=stage.name.partition("@")[0], task_run_name=title)
 
 
 def _reason(state: State, stage: Stage) -> str:
