@@ -14,6 +14,7 @@ from rich.table import Table
 from flows.plan import PlannedStage
 from lilliput.config import load_params
 from lilliput.graph import topological_order
+from lilliput.memory import Estimate, this_machine
 from lilliput.redaction import redacted
 from lilliput.report.page import figure
 from tasks import layout
@@ -21,7 +22,7 @@ from tasks import layout
 if TYPE_CHECKING:  # brings MLflow
     from tasks.publish import Publication
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def candidate_rows(folder: Path) -> list[dict[str, str]]:
@@ -175,6 +176,7 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
                 "would": f"run: {item.reason}" if item.reason else "be cached",
                 "time": f"{cost.seconds:.0f} s" if cost and item.reason else "",
                 "memory": f"{cost.peak_rss_bytes / MIB:.0f} MiB" if cost and item.reason else "",
+                "estimate": _memory(item.memory) if item.memory and item.reason else "",
                 "as measured on": cost.of if cost and item.reason else ("no record" if item.reason else ""),
             }
         )
@@ -186,6 +188,15 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
     rest = f", plus {unknown} stages never measured" if unknown else ""
     print(f"{len(known) + unknown} stages would run: about {total / 60:.1f} min and {peak:.0f} MiB at the peak{rest}.")
     print("Predictions are the record of earlier runs, on whatever machine made it; no more than that.")
+    machine = this_machine()
+    gpu = f"a GPU with {machine.gpu_bytes / GIB:.1f}" if machine.gpu_bytes else "no GPU"
+    print("Estimates follow from the models' shapes (docs/memory.md).", end=" ")
+    print(f"This machine: {machine.host_bytes / GIB:.1f} GiB, {gpu}.")
+
+
+def _memory(expected: Estimate) -> str:
+    on_gpu = f" + {expected.gpu_bytes / MIB:.0f} GPU" if expected.gpu_bytes else ""
+    return f"~{expected.process_bytes / MIB:.0f} MiB{on_gpu}"
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, str]:
