@@ -14,7 +14,7 @@ from rich.table import Table
 from flows.plan import PlannedStage
 from lilliput.config import load_params
 from lilliput.graph import topological_order
-from lilliput.memory import Estimate, this_machine
+from lilliput.memory import this_machine
 from lilliput.redaction import redacted
 from lilliput.report.page import figure
 from tasks import layout
@@ -175,8 +175,7 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
                 "stage": item.stage.name,
                 "would": f"run: {item.reason}" if item.reason else "be cached",
                 "time": f"{cost.seconds:.0f} s" if cost and item.reason else "",
-                "memory": f"{cost.peak_rss_bytes / MIB:.0f} MiB" if cost and item.reason else "",
-                "estimate": _memory(item.memory) if item.memory and item.reason else "",
+                "MiB (estimate)": _memory(item) if item.reason else "",
                 "as measured on": cost.of if cost and item.reason else ("no record" if item.reason else ""),
             }
         )
@@ -194,9 +193,12 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
     print(f"This machine: {machine.host_bytes / GIB:.1f} GiB, {gpu}.")
 
 
-def _memory(expected: Estimate) -> str:
-    on_gpu = f" + {expected.gpu_bytes / MIB:.0f} GPU" if expected.gpu_bytes else ""
-    return f"~{expected.process_bytes / MIB:.0f} MiB{on_gpu}"
+def _memory(item: PlannedStage) -> str:
+    measured = f"{item.prediction.peak_rss_bytes / MIB:.0f}" if item.prediction else "?"
+    if not item.memory:
+        return measured
+    on_gpu = f" + {item.memory.gpu_bytes / MIB:.0f} GPU" if item.memory.gpu_bytes else ""
+    return f"{measured} (~{item.memory.process_bytes / MIB:.0f}{on_gpu})"
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, str]:

@@ -59,6 +59,23 @@ def test_two_processes_learn_what_one_does_and_one_of_them_writes(made):
     assert sorted(path.name for path in (two / "models").iterdir() if not path.name.startswith(".")) == ["base", "lora"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_sharded_among_gpus_learns_what_one_process_does(made):
+    sharding = {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+    }
+    sharding |= {"fsdp_cpu_ram_efficient_loading": False, "fsdp_state_dict_type": "FULL_STATE_DICT"}
+    sharded = ON_CPU | {"distributed_type": "FSDP", "use_cpu": False, "fsdp_config": sharding}
+    (one, done), (two, both) = made("one"), made("two", sharded)
+    assert (done.returncode, both.returncode) == (0, 0), done.stderr + both.stderr
+    alone, shared = (load_file(folder / "models/lora/model.safetensors") for folder in (one, two))
+    for name, weight in alone.items():
+        assert torch.allclose(shared[name].float(), weight.float(), rtol=0.02, atol=1e-3), name
+
+
 def test_what_went_wrong_in_the_processes_is_told(made):
     _, done = made("wrong", ON_CPU, validation_share=0.01)
     assert done.returncode == 2
