@@ -27,6 +27,7 @@ from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
 from lilliput.redaction import redacted
+from tasks.fit import IGNORE, require_memory, too_large
 
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
@@ -60,7 +61,7 @@ def democratize(
 
 def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str]:
     lineage = Lineage(folder)
-    _require_gpu_if_due(lineage, folder, only)
+    _require_machine(lineage, folder, only)
     states, failed = run_stages(lineage.stages(only), lineage, crew)
     _publish(folder)
     if failed:
@@ -78,12 +79,15 @@ def _require_runnable(folder: Path, only: list[str] | None) -> None:
     require_benchmarks(params.evaluation.benchmarks, folder)
 
 
-def _require_gpu_if_due(lineage: Lineage, folder: Path, only: list[str]) -> None:
+def _require_machine(lineage: Lineage, folder: Path, only: list[str]) -> None:
     """Refuses, before the first stage, candidates that are to be made and cannot be on this machine."""
     params = load_params(folder / "params.yaml")
-    if needing_gpu(params):
-        due = {planned.stage.name for planned in plan(lineage, params, folder, only) if planned.reason}
-        require_gpu(params, [name for name in params.candidates if f"compress@{name}" in due])
+    if not needing_gpu(params) and not too_large(params, params.candidates, folder):
+        return
+    due = {planned.stage.name for planned in plan(lineage, params, folder, only) if planned.reason}
+    candidates = [name for name in params.candidates if f"compress@{name}" in due]
+    require_gpu(params, candidates)
+    require_memory(params, candidates, folder)
 
 
 def _publish(folder: Path) -> None:
@@ -110,6 +114,9 @@ def main(
     share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
     runner: Annotated[str, typer.Option(envvar="LILLIPUT_RUNNER", help=RUNNER_HELP)] = "local",
     workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
+    ignore_memory: Annotated[
+        bool, typer.Option(help="try what is estimated not to fit into memory (docs/memory.md)")
+    ] = False,
 ) -> None:
     """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
     try:
@@ -124,6 +131,8 @@ def main(
     except (LilliputError, DvcException) as error:
         fail(str(error), 2)
     os.chdir(PROJECT)
+    if ignore_memory:
+        os.environ[IGNORE] = "1"  # for the stages' processes too
     stopped = "stopped; nothing is half-written, and the same command goes on from here"
     state = run_flow(democratize, str(params), only, share_machine, runner, workers, stopped=stopped)
     if not state.is_completed():

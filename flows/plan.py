@@ -9,7 +9,9 @@ from pathlib import Path
 
 from flows.lineage import Lineage, Stage
 from lilliput.config import Params
+from lilliput.memory import Estimate
 from tasks import layout
+from tasks.fit import estimates
 
 
 @dataclass(frozen=True)
@@ -23,24 +25,31 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage, why it would run (None: cached), and what it is expected to cost (None: never measured)."""
+    """A stage, why it would run (None: cached), and what it is expected to cost.
+
+    Attributes:
+        prediction: by the record of earlier runs; None if there is none.
+        memory: by the model's shape, for the making of candidates whose shape is known.
+    """
 
     stage: Stage
     reason: str | None
     prediction: Prediction | None
+    memory: Estimate | None = None
 
 
 def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> list[PlannedStage]:
     """Every stage in order; one whose input will be made anew is expected to run too."""
     planned: list[PlannedStage] = []
     stale: set[str] = set()
+    memory = {f"compress@{name}": found for name, found in estimates(params, params.candidates, folder).items()}
     for stage in lineage.stages(only):
         changes = lineage.changes(stage.name)
         awaited = sorted(lineage.upstream(stage.name) & stale)
         reason = (changes or [f"follows {awaited[0]}"])[0] if changes or awaited else None
         if reason:
             stale.add(stage.name)
-        planned.append(PlannedStage(stage, reason, _predict(stage, params, folder)))
+        planned.append(PlannedStage(stage, reason, _predict(stage, params, folder), memory.get(stage.name)))
     return planned
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from flows.plan import PlannedStage
 from lilliput.config import load_params
 from lilliput.graph import topological_order
+from lilliput.memory import this_machine
 from lilliput.redaction import redacted
 from lilliput.report.page import figure
 from tasks import layout
@@ -22,7 +23,7 @@ from tasks import layout
 if TYPE_CHECKING:  # brings MLflow
     from tasks.publish import Publication
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 _MLFLOW = "http://127.0.0.1:5000"
 
 
@@ -180,7 +181,7 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
                 "stage": item.stage.name,
                 "would": f"run: {item.reason}" if item.reason else "be cached",
                 "time": f"{cost.seconds:.0f} s" if cost and item.reason else "",
-                "memory": f"{cost.peak_rss_bytes / MIB:.0f} MiB" if cost and item.reason else "",
+                "MiB (estimate)": _memory(item) if item.reason else "",
                 "as measured on": cost.of if cost and item.reason else ("no record" if item.reason else ""),
             }
         )
@@ -192,6 +193,18 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
     rest = f", plus {unknown} stages never measured" if unknown else ""
     print(f"{len(known) + unknown} stages would run: about {total / 60:.1f} min and {peak:.0f} MiB at the peak{rest}.")
     print("Predictions are the record of earlier runs, on whatever machine made it; no more than that.")
+    machine = this_machine()
+    gpu = f"a GPU with {machine.gpu_bytes / GIB:.1f}" if machine.gpu_bytes else "no GPU"
+    print("Estimates follow from the models' shapes (docs/memory.md).", end=" ")
+    print(f"This machine: {machine.host_bytes / GIB:.1f} GiB, {gpu}.")
+
+
+def _memory(item: PlannedStage) -> str:
+    measured = f"{item.prediction.peak_rss_bytes / MIB:.0f}" if item.prediction else "?"
+    if not item.memory:
+        return measured
+    on_gpu = f" + {item.memory.gpu_bytes / MIB:.0f} GPU" if item.memory.gpu_bytes else ""
+    return f"{measured} (~{item.memory.process_bytes / MIB:.0f}{on_gpu})"
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lilliput.artifacts import ADAPTER
 from lilliput.errors import ArtifactError, LilliputError, SourceError
+from lilliput.memory import FLOAT, free_bytes
 from lilliput.redaction import environment_without_secrets
 from lilliput.untrusted import require_harmless
 
@@ -36,12 +38,16 @@ Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator if there is one, else the CPU; also where FSDP is to share out a model too large for one of them.
+
+    Of several processes each has its own, which accelerate sets.
+    """
+    whole = os.environ.get("ACCELERATE_USE_FSDP", "false") != "true"
+    return torch.device("cuda" if whole and torch.cuda.is_available() else "cpu")
 
 
 def open_model(directory: Path) -> Opened:
-    """The model in `directory`, in float32 and evaluation mode, and its tokenizer.
+    """The model in `directory`, in float32 and evaluation mode, and its tokenizer; on the GPU if it fits there.
 
     A GPTQ checkpoint is dequantised: each weight becomes `scale · (code − zero)`, the very number its kernels use. A
     LoRA adapter kept apart is applied.
@@ -57,7 +63,13 @@ def open_model(directory: Path) -> Opened:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(directory / ADAPTER)).merge_and_unload()
-    return model.eval().to(device()), tokenizer  # pyright: ignore[reportReturnType, reportArgumentType]
+    return model.eval().to(_place_for(model)), tokenizer  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def _place_for(model: torch.nn.Module) -> torch.device:
+    """`device`, but the CPU for weights that would leave no tenth of a GPU's free memory to compute in."""
+    where, needed = device(), FLOAT * parameter_count(model)
+    return where if where.type == "cpu" or needed <= 0.9 * free_bytes(where) else torch.device("cpu")
 
 
 @contextmanager

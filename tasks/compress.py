@@ -33,6 +33,8 @@ from lilliput.graph import check_shape, require_gpu
 from lilliput.models import open_model, parameter_count, probe_logits, prove_reload, read_config, save_model
 from tasks import layout
 from tasks.cost import measured
+from tasks.fit import require_memory
+from tasks.parallel import is_main, launch, launcher
 
 RELOAD_TOLERANCE = 1e-3  # largest difference of any logit; the same numbers are summed in the same order
 
@@ -40,8 +42,20 @@ RELOAD_TOLERANCE = 1e-3  # largest difference of any logit; the same numbers are
 def compress(params: Params, candidate: str) -> None:
     """Writes models/<candidate>, proven to reopen in a fresh process, and costs/<candidate>.json."""
     require_gpu(params, [candidate])
+    require_memory(params, [candidate])
+    if command := launcher(params, candidate):
+        launch(command, candidate)
+    else:
+        make(params, candidate)
+
+
+def make(params: Params, candidate: str) -> None:
+    """`compress` in this process; of several that train together the main one alone writes."""
     spec = params.candidates[candidate]
     parent = verify(layout.model(spec.parent))
+    if not is_main():
+        _apply(params, candidate, _checkpoints(params, candidate, parent))
+        return
     require_room(layout.model(candidate).parent, parent.size_bytes)
     with measured(layout.cost(candidate)) as cost:
         checkpoints = _checkpoints(params, candidate, parent)
@@ -67,7 +81,7 @@ def _checkpoints(params: Params, candidate: str, parent: Manifest) -> Path:
     )
     folder = layout.checkpoints(candidate)
     for other in folder.glob("*"):
-        if other.name != key:
+        if other.name != key and is_main():
             remove(other)
     return folder / key
 

@@ -30,8 +30,11 @@ from lilliput.compress.training import (
     answer_vocabulary,
     collate,
     encode_examples,
+    main_process_first,
     outcome,
+    own_device,
     set_aside,
+    sharded,
     train,
 )
 from lilliput.config import DistillConfig
@@ -69,16 +72,25 @@ def distill(
     torch.manual_seed(config.seed)
     learnt, validated = (encode_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
     facts = {}
+    if config.on_policy_share and sharded():
+        raise StrategyError("on_policy_share: a student sharded by FSDP cannot answer by itself; set it to 0")
     if config.teacher_logits == "stored":
         sha256, examples = read_manifest(teacher).artifact_sha256, encode_examples(tokenizer, system_prompt, questions)
-        stored = stored_logits(
-            cache, sha256, lambda: open_model(teacher)[0], examples, pad_id(tokenizer), config.temperature, config.top_k
-        )
+        with main_process_first():
+            stored = stored_logits(
+                cache,
+                sha256,
+                lambda: open_model(teacher)[0],
+                examples,
+                pad_id(tokenizer),
+                config.temperature,
+                config.top_k,
+            )
         loss = stored_distillation_loss(stored, config)
     else:
         origins = layer_origins(student, teacher) if config.hidden_weight else []
         facts = {"matched_teacher_layers": origins} if origins else {}
-        loss = distillation_loss(open_model(teacher)[0], tokenizer, config, origins)
+        loss = distillation_loss(open_model(teacher)[0].to(own_device()), tokenizer, config, origins)
     history = train(model.train(), learnt, pad_id(tokenizer), config, loss, validated, checkpoints)
     return Result(model.eval(), tokenizer, outcome(history, config) | facts, dict(history))
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lilliput.compress.mixed import choose_bits, overrides, within_budget
-from lilliput.compress.packing import linears, load_to_quantise, open_parent, packed_result, two_workers
+from lilliput.compress.packing import linears, load_to_quantise, open_parent, streamed_result, two_workers
 from lilliput.compress.result import Result
 from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
@@ -59,7 +59,7 @@ def gptq(
     gc.collect()
     quantised, log = _quantise(parent_dir, texts, bits, config)
     history["layer_error"] = _layer_errors(log)
-    result = packed_result(quantised, parent, config, facts, history)
+    result = streamed_result(quantised, parent, config, facts, history)
     if config.mixed is not None and result.save is not None:
         return replace(result, save=within_budget(result.save, config.mixed.budget_mib))
     return result
@@ -81,7 +81,7 @@ def _quantise(
             desc_act=config.act_order,
             mse=config.scale_search,  # pyright: ignore[reportCallIssue]
             damp_percent=config.damp_percent,  # pyright: ignore[reportCallIssue] - its metaclass picks the class
-            offload_to_disk=False,
+            offload_to_disk=True,  # a layer is read from the checkpoint when its turn comes, and packed onto the disk
             # The block packer spawns threads that fight the quantisation workers for few cores: 36 CPU-s against 1.5.
             pack_impl="original",
         )

@@ -6,8 +6,12 @@ import contextlib
 import copy
 import json
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,7 +165,36 @@ def packed_result(
 ) -> Result:
     """The result of a strategy that left `quantised`, a GPTQModel with packed layers."""
     usable = _usable(quantised)
-    told = {
+    told = _told(usable, quantised, parent, config) | dict(facts)
+    save = partial(_save, quantised, dtype=parent.dtype)
+    return Result(usable, parent.tokenizer, told, dict(history), save)
+
+
+def streamed_result(
+    quantised: Any,
+    parent: Parent,
+    config: QuantisationConfig,
+    facts: Mapping[str, Any],
+    history: Mapping[str, list[tuple[int, float]]],
+) -> Result:
+    """`packed_result` of a GPTQModel whose layers lie on the disk: it is written, and what was written is opened.
+
+    So no more than one whole model is ever in memory, and perplexity is that of the files. They wait in a temporary
+    folder (TMPDIR), which goes when the result does.
+    """
+    written = Path(tempfile.mkdtemp(prefix="lilliput-"))
+
+    def save(target: Path) -> None:
+        shutil.copytree(written, target, dirs_exist_ok=True)
+
+    weakref.finalize(save, shutil.rmtree, written)
+    _save(quantised, written, parent.dtype)
+    usable = open_model(written)[0]
+    return Result(usable, parent.tokenizer, _told(usable, quantised, parent, config) | dict(facts), dict(history), save)
+
+
+def _told(usable: PreTrainedModel, quantised: Any, parent: Parent, config: QuantisationConfig) -> dict[str, Any]:
+    return {
         "bits": config.bits,
         "group_size": config.group_size,
         "perplexity_before": parent.perplexity,
@@ -170,13 +203,6 @@ def packed_result(
         "float_modules": _left_in_float(quantised.model),
         "parameters": parent.parameters,
     }
-    return Result(
-        usable,
-        parent.tokenizer,
-        told | dict(facts),
-        dict(history),
-        save=lambda target: _save(quantised, target, parent.dtype),
-    )
 
 
 def _usable(quantised: Any) -> PreTrainedModel:
@@ -204,7 +230,15 @@ def _save(quantised: Any, target: Path, dtype: torch.dtype) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = _without_scratch(config["quantization_config"])
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    grid = json.loads((target / "quantize_config.json").read_text())
+    (target / "quantize_config.json").write_text(json.dumps(_without_scratch(grid), indent=2))
+
+
+def _without_scratch(grid: dict[str, Any]) -> dict[str, Any]:
+    """`grid` without the name of a folder that is gone and was called otherwise the last time."""
+    return grid | {"meta": grid["meta"] | {"offload_to_disk": False, "offload_to_disk_path": None}}
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,16 +1,24 @@
-"""Gradient descent on questions and their answers, shared by LoRA and distillation; the loop is transformers' own."""
+"""Gradient descent on questions and their answers, shared by LoRA and distillation; the loop is transformers' own.
+
+It runs on accelerate, in one process or in several (`accelerate launch`): data parallel, or sharded by FSDP 2, as its
+environment says. A batch is shared out among the processes, so that what is learnt does not depend on their number but
+for rounding. Every process has the trained weights afterwards.
+"""
 
 from __future__ import annotations
 
+import copy
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
@@ -40,9 +48,7 @@ from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import ABSTENTION, Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import IGNORED
-from lilliput.models import vocabulary_logits
-
-_BEST = "best.safetensors"
+from lilliput.models import device, vocabulary_logits
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -111,7 +117,9 @@ def answer_states(
     """Hidden states where the next token belongs to an answer, and that token.
 
     What all rows begin with (system line, chat template) is run once and its keys and values are repeated for the rows,
-    which gradients flow through: with short questions that is most of the tokens.
+    which gradients flow through: with short questions that is most of the tokens. Not under FSDP, which fetches a
+    layer's weights for the backward pass when a gradient reaches what the layer returned, and here it comes by the
+    cache: each row is then run whole.
 
     Args:
         model: a causal LM, possibly wrapped by peft.
@@ -124,7 +132,7 @@ def answer_states(
     causal_lm = _causal_lm(model)
     ids, targets = batch["input_ids"], batch["labels"][:, 1:]
     wanted = targets != IGNORED
-    shared = _shared_beginning(ids, wanted)
+    shared = 0 if sharded() else _shared_beginning(ids, wanted)
     cache = DynamicCache(config=causal_lm.config)
     if shared:
         causal_lm.model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
@@ -157,11 +165,23 @@ def label_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits, targets)
 
 
+class _WithLoss(torch.nn.Module):
+    """A model whose forward is its loss: what is shared out among processes counts gradients by calls of `forward`."""
+
+    def __init__(self, model: torch.nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+        self.config = model.config
+        self._no_split_modules = getattr(_causal_lm(model), "_no_split_modules", None)  # what FSDP shards by
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.model, batch)
+
+
 class _AnswerTrainer(Trainer):
     """transformers' Trainer with our loss, our validation and checkpoints that are not pickled."""
 
     model: Any
-    loss: Loss
     bfloat16: bool
 
     def compute_loss(
@@ -169,13 +189,14 @@ class _AnswerTrainer(Trainer):
     ) -> Any:
         """The mean over the answer tokens of a whole step, of which `inputs` may be a part.
 
-        With gradient accumulation the Trainer adds the parts up, and says how many tokens there are in all.
+        With gradient accumulation the Trainer adds the parts up, and says how many tokens there are in all. Processes
+        take the mean of their gradients where the sum is wanted, hence their number.
         """
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bfloat16):
-            loss = self.loss(model, inputs)
+            loss = model(**inputs)
         if num_items_in_batch is None:
             return loss
-        return loss * (_answer_tokens(inputs) / num_items_in_batch)
+        return loss * (_answer_tokens(inputs) / num_items_in_batch) * processes()
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -186,25 +207,25 @@ class _AnswerTrainer(Trainer):
         total, tokens = 0.0, 0
         for batch in map(self._prepare_inputs, batches):
             count = int(_answer_tokens(batch))
-            total, tokens = total + count * self.loss(self.model, batch).item(), tokens + count
+            total, tokens = total + count * self.model(**batch).item(), tokens + count
         metrics = {"eval_loss": total / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.control.should_training_stop:
-            return  # the result comes next, and a training that has stopped must not go on
+        if self.control.should_training_stop or not self.state.is_world_process_zero:
+            return  # after a stop the result comes next, and a training that has stopped must not go on
         folder = Path(str(self.args.output_dir))
         earlier = list(folder.glob("checkpoint-*"))
         with writing(folder / f"checkpoint-{self.state.global_step}") as target:
-            save_state(self.model, self.optimizer, self.lr_scheduler, target)
+            save_state(self.model.model, self.optimizer, self.lr_scheduler, target)
             self.state.save_to_json(str(target / TRAINER_STATE_NAME))
         for old in earlier:
             remove(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_checkpoint_weights(self.model, Path(resume_from_checkpoint))
+        load_checkpoint_weights(self.model.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint:
@@ -230,7 +251,7 @@ class _KeepBest(TrainerCallback):
         losses = [value for _, value in _curve(state, "eval_loss")]
         since_best = len(losses) - 1 - losses.index(min(losses))
         if since_best == 0:
-            save_weights(kwargs["model"], self.path)
+            save_weights(kwargs["model"].model, self.path)
         control.should_training_stop |= since_best >= self.patience
 
 
@@ -286,33 +307,85 @@ def train(
 
     Raises:
         FloatingPointError: the loss is no longer a number.
+        StrategyError: the processes cannot share the batches, or FSDP is asked for what it cannot do here.
     """
+    _require_shareable(config)
+    learner = copy.deepcopy(model) if sharded() else model  # sharding changes a model's parameters for good
     with _folder(checkpoints) as folder:
+        best = folder / f"best-{os.environ.get('RANK', '0')}.safetensors"  # each process its own: they are the same
         trainer = _AnswerTrainer(
-            model=model,
+            model=_WithLoss(learner, loss),
             args=_arguments(folder, config, validate=bool(validation)),
             train_dataset=_Examples(examples),
             eval_dataset=_Examples(validation) if validation else None,
             data_collator=lambda rows: collate(rows, pad_id),
-            callbacks=[_KeepBest(folder / _BEST, config.patience)] if validation else [],
+            callbacks=[_KeepBest(best, config.patience)] if validation else [],
         )
-        trainer.loss, trainer.bfloat16 = loss, computes_in_bfloat16(config)
+        trainer.bfloat16 = computes_in_bfloat16(config)
         last = last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         if validation:
-            load_weights(model, folder / _BEST)
+            load_weights(model, best)
+    if sharded():
+        _gather(learner, model)
     curve = _curve(trainer.state, "loss")
     if any(value != value for _, value in curve):
         raise FloatingPointError("the training loss is no longer a number; lower learning_rate")
     return {"loss": curve} | ({"validation_loss": _curve(trainer.state, "eval_loss")} if validation else {})
 
 
+def processes() -> int:
+    """How many processes train together; 1 unless accelerate started this one beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sharded() -> bool:
+    """Whether each process holds a part of the model alone (FSDP), as accelerate's environment says."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def own_device() -> torch.device:
+    """Where this process computes; a model that FSDP is to share out is opened elsewhere."""
+    return PartialState().device if processes() > 1 else device()
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The main process is through the block before others enter it, and find there what it left on the disk."""
+    if processes() == 1:
+        yield
+        return
+    with PartialState().main_process_first():
+        yield
+
+
+def _require_shareable(config: TrainingConfig) -> None:
+    if config.batch_size % processes():
+        raise StrategyError(
+            f"batch_size: {config.batch_size} examples cannot be shared out evenly among {processes()} processes; "
+            "change one of them"
+        )
+    if sharded() and config.validation_share:
+        raise StrategyError("validation_share: weights sharded by FSDP are not kept by validation; set it to 0")
+
+
+@torch.no_grad()
+def _gather(learner: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Gives `model` the trained weights of `learner`, which the processes hold in parts; all processes call this."""
+    whole = dict(model.named_parameters())
+    for name, part in learner.named_parameters():
+        if part.requires_grad:
+            whole[name].copy_(cast("Any", part).full_tensor())
+
+
 def outcome(history: History, config: TrainingConfig) -> dict[str, Any]:
     """What a manifest tells of a training: precision, last loss and, with validation, the step that was kept."""
-    facts = {
+    facts: dict[str, Any] = {
         "precision": "bfloat16" if computes_in_bfloat16(config) else "float32",
         "final_loss": history["loss"][-1][1],
     }
+    if processes() > 1:  # sums over shared batches are rounded otherwise, so bytes differ from those of one process
+        facts["processes"] = processes()
     if "validation_loss" in history:
         facts["best_step"], facts["validation_loss"] = min(history["validation_loss"], key=lambda point: point[1])
     return facts
@@ -344,11 +417,12 @@ def _arguments(folder: Path, config: TrainingConfig, validate: bool) -> Training
         logging_nan_inf_filter=False,
         eval_strategy="steps" if validate else "no",
         eval_steps=config.evaluate_every,
-        save_strategy="steps" if config.checkpoint_every else "no",
+        save_strategy="steps" if config.checkpoint_every and not sharded() else "no",
         save_steps=config.checkpoint_every or 1,
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        accelerator_config={"split_batches": True},  # `batch_size` is that of all processes together
     )
 
 

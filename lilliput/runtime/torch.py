@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.data.chat import pad_id, shared_beginning
 from lilliput.errors import ArtifactError
+from lilliput.memory import Shape, free_bytes, scoring_bytes
 from lilliput.models import vocabulary_logits
 from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.protocol import Ids
@@ -42,10 +43,13 @@ class _Prefilled:
 class TorchRuntime:
     """A model behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once.
 
+    A batch that is estimated not to fit into free memory, or turns out not to, is halved: what comes out is the same
+    but for rounding.
+
     Args:
         model: a causal language model; put into evaluation mode.
         tokenizer: its tokenizer.
-        batch_size: prompts at once.
+        batch_size: prompts at once, at most.
         prefix: what prompts begin with, as a rule: run once, and its keys and values kept for every `stream`.
     """
 
@@ -57,6 +61,7 @@ class TorchRuntime:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.device = next(model.parameters()).device
         model.set_experts_implementation(ONE_BY_ONE)  # concerns mixtures of experts alone
+        self._shape = Shape.of(model.config.to_dict())
         self._prefix, self._kept = list(prefix), self._run(prefix)
 
     def stats(self) -> dict[str, str]:
@@ -73,21 +78,27 @@ class TorchRuntime:
         """
         scores: list[list[float]] = [[] for _ in prompts]
         widths = [max(len(ids) for ids in row) for row in continuations]
-        for rows, prefilled in self._prefill(prompts, widths, "score"):
+
+        def ask(rows: list[int], prefilled: _Prefilled) -> None:
             counts = torch.tensor([len(continuations[row]) for row in rows], device=self.device)
             flat = [ids for row in rows for ids in continuations[row]]
             values = iter(self._continue(prefilled, counts, flat).tolist())
             for row in rows:
                 scores[row] = [next(values) for _ in continuations[row]]
+
+        self._prefill(prompts, widths, max(map(len, continuations), default=1), "score", ask)
         return scores
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Greedy answers of at most `max_tokens` tokens, without the end token."""
         texts = [""] * len(prompts)
-        for rows, prefilled in self._prefill(prompts, [1] * len(prompts), "answer"):
+
+        def ask(rows: list[int], prefilled: _Prefilled) -> None:
             for row, tokens in zip(rows, self._decode(prefilled, max_tokens), strict=True):
                 texts[row] = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+        self._prefill(prompts, [max_tokens] * len(prompts), 1, "answer", ask)
         return texts
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
@@ -135,18 +146,42 @@ class TorchRuntime:
         return cache
 
     def _prefill(
-        self, prompts: Sequence[Ids], widths: Sequence[int], label: str
-    ) -> Iterator[tuple[list[int], _Prefilled]]:
-        """Batches of prompts, each with its cache: the shared prefix is run once and then repeated.
+        self,
+        prompts: Sequence[Ids],
+        widths: Sequence[int],
+        options: int,
+        label: str,
+        ask: Callable[[list[int], _Prefilled], None],
+    ) -> None:
+        """Calls `ask` with batches of prompts, each with its cache: the shared prefix is run once and then repeated.
 
         Widest first: prompts whose longest continuation (`widths`) is alike go together, so that little is padding.
         """
         shared = _shared_prefix(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
         order = sorted(range(len(prompts)), key=lambda row: (-widths[row], -len(prompts[row])))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        for rows in tqdm(batches, desc=label, unit="batch", delay=1.0):
-            yield rows, self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared)
+        waiting = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        with tqdm(total=len(order), desc=label, unit="prompt", delay=1.0) as bar:
+            while waiting:
+                rows = waiting.pop(0)
+                tokens = max(len(prompts[row]) + widths[row] for row in rows)
+                if len(rows) > 1 and not self._fits(len(rows), tokens, tokens - shared, options):
+                    waiting[:0] = _halves(rows)
+                    continue
+                try:
+                    ask(rows, self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared))
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1:
+                        raise
+                    waiting[:0] = _halves(rows)
+                    torch.cuda.empty_cache()
+                else:
+                    bar.update(len(rows))
+
+    def _fits(self, rows: int, tokens: int, width: int, options: int) -> bool:
+        if self._shape is None:
+            return True  # nobody can tell; if it does not, torch says so
+        return scoring_bytes(self._shape, rows, tokens, width, options) <= free_bytes(self.device)
 
     def _prefill_batch(self, rests: list[Ids], prefix: DynamicCache, shared: int) -> _Prefilled:
         width = max(len(rest) for rest in rests)
@@ -229,6 +264,10 @@ class TorchRuntime:
                 "lower the learning rate of its training or quantise it less"
             )
         return logits.float()
+
+
+def _halves(rows: list[int]) -> list[list[int]]:
+    return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
 
 
 def _selected(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
