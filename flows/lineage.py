@@ -1,6 +1,8 @@
 """The joint with DVC: the graph of stages, which of them are stale, and the record of what was made from what.
 
 All DVC calls of a run are made by the flow's own process, one at a time: two at once fail on DVC's lock.
+Stages are asked themselves: each of `Repo`'s methods would read dvc.yaml, dvc.lock and the whole graph anew, so that
+asking about all stages would take the square of their number.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Lineage:
         try:
             self._repo = Repo(str(folder))
             self._graph = self._repo.index.graph  # an edge leads from a stage to one it needs
+            self._recorded = {node.name: node for node in self._graph}
         except DvcException as error:
             raise ConfigError(f"{folder}/dvc.yaml: {error}") from None
 
@@ -74,22 +77,30 @@ class Lineage:
 
         Empty: nothing, so what lies there is what the stage would make.
         """
-        address = self._node(name).addressing
-        found = self._repo.status(targets=[address]).get(address, [])
+        stage = self._recorded[name]
+        with self._repo.lock:
+            found = stage.status(check_updates=True).get(stage.addressing, [])
         return [text for entry in found for text in _describe(entry)]
 
     def restore(self, name: str) -> bool:
         """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it."""
         with self._repo.lock:
             try:
-                self._repo.stage_cache.restore(self._node(name))
+                # Of a fresh one, whose idea of its inputs this changes: they are not recorded yet.
+                self._repo.stage_cache.restore(self._recorded[name].reload())
             except RunCacheNotFoundError:
                 return False
         return True
 
     def commit(self, name: str) -> None:
         """Records what stage `name` just read and wrote: outputs into the cache, hashes into dvc.lock."""
-        self._repo.commit(self._node(name).addressing, force=True)
+        stage = self._recorded[name].reload()
+        with self._repo.lock:
+            stage.save()
+            stage.commit()
+            stage.dvcfile.dump_stages([stage], update_pipeline=False)
+        stage.cmd_changed = False
+        self._recorded[name] = stage
 
     def _node(self, name: str) -> Any:
         return next(node for node in self._graph if node.name == name)
