@@ -30,6 +30,7 @@ from lilliput.compress.training import (
     answer_vocabulary,
     collate,
     encode_examples,
+    lazy_examples,
     outcome,
     set_aside,
     train,
@@ -67,7 +68,7 @@ def distill(
     _require_kinship(student, teacher, config)
     model, tokenizer = open_model(student)
     torch.manual_seed(config.seed)
-    learnt, validated = (encode_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
+    learnt, validated = (lazy_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
     facts = {}
     if config.teacher_logits == "stored":
         sha256, examples = read_manifest(teacher).artifact_sha256, encode_examples(tokenizer, system_prompt, questions)
