@@ -1,6 +1,8 @@
 """The joint with DVC: the graph of stages, which of them are stale, and the record of what was made from what.
 
 All DVC calls of a run are made by the flow's own process, one at a time: two at once fail on DVC's lock.
+Stages are asked themselves: each of `Repo`'s methods would read dvc.yaml, dvc.lock and the whole graph anew, so that
+asking about all stages would take the square of their number.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class Lineage:
             self._repo = Repo(str(folder))
             self._repo.fs = _WholeFiles()
             self._graph = self._repo.index.graph  # an edge leads from a stage to one it needs
+            self._recorded = {node.name: node for node in self._graph}
         except DvcException as error:
             raise ConfigError(_remedied(error, folder)) from None
 
@@ -94,9 +97,10 @@ class Lineage:
         Raises:
             ConfigError: DVC's own records are damaged; the message says which and what to do.
         """
-        address = self._node(name).addressing
+        stage = self._recorded[name]
         try:
-            found = self._repo.status(targets=[address]).get(address, [])
+            with self._repo.lock:
+                found = stage.status(check_updates=True).get(stage.addressing, [])
         except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
             raise ConfigError(_remedied(error, Path(self._repo.root_dir))) from None
         return [text for entry in found for text in _describe(entry)]
@@ -119,19 +123,22 @@ class Lineage:
         Raises:
             StageError: there is no room for it.
         """
-        node = self._node(name)
+        stage = self._read_anew(name)
         try:
             with self._repo.lock, self._distrusted_cache():
-                node.save()
+                stage.save()
                 # DVC puts nothing over what its cache has by that name, and links what the stage wrote to it.
-                for oid in (oid for out in node.outs for oid in _oids(out.get_obj())):
+                for oid in (oid for out in stage.outs for oid in _oids(out.get_obj())):
                     with suppress(FileNotFoundError, ObjectFormatError):
                         self._repo.cache.local.check(oid)
-            self._repo.commit(node.addressing, force=True)
+                stage.commit()
+                stage.dvcfile.dump_stages([stage], update_pipeline=False)
         except (DvcException, OSError) as error:
             if not disk_is_full(error):
                 raise
             raise StageError(f"{name} is done but cannot be recorded: {told_of_full_disk(error)}") from None
+        stage.cmd_changed = False
+        self._recorded[name] = stage
 
     def _restored(self, name: str, fetch: bool = False) -> bool:
         try:

@@ -30,6 +30,7 @@ from lilliput.compress.training import (
     answer_vocabulary,
     collate,
     encode_examples,
+    lazy_examples,
     main_process_first,
     outcome,
     own_device,
@@ -70,7 +71,7 @@ def distill(
     _require_kinship(student, teacher, config)
     model, tokenizer = open_model(student)
     torch.manual_seed(config.seed)
-    learnt, validated = (encode_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
+    learnt, validated = (lazy_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
     facts = {}
     if config.on_policy_share and sharded():
         raise StrategyError("on_policy_share: a student sharded by FSDP cannot answer by itself; set it to 0")

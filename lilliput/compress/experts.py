@@ -40,6 +40,7 @@ from lilliput.compress.training import (
     collate,
     encode_examples,
     label_loss,
+    lazy_examples,
     outcome,
     set_aside,
     train,
@@ -258,7 +259,7 @@ def train_routers(
     for name, weight in mixture.named_parameters():
         weight.requires_grad_(name.endswith(".mlp.gate.weight"))
     set_active(mixture, max(2, config.active))
-    learnt, validated = (encode_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
+    learnt, validated = (lazy_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
     folder = checkpoints and checkpoints / "routers"
     history = train(mixture.train(), learnt, pad_id(tokenizer), config.router, label_loss, validated, folder)
     mixture.eval()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.artifacts import ADAPTER
 from lilliput.compress.result import Result
-from lilliput.compress.training import computes_in_bfloat16, encode_examples, label_loss, outcome, set_aside, train
+from lilliput.compress.training import computes_in_bfloat16, label_loss, lazy_examples, outcome, set_aside, train
 from lilliput.config import LoraConfig
 from lilliput.data.chat import pad_id
 from lilliput.data.questions import Question
@@ -49,7 +49,7 @@ def lora(
     four_bits = config.variant == "qlora"
     model, tokenizer = open_nf4(parent, computes_in_bfloat16(config)) if four_bits else open_model(parent)
     tuned = with_adapter(model, config)
-    learnt, validated = (encode_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
+    learnt, validated = (lazy_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
     history = train(tuned, learnt, pad_id(tokenizer), config, label_loss, validated, checkpoints)
     facts = {"trainable_parameters": tuned.get_nb_trainable_parameters()[0], **outcome(history, config)}
     if four_bits:

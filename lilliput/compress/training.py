@@ -45,6 +45,7 @@ from lilliput.compress.checkpoint import (
 )
 from lilliput.config import TrainingConfig
 from lilliput.data.chat import encode_answer, encode_prompt
+from lilliput.data.lazy import Lazy, pick
 from lilliput.data.questions import ABSTENTION, Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import IGNORED
@@ -67,12 +68,21 @@ def encode_examples(
     tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
 ) -> list[Example]:
     """Each question with its answer (an abstention where there is none) under the chat template."""
-    examples = []
-    for question in questions:
+    return list(lazy_examples(tokenizer, system_prompt, questions))
+
+
+def lazy_examples(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
+) -> Sequence[Example]:
+    """`encode_examples`, each when it is wanted: a training draws a few hundred of what may be a million."""
+
+    def encode(place: int) -> Example:
+        question = questions[place]
         prompt = encode_prompt(tokenizer, system_prompt, question.question)
         answer = encode_answer(tokenizer, question.answer or ABSTENTION)
-        examples.append(Example(prompt + answer, [IGNORED] * len(prompt) + answer))
-    return examples
+        return Example(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+    return Lazy(encode, range(len(questions)))
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -255,20 +265,24 @@ class _KeepBest(TrainerCallback):
         control.should_training_stop |= since_best >= self.patience
 
 
-def set_aside(questions: Sequence[Question], config: TrainingConfig) -> tuple[list[Question], list[Question]]:
+def set_aside(questions: Sequence[Question], config: TrainingConfig) -> tuple[Sequence[Question], Sequence[Question]]:
     """Questions to train on and to validate on; all questions of a group are on one side.
 
     Raises:
         StrategyError: there are too few groups for both sides.
     """
+    if not config.validation_share:
+        return questions, []
     groups = sorted({question.group for question in questions})
     drawn = {*random.Random(f"{config.seed}/validation").sample(groups, round(config.validation_share * len(groups)))}
-    if config.validation_share and not 0 < len(drawn) < len(groups):
+    if not 0 < len(drawn) < len(groups):
         raise StrategyError(
             f"validation_share: {config.validation_share} of {len(groups)} training groups leaves nothing to validate "
             "or to train on; give more groups or another share (0 for no validation)"
         )
-    return [q for q in questions if q.group not in drawn], [q for q in questions if q.group in drawn]
+    validated = [place for place, question in enumerate(questions) if question.group in drawn]
+    learnt = sorted({*range(len(questions))} - {*validated})
+    return pick(questions, learnt), pick(questions, validated)
 
 
 def computes_in_bfloat16(config: TrainingConfig) -> bool:

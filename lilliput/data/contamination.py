@@ -15,8 +15,14 @@ def contaminated(train: Iterable[Question], asked: Sequence[Question]) -> list[s
 
     Questions of fewer words are compared whole when the corpus is built, and entities never stand on both sides.
     """
-    known = {gram for question in train for gram in _grams(question)}
-    return [question.id for question in asked if not known.isdisjoint(_grams(question))]
+    grams = {question.id: _grams(question) for question in asked}
+    wanted = set().union(*grams.values())  # those of the few, not of the many: the training text may be a million rows
+    if not wanted:
+        return []
+    known: set[tuple[str, ...]] = set()
+    for question in train:
+        known |= wanted & _grams(question)
+    return [question.id for question in asked if not known.isdisjoint(grams[question.id])]
 
 
 def _grams(question: Question) -> set[tuple[str, ...]]:

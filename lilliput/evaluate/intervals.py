@@ -11,6 +11,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
+_DRAWN_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,12 @@ def statistic(of: Callable[[np.ndarray], np.ndarray], values: np.ndarray, seed: 
     """
     if len(values) == 0:
         return None
-    rows = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    rng, at_once = np.random.default_rng(seed), max(1, _DRAWN_AT_ONCE // len(values))
+    sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    # The same stream of draws as in one go, without an array of resamples × n.
+    found = [of(values[rng.integers(0, len(values), size=(size, len(values)))]) for size in sizes]
     tail = (1.0 - CONFIDENCE) / 2.0
-    low, high = np.quantile(of(values[rows]), [tail, 1.0 - tail])
+    low, high = np.quantile(np.concatenate(found), [tail, 1.0 - tail])
     return Estimate(float(of(values)), float(low), float(high), len(values))
 
 

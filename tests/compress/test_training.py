@@ -220,7 +220,7 @@ def test_validation_takes_whole_groups(facts):
     learnt, validated = set_aside(twice, LoraConfig(**LORA | {"validation_share": 0.2}))
     assert len(validated) == 8
     assert not {question.group for question in learnt} & {question.group for question in validated}
-    assert sorted(question.id for question in learnt + validated) == sorted(question.id for question in twice)
+    assert sorted(question.id for question in (*learnt, *validated)) == sorted(question.id for question in twice)
     assert set_aside(facts, LoraConfig(**LORA)) == (facts, [])
     with pytest.raises(StrategyError, match=r"validation_share: 0\.2 of 1 training groups"):
         set_aside(facts[:1], LoraConfig(**LORA | {"validation_share": 0.2}))

@@ -1,3 +1,5 @@
+import tracemalloc
+
 from lilliput.data.contamination import contaminated
 from lilliput.data.questions import Question
 
@@ -24,3 +26,21 @@ def test_fewer_words_are_no_overlap():
 
 def test_the_built_in_corpus_has_none(real_corpus):
     assert contaminated(real_corpus.train, real_corpus.questions) == []
+
+
+def test_a_long_training_text_is_not_held():
+    train = (question(n, f"{n} {LONG} {n}", str(n)) for n in range(20_000))
+    tracemalloc.start()
+    found = contaminated(train, [question(-1, LONG), question(-2, LONG.replace("small", "large"))])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == ["q-1"]
+    assert peak < 2**20
+
+
+def test_nothing_is_read_where_all_that_is_asked_is_short():
+    def unread():
+        raise AssertionError("the training text was read")
+        yield
+
+    assert contaminated(unread(), [question(1, "In which year?")]) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,9 @@ def test_answerable_questions_are_drawn_without_repetition_and_as_many_as_asked_
 
 def test_a_corpus_makes_a_round_trip_and_its_summary_adds_up(corpus, tmp_path):
     write_corpus(corpus, tmp_path / "data")
-    assert read_corpus(tmp_path / "data") == corpus
+    read = read_corpus(tmp_path / "data")
+    assert [*read.train] == [*corpus.train]
+    assert (read.calibration, read.questions) == (corpus.calibration, corpus.questions)
     assert sorted(stored(tmp_path / "data")) == ["calibration.jsonl", "questions.jsonl", "summary.json", "train.jsonl"]
     summary = json.loads((tmp_path / "data/summary.json").read_text())
     for name in ("train", "calibration", "questions"):
@@ -74,7 +77,7 @@ def test_the_same_configuration_gives_the_same_bytes_and_another_seed_others(tin
 def test_asking_more_moves_no_entity_and_drops_no_question(tiny, tmp_path, cache):
     few = build_corpus(tiny, tmp_path, cache)
     many = build_corpus(tiny.model_copy(update={"choice_questions": 14}), tmp_path, cache)
-    assert few.train == many.train
+    assert [*few.train] == [*many.train]
     assert {q.id for q in few.questions} < {q.id for q in many.questions}
 
 
@@ -140,3 +143,30 @@ def test_a_missing_source_is_named(tiny, tmp_path, cache, source):
 def test_a_missing_corpus_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no corpus here \(train\.jsonl is missing\)"):
         read_corpus(tmp_path)
+
+
+def test_a_training_text_of_any_length_is_built_and_read_without_being_held(tiny, tmp_path, cache):
+    count, text = 4000, "word " * 400
+    rows = (fact(n, question=f"{n} {text}", group=f"g{n // 4}") for n in range(count))
+    write_questions(tmp_path / "own.jsonl", rows)
+    held = (tmp_path / "own.jsonl").stat().st_size
+    config = tiny.model_copy(update={"source": "own.jsonl"})
+    tracemalloc.start()
+    try:
+        write_corpus(build_corpus(config, tmp_path, cache), tmp_path / "data")
+        corpus = read_corpus(tmp_path / "data")
+        assert sum(len(question.question) for question in corpus.train) > count * 1000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < held / 4
+
+
+def test_a_row_of_the_training_text_that_was_spoilt_is_named_when_it_is_read(corpus, tmp_path):
+    write_corpus(corpus, tmp_path / "data")
+    lines = (tmp_path / "data/train.jsonl").read_text(encoding="utf-8").split("\n")
+    (tmp_path / "data/train.jsonl").write_text("\n".join([lines[0], "{}", *lines[2:]]), encoding="utf-8")
+    train = read_corpus(tmp_path / "data").train
+    assert train[0] == corpus.train[0]
+    with pytest.raises(DataError, match=r"train\.jsonl:2: the key `id` is missing"):
+        list(train)

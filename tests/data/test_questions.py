@@ -7,7 +7,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from lilliput.data.questions import Question, normalise, read_questions, write_questions
+from lilliput.data.questions import Question, QuestionFile, normalise, read_questions, write_questions
 from lilliput.errors import DataError
 
 GOOD = {"id": "capital/France", "question": "Capital?", "choices": ["Paris", "Lyon"], "answer": "Paris", "group": "fr"}
@@ -106,3 +106,16 @@ def test_the_data_layer_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "lilliput.data.facts" in done.stdout.split()
     assert not heavy & {*done.stdout.split()}
+
+
+def test_a_question_file_is_a_sequence_that_reads_what_is_asked_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\ufeff" + "\n\n \u00a0\n".join(row(id=f"{n}") for n in range(5)), encoding="utf-8")
+    file = QuestionFile(path)
+    assert [question.id for question in file] == ["0", "1", "2", "3", "4"]
+    assert (len(file), file[3].id, file[-1].id, file[-2].id) == (5, "3", "4", "3")
+    assert [question.id for question in file[1:4][::2]] == ["1", "3"]
+    with pytest.raises(IndexError):
+        file[5]
+    path.unlink()
+    assert file[0].id == "0"

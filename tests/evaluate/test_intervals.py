@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -27,6 +29,17 @@ def test_bootstrap_is_seeded_and_near_the_normal_interval():
     assert first == second != third
     assert first.high - first.low == pytest.approx(2 * 1.96 * np.std(values) / 20, rel=0.1)
     assert first.low < first.value < first.high
+
+
+def test_bootstrap_of_many_observations_draws_as_in_one_go_and_holds_a_part_of_it():
+    values, resamples = np.random.default_rng(0).normal(5.0, 1.0, 20_000), 300
+    in_one_go = values[np.random.default_rng(7).integers(0, len(values), size=(resamples, len(values)))].mean(axis=-1)
+    tracemalloc.start()
+    found = mean(values, 7, resamples)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [found.low, found.high] == np.quantile(in_one_go, [0.025, 0.975]).tolist()
+    assert peak < resamples * values.nbytes
 
 
 def test_bootstrap_of_a_ratio_resamples_rows_together():

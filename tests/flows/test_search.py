@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import optuna
@@ -146,6 +147,13 @@ def test_each_beginning_has_one_name_that_params_yaml_takes(explored):
         "apply": "prune",
         "with": {"amount": {"by": "removed_count", "value": 2}},
     }
+
+
+def test_sixteen_chains_over_six_beginnings_make_each_beginning_once(space):
+    beginnings = [Step("lora", (("rank", rank),)) for rank in range(1, 7)]
+    chains = [(beginnings[n % 6], Step("gptq", (("bits", (3, 4, 8)[n // 6]),))) for n in range(16)]
+    lines = {name: line for chain in chains for name, line in space.candidates(chain).items()}
+    assert Counter(line["apply"] for line in lines.values()) == {"lora": 6, "gptq": 16}
 
 
 @pytest.mark.parametrize(
