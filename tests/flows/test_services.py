@@ -47,7 +47,7 @@ def services():
     pytest.importorskip("nanio", reason="pip install --requirement requirements-team.lock")
     folder = Path(tempfile.mkdtemp(prefix="lilliput-services-"))
     folder.chmod(0o711)  # pytest's own folders are closed to the user who runs PostgreSQL
-    process = subprocess.Popen([*SCRIPT, "start", str(folder), *ANY_PORTS], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*SCRIPT, "start", str(folder), *ANY_PORTS])
     try:
         _wait_for(lambda: (folder / "client.env").exists() or process.poll() is not None, 600)
         assert process.poll() is None, "the servers did not start; what they said is above"
