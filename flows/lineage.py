@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import networkx
-from dvc.config import RemoteConfigError
 from dvc.exceptions import ConfirmRemoveError, DvcException
 from dvc.fs import LocalFileSystem
 from dvc.repo import Repo
@@ -69,6 +68,7 @@ class Lineage:
             self._recorded = {node.name: node for node in self._graph}
         except DvcException as error:
             raise ConfigError(_remedied(error, folder)) from None
+        self._seen_runs: set[Path] = set()
 
     def close(self) -> None:
         """Lets go of DVC's files."""
@@ -143,11 +143,16 @@ class Lineage:
     def _restored(self, name: str, fetch: bool = False) -> bool:
         try:
             self._repo.stage_cache.restore(self._read_anew(name), pull=fetch)
-        except (RunCacheNotFoundError, RemoteConfigError):
-            return False
         except ConfirmRemoveError:  # what lies there is of a run that was never recorded; the stage would overwrite it
             self._node(name).remove_outs(force=True)
             self._repo.stage_cache.restore(self._read_anew(name), pull=fetch)
+        except RunCacheNotFoundError:
+            return False
+        except DvcException as error:
+            if not fetch:
+                raise
+            _log.warning("%s cannot be fetched anew and is made again: %s", name, error)
+            return False
         return True
 
     def _read_anew(self, name: str) -> Any:
@@ -165,8 +170,9 @@ class Lineage:
             del cache.check
 
     def _drop_damaged_runs(self) -> None:
-        """Removes what is not what it was from DVC's record of runs: each is named by its own hash."""
-        for path in Path(self._repo.stage_cache.cache_dir).glob("??/*/*"):
+        """Removes what is not what it was from DVC's record of runs, each named by its own hash; looks at each once."""
+        for path in {*Path(self._repo.stage_cache.cache_dir).glob("??/*/*")} - self._seen_runs:
+            self._seen_runs.add(path)
             try:
                 whole = dict_sha256(load_yaml(str(path)), exclude=["size", "nfiles"]) == path.name
             except (DvcException, TypeError, ValueError, AttributeError):
@@ -233,10 +239,12 @@ def _check(
     return LocalHashFileDB.check(cache, oid, check_hash, _info)
 
 
-def _oids(obj: Any) -> list[str]:
-    """The names of what DVC's cache needs for an output: of a folder its list and the files in it."""
-    inside = [entry.value for _, _, entry in obj] if isinstance(obj, Tree) else []
-    return [*inside, obj.oid] if obj else []
+def _oids(obj: Any) -> Iterator[str]:
+    """The names of what DVC's cache needs for an output: of a folder the files in it and their list."""
+    entries: Any = obj if isinstance(obj, Tree) else ()
+    yield from (entry.value for _, _, entry in entries)
+    if obj is not None:
+        yield str(obj.oid)
 
 
 def _drop_folders_of(oid: str, cache: Path) -> None:
