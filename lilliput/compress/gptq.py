@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -57,16 +58,17 @@ def gptq(
         history["bits"] = _bits_by_layer(model, bits)
     del model
     gc.collect()
-    quantised, log = _quantise(parent_dir, texts, bits, config)
-    history["layer_error"] = _layer_errors(log)
-    result = streamed_result(quantised, parent, config, facts, history)
+    with tempfile.TemporaryDirectory(prefix="lilliput-") as layers:
+        quantised, log = _quantise(parent_dir, texts, bits, config, layers)
+        history["layer_error"] = _layer_errors(log)
+        result = streamed_result(quantised, parent, config, facts, history)
     if config.mixed is not None and result.save is not None:
         return replace(result, save=within_budget(result.save, config.mixed.budget_mib))
     return result
 
 
 def _quantise(
-    parent_dir: Path, calibration: list[list[int]], bits: Mapping[str, int], config: GptqConfig
+    parent_dir: Path, calibration: list[list[int]], bits: Mapping[str, int], config: GptqConfig, layers: str
 ) -> tuple[Any, list[dict[str, str]]]:
     common, rules = overrides(bits)
     with two_workers():
@@ -82,6 +84,7 @@ def _quantise(
             mse=config.scale_search,  # pyright: ignore[reportCallIssue]
             damp_percent=config.damp_percent,  # pyright: ignore[reportCallIssue] - its metaclass picks the class
             offload_to_disk=True,  # a layer is read from the checkpoint when its turn comes, and packed onto the disk
+            offload_to_disk_path=layers,
             # The block packer spawns threads that fight the quantisation workers for few cores: 36 CPU-s against 1.5.
             pack_impl="original",
         )
