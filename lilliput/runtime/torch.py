@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.data.chat import pad_id, shared_beginning
-from lilliput.errors import ArtifactError
+from lilliput.errors import ArtifactError, DataError
 from lilliput.models import vocabulary_logits
 from lilliput.runtime.experts import ONE_BY_ONE
+from lilliput.runtime.packed import Pack, packs
 from lilliput.runtime.protocol import Ids
+
+PACKED_TOKENS = 16  # scored at once, for each prompt of a batch
 
 
 @contextmanager
@@ -40,7 +42,7 @@ class _Prefilled:
 
 
 class TorchRuntime:
-    """A model behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once.
+    """A model behind the Runtime protocol; prompts to answer are sorted by length and run `batch_size` at once.
 
     Args:
         model: a causal language model; put into evaluation mode.
@@ -70,22 +72,25 @@ class TorchRuntime:
 
         Raises:
             ArtifactError: the model gives something that is no number.
+            DataError: a text is longer than the model's attention window.
         """
+        self._require_within_window(prompts, continuations)
+        shared = _shared_prefix(prompts)
+        prefix = self._run(prompts[0][:shared] if shared else ())
         scores: list[list[float]] = [[] for _ in prompts]
-        widths = [max(len(ids) for ids in row) for row in continuations]
-        for rows, prefilled in self._prefill(prompts, widths, "score"):
-            counts = torch.tensor([len(continuations[row]) for row in rows], device=self.device)
-            flat = [ids for row in rows for ids in continuations[row]]
-            values = iter(self._continue(prefilled, counts, flat).tolist())
-            for row in rows:
-                scores[row] = [next(values) for _ in continuations[row]]
+        with tqdm(total=len(prompts), desc="score", unit="prompt", delay=1.0) as bar:
+            for pack in packs(prompts, continuations, shared, PACKED_TOKENS * self.batch_size):
+                values = iter(self._score_pack(pack, prefix).tolist())
+                for row in pack.rows:
+                    scores[row] = [next(values) for _ in continuations[row]]
+                bar.update(len(pack.rows))
         return scores
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Greedy answers of at most `max_tokens` tokens, without the end token."""
         texts = [""] * len(prompts)
-        for rows, prefilled in self._prefill(prompts, [1] * len(prompts), "answer"):
+        for rows, prefilled in self._prefill(prompts):
             for row, tokens in zip(rows, self._decode(prefilled, max_tokens), strict=True):
                 texts[row] = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
         return texts
@@ -134,18 +139,13 @@ class TorchRuntime:
             self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def _prefill(
-        self, prompts: Sequence[Ids], widths: Sequence[int], label: str
-    ) -> Iterator[tuple[list[int], _Prefilled]]:
-        """Batches of prompts, each with its cache: the shared prefix is run once and then repeated.
-
-        Widest first: prompts whose longest continuation (`widths`) is alike go together, so that little is padding.
-        """
+    def _prefill(self, prompts: Sequence[Ids]) -> Iterator[tuple[list[int], _Prefilled]]:
+        """Batches of prompts, longest first, each with its cache: the shared prefix is run once and then repeated."""
         shared = _shared_prefix(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
-        order = sorted(range(len(prompts)), key=lambda row: (-widths[row], -len(prompts[row])))
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        for rows in tqdm(batches, desc=label, unit="batch", delay=1.0):
+        for rows in tqdm(batches, desc="answer", unit="batch", delay=1.0):
             yield rows, self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared)
 
     def _prefill_batch(self, rests: list[Ids], prefix: DynamicCache, shared: int) -> _Prefilled:
@@ -167,28 +167,34 @@ class TorchRuntime:
         )
         return _Prefilled(cache, mask, self._checked(output.logits[:, -1]))
 
-    def _continue(self, prefilled: _Prefilled, counts: torch.Tensor, continuations: list[Ids]) -> torch.Tensor:
-        """Summed log-probabilities, float32 of shape (continuations,); `counts` says how many each row has."""
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
-        first = torch.tensor([ids[0] for ids in continuations], device=self.device)
-        total = prefilled.logits.log_softmax(-1)[owner].gather(1, first[:, None])[:, 0]
-        width = max(len(ids) for ids in continuations)
-        if width == 1:
-            return total
-        pad = pad_id(self.tokenizer)
-        ids = torch.tensor([list(c) + [pad] * (width - len(c)) for c in continuations], device=self.device)
-        real = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in continuations], device=self.device)
-        mask = torch.cat([prefilled.mask[owner], real[:, :-1]], dim=1)
+    def _score_pack(self, pack: Pack, prefix: DynamicCache) -> torch.Tensor:
+        """Summed log-likelihoods, float32 of shape (continuations,)."""
+        ids, positions, places, targets, owners = (
+            torch.tensor(values, device=self.device)
+            for values in (pack.ids, pack.positions, pack.places, pack.targets, pack.owners)
+        )
         hidden = self.model.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, prefilled.mask.shape[1] :],
-            past_key_values=_selected(prefilled.cache, owner),
-        ).last_hidden_state
-        # The projection to the vocabulary is a fifth of the work: done for real tokens alone.
-        rows, columns = real[:, 1:].nonzero(as_tuple=True)
-        logits = self._checked(vocabulary_logits(self.model, hidden[rows, columns]))
-        return total.index_add(0, rows, -cross_entropy(logits, ids[rows, columns + 1], reduction="none"))
+            input_ids=ids[None],
+            attention_mask=pack.mask(self.model.dtype, self.device),
+            position_ids=positions[None],
+            past_key_values=copy.deepcopy(prefix) if pack.shared else None,
+            use_cache=bool(pack.shared),
+        ).last_hidden_state[0]
+        # The projection to the vocabulary is a fifth of the work: done where a token is predicted, and there once.
+        wanted, which = places.unique(return_inverse=True)
+        logits = self._checked(vocabulary_logits(self.model, hidden[wanted]))
+        likelihoods = logits[which, targets] - logits.logsumexp(-1)[which]
+        return likelihoods.new_zeros(pack.continuations).index_add(0, owners, likelihoods)
+
+    def _require_within_window(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> None:
+        """Packed texts see all of their own past, which a sliding window would cut off."""
+        window = getattr(self.model.config, "sliding_window", None)
+        lengths = [len(prompt) + len(ids) for prompt, row in zip(prompts, continuations, strict=True) for ids in row]
+        if window and max(lengths, default=0) > window:
+            raise DataError(
+                f"a text to score has {max(lengths)} tokens, and the model's attention window only {window}; leave out "
+                "the longest prompts or the examples in them"
+            )
 
     def _decode(self, prefilled: _Prefilled, max_tokens: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in range(len(prefilled.mask))]
@@ -229,12 +235,6 @@ class TorchRuntime:
                 "lower the learning rate of its training or quantise it less"
             )
         return logits.float()
-
-
-def _selected(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    chosen = copy.deepcopy(cache)
-    chosen.batch_select_indices(rows)
-    return chosen
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
