@@ -78,6 +78,10 @@ class Lineage:
         found = self._repo.status(targets=[address]).get(address, [])
         return [text for entry in found for text in _describe(entry)]
 
+    def unchanged(self) -> bool:
+        """Whether DVC finds every stage as it left it; one question for all of them."""
+        return not self._repo.status()
+
     def restore(self, name: str) -> bool:
         """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it."""
         with self._repo.lock:

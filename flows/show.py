@@ -15,7 +15,7 @@ from flows.plan import PlannedStage
 from lilliput.config import load_params
 from lilliput.graph import topological_order
 from lilliput.redaction import redacted
-from lilliput.report.page import figure
+from lilliput.report.figures import figure
 from tasks import layout
 
 if TYPE_CHECKING:  # brings MLflow
