@@ -153,13 +153,9 @@ def _directly(name: str, job: dict[str, Any], settings: Params, target: Path) ->
 
 
 def _judge(job: dict[str, Any], settings: Params) -> dict[str, Any]:
-    """Perplexity of the right answers and four-choice accuracy, on held-out questions."""
-    from lilliput.data.chat import encode_answer
+    from benchmarks.judging import judged
     from lilliput.data.corpus import read_corpus
-    from lilliput.evaluate.accuracy import choose
-    from lilliput.evaluate.intervals import rate
     from lilliput.models import open_model
-    from lilliput.runtime.torch import TorchRuntime
 
     weights = Path(job["target"], "weights.safetensors")
     model, tokenizer = open_model(Path(job["model"] if weights.exists() else job["target"] + "/made"))
@@ -170,19 +166,7 @@ def _judge(job: dict[str, Any], settings: Params) -> dict[str, Any]:
         missing = model.load_state_dict(found, strict=False)
         assert len(found) == 7 * model.config.num_hidden_layers, f"{len(found)} layers were quantised"
         assert not missing.unexpected_keys, missing.unexpected_keys
-    questions = [q for q in read_corpus(Path(job["data"])).questions if q.choices and q.answerable]
-    scores = choose(TorchRuntime(model, tokenizer, 16), tokenizer, settings.data.system_prompt, questions)
-    right, nll, tokens = [], 0.0, 0
-    for question, values in zip(questions, scores, strict=True):
-        answer = str(question.answer)
-        right.append(question.choices[values.index(max(values))] == answer)
-        length = len(encode_answer(tokenizer, answer, end=False))
-        nll, tokens = nll - values[question.choices.index(answer)] * length, tokens + length
-    accuracy = rate(right)
-    assert accuracy is not None
-    import math
-
-    return {"choice_accuracy": accuracy.as_dict(), "perplexity": math.exp(nll / tokens), "perplexity_tokens": tokens}
+    return judged(model, tokenizer, read_corpus(Path(job["data"])), settings.data.system_prompt)
 
 
 def _conclude(row: Row) -> None:
@@ -208,7 +192,12 @@ def _conclude(row: Row) -> None:
         and ours["choice_accuracy"]["value"] >= accuracies
         and ours["perplexity"] <= min(facts["perplexity"] for facts in peers.values())
     )
-    row.write(reached, met, ratios=ratios)
+    from benchmarks.judging import paired  # brings torch, which each side's own process imports for itself
+
+    differences = {
+        name: paired(ours["right"], facts["right"]) for name, facts in row.sides.items() if name != "lilliput"
+    }
+    row.write(reached, met, ratios=ratios, accuracy_paired=differences)
 
 
 if __name__ == "__main__":
