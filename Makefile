@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser services interop repro plan ui clean
+.PHONY: demo test check browser services interop bench repro plan ui clean
 
 demo: $(INSTALLED)  ## everything, on the embedded default: about 32 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -30,6 +30,12 @@ interop: $(INSTALLED)  ## real auto-gptq, in an environment of its own, opens ou
 		datasets==4.4.2 huggingface-hub==0.36.2 accelerate rouge gekko sentencepiece
 	.venv-autogptq/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: auto-gptq==0.7.1
 	LILLIPUT_AUTOGPTQ_PYTHON=$(CURDIR)/.venv-autogptq/bin/python $(BIN)/python -m pytest -m interop -n 0
+
+bench: $(INSTALLED)  ## against peers, each in an environment of its own under .bench/; after `make demo`, about 40 minutes on 2 cores
+	@$(BIN)/python -m benchmarks.environments
+	@$(BIN)/python -m flows.deploy phone-4gb
+	@$(BIN)/python -m flows.deploy phone-4gb --stop
+	@$(BIN)/python -m benchmarks
 
 repro: $(INSTALLED)  ## the same work by DVC alone, without Prefect
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro

@@ -1,62 +1,99 @@
-"""Decode and prefill: our compiled model, llama.cpp's own Q4_0 of the same model, and torch in float32.
+"""Decode and prefill: our compiled model, llama.cpp's own Q4_0, ONNX Runtime int4, torch, GPTQModel's CPU kernel.
 
 python -m benchmarks.decode compiled/pocket/gguf models/pocket --parent models/distilled
 
-All in one process, one thread each, by turns; best and median of the rounds, in tokens per CPU-second (on an idle
-machine the same as per second). "llama.cpp's own" is its round-to-nearest Q4_0 of the float parent with the embedding
-table in Q8_0, which is what its quantiser makes where rows are no multiple of 256. Greedy, no cached prompt.
+All in one process, one thread each, by turns, in tokens per CPU-second (on an idle machine the same as per second).
+"llama.cpp's own" is its round-to-nearest Q4_0 of the float parent with the embedding table in Q8_0, which is what its
+quantiser makes where rows are no multiple of 256. ONNX Runtime gets the checkpoint's own codes. Greedy, no prompt kept.
 """
 
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks.record import Row, own_versions, spread
 from lilliput.artifacts import read_manifest
 from lilliput.compile.gguf import compile_gguf
-from lilliput.config import GgufTarget
+from lilliput.compile.onnx import compile_onnx
+from lilliput.config import GgufTarget, OnnxTarget
 from lilliput.models import open_model
 from lilliput.runtime.compiled import open_compiled
 from lilliput.runtime.protocol import Runtime
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 
-Speeds = dict[str, tuple[list[float], list[float]]]
+LLAMA, ONNX, TORCH, KERNEL = "llama.cpp's own Q4_0", "ONNX Runtime int4", "torch float32", "GPTQModel, torch kernel"
 
 
 def main(
-    compiled: Path,
-    checkpoint: Path,
+    compiled: Path = Path("compiled/pocket/gguf"),
+    checkpoint: Path = Path("models/pocket"),
     parent: Annotated[Path, typer.Option(help="the float parent of the checkpoint")] = Path("models/distilled"),
     prompt_tokens: int = 128,
     new_tokens: int = 48,
     rounds: int = 5,
 ) -> None:
-    """Prints prefill and decode of each, and ours as a multiple of the others'."""
+    """Writes results/decode.json: tokens per CPU-second of each, and ours as a multiple of the others'."""
+    row = Row("decode", "Decode and prefill of the champion, tokens per CPU-second", "at least llama.cpp's own")
     context = prompt_tokens + new_tokens + 8
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(1):
-        own = GgufTarget(candidate="peer", target="gguf", floats="q4_0", embeddings="q8_0")
-        compile_gguf(parent, Path(scratch), own)
-        model, tokenizer = open_model(checkpoint)
-        runtimes: dict[str, Runtime] = {
-            "ours": open_compiled(read_manifest(compiled).strategy, compiled, 1, context),
-            "llama.cpp Q4_0": open_compiled("gguf", Path(scratch), 1, context),
-            "torch float32": TorchRuntime(model, tokenizer, 1),
-        }
-        speeds: Speeds = {name: ([], []) for name in runtimes}
+        runtimes = {"lilliput": open_compiled(read_manifest(compiled).strategy, compiled, 1, context)}
+        for name, make in {LLAMA: _llama, ONNX: _onnx, TORCH: _torch, KERNEL: _kernel}.items():
+            try:
+                folder = Path(scratch, str(len(runtimes)))
+                folder.mkdir()
+                runtimes[name] = make(checkpoint, parent, folder, context)
+            except Exception as error:  # whatever it is, the others are still worth having
+                row.absent(name, f"{type(error).__name__}: {error}"[:300])
+        speeds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runtimes}
         for number in range(rounds):
             for name, runtime in runtimes.items():
                 prefill, decode = _time(runtime, prompt_tokens, new_tokens, seed=number)
                 speeds[name][0].append(prefill)
                 speeds[name][1].append(decode)
-    for line in _lines(speeds):
-        print(line)
+    for name, (prefill, decode) in speeds.items():
+        row.add(name, prefill=spread(prefill), decode=spread(decode))
+    ratios = {
+        name: {
+            part: row.sides["lilliput"][part]["median"] / row.sides[name][part]["median"]
+            for part in ("prefill", "decode")
+        }
+        for name in speeds
+        if name != "lilliput"
+    }
+    told = "; ".join(f"{name} {ratio['prefill']:.2f}, {ratio['decode']:.2f}" for name, ratio in ratios.items())
+    met = min(ratios[LLAMA].values()) >= 1.0 if LLAMA in ratios else None
+    versions = own_versions("xllamacpp", "onnxruntime-genai", "torch", "gptqmodel")
+    row.write(f"prefill, decode as multiples of: {told}", met, ratios=ratios, versions=versions)
+
+
+def _llama(_: Path, parent: Path, scratch: Path, context: int) -> Runtime:
+    compile_gguf(parent, scratch, GgufTarget(candidate="peer", target="gguf", floats="q4_0", embeddings="q8_0"))
+    return open_compiled("gguf", scratch, 1, context)
+
+
+def _onnx(checkpoint: Path, _: Path, scratch: Path, context: int) -> Runtime:
+    compile_onnx(checkpoint, scratch, OnnxTarget(candidate="peer", target="onnx"))
+    return open_compiled("onnx", scratch, 1, context)
+
+
+def _torch(checkpoint: Path, _: Path, __: Path, ___: int) -> Runtime:
+    model, tokenizer = open_model(checkpoint)
+    return TorchRuntime(model, tokenizer, 1)
+
+
+def _kernel(checkpoint: Path, _: Path, __: Path, ___: int) -> Runtime:
+    """In float32: in half precision its kernels ended the process on CPUs tried here."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    loaded = GPTQModel.load(str(checkpoint), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float32)
+    return TorchRuntime(loaded.model, open_model(checkpoint)[1], 1)
 
 
 def _time(runtime: Runtime, prompt_tokens: int, new_tokens: int, seed: int) -> tuple[float, float]:
@@ -71,16 +108,6 @@ def _time(runtime: Runtime, prompt_tokens: int, new_tokens: int, seed: int) -> t
         rest = sum(1 for _ in stream)
         if rest >= new_tokens // 2:  # an answer that ends at once times nothing
             return prompt_tokens / (first - started), rest / (time.process_time() - first)
-
-
-def _lines(speeds: Speeds) -> Iterator[str]:
-    yield f"{'':16} {'prefill':>20} {'decode':>20}   tokens per CPU-second, best (median)"
-    for name, (prefill, decode) in speeds.items():
-        shown = [f"{max(values):8.1f} ({statistics.median(values):8.1f})" for values in (prefill, decode)]
-        yield f"{name:16} {shown[0]:>20} {shown[1]:>20}"
-    for name in list(speeds)[1:]:
-        ratios = [max(speeds["ours"][part]) / max(speeds[name][part]) for part in (0, 1)]
-        yield f"ours is {ratios[0]:.2f} of {name} at prefill and {ratios[1]:.2f} at decode"
 
 
 if __name__ == "__main__":

@@ -1,104 +1,223 @@
-"""What the gateway adds to the bare runtime, and what a cache hit and a routing decision take.
+"""What the gateway adds to the bare runtime, beside litellm's proxy; what a cache hit and a routing decision take.
 
 python -m flows.deploy phone-4gb && python -m benchmarks.gateway deployments/phone-4gb
 
-Bare runtime and gateway take turns on the same questions, one at a time, so that a busy machine disturbs both alike:
-what is compared is the difference of each pair.
+Client, gateway, llama.cpp's server and litellm's proxy are processes of their own, connections are kept, and the ways
+take turns on the same questions, one at a time, so that a busy machine disturbs all alike: compared is the difference
+of each pair. The gateway serves as `python -m lilliput.serve` does; only its router sends everything to the device.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
-import threading
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import httpx
-import torch
 import typer
-import uvicorn
 
-from lilliput.serve.api import App
+from benchmarks.record import Row, SideFailed, own_versions, python_of, versions_of
 from lilliput.serve.deployment import read_current
-from lilliput.serve.gateway import Gateway
 from lilliput.serve.opening import open_service
 from lilliput.serve.router import Always, Conditions
-from lilliput.serve.service import Service
 
 PLACES = ("Peru", "Chad", "Norway", "Fiji", "Laos", "Malta", "Cuba", "Togo", "Iran", "Nepal")
 QUESTION, REWORDED = "What is the capital of {}?", "What is the capital city of {}, {}briefly?"
+LITELLM = """
+model_list:
+  - model_name: device
+    litellm_params: {{model: openai/device, api_base: "{bare}/v1", api_key: none}}
+general_settings: {{}}
+"""
+Mode = Literal["bare", "cached"]
 
 
-def main(folder: Path, rounds: Annotated[int, typer.Option(help="questions of each kind")] = 100) -> None:
-    """Prints milliseconds at p50 and p90 for each."""
+def main(
+    folder: Path,
+    rounds: Annotated[int, typer.Option(help="questions of each kind")] = 100,
+    serve: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Writes results/gateway.json: milliseconds at p50 and p90 of each."""
+    if serve:
+        return _serve(folder, serve)
+    row = Row(
+        "gateway",
+        "Gateway over the bare runtime; cache hit; decision",
+        "at p50 at most 3 ms, 15 ms, 2 ms (embedding apart)",
+    )
+    with _gateway(folder, "bare") as (url, bare, system), httpx.Client(timeout=60) as client:
+        _overhead(row, client, {"bare": bare, "gateway": url}, system, rounds)
+    with _gateway(folder, "cached") as (url, _, _), httpx.Client(timeout=60) as client:
+        _hits(row, client, url, rounds)
+    _decisions(row, folder, rounds)
+    found = {name: facts["p50_ms"] for name, facts in row.sides.items()}
+    reached = (
+        f"{found['gateway, added']:.1f} ms added (litellm's proxy "
+        + (f"{found['litellm, added']:.1f}" if "litellm, added" in found else "not run")
+        + f"), {found['hit, same wording']:.1f} ms a hit, {found['hit, other wording']:.1f} ms by another wording with "
+        f"its embedding, {found['decision, embedded already']:.2f} ms a decision"
+    )
+    met = (
+        found["gateway, added"] <= 3 and found["hit, other wording"] <= 15 and found["decision, embedded already"] <= 2
+    )
+    row.write(reached, met, versions=own_versions("uvicorn", "fastapi", "aiohttp", "xllamacpp"))
+
+
+def _overhead(row: Row, client: httpx.Client, ways: dict[str, str], system: dict[str, str], rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with _litellm(ways["bare"], Path(scratch)) as proxy:
+                _pairs(row, client, ways | {"litellm": proxy}, system, rounds)
+        except SideFailed as failed:
+            row.absent("litellm", str(failed))
+            _pairs(row, client, ways, system, rounds)
+
+
+def _pairs(row: Row, client: httpx.Client, ways: dict[str, str], system: dict[str, str], rounds: int) -> None:
+    for url in ways.values():
+        for place in PLACES[:3]:
+            _ask(client, url, QUESTION.format(place), system)
+    told: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        question = QUESTION.format(PLACES[number % len(PLACES)])
+        _ask(client, ways["bare"], question, system)  # the first has the prompt computed, which all others reuse
+        names = list(ways)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            told[name].append(_seconds(partial(_ask, client, ways[name], question, system)))
+    for name, seconds in told.items():
+        _add(row, name, seconds)
+        if name != "bare":
+            versions = versions_of("litellm", ("litellm",)) if name == "litellm" else {}
+            _add(
+                row, f"{name}, added", [own - bare for own, bare in zip(seconds, told["bare"], strict=True)], **versions
+            )
+
+
+def _hits(row: Row, client: httpx.Client, url: str, rounds: int) -> None:
+    for place in PLACES:
+        _ask(client, url, QUESTION.format(place))
+    _add(row, "hit, same wording", [_cached(client, url, QUESTION.format(PLACES[n % 10])) for n in range(rounds)])
+    # Wordings that nobody has embedded yet.
+    wordings = [REWORDED.format(PLACES[n % 10], "very " * (n // 10)) for n in range(min(rounds, 50))]
+    _add(row, "hit, other wording", [_cached(client, url, wording) for wording in wordings])
+
+
+def _decisions(row: Row, folder: Path, rounds: int) -> None:
+    deployment = read_current(folder)
+    assert deployment is not None
+    import torch
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))  # as the gateway's own process
+    service = open_service(deployment, folder)
+    try:
+        conditions = Conditions(service.setting.link)
+        questions = [f"{QUESTION.format(PLACES[n % 10])} {n}" for n in range(rounds)]
+
+        def decide(question: str) -> None:
+            if service.router.before(question, conditions) is None:
+                service.router.after(question, [-0.1, -0.5, -0.01], conditions)
+
+        decide("What else?")
+        _add(row, "decision, embedding included", [_seconds(partial(decide, question)) for question in questions])
+        _add(row, "decision, embedded already", [_seconds(partial(decide, question)) for question in questions])
+    finally:
+        service.stop()
+
+
+def _serve(folder: Path, mode: str) -> None:
+    """The gateway's process: says where it and the runtime behind it are, and serves until its input ends."""
+    import asyncio
+
+    import uvicorn
+
+    from lilliput.serve.api import App
+    from lilliput.serve.gateway import Gateway
+
     deployment = read_current(folder)
     if deployment is None:
         raise typer.BadParameter(f"{folder}: nothing is deployed here")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # as the gateway's own process
     service = open_service(deployment, folder)
-    with _served(service) as (gateway, url), httpx.Client(timeout=60) as client:
-        _overhead(gateway, url, client, rounds)
-        _hits(gateway, url, client, rounds)
-        _decisions(service, rounds)
+    cache = service.cache if mode == "cached" else None
+    if cache is not None:  # of this trial's questions alone, and every wording near enough
+        cache._version, cache._threshold = f"benchmark/{time.time_ns()}", 0.5
+    service = replace(service, router=Always("device"), cache=cache)
+    bare = str(service.device._chat).removesuffix("/v1/chat/completions")
+    server = uvicorn.Server(
+        uvicorn.Config(App(Gateway(service)), "127.0.0.1", 0, access_log=False, log_config=None, server_header=False)
+    )
+
+    async def run() -> None:
+        work = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.02)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        print(json.dumps({"url": url, "bare": bare, "system": service.model.system_prompt}), flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        server.should_exit = True
+        await work
+
+    asyncio.run(run())
 
 
-def _overhead(gateway: Gateway, url: str, client: httpx.Client, rounds: int) -> None:
-    service = gateway.service
-    gateway.service = replace(service, router=Always("device"), cache=None)
-    bare = str(service.device._client.base_url).rstrip("/")  # what the gateway asks
-    system = {"role": "system", "content": service.model.system_prompt}
-    for each in (bare, url):
-        _ask(client, each, QUESTION.format("Peru"), system)
-    pairs = []
-    for number in range(rounds):
-        question = QUESTION.format(PLACES[number % len(PLACES)])
-        _ask(client, bare, question, system)  # whoever asks first has the prompt computed, which the next one reuses
-        order = (bare, url) if number % 2 else (url, bare)
-        seconds = {each: _seconds(partial(_ask, client, each, question, system)) for each in order}
-        pairs.append((seconds[bare], seconds[url]))
-    gateway.service = service
-    _tell("bare runtime", [first for first, _ in pairs])
-    _tell("through the gateway", [second for _, second in pairs])
-    _tell("the gateway's share, of each pair", [second - first for first, second in pairs])
+@contextmanager
+def _gateway(folder: Path, mode: Mode) -> Iterator[tuple[str, str, dict[str, str]]]:
+    threads = str(min(2, os.cpu_count() or 1))
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gateway", str(folder), "--serve", mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+    ) as process:
+        assert process.stdout and process.stdin
+        told = json.loads(next(line for line in process.stdout if line.startswith("{")))
+        yield told["url"], told["bare"], {"role": "system", "content": told["system"]}
+        process.stdin.close()
+        process.wait(60)
 
 
-def _hits(gateway: Gateway, url: str, client: httpx.Client, rounds: int) -> None:
-    service, cache = gateway.service, gateway.service.cache
-    if cache is None:
-        return print("no answer cache: its capacity is 0")
-    version, threshold = cache._version, cache._threshold
-    cache._version, cache._threshold = f"benchmark/{time.time_ns()}", 0.5  # of these questions alone
-    gateway.service = replace(service, router=Always("device"))
-    for place in PLACES:
-        _ask(client, url, QUESTION.format(place))
-    exact = [_cached(client, url, QUESTION.format(PLACES[n % len(PLACES)])) for n in range(rounds)]
-    # Wordings that nobody has embedded yet.
-    wordings = [REWORDED.format(PLACES[n % len(PLACES)], "very " * (n // len(PLACES))) for n in range(min(rounds, 50))]
-    semantic = [_cached(client, url, wording) for wording in wordings]
-    cache._version, cache._threshold, gateway.service = version, threshold, service
-    _tell("cache hit, same wording", exact)
-    _tell("cache hit, other wording, embedding included", semantic)
+@contextmanager
+def _litellm(bare: str, scratch: Path) -> Iterator[str]:
+    python_of("litellm")
+    config, port = scratch / "litellm.yaml", 8917
+    config.write_text(LITELLM.format(bare=bare))
+    command = [
+        str(python_of("litellm").parent / "litellm"),
+        "--config",
+        str(config),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    log = Path("logs/bench/gateway-litellm.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        try:
+            while not _lives(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SideFailed("its proxy did not start in two minutes")
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
 
 
-def _decisions(service: Service, rounds: int) -> None:
-    conditions = Conditions(service.setting.link)
-    questions = [f"{QUESTION.format(PLACES[n % len(PLACES)])} {n}" for n in range(rounds)]
-    tokens = [-0.1, -0.5, -0.01]
-    cold = [_seconds(partial(_decide, service, q, tokens, conditions)) for q in questions]
-    warm = [_seconds(partial(_decide, service, q, tokens, conditions)) for q in questions]
-    _tell(f"decision ({service.setting.policy}), embedding included", cold)
-    _tell("decision, of a question embedded already", warm)
-
-
-def _decide(service: Service, question: str, tokens: list[float], conditions: Conditions) -> None:
-    if service.router.before(question, conditions) is None:
-        service.router.after(question, tokens, conditions)
+def _lives(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/health/liveliness", timeout=5).status_code == 200
+    return False
 
 
 def _cached(client: httpx.Client, url: str, question: str) -> float:
@@ -111,24 +230,8 @@ def _cached(client: httpx.Client, url: str, question: str) -> float:
 
 def _ask(client: httpx.Client, url: str, question: str, system: dict[str, str] | None = None) -> httpx.Response:
     turns = [*([system] if system else []), {"role": "user", "content": question}]
-    body = {"messages": turns, "max_tokens": 8, "temperature": 0.0}
+    body = {"model": "device", "messages": turns, "max_tokens": 8, "temperature": 0.0}
     return client.post(f"{url}/v1/chat/completions", json=body).raise_for_status()
-
-
-@contextmanager
-def _served(service: Service) -> Iterator[tuple[Gateway, str]]:
-    """A gateway for `service`, and its address on loopback."""
-    gateway = Gateway(service)
-    server = uvicorn.Server(uvicorn.Config(App(gateway), "127.0.0.1", 0, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield gateway, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -137,11 +240,10 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _tell(what: str, seconds: list[float]) -> None:
+def _add(row: Row, name: str, seconds: list[float], **more: Any) -> None:
     deciles = statistics.quantiles(seconds, n=10)
-    print(
-        f"{what:50} p50 {1e3 * statistics.median(seconds):7.2f} ms  p90 {1e3 * deciles[-1]:7.2f} ms  n {len(seconds)}"
-    )
+    facts = {"p50_ms": statistics.median(seconds), "p10_ms": deciles[0], "p90_ms": deciles[-1]}
+    row.add(name, **{key: 1e3 * value for key, value in facts.items()}, n=len(seconds), **more)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+from flows.idle import answered
+
+if __name__ == "__main__" and answered(sys.argv[1:]):
+    sys.exit()
+
 import contextlib
 import os
 from pathlib import Path

@@ -105,6 +105,10 @@ class Lineage:
             raise ConfigError(_remedied(error, Path(self._repo.root_dir))) from None
         return [text for entry in found for text in _describe(entry)]
 
+    def unchanged(self) -> bool:
+        """Whether DVC finds every stage as it left it; one question for all of them."""
+        return not self._repo.status()
+
     def restore(self, name: str) -> bool:
         """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it.
 

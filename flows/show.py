@@ -17,7 +17,7 @@ from lilliput.config import load_params
 from lilliput.graph import topological_order
 from lilliput.memory import this_machine
 from lilliput.redaction import redacted
-from lilliput.report.page import figure
+from lilliput.report.figures import figure
 from tasks import layout
 
 if TYPE_CHECKING:  # brings MLflow

@@ -236,20 +236,31 @@ def _gptq_layer_bytes(config: GptqConfig, shape: Shape, text: Text) -> int:
     return FLOAT * (shape.embedding_parameters + 2 * shape.layer_parameters + 6 * widest**2 + states)
 
 
-def scoring_bytes(shape: Shape, rows: int, tokens: int, width: int, options: int = 1) -> int:
-    """An estimate of what TorchRuntime takes for `rows` prompts at once, in float32, besides the weights.
+def answering_bytes(shape: Shape, rows: int, tokens: int, width: int) -> int:
+    """An estimate of what TorchRuntime takes to answer `rows` prompts at once, in float32, besides the weights.
 
     Args:
         shape: of the model.
         rows: prompts at once.
-        tokens: of the longest prompt with its continuation.
-        width: of them, those that are run at once.
-        options: continuations of each prompt, each of which has a copy of its keys and values.
+        tokens: of the longest prompt with its answer.
+        width: tokens of the longest prompt that are run at once, without those that all share.
     """
-    keys = shape.kv_bytes(tokens) * rows * (1 + options)
-    logits = 3 * FLOAT * shape.vocabulary * rows * options
-    states = rows * max(width, options) * FLOAT * (14 * shape.hidden + 4 * shape.intermediate)
-    return keys + logits + states
+    states = width * FLOAT * (14 * shape.hidden + 4 * shape.intermediate)
+    return rows * (shape.kv_bytes(tokens) + 3 * FLOAT * shape.vocabulary + states)
+
+
+def scoring_bytes(shape: Shape, shared: int, tokens: int, scored: int) -> int:
+    """An estimate of what TorchRuntime takes to score a pack of prompts, in float32, besides the weights.
+
+    Args:
+        shape: of the model.
+        shared: tokens that all prompts begin with, run before.
+        tokens: of the pack, run at once.
+        scored: tokens to score, each with its logits.
+    """
+    states = tokens * FLOAT * (14 * shape.hidden + 4 * shape.intermediate)
+    attention = tokens * (shared + tokens) * FLOAT * (1 + shape.heads)
+    return shape.kv_bytes(2 * shared + tokens) + states + attention + 3 * FLOAT * shape.vocabulary * scored
 
 
 def this_machine(processes: int = 1, sharded: bool = False) -> Machine:

@@ -7,7 +7,7 @@ import torch
 
 from lilliput import models
 from lilliput.config import load_params
-from lilliput.memory import SHORT, Machine, Shape, estimate, scoring_bytes
+from lilliput.memory import SHORT, Machine, Shape, answering_bytes, estimate, scoring_bytes
 from lilliput.models import parameter_count
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -69,9 +69,8 @@ def test_four_bits_are_what_lets_eight_billion_be_tuned_on_one_card(params):
 
 
 def test_scoring_grows_with_prompts_and_options():
-    one = scoring_bytes(SMALL, 1, 100, 20)
-    assert scoring_bytes(SMALL, 8, 100, 20) == 8 * one
-    assert scoring_bytes(SMALL, 1, 100, 20, options=4) > one
+    assert answering_bytes(SMALL, 8, 100, 20) == 8 * answering_bytes(SMALL, 1, 100, 20)
+    assert scoring_bytes(SMALL, 40, 512, 64) > scoring_bytes(SMALL, 40, 256, 32)
 
 
 def test_a_model_too_large_for_the_gpu_stays_on_the_host(monkeypatch):

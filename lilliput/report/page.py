@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from lilliput.report.charts import Chart, label
+from lilliput.report.figures import estimate, figure
 from lilliput.report.impact import METRICS, caching_impacts, impacts
 
 
@@ -71,24 +72,3 @@ def render(
         origin=origin,
         search=search and {**search, "chart": Markup(search["chart"])},
     )
-
-
-def figure(value: Mapping[str, Any] | float | None, metric: str) -> str:
-    """`value` as it fits `metric`: an estimate with its interval, bytes as MiB, any other number as it is."""
-    if isinstance(value, Mapping) and "low" in value:
-        return estimate(value)
-    number = value["value"] if isinstance(value, Mapping) else value
-    if number is None:
-        return "unavailable"
-    return f"{number / 2**20:.1f} MiB" if metric.endswith("_bytes") else f"{number:.3g}"
-
-
-def estimate(value: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """`value [low, high]`, marked `~` where it is an estimate; `unavailable` where there is none.
-
-    The space within the brackets does not break: in a narrow column the interval stands whole below its value.
-    """
-    if not value or value.get("value") is None:
-        return "unavailable"
-    numbers = [f"{value[key]:.{digits}f}" for key in ("value", "low", "high")]
-    return f"{'' if value.get('measured', True) else '~'}{numbers[0]} [{numbers[1]},\N{NO-BREAK SPACE}{numbers[2]}]"

@@ -18,7 +18,7 @@ MAX_ANSWER_TOKENS = 256
 
 
 class HarnessModel(TemplateLM):
-    """What lm-eval asks of a model, answered by `runtime`; options of one prompt are scored on its one cache."""
+    """What lm-eval asks of a model, answered by `runtime`; a prompt is run once for all its options."""
 
     def __init__(self, runtime: Runtime, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()

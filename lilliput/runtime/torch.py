@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.data.chat import pad_id, shared_beginning
-from lilliput.errors import ArtifactError
-from lilliput.memory import Shape, free_bytes, scoring_bytes
+from lilliput.errors import ArtifactError, DataError
+from lilliput.memory import Shape, answering_bytes, free_bytes, scoring_bytes
 from lilliput.models import vocabulary_logits
 from lilliput.runtime.experts import ONE_BY_ONE
+from lilliput.runtime.packed import Pack, packed_rows
 from lilliput.runtime.protocol import Ids
+
+PACKED_TOKENS = 16  # scored at once, for each prompt of a batch
 
 
 @contextmanager
@@ -41,7 +43,7 @@ class _Prefilled:
 
 
 class TorchRuntime:
-    """A model behind the Runtime protocol; prompts are sorted by length and run `batch_size` at once.
+    """A model behind the Runtime protocol; prompts to answer are sorted by length and run `batch_size` at once.
 
     A batch that is estimated not to fit into free memory, or turns out not to, is halved: what comes out is the same
     but for rounding.
@@ -75,30 +77,46 @@ class TorchRuntime:
 
         Raises:
             ArtifactError: the model gives something that is no number.
+            DataError: a text is longer than the model's attention window.
         """
+        self._require_within_window(prompts, continuations)
+        shared = _shared_prefix(prompts)
+        prefix = self._run(prompts[0][:shared] if shared else ())
         scores: list[list[float]] = [[] for _ in prompts]
-        widths = [max(len(ids) for ids in row) for row in continuations]
 
-        def ask(rows: list[int], prefilled: _Prefilled) -> None:
-            counts = torch.tensor([len(continuations[row]) for row in rows], device=self.device)
-            flat = [ids for row in rows for ids in continuations[row]]
-            values = iter(self._continue(prefilled, counts, flat).tolist())
+        def ask(rows: list[int]) -> None:
+            pack = Pack.of(rows, prompts, continuations, shared)
+            values = iter(self._score_pack(pack, prefix).tolist())
             for row in rows:
                 scores[row] = [next(values) for _ in continuations[row]]
 
-        self._prefill(prompts, widths, max(map(len, continuations), default=1), "score", ask)
+        def needed_bytes(rows: list[int], shape: Shape) -> int:
+            pack = Pack.of(rows, prompts, continuations, shared)
+            return scoring_bytes(shape, shared, len(pack.ids), len(pack.targets))
+
+        parts = packed_rows(prompts, continuations, shared, PACKED_TOKENS * self.batch_size)
+        self._in_parts(parts, needed_bytes, ask, "score")
         return scores
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Greedy answers of at most `max_tokens` tokens, without the end token."""
         texts = [""] * len(prompts)
+        shared = _shared_prefix(prompts)
+        prefix = self._run(prompts[0][:shared] if shared else ())
 
-        def ask(rows: list[int], prefilled: _Prefilled) -> None:
+        def ask(rows: list[int]) -> None:
+            prefilled = self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared)
             for row, tokens in zip(rows, self._decode(prefilled, max_tokens), strict=True):
                 texts[row] = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-        self._prefill(prompts, [max_tokens] * len(prompts), 1, "answer", ask)
+        def needed_bytes(rows: list[int], shape: Shape) -> int:
+            longest = max(len(prompts[row]) for row in rows)
+            return answering_bytes(shape, len(rows), longest + max_tokens, longest - shared)
+
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        self._in_parts(batches, needed_bytes, ask, "answer")
         return texts
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
@@ -145,31 +163,25 @@ class TorchRuntime:
             self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def _prefill(
+    def _in_parts(
         self,
-        prompts: Sequence[Ids],
-        widths: Sequence[int],
-        options: int,
+        parts: Sequence[list[int]],
+        needed_bytes: Callable[[list[int], Shape], int],
+        ask: Callable[[list[int]], None],
         label: str,
-        ask: Callable[[list[int], _Prefilled], None],
     ) -> None:
-        """Calls `ask` with batches of prompts, each with its cache: the shared prefix is run once and then repeated.
-
-        Widest first: prompts whose longest continuation (`widths`) is alike go together, so that little is padding.
-        """
-        shared = _shared_prefix(prompts)
-        prefix = self._run(prompts[0][:shared] if shared else ())
-        order = sorted(range(len(prompts)), key=lambda row: (-widths[row], -len(prompts[row])))
-        waiting = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        with tqdm(total=len(order), desc=label, unit="prompt", delay=1.0) as bar:
+        """Calls `ask` with each of `parts`, rows of prompts; what does not fit into memory is halved."""
+        waiting = list(parts)
+        with tqdm(total=sum(map(len, parts)), desc=label, unit="prompt", delay=1.0) as bar:
             while waiting:
                 rows = waiting.pop(0)
-                tokens = max(len(prompts[row]) + widths[row] for row in rows)
-                if len(rows) > 1 and not self._fits(len(rows), tokens, tokens - shared, options):
+                # Where the shape is unknown nobody can tell; if it does not fit, torch says so.
+                too_much = self._shape and needed_bytes(rows, self._shape) > free_bytes(self.device)
+                if len(rows) > 1 and too_much:
                     waiting[:0] = _halves(rows)
                     continue
                 try:
-                    ask(rows, self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared))
+                    ask(rows)
                 except torch.OutOfMemoryError:
                     if len(rows) == 1:
                         raise
@@ -177,11 +189,6 @@ class TorchRuntime:
                     torch.cuda.empty_cache()
                 else:
                     bar.update(len(rows))
-
-    def _fits(self, rows: int, tokens: int, width: int, options: int) -> bool:
-        if self._shape is None:
-            return True  # nobody can tell; if it does not, torch says so
-        return scoring_bytes(self._shape, rows, tokens, width, options) <= free_bytes(self.device)
 
     def _prefill_batch(self, rests: list[Ids], prefix: DynamicCache, shared: int) -> _Prefilled:
         width = max(len(rest) for rest in rests)
@@ -202,28 +209,34 @@ class TorchRuntime:
         )
         return _Prefilled(cache, mask, self._checked(output.logits[:, -1]))
 
-    def _continue(self, prefilled: _Prefilled, counts: torch.Tensor, continuations: list[Ids]) -> torch.Tensor:
-        """Summed log-probabilities, float32 of shape (continuations,); `counts` says how many each row has."""
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
-        first = torch.tensor([ids[0] for ids in continuations], device=self.device)
-        total = prefilled.logits.log_softmax(-1)[owner].gather(1, first[:, None])[:, 0]
-        width = max(len(ids) for ids in continuations)
-        if width == 1:
-            return total
-        pad = pad_id(self.tokenizer)
-        ids = torch.tensor([list(c) + [pad] * (width - len(c)) for c in continuations], device=self.device)
-        real = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in continuations], device=self.device)
-        mask = torch.cat([prefilled.mask[owner], real[:, :-1]], dim=1)
+    def _score_pack(self, pack: Pack, prefix: DynamicCache) -> torch.Tensor:
+        """Summed log-likelihoods, float32 of shape (continuations,)."""
+        ids, positions, places, targets, owners = (
+            torch.tensor(values, device=self.device)
+            for values in (pack.ids, pack.positions, pack.places, pack.targets, pack.owners)
+        )
         hidden = self.model.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, prefilled.mask.shape[1] :],
-            past_key_values=_selected(prefilled.cache, owner),
-        ).last_hidden_state
-        # The projection to the vocabulary is a fifth of the work: done for real tokens alone.
-        rows, columns = real[:, 1:].nonzero(as_tuple=True)
-        logits = self._checked(vocabulary_logits(self.model, hidden[rows, columns]))
-        return total.index_add(0, rows, -cross_entropy(logits, ids[rows, columns + 1], reduction="none"))
+            input_ids=ids[None],
+            attention_mask=pack.mask(self.model.dtype, self.device),
+            position_ids=positions[None],
+            past_key_values=copy.deepcopy(prefix) if pack.shared else None,
+            use_cache=bool(pack.shared),
+        ).last_hidden_state[0]
+        # The projection to the vocabulary is a fifth of the work: done where a token is predicted, and there once.
+        wanted, which = places.unique(return_inverse=True)
+        logits = self._checked(vocabulary_logits(self.model, hidden[wanted]))
+        likelihoods = logits[which, targets] - logits.logsumexp(-1)[which]
+        return likelihoods.new_zeros(pack.continuations).index_add(0, owners, likelihoods)
+
+    def _require_within_window(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> None:
+        """Packed texts see all of their own past, which a sliding window would cut off."""
+        window = getattr(self.model.config, "sliding_window", None)
+        lengths = [len(prompt) + len(ids) for prompt, row in zip(prompts, continuations, strict=True) for ids in row]
+        if window and max(lengths, default=0) > window:
+            raise DataError(
+                f"a text to score has {max(lengths)} tokens, and the model's attention window only {window}; leave out "
+                "the longest prompts or the examples in them"
+            )
 
     def _decode(self, prefilled: _Prefilled, max_tokens: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in range(len(prefilled.mask))]
@@ -268,12 +281,6 @@ class TorchRuntime:
 
 def _halves(rows: list[int]) -> list[list[int]]:
     return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-
-
-def _selected(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    chosen = copy.deepcopy(cache)
-    chosen.batch_select_indices(rows)
-    return chosen
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
 
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.chat import delta_of, logprobs_of, text_of
+from lilliput.serve.wire import Wire
 
 EDGE_KEY = "LILLIPUT_EDGE_KEY"  # the environment variable with the key of an edge server elsewhere
 MOST_BYTES = 4 * 2**20  # of an answer; an end that sends more is out of order
@@ -54,20 +55,20 @@ class End:
     ) -> None:
         self.model, self.breaker, self.clock = model, breaker, clock
         self._timeout_s = timeout_s
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        pool = httpx.Limits(max_connections=256, max_keepalive_connections=64)
-        self._client = httpx.AsyncClient(
-            base_url=url, headers=headers, limits=pool, timeout=timeout_s, transport=transport
-        )
+        self._chat, self._health = (httpx.URL(url.rstrip("/") + path) for path in ("/v1/chat/completions", "/health"))
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        # Without httpx's client: redirects, cookies and joined addresses, which no end needs, are a fifth of the time.
+        self._transport = transport or Wire()
 
     async def close(self) -> None:
         """Lets go of its connections."""
-        await self._client.aclose()
+        await self._transport.aclose()
 
     async def healthy(self) -> bool:
         """Whether it answers at all."""
         try:
-            return (await self._client.get("/health", timeout=5.0)).status_code == 200
+            async with self._asked("GET", self._health, 5.0) as response:
+                return response.status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -125,7 +126,20 @@ class End:
             told.put_nowait(error)
 
     def _post(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
-        return self._client.stream("POST", "/v1/chat/completions", json=dict(request))
+        return self._asked("POST", self._chat, self._timeout_s, json.dumps(dict(request)))
+
+    @asynccontextmanager
+    async def _asked(
+        self, method: str, url: httpx.URL, timeout_s: float, content: str | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        limits = {"timeout": httpx.Timeout(timeout_s).as_dict()}
+        request = httpx.Request(method, url, headers=self._headers, content=content, extensions=limits)
+        response = await self._transport.handle_async_request(request)
+        response.request = request
+        try:
+            yield response
+        finally:
+            await response.aclose()
 
     @contextmanager
     def _judged(self) -> Iterator[None]:

@@ -55,6 +55,7 @@ class LlamaServer:
             text=True,
             env=environment_without_secrets(),
         )
+        self._account = psutil.Process(self._process.pid)
         told: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, args=(told,), daemon=True)
         self._listener.start()
@@ -78,7 +79,7 @@ class LlamaServer:
 
     def cpu_seconds(self) -> float:
         """Those that its process has used."""
-        used = psutil.Process(self._process.pid).cpu_times()
+        used = self._account.cpu_times()
         return used.user + used.system
 
     def stop(self) -> None:

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from lilliput.data.chat import encode_answer, encode_prompt
-from lilliput.memory import Shape, scoring_bytes
+from lilliput.memory import Shape, answering_bytes, scoring_bytes
 from lilliput.runtime import torch as runtime_module
 from lilliput.runtime.torch import TorchRuntime
+
+HALVED = [7, 3, 1, 2, 4, 2, 2]
 
 
 @pytest.fixture
@@ -16,17 +18,25 @@ def asked(opened, facts):
 
 
 def watched(monkeypatch, runtime, refuses=lambda rows: False):
-    """How many prompts each batch held; those that `refuses` run out of memory, as a GPU says it."""
-    sizes, real = [], runtime._prefill_batch
+    """How many prompts were scored or begun at a time; those that `refuses` run out of memory, as a GPU says it."""
+    sizes = []
 
-    def prefill(rests, *others):
-        sizes.append(len(rests))
-        if refuses(len(rests)):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(rests, *others)
+    def counted(real, count):
+        def run(batch, *others):
+            sizes.append(count(batch))
+            if refuses(sizes[-1]):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(batch, *others)
 
-    monkeypatch.setattr(runtime, "_prefill_batch", prefill)
+        return run
+
+    monkeypatch.setattr(runtime, "_prefill_batch", counted(runtime._prefill_batch, len))
+    monkeypatch.setattr(runtime, "_score_pack", counted(runtime._score_pack, prompts_of))
     return sizes
+
+
+def prompts_of(pack):
+    return sum(segment == parent for segment, parent in dict(zip(pack.segments, pack.parents, strict=True)).items())
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved_and_answers_the_same(opened, asked, monkeypatch):
@@ -36,8 +46,9 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_answers_the_same(opened, 
     sizes = watched(monkeypatch, runtime, refuses=lambda rows: rows > 2)
     for halved, whole in zip(runtime.score(prompts, choices), scores, strict=True):
         assert halved == pytest.approx(whole, abs=1e-4)
-    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    assert sizes == HALVED
     assert runtime.generate(prompts, 5) == texts
+    assert sizes == HALVED * 2
 
 
 def test_a_single_prompt_that_does_not_fit_is_an_error(opened, asked, monkeypatch):
@@ -51,15 +62,19 @@ def test_batches_are_as_large_as_free_memory_lets_them_be(opened, asked, monkeyp
     prompts, choices = asked
     runtime = TorchRuntime(*opened, batch_size=16)
     sizes = watched(monkeypatch, runtime)
-    scores = runtime.score(prompts, choices)
-    assert sizes == [7]
-    sizes.clear()
-    shape, longest = (
-        Shape.of(opened[0].config.to_dict()),
-        max(map(len, prompts)) + max(len(c) for r in choices for c in r),
-    )
-    monkeypatch.setattr(runtime_module, "free_bytes", lambda device: scoring_bytes(shape, 3, longest, longest, 4))
-    for fewer, whole in zip(runtime.score(prompts, choices), scores, strict=True):
-        assert fewer == pytest.approx(whole, abs=1e-4)
-    assert sum(sizes) == 7
-    assert 1 < max(sizes) <= 4
+    scores, texts = runtime.score(prompts, choices), runtime.generate(prompts, 5)
+    assert sizes == [7, 7]
+    shape, longest = Shape.of(opened[0].config.to_dict()), max(map(len, prompts))
+    for asking, enough in (
+        (runtime.score, scoring_bytes(shape, longest, 3 * longest, 40)),
+        (runtime.generate, answering_bytes(shape, 3, longest + 5, longest)),
+    ):
+        sizes.clear()
+        monkeypatch.setattr(runtime_module, "free_bytes", lambda device, enough=enough: enough)
+        again = asking(prompts, choices if asking == runtime.score else 5)
+        if asking == runtime.score:
+            assert all(one == pytest.approx(other, abs=1e-4) for one, other in zip(again, scores, strict=True))
+        else:
+            assert again == texts
+        assert sum(sizes) == 7
+        assert 1 <= max(sizes) < 7

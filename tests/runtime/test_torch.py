@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lilliput.data.chat import encode_answer, encode_prompt
-from lilliput.errors import ArtifactError
+from lilliput.errors import ArtifactError, DataError
 from lilliput.runtime.torch import TorchRuntime
 
 SYSTEM = "Answer briefly."
@@ -46,6 +46,14 @@ def test_prompts_without_a_common_beginning(opened):
     found = TorchRuntime(*opened, 4).score([[5, 6, 7], [9, 8]], [[[3, 4]], [[4]]])
     assert found[0][0] == pytest.approx(plain_score(opened[0], [5, 6, 7], [3, 4]), abs=1e-4)
     assert found[1][0] == pytest.approx(plain_score(opened[0], [9, 8], [4]), abs=1e-4)
+
+
+def test_texts_beyond_the_attention_window_are_refused(opened, monkeypatch):
+    monkeypatch.setattr(opened[0].config, "sliding_window", 4, raising=False)
+    runtime = TorchRuntime(*opened, 4)
+    assert runtime.score([[5, 6]], [[[3, 4]]])
+    with pytest.raises(DataError, match=r"5 tokens.* only 4"):
+        runtime.score([[5, 6, 7]], [[[3, 4]]])
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])

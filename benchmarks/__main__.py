@@ -1,0 +1,51 @@
+"""`python -m benchmarks`: every comparison, one after another, then the table and the chart. `make bench` calls it.
+
+Each comparison is a process of its own and writes results/<name>.json; one that fails leaves the others alone. Needs a
+project whose run is complete (`make demo`), and the peers' environments (`python -m benchmarks.environments`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.record import ROOT
+from benchmarks.table import write
+
+
+def main(
+    project: Annotated[Path, typer.Option(help="where a whole run lies")] = ROOT,
+    only: Annotated[list[str] | None, typer.Option(help="only these comparisons, by the names of their files")] = None,
+    shared: Annotated[Path, typer.Option(help="data sets of public benchmarks, if there are any")] = ROOT.parent
+    / "shared/data",
+    device: str = "phone-4gb",
+) -> None:
+    """Runs all, or those named, and writes docs/benchmarks.md and its chart."""
+    models, params = project / "models", project / "params.yaml"
+    where = ["--data", project / "data", "--params", params]
+    comparisons: dict[str, list[str | Path]] = {
+        "scoring": [models / "base", "--shared", shared],
+        "gateway": [project / "deployments" / device],
+        "decode": [project / "compiled/pocket/gguf", models / "pocket", "--parent", models / "distilled"],
+        "chain": ["--project", project],
+        "routing": [device, "--project", project],
+        "joint": ["--project", project],
+        "tune": [models / "base", *where],
+        "quantise": [models / "base", *where],
+        "recovery": ["--project", project],
+    }
+    for name in only or comparisons:
+        started = time.perf_counter()
+        command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, comparisons[name])]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        print(f"-- {name}: {'failed' if code else 'done'} in {time.perf_counter() - started:.0f} s", flush=True)
+    write()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,241 @@
+"""The whole chain with nothing changed and with one knob changed, and what each stage costs beside its work.
+
+python -m benchmarks.chain          # in a project whose run is complete
+
+`chain`: a copy of the project (hard links, recorded as made by `dvc commit`), where the flow's command line and plain
+`dvc repro` take turns: first with nothing changed, then after a change of `promotion` that neither has seen, which
+makes promotion, bundles and report due. Olive runs a workflow of one pass that it finds in its cache.
+
+`overhead`: the same graph with every command replaced by one that writes its outputs and nothing else. The flow, plain
+`dvc repro` and a Python loop over the same function.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from ruamel.yaml import YAML
+
+from benchmarks.record import ROOT, Row, SideFailed, own_versions, python_of, side, spread, versions_of
+
+CODE = ("flows", "lilliput", "tasks", "corpora")
+MADE = ("models", "compiled", "bundles", "offload", "data", "answers", "metrics", "costs", "report")
+FILES = ("dvc.yaml", "dvc.lock", "params.yaml", "registry.json", "promotion.json", "prefect.toml", ".dvcignore")
+FLOW = (sys.executable, "-m", "flows.democratize")
+DVC = (sys.executable, "-m", "dvc", "repro")
+STUB = """
+import pathlib, sys
+
+def work(outputs):
+    for output in map(pathlib.Path, outputs):
+        if output.suffix:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text("{}\\n")
+        else:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "stub.json").write_text("{}\\n")
+
+if __name__ == "__main__":
+    work(sys.argv[1:])
+"""
+
+
+def main(
+    project: Annotated[Path, typer.Option(help="where a whole run lies")] = ROOT,
+    rounds: int = 3,
+    changes: int = 2,
+    rows: Annotated[list[str] | None, typer.Option("--row")] = None,
+) -> None:
+    """Writes results/chain.json and results/overhead.json."""
+    if not rows or "chain" in rows:
+        _chain(project.resolve(), rounds, changes)
+    if not rows or "overhead" in rows:
+        _overhead(project.resolve())
+
+
+def _chain(project: Path, rounds: int, changes: int) -> None:
+    row = Row(
+        "chain", "Whole chain, nothing changed; one knob changed", "at most 1.2 × plain `dvc repro`; quicker than Olive"
+    )
+    with tempfile.TemporaryDirectory(dir=project.parent) as scratch:
+        copy = _copied(project, Path(scratch, "project"))
+        _run(copy, sys.executable, "-m", "dvc", "commit", "--force")
+        _run(copy, *FLOW)  # compiles what Python has not compiled yet
+        sides = {"lilliput": FLOW, "dvc repro": DVC}
+        nothing = _by_turns(rounds, {name: lambda c=command: _run(copy, *c) for name, command in sides.items()})
+        for name, costs in nothing.items():
+            row.add(f"{name}, nothing changed", **costs)
+        knob = _knobs(copy)
+
+        def changed(command: tuple[str, ...]) -> dict[str, float]:
+            next(knob)
+            return _run(copy, *command)
+
+        for name, costs in _by_turns(changes, {n: lambda c=c: changed(c) for n, c in sides.items()}).items():
+            row.add(f"{name}, one knob changed", **costs)
+    _olive(row, rounds)
+    found = {name: facts["seconds"]["median"] for name, facts in row.sides.items()}
+    ratios = {
+        what: found[f"lilliput, {what}"] / found[f"dvc repro, {what}"]
+        for what in ("nothing changed", "one knob changed")
+    }
+    reached = ", ".join(f"{what} {ratio:.2f} × dvc" for what, ratio in ratios.items())
+    met = max(ratios.values()) <= 1.2
+    if olive := found.get("olive, cached"):
+        reached += f"; nothing changed {found['lilliput, nothing changed']:.1f} s, Olive's cached pass {olive:.1f} s"
+        met = met and found["lilliput, nothing changed"] < olive
+    row.write(reached, met, ratios=ratios)
+
+
+def _olive(row: Row, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["benchmarks/peers/olive_cached.py", str((ROOT / "models" / "base").resolve()), scratch]
+        log = Path("logs/bench/chain-olive.log").resolve()
+        try:
+            command = [str(python_of("olive")), *command]
+            first = side(command, log)
+            again = [side(command, log) for _ in range(rounds)]
+        except SideFailed as failed:
+            return row.absent("olive, cached", str(failed), "16 s", "an earlier trial on 2 quiet cores, Olive 0.13")
+    costs = {key: spread([one[key] for one in again]) for key in ("seconds", "cpu_seconds")}
+    row.add("olive, cached", **costs, first_seconds=first["seconds"], versions=versions_of("olive", ("olive-ai",)))
+
+
+def _overhead(project: Path) -> None:
+    row = Row("overhead", "Orchestration of a run beside its work", "at most 0.5 s a stage over bare Python")
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = {}
+        for name, command in {"lilliput": FLOW, "dvc repro": DVC}.items():
+            folder = _stubbed(project, Path(scratch, name.replace(" ", "-")))
+            sides[name] = _run(folder, *command)
+        stages = _stages(folder)
+        sides["bare Python"] = _timed(lambda: _bare(folder, stages))
+        for name, costs in sides.items():
+            row.add(name, **costs, stages=len(stages), n=1)
+        again = _run(Path(scratch, "lilliput"), *FLOW)
+        row.add("lilliput, again", **again, stages=len(stages), n=1)
+    bare = row.sides["bare Python"]["seconds"]
+    each = {name: (facts["seconds"] - bare) / len(stages) for name, facts in row.sides.items()}
+    reached = f"{each['lilliput']:.2f} s a stage of {len(stages)} (plain DVC {each['dvc repro']:.2f})"
+    row.write(reached, each["lilliput"] <= 0.5, seconds_a_stage=each, versions=own_versions("prefect", "dvc"))
+
+
+def _copied(project: Path, target: Path) -> Path:
+    """The project with what it has made; the large files as hard links, which nobody writes into."""
+    target.mkdir()
+    for name in MADE:
+        if (project / name).exists():
+            shutil.copytree(project / name, target / name, copy_function=_link_large)
+    _code_into(project, target)
+    return target
+
+
+def _code_into(project: Path, target: Path) -> None:
+    for name in CODE:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        source = ROOT / name if (ROOT / name).exists() and name in ("dvc.yaml", "prefect.toml") else project / name
+        if source.exists():
+            shutil.copyfile(source, target / name)
+    if (project / "mlruns").exists():
+        shutil.copytree(project / "mlruns", target / "mlruns")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=target, check=True)
+    shutil.copyfile(ROOT / ".dvc" / "config", target / ".dvc" / "config")
+
+
+def _link_large(source: str, target: str) -> None:
+    if Path(source).stat().st_size > 2**20:
+        os.link(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _knobs(folder: Path) -> Iterator[None]:
+    """Each time another setting of a promotion rule, which nobody has been run with."""
+    yaml, path = YAML(), folder / "params.yaml"
+    for step in range(1, 100):
+        params = yaml.load(path)
+        params["promotion"]["laptop"]["max_accuracy_drop"] = step / 1e4
+        yaml.dump(params, path)
+        yield
+
+
+def _stubbed(project: Path, target: Path) -> Path:
+    target.mkdir()
+    _code_into(project, target)
+    for name in ("dvc.lock", "registry.json", "promotion.json"):
+        (target / name).unlink(missing_ok=True)
+    (target / "stub.py").write_text(STUB)
+    (target / "offload").mkdir()
+    yaml, path = YAML(), target / "dvc.yaml"
+    pipeline = yaml.load(path)
+    for stage in pipeline["stages"].values():
+        stage = stage.get("do", stage)
+        made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
+        names = [item if isinstance(item, str) else next(iter(item)) for item in made]
+        stage["cmd"] = " ".join(["python", "stub.py", *names])
+    yaml.dump(pipeline, path)
+    return target
+
+
+def _stages(folder: Path) -> list[list[str]]:
+    """The outputs of each stage, in an order it can run in."""
+    code = (
+        "import json; from pathlib import Path; from flows.lineage import Lineage;"
+        "print('STAGES' + json.dumps([s.command.split()[2:] for s in Lineage(Path.cwd()).stages()]))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(told.stdout.partition("STAGES")[2])
+
+
+def _bare(folder: Path, stages: list[list[str]]) -> None:
+    code = "import json, sys, stub; [stub.work(outputs) for outputs in json.loads(sys.argv[1])]"
+    subprocess.run([sys.executable, "-c", code, json.dumps(stages)], cwd=folder, check=True)
+
+
+def _run(folder: Path, *command: str) -> dict[str, float]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def work() -> None:
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+
+    return _timed(work)
+
+
+def _timed(work: Callable[[], object]) -> dict[str, float]:
+    before, started = os.times(), time.perf_counter()
+    work()
+    seconds, after = time.perf_counter() - started, os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": seconds, "cpu_seconds": used}
+
+
+def _by_turns(rounds: int, sides: dict[str, Callable[[], dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    told: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, work in sides.items():
+            told[name].append(work())
+    return {
+        name: {key: spread([one[key] for one in costs]) for key in ("seconds", "cpu_seconds")}
+        for name, costs in told.items()
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

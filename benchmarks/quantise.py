@@ -1,0 +1,205 @@
+"""Four bits by GPTQ: ours, GPTQModel called directly, Olive's, llm-compressor's, and rounding to nearest.
+
+python -m benchmarks.quantise models/base
+
+Same model, calibration texts, width, groups and grid; damping and ordering are each one's own defaults, with no
+reordering that the file would have to name. Each side runs in a process of its own, imports, loading and writing
+included; ours also measures perplexity twice and makes the float32 model that the reload proof wants. Quality is judged
+by one judge, on the weights as each side's layers compute with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.record import Row, SideFailed, own, own_versions, python_of, side, versions_of
+from lilliput.config import Params, load_params
+
+PEERS = {"olive": ("olive-ai", "torch", "transformers"), "llmcompressor": ("llmcompressor", "torch", "transformers")}
+OWN = ("lilliput", "gptqmodel", "rtn")
+HELD_OUT = 32
+
+
+def main(
+    model: Path,
+    data: Annotated[Path, typer.Option(help="the folder that `python -m tasks data` wrote")] = Path("data"),
+    params: Annotated[Path, typer.Option(help="whose strategies.gptq is used")] = Path("params.yaml"),
+    sides: Annotated[list[str] | None, typer.Option("--side", help="only these")] = None,
+    examples: Annotated[int | None, typer.Option(help="of calibration, instead of the strategy's own")] = None,
+    job: Annotated[str | None, typer.Option(hidden=True)] = None,
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measures all sides, judges what they made, and writes results/gptq.json."""
+    if only and job:
+        return _run(only, json.loads(Path(job).read_text()), load_params(params))
+    settings = load_params(params)
+    row = Row(
+        "gptq",
+        "GPTQ, 4 bits, groups of 32: CPU-seconds, memory, quality",
+        "at most the quickest peer's CPU-seconds; quality no worse at equal bytes",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        made = {}
+        for name in sides or [*OWN, *PEERS]:
+            folder = Path(scratch, name)
+            folder.mkdir()
+            described = _job(model, data, settings, folder, examples)
+            command = (
+                [python_of_or(name), f"benchmarks/peers/{name}_gptq.py", described]
+                if name in PEERS
+                else own("benchmarks.quantise", model, "--params", params, "--job", described, "--only", name)
+            )
+            try:
+                made[name] = side(command, Path("logs/bench", f"gptq-{name}.log").resolve())
+            except SideFailed as failed:
+                row.absent(name, str(failed))
+        judged = {
+            name: side(
+                own(
+                    "benchmarks.quantise",
+                    model,
+                    "--params",
+                    params,
+                    "--job",
+                    Path(scratch, name, "job.json"),
+                    "--only",
+                    "judge",
+                ),
+                Path("logs/bench", f"gptq-{name}-judge.log").resolve(),
+            )
+            for name in made
+        }
+    for name, cost in made.items():
+        versions = versions_of(name, PEERS[name]) if name in PEERS else own_versions("gptqmodel", "torch")
+        row.add(name, **cost, n=1, **judged[name], versions=versions)
+    _conclude(row)
+
+
+def python_of_or(peer: str) -> Path:
+    """The peer's interpreter; a path that does not exist where there is none, which then fails as a side."""
+    try:
+        return python_of(peer)
+    except SideFailed:
+        return Path(".bench", peer, "bin", "python")
+
+
+def _job(model: Path, data: Path, settings: Params, folder: Path, examples: int | None) -> Path:
+    from transformers import AutoTokenizer
+
+    from lilliput.compress.training import encode_examples
+    from lilliput.data.corpus import read_corpus
+
+    config = settings.strategies.gptq
+    questions = read_corpus(data).calibration[: examples or config.calibration_examples]
+    rows = encode_examples(AutoTokenizer.from_pretrained(model), settings.data.system_prompt, questions)
+    described = {
+        "model": str(model.resolve()),
+        "data": str(data.resolve()),
+        "target": str(folder),
+        "calibration": [row.input_ids for row in rows],
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "symmetric": config.symmetric,
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(described))
+    return path
+
+
+def _run(name: str, job: dict[str, Any], settings: Params) -> None:
+    sys.path.insert(0, str(Path(__file__).parent / "peers"))
+    from usage import folder_bytes, so_far, tell
+
+    if name == "judge":
+        return tell(**_judge(job, settings))
+    target = Path(job["target"], "made")
+    target.mkdir()
+    {"lilliput": _ours, "rtn": _ours, "gptqmodel": _directly}[name](name, job, settings, target)
+    tell(**so_far(), size_bytes=folder_bytes(str(target)))
+
+
+def _ours(name: str, job: dict[str, Any], settings: Params, target: Path) -> None:
+    from lilliput.compress.gptq import gptq
+    from lilliput.compress.rtn import rtn
+    from lilliput.data.corpus import read_corpus
+
+    corpus = read_corpus(Path(job["data"]))
+    held_out = [question for question in corpus.questions if question.answerable][:HELD_OUT]
+    calibration = corpus.calibration[: len(job["calibration"])]
+    strategy, config = (gptq, settings.strategies.gptq) if name == "lilliput" else (rtn, settings.strategies.rtn)
+    result = strategy(Path(job["model"]), calibration, held_out, settings.data.system_prompt, config)  # pyright: ignore
+    assert result.save is not None
+    result.save(target)
+
+
+def _directly(name: str, job: dict[str, Any], settings: Params, target: Path) -> None:
+    del name, settings
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["calibration"]]
+    config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"], desc_act=False)
+    # Not its default dtype: in the checkpoint's bfloat16 it may crash on a CPU, and would not do the same sums.
+    loaded = GPTQModel.load(job["model"], config, device="cpu", dtype=torch.float32)
+    loaded.quantize(rows, batch_size=16)
+    loaded.save(str(target))
+
+
+def _judge(job: dict[str, Any], settings: Params) -> dict[str, Any]:
+    from benchmarks.judging import judged
+    from lilliput.data.corpus import read_corpus
+    from lilliput.models import open_model
+
+    weights = Path(job["target"], "weights.safetensors")
+    model, tokenizer = open_model(Path(job["model"] if weights.exists() else job["target"] + "/made"))
+    if weights.exists():
+        from safetensors.torch import load_file
+
+        found = load_file(weights)
+        missing = model.load_state_dict(found, strict=False)
+        assert len(found) == 7 * model.config.num_hidden_layers, f"{len(found)} layers were quantised"
+        assert not missing.unexpected_keys, missing.unexpected_keys
+    return judged(model, tokenizer, read_corpus(Path(job["data"])), settings.data.system_prompt)
+
+
+def _conclude(row: Row) -> None:
+    if "lilliput" not in row.sides:
+        return
+    ours = row.sides["lilliput"]
+    peers = {name: facts for name, facts in row.sides.items() if name not in ("lilliput", "rtn")}
+    if not peers:
+        return
+    ratios = {
+        name: {key: ours[key] / facts[key] for key in ("cpu_seconds", "seconds", "peak_rss_bytes", "size_bytes")}
+        for name, facts in peers.items()
+    }
+    best = min(peers, key=lambda name: peers[name]["cpu_seconds"])
+    quickest = min(peers, key=lambda name: peers[name]["seconds"])
+    accuracies = max(facts["choice_accuracy"]["value"] for facts in peers.values())
+    reached = (
+        f"{ratios[best]['cpu_seconds']:.2f} of the CPU-seconds of {best}, {ratios[quickest]['seconds']:.2f} of the "
+        f"seconds of {quickest}; choice accuracy {ours['choice_accuracy']['value']:.3f}, best peer {accuracies:.3f}"
+    )
+    met = (
+        ratios[best]["cpu_seconds"] <= 1.0
+        and ours["choice_accuracy"]["value"] >= accuracies
+        and ours["perplexity"] <= min(facts["perplexity"] for facts in peers.values())
+    )
+    from benchmarks.judging import paired  # brings torch, which each side's own process imports for itself
+
+    differences = {
+        name: paired(ours["right"], facts["right"]) for name, facts in row.sides.items() if name != "lilliput"
+    }
+    row.write(reached, met, ratios=ratios, accuracy_paired=differences)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    typer.run(main)

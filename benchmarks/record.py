@@ -1,0 +1,151 @@
+"""What every comparison shares: running one side in a process of its own, and the record of what was found."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lilliput.artifacts import write_json
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+ENVIRONMENTS = ROOT / ".bench"
+QUIET_LOAD = 0.7  # of the minute before, beyond which other work is said to have run
+
+
+class SideFailed(Exception):
+    """One side of a comparison did not come to its end."""
+
+
+def python_of(peer: str) -> Path:
+    """The interpreter of a peer's environment.
+
+    Raises:
+        SideFailed: it has not been made.
+    """
+    path = ENVIRONMENTS / peer / "bin" / "python"
+    if not path.exists():
+        raise SideFailed(f"no environment; `python -m benchmarks.environments {peer}` makes it")
+    return path
+
+
+def side(command: Sequence[str | Path], log: Path, timeout_s: float = 900.0) -> dict[str, Any]:
+    """What the process of one side tells of itself (`peers/usage.py`).
+
+    Raises:
+        SideFailed: it failed, or told nothing.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as told:
+        try:
+            code = subprocess.run(
+                [str(part) for part in command],
+                cwd=ROOT,
+                stdout=told,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"BENCH_STARTED": str(time.time()), "GPTQMODEL_CPU_WORKERS": "2"},
+                timeout=timeout_s,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise SideFailed(f"not at its end after {timeout_s:.0f} s") from None
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    facts = [line for line in lines if line.startswith("BENCH ")]
+    if code or not facts:
+        raise SideFailed(f"exit code {code}: {lines[-1][:200] if lines else 'it said nothing'}")
+    return json.loads(facts[-1].removeprefix("BENCH "))
+
+
+def own(module: str, *arguments: str | Path) -> list[str | Path]:
+    """The command that runs `module` in this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def versions_of(peer: str, packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions in a peer's environment."""
+    code = "import importlib.metadata as m, json, sys; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
+    told = subprocess.run([str(python_of(peer)), "-c", code, *packages], capture_output=True, text=True, check=True)
+    return json.loads(told.stdout)
+
+
+def own_versions(*packages: str) -> dict[str, str]:
+    """Installed versions in this interpreter."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least, most, and of how many."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values), "n": len(values)}
+
+
+class Row:
+    """One comparison; made before anything is measured, because it looks at how busy the machine is.
+
+    Args:
+        name: of its file.
+        what: in words.
+        goal: in words.
+    """
+
+    def __init__(self, name: str, what: str, goal: str) -> None:
+        self.name = name
+        self._record: dict[str, Any] = {
+            "what": what,
+            "goal": goal,
+            "commit": _git("rev-parse", "--short", "HEAD"),
+            "changed_files": _git("status", "--porcelain", "--untracked-files=no").count("\n"),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": {
+                "processor": _processor(),
+                "cores": psutil.cpu_count(),
+                "memory_bytes": psutil.virtual_memory().total,
+                "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            },
+            "load_1min_before": os.getloadavg()[0],
+            "quiet": os.getloadavg()[0] <= QUIET_LOAD,
+            "sides": {},
+            "absent": {},
+        }
+
+    def add(self, name: str, **facts: Any) -> None:
+        """What was found of one side."""
+        self._record["sides"][name] = facts
+        print(f"{self.name}: {name}: {json.dumps(facts)}", flush=True)
+
+    def absent(self, name: str, reason: str, published: str | None = None, source: str | None = None) -> None:
+        """A side that could not be run here, and what its makers say of it."""
+        self._record["absent"][name] = {"reason": reason, "published": published, "source": source}
+        print(f"{self.name}: {name}: left out: {reason}", flush=True)
+
+    def write(self, reached: str, met: bool | None, **more: Any) -> None:
+        """Writes results/<name>.json; `reached` is what the README's table says beside the goal."""
+        record = self._record | more | {"reached": reached, "met": met}
+        record["load_1min_after"] = os.getloadavg()[0]
+        write_json(RESULTS / f"{self.name}.json", record)
+        print(f"{self.name}: {reached} (goal: {record['goal']})", flush=True)
+
+    @property
+    def sides(self) -> Mapping[str, dict[str, Any]]:
+        """What was added, by name."""
+        return self._record["sides"]
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,87 @@
+"""The table and the chart of benchmarks/results: `python -m benchmarks.table` writes docs/benchmarks.{md,svg}."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib.figure import Figure
+
+from benchmarks.record import RESULTS, ROOT
+
+ORDER = ("gptq", "lora", "recovery", "chain", "overhead", "scoring", "decode", "gateway", "routing", "joint")
+PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
+VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
+
+
+def write() -> None:
+    """Both, from whatever results there are."""
+    records = {name: json.loads(path.read_text()) for name in ORDER if (path := RESULTS / f"{name}.json").exists()}
+    PAGE.write_text("\n".join(_page(records)) + "\n", encoding="utf-8")
+    if ratios := dict(_ratios(records)):
+        _draw(ratios)
+
+
+def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield "# Side by side with peers\n"
+    yield (
+        "Written by `python -m benchmarks.table` from `benchmarks/results/*.json`, which hold every figure with its n, "
+        "spread, versions, load and commit. `make bench` measures them anew.\n"
+    )
+    yield "![Lilliput as a multiple of each peer](benchmarks.svg)\n"
+    yield "| What | Goal | Reached | | Machine quiet before | Commit |"
+    yield "|---|---|---|---|---|---|"
+    for record in records.values():
+        quiet = f"{'yes' if record['quiet'] else 'no'} (load {record['load_1min_before']:.1f})"
+        commit = record["commit"] + ("+" if record["changed_files"] else "")
+        told = (record["what"], record["goal"], record["reached"], VERDICTS[record["met"]], quiet, commit)
+        yield f"| {' | '.join(told)} |"
+    machines = {json.dumps(record["machine"], sort_keys=True): record["machine"] for record in records.values()}
+    for machine in machines.values():
+        memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+        yield f"\n{machine['processor']}, {machine['cores']} cores, {memory}, {machine['system']}."
+    yield "\n## Left out, and why\n"
+    yield "| What | Who | Why | Published | Source |"
+    yield "|---|---|---|---|---|"
+    for name, record in records.items():
+        for side, told in record["absent"].items():
+            yield f"| {name} | {side} | {told['reason']} | {told['published'] or ''} | {told['source'] or ''} |"
+
+
+def _ratios(records: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    """How many times as good as a peer we are, above 1 for better."""
+    for peer, ratio in records.get("gptq", {}).get("ratios", {}).items():
+        yield f"GPTQ, CPU-seconds: {peer}", 1 / ratio["cpu_seconds"]
+    if lora := records.get("lora", {}).get("ratios"):
+        yield "LoRA, seconds a step: trl", 1 / lora["step_seconds"]
+    for what, ratio in records.get("chain", {}).get("ratios", {}).items():
+        yield f"chain, {what}: dvc repro", 1 / ratio
+    for task, facts in records.get("scoring", {}).get("sides", {}).items():
+        yield f"scoring, {task}: lm-eval", facts["ratio"]["median"]
+    for peer, ratio in records.get("decode", {}).get("ratios", {}).items():
+        yield f"decode: {peer}", ratio["decode"]
+    sides = records.get("gateway", {}).get("sides", {})
+    if "litellm, added" in sides:
+        yield "gateway, added: litellm", sides["litellm, added"]["p50_ms"] / sides["gateway, added"]["p50_ms"]
+
+
+def _draw(ratios: Mapping[str, float]) -> None:
+    with matplotlib.rc_context({"svg.hashsalt": "lilliput", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(7.5, 0.32 * len(ratios) + 1.0), layout="constrained")
+        axes = figure.add_subplot()
+        names, values = list(ratios)[::-1], list(ratios.values())[::-1]
+        bars = axes.barh(names, values, color=["#2a7f62" if value >= 1 else "#b5532b" for value in values])
+        axes.bar_label(bars, [f"{value:.2f} ×" for value in values], padding=3)
+        axes.axvline(1.0, color="#444444", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlabel("Lilliput as a multiple of the peer; right of 1 is better")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    write()
