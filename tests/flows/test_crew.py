@@ -21,7 +21,7 @@ from flows.process import Site, run_process, sign_of_life
 from lilliput.errors import ConfigError, StageError
 from tests.flows.conftest import PROJECT, Clone, environment_in
 
-PATIENCE_S = 400  # a machine under load takes its time to start a cluster
+PATIENCE_S = 900  # a machine under load takes its time to start a cluster
 
 # `one` and `two` end only if both are at work at the same time; `last` needs them.
 GRAPH = """\
@@ -48,7 +48,7 @@ from tasks.machine import end_with_stdin
 own, other = sys.argv[1:]
 end_with_stdin()
 Path(f"{own}.began").write_text(f"{os.getpid()} {os.getppid()} {os.environ.get('OMP_NUM_THREADS')}")
-deadline = time.monotonic() + 300
+deadline = time.monotonic() + 800
 while not Path(f"{other}.began").exists():
     assert time.monotonic() < deadline, "alone"
     time.sleep(0.1)
@@ -81,6 +81,15 @@ def needs(runner: str) -> str:
     return runner
 
 
+def spend(paper: Clone, runner: str) -> dict:
+    """A night with `runner`: Ray gives its own processes 15 s to start, which a busy machine may not have."""
+    for _ in range(3):
+        done = paper.run("python", "night.py", runner, timeout_s=PATIENCE_S)
+        if "timed out during startup" not in done.stderr:
+            break
+    return outcome(done)
+
+
 @pytest.fixture
 def paper(tmp_path) -> Clone:
     """A DVC repository of stages that wait for each other."""
@@ -107,7 +116,7 @@ def outcome(done: subprocess.CompletedProcess[str]) -> dict:
 @pytest.mark.timeout(3 * PATIENCE_S)
 @pytest.mark.parametrize("runner", ["local", "ray", "dask"])
 def test_independent_stages_are_at_work_together_and_dvc_has_them_all(paper, runner):
-    told = outcome(paper.run("python", "night.py", needs(runner), timeout_s=PATIENCE_S))
+    told = spend(paper, needs(runner))
     assert told["outcome"] == [dict.fromkeys(["first", "pair@one", "pair@two", "last"], "Completed"), {}]
     parents = set()
     for name in ("one", "two"):
@@ -116,7 +125,7 @@ def test_independent_stages_are_at_work_together_and_dvc_has_them_all(paper, run
         parents.add(int(parent))
     assert (told["pid"] in parents) == (runner == "local")
     assert "up to date" in paper.run("dvc", "status").stdout
-    again = outcome(paper.run("python", "night.py", runner, timeout_s=PATIENCE_S))
+    again = spend(paper, runner)
     assert set(again["outcome"][0].values()) == {"Cached"}
     needs_of_runs = {"first": set(), "pair@one": {"first"}, "pair@two": {"first"}, "last": {"pair@one", "pair@two"}}
     assert drawn(paper) == [needs_of_runs, needs_of_runs]
@@ -162,33 +171,6 @@ def test_a_killed_flow_takes_its_stages_and_its_cluster_along(paper, runner):
         for process in [*left_of(paper), *servers_of(paper)]:
             process.kill()
     assert not (paper.folder / "one.txt").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(6 * PATIENCE_S)
-@pytest.mark.parametrize("runner", ["ray", "dask"])
-def test_candidates_have_the_bytes_they_have_when_made_one_after_another(clone, tmp_path, runner):
-    needs(runner)
-    wide = {"from": "base", "apply": "gptq", "with": {"bits": 8}}
-    clone.set_param("candidates.small", {"from": "base", "apply": "rtn"})
-    clone.set_param("candidates.wide", wide)
-    alone = Clone(tmp_path / "alone", clone.environment | {"PWD": str(tmp_path / "alone")})
-    subprocess.run(["cp", "-a", str(clone.folder), str(alone.folder)], check=True)
-    done = alone.run("dvc", "repro", "compress@small", "compress@wide", timeout_s=2 * PATIENCE_S)
-    assert done.returncode == 0, done.stderr
-    done = clone.run(
-        *("python", "-m", "flows.democratize", "--runner", runner, "--workers", "2"),
-        *("--only", "small", "--only", "wide"),
-        timeout_s=3 * PATIENCE_S,
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=str(PATIENCE_S),
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("small", "wide"):
-        made = [
-            json.loads((one.folder / "models" / name / "lilliput.json").read_text())["files"] for one in (clone, alone)
-        ]
-        assert made[0] == made[1]
-    assert not {"compress@small", "compress@wide"} & set(clone.run("dvc", "status").stdout.split())
 
 
 def wait_until(holds) -> None:
