@@ -269,7 +269,8 @@ def reset(clone: Clone) -> None:
         shutil.rmtree(clone.folder / name, ignore_errors=True)
     for name in MADE_FILES:
         (clone.folder / name).unlink(missing_ok=True)
-    subprocess.run(["git", "checkout", "-q", "--", "models", "mlruns"], cwd=clone.folder, check=True)
+    for name in ("models", "mlruns"):
+        (clone.folder / name).mkdir()
 
 
 def at_work(log: Path) -> str:
