@@ -2,7 +2,7 @@
 
 python -m benchmarks.chain          # in a project whose run is complete
 
-`chain`: a copy of the project (hard links, recorded as made by `dvc commit`), where the flow's command line and plain
+`chain`: a copy of the project (recorded as made by `dvc commit`), where the flow's command line and plain
 `dvc repro` take turns: first with nothing changed, then after a change of `promotion` that neither has seen, which
 makes promotion, bundles and report due. Olive runs a workflow of one pass that it finds in its cache.
 
@@ -131,11 +131,11 @@ def _overhead(project: Path) -> None:
 
 
 def _copied(project: Path, target: Path) -> Path:
-    """The project with what it has made; the large files as hard links, which nobody writes into."""
+    """The project with what it has made; copied, since DVC takes the write permission from what it keeps."""
     target.mkdir()
     for name in MADE:
         if (project / name).exists():
-            shutil.copytree(project / name, target / name, copy_function=_link_large)
+            shutil.copytree(project / name, target / name)
     _code_into(project, target)
     return target
 
@@ -151,13 +151,6 @@ def _code_into(project: Path, target: Path) -> None:
         shutil.copytree(project / "mlruns", target / "mlruns")
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=target, check=True)
     shutil.copyfile(ROOT / ".dvc" / "config", target / ".dvc" / "config")
-
-
-def _link_large(source: str, target: str) -> None:
-    if Path(source).stat().st_size > 2**20:
-        os.link(source, target)
-    else:
-        shutil.copyfile(source, target)
 
 
 def _knobs(folder: Path) -> Iterator[None]:
