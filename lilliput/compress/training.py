@@ -360,7 +360,7 @@ def sharded() -> bool:
 
 def own_device() -> torch.device:
     """Where this process computes; a model that FSDP is to share out is opened elsewhere."""
-    return PartialState().device if processes() > 1 else device()
+    return cast("torch.device", PartialState().device) if processes() > 1 else device()
 
 
 @contextmanager
