@@ -25,13 +25,13 @@ def measured(path: Path) -> Iterator[dict[str, Any]]:
     Memory is the peak resident size of this process since its start, in bytes; CPU time includes finished children.
     """
     extra: dict[str, Any] = {}
-    started, cpu_before = time.perf_counter(), _cpu_s()
+    started, cpu_before = time.perf_counter(), cpu_s()
     yield extra
     write_json(
         path,
         {
             "seconds": round(time.perf_counter() - started, 2),
-            "cpu_seconds": round(_cpu_s() - cpu_before, 2),
+            "cpu_seconds": round(cpu_s() - cpu_before, 2),
             "peak_rss_bytes": peak_rss_bytes(),
             "machine": {
                 "processor": platform.machine(),
@@ -69,6 +69,7 @@ def out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def _cpu_s() -> float:
+def cpu_s() -> float:
+    """CPU-seconds of this process and its finished children."""
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime

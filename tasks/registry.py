@@ -16,7 +16,7 @@ import mlflow
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from lilliput.artifacts import MANIFEST, PARITY, file_sha256, written_aside
@@ -140,11 +140,7 @@ def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:
 
 def ensure_model(mlflow_client: MlflowClient) -> None:
     """Makes the registered model if it is not there."""
-    try:
-        mlflow_client.get_registered_model(MODEL)
-    except MlflowException as error:
-        if error.error_code not in _NOT_THERE:
-            raise
+    if _registered(mlflow_client) is None:
         mlflow_client.create_registered_model(
             MODEL, description="Candidates of the compression graph, each with its four-metric evaluation."
         )
@@ -161,6 +157,12 @@ def find_or_create_run(
     wanted = " and ".join(f"tags.`{key}` = '{text}'" for key, text in identity.items())
     known = mlflow_client.search_runs([experiment], wanted, max_results=1)
     return known[0] if known else mlflow_client.create_run(experiment, run_name=name, tags={**identity, **(tags or {})})
+
+
+def _registered(mlflow_client: MlflowClient) -> RegisteredModel | None:
+    """The registered model. Not by its name: MLflow's store then reads all of its versions to tell the latest."""
+    found = mlflow_client.search_registered_models(f"name = '{MODEL}'", max_results=1)
+    return found[0] if found else None
 
 
 def find_version(mlflow_client: MlflowClient, evaluation_sha256: str) -> str | None:
@@ -320,7 +322,8 @@ def tell(version: str, tags: Mapping[str, str | None]) -> None:
 def forget_devices(devices: Collection[str]) -> None:
     """Takes away the aliases of devices other than `devices`."""
     mlflow_client = client()
-    for alias in mlflow_client.get_registered_model(MODEL).aliases:
+    found = _registered(mlflow_client)
+    for alias in found.aliases if found else ():
         prefix = next((prefix for prefix in (CHAMPION, CHALLENGER, PREVIOUS) if alias.startswith(prefix)), None)
         if prefix and alias.removeprefix(prefix) not in devices:
             mlflow_client.delete_registered_model_alias(MODEL, alias)

@@ -91,7 +91,8 @@ def distill(
     else:
         origins = layer_origins(student, teacher) if config.hidden_weight else []
         facts = {"matched_teacher_layers": origins} if origins else {}
-        loss = distillation_loss(open_model(teacher)[0].to(own_device()), tokenizer, config, origins)
+        taught = cast(PreTrainedModel, cast(torch.nn.Module, open_model(teacher)[0]).to(own_device()))
+        loss = distillation_loss(taught, tokenizer, config, origins)
     history = train(model.train(), learnt, pad_id(tokenizer), config, loss, validated, checkpoints)
     return Result(model.eval(), tokenizer, outcome(history, config) | facts, dict(history))
 

@@ -1,0 +1,24 @@
+"""The joint with MLflow, on an embedded store."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks import registry
+
+pytestmark = pytest.mark.filterwarnings("default")  # MLflow's store says much to itself
+
+
+def test_the_model_is_made_once_and_aliases_of_devices_that_are_gone_are_taken_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = registry.client()
+    for _ in range(2):
+        registry.ensure_model(client)
+    versions = [client.create_model_version(registry.MODEL, source="file:///nowhere").version for _ in range(3)]
+    for device, version in zip(("phone", "board"), versions, strict=False):
+        registry.move_champion(device, str(version))
+    client.set_registered_model_alias(registry.MODEL, "by-hand", str(versions[2]))
+    registry.forget_devices(["phone"])
+    aliases = {name: registry.version_of(name) for name in ("champion-phone", "champion-board", "by-hand")}
+    assert [found and int(found.version) for found in aliases.values()] == [1, None, 3]
