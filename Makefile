@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser services interop bench repro plan ui clean
+.PHONY: demo test check browser services interop bench scaling repro plan ui clean
 
 demo: $(INSTALLED)  ## everything, on the embedded default: about 32 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -42,6 +42,9 @@ repro: $(INSTALLED)  ## the same work by DVC alone, without Prefect
 
 plan: $(INSTALLED)  ## what a run would do, and its predicted time and memory
 	@$(BIN)/python -m flows.democratize --plan
+
+scaling: $(INSTALLED)  ## how cost grows with rows, candidates, questions and versions (docs/scaling.md)
+	@for each in data candidates questions registry chart; do $(BIN)/python -m benchmarks.scaling $$each || exit; done
 
 ui: $(INSTALLED)  ## the MLflow UI on http://127.0.0.1:5000
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000

@@ -360,14 +360,15 @@ def _multiply_versions(database: Path, count: int) -> None:
         for table in ("model_versions", "model_version_tags"):
             columns = [row[1] for row in store.execute(f"pragma table_info({table})")]
             rows = store.execute(f"select {', '.join(columns)} from {table}").fetchall()
-            place = columns.index("version")
-            more = ((*row[:place], number, *row[place + 1 :]) for number in range(2, count + 1) for row in rows)
+            more = (_copy(dict(zip(columns, row, strict=True)), n) for n in range(2, count + 1) for row in rows)
             marks = ", ".join("?" * len(columns))
             store.executemany(f"insert into {table} values ({marks})", more)
-        own = ((_tags(n)["lilliput.evaluation_sha256"], n) for n in range(1, count + 1))
-        name = "lilliput.evaluation_sha256"
-        store.executemany(f"update model_version_tags set value = ? where version = ? and key = '{name}'", own)
     store.close()
+
+
+def _copy(row: Row, number: int) -> list[object]:
+    value = {"value": _tags(number).get(row["key"])} if "key" in row else {}
+    return list((row | {"version": number} | value).values())
 
 
 def _milliseconds(step: Callable[[], object], times: int = 5) -> float:

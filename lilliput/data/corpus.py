@@ -163,11 +163,10 @@ def _split_groups(outline: _Outline, train_share: float, seed: int) -> dict[str,
 
 def _sides(outline: _Outline, splits: Mapping[str, Split]) -> dict[tuple[Split, bool], array[int]]:
     """Where each side's answerable and unanswerable rows stand."""
-    both: tuple[Split, ...] = ("train", "test")
-    sides: dict[tuple[Split, bool], array[int]] = {
-        (split, answerable): array("Q") for split in both for answerable in (True, False)
-    }
-    side_of = [splits[group] for group in outline.groups]
+    sides: dict[tuple[Split, bool], array[int]] = {}
+    for answerable in (True, False):
+        sides["train", answerable], sides["test", answerable] = array("Q"), array("Q")
+    side_of: list[Split] = [splits[group] for group in outline.groups]
     for place, (owner, answerable) in enumerate(zip(outline.owners, outline.answerable, strict=True)):
         sides[side_of[owner], bool(answerable)].append(place)
     return sides
