@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -37,8 +38,9 @@ LITELLM = """
 model_list:
   - model_name: device
     litellm_params: {{model: openai/device, api_base: "{bare}/v1", api_key: none}}
-general_settings: {{}}
+general_settings: {{master_key: {key}}}
 """
+KEY = f"sk-{secrets.token_hex(24)}"  # litellm will not start without; the other ways ignore it
 Mode = Literal["bare", "cached"]
 
 
@@ -190,7 +192,7 @@ def _gateway(folder: Path, mode: Mode) -> Iterator[tuple[str, str, dict[str, str
 def _litellm(bare: str, scratch: Path) -> Iterator[str]:
     python_of("litellm")
     config, port = scratch / "litellm.yaml", 8917
-    config.write_text(LITELLM.format(bare=bare))
+    config.write_text(LITELLM.format(bare=bare, key=KEY))
     command = [
         str(python_of("litellm").parent / "litellm"),
         "--config",
@@ -231,7 +233,8 @@ def _cached(client: httpx.Client, url: str, question: str) -> float:
 def _ask(client: httpx.Client, url: str, question: str, system: dict[str, str] | None = None) -> httpx.Response:
     turns = [*([system] if system else []), {"role": "user", "content": question}]
     body = {"model": "device", "messages": turns, "max_tokens": 8, "temperature": 0.0}
-    return client.post(f"{url}/v1/chat/completions", json=body).raise_for_status()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return client.post(f"{url}/v1/chat/completions", json=body, headers=headers).raise_for_status()
 
 
 def _seconds(work: Callable[[], object]) -> float:

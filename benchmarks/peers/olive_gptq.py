@@ -44,11 +44,7 @@ model = made.load_model().eval()
 weights = {}
 with torch.no_grad():
     for name, layer in model.named_modules():
-        if (
-            "Quant" in type(layer).__name__
-            and hasattr(layer, "in_features")
-            and not isinstance(layer, torch.nn.Embedding)
-        ):
-            weights[f"{name}.weight"] = layer(torch.eye(layer.in_features)).T.float().contiguous()
+        if type(layer).__name__ == "QuantLinear":
+            weights[f"{name}.weight"] = layer(torch.eye(layer.cols)).T.float().contiguous()
 save_file(weights, job["target"] + "/weights.safetensors")
 tell(**used, size_bytes=size, layers=len(weights))

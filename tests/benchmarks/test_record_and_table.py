@@ -1,0 +1,53 @@
+import json
+import sys
+
+import pytest
+
+from benchmarks import record, table
+from benchmarks.record import Row, SideFailed, side, spread
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for module in (record, table):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(table, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setattr(table, "PICTURE", tmp_path / "benchmarks.svg")
+    return tmp_path
+
+
+def test_a_side_says_what_it_used(tmp_path):
+    peers = str(record.ROOT / "benchmarks" / "peers")
+    code = (
+        f"import sys; sys.path.insert(0, {peers!r}); import usage; b = b"x" * 10**8; usage.tell(**usage.so_far(), ok=1)"
+    )
+    told = side([sys.executable, "-c", code], tmp_path / "log")
+    assert told["ok"] == 1
+    assert 10**8 < told["peak_rss_bytes"] < 3 * 10**8
+    assert 0 < told["cpu_seconds"] < 60
+
+
+@pytest.mark.parametrize(("code", "why"), [("print('no facts')", "exit code 0: no facts"), ("1 / 0", "ZeroDivision")])
+def test_a_side_that_says_nothing_has_failed(tmp_path, code, why):
+    with pytest.raises(SideFailed, match=why):
+        side([sys.executable, "-c", code], tmp_path / "log")
+
+
+def test_a_side_that_takes_too_long_has_failed(tmp_path):
+    with pytest.raises(SideFailed, match="not at its end after 1 s"):
+        side([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", timeout_s=1.0)
+
+
+def test_what_was_missed_and_who_was_left_out_stand_on_the_page(results):
+    row = Row("lora", "LoRA", "at most 1.0 ×")
+    row.add("lilliput", seconds=spread([1.0, 3.0, 2.0]))
+    row.absent("olive", "it does not install", "115 s", "its README")
+    row.write("1.50 × trl's seconds", False, ratios={"step_seconds": 1.5, "step_cpu_seconds": 1.2})
+    found = json.loads((results / "lora.json").read_text())
+    assert found["sides"]["lilliput"]["seconds"] == {"median": 2.0, "least": 1.0, "most": 3.0, "n": 3}
+    assert found["machine"]["cores"] and found["commit"] and "load_1min_before" in found
+    table.write()
+    page = (results / "benchmarks.md").read_text()
+    assert "| LoRA | at most 1.0 × | 1.50 × trl's seconds | **missed** |" in page
+    assert "| lora | olive | it does not install | 115 s | its README |" in page
+    assert "0.67 ×" in (results / "benchmarks.svg").read_text()
