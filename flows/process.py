@@ -18,6 +18,7 @@ from flows.lineage import Stage
 from lilliput.errors import StageError, TemporaryError
 from tasks import layout
 from tasks.console import EXIT_TEMPORARY, last_error
+from tasks.cost import last_peak
 
 # Ray and Dask set these to one for their workers. Other numbers of threads can mean other bytes: the flow's hold.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -97,9 +98,9 @@ def run_process(stage: Stage, site: Site) -> None:
     if orphaned.is_set():
         raise StageError(f"{stage.name}: stopped, because its flow has ended")
     if code == EXIT_TEMPORARY:
-        raise TemporaryError(_explain(stage, code, site.folder / layout.log(stage.name)))
+        raise TemporaryError(_explain(stage, code, site.folder))
     if code:
-        raise StageError(_explain(stage, code, site.folder / layout.log(stage.name)))
+        raise StageError(_explain(stage, code, site.folder))
 
 
 @contextmanager
@@ -146,8 +147,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _explain(stage: Stage, code: int, log: Path) -> str:
+def _explain(stage: Stage, code: int, folder: Path) -> str:
+    log = folder / layout.log(stage.name)
     if code < 0:
-        hint = "; the system may be out of memory" if code == -9 else ""
+        hint = f"; the system may be out of memory{last_peak(stage.name, folder)}" if code == -9 else ""
         return f"{stage.name} was killed by signal {-code}{hint}; its log: {log}"
     return last_error(log) or f"{stage.name} ended with exit code {code}; its log: {log}"

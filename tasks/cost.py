@@ -43,13 +43,13 @@ def measured(path: Path) -> Iterator[dict[str, Any]]:
     )
 
 
-def last_peak(stage: str) -> str:
-    """`; it took 812 MiB at its peak the last time` by the record of `stage`; nothing where there is none."""
+def last_peak(stage: str, folder: Path = Path()) -> str:
+    """`; it took 812 MiB at its peak the last time` by the record of `stage` in `folder`, if it has one."""
     kind, _, name = stage.partition("@")
     place = layout.RECORDS.get(kind)
-    if place is None or not place(name).exists():
+    if place is None or not (folder / place(name)).exists():
         return ""
-    peak = json.loads(place(name).read_text(encoding="utf-8"))["peak_rss_bytes"]
+    peak = json.loads((folder / place(name)).read_text(encoding="utf-8"))["peak_rss_bytes"]
     return f"; it took {peak / 2**20:.0f} MiB at its peak the last time ({place(name)})"
 
 

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
@@ -68,10 +69,11 @@ def stored_logits(
     """
     asked = [[example.input_ids, example.labels] for example in examples]
     path = cache / f"{fingerprint(teacher_sha256, asked, temperature, top_k)}.safetensors"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as partial:
-            save_file(_ask(open_teacher(), examples, pad_id, temperature, top_k), partial)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # two students of one teacher, side by side: the second waits and reads
+        if not path.exists():
+            with written_aside(path) as partial:
+                save_file(_ask(open_teacher(), examples, pad_id, temperature, top_k), partial)
     stored = load_file(path)
     lengths = (sum(label != IGNORED for label in example.labels) for example in examples)
     spans = pairwise(accumulate(lengths, initial=0))
