@@ -113,6 +113,7 @@ class Row:
                 "memory_bytes": psutil.virtual_memory().total,
                 "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             },
+            "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
             "load_1min_before": os.getloadavg()[0],
             "quiet": os.getloadavg()[0] <= QUIET_LOAD,
             "sides": {},

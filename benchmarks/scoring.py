@@ -96,12 +96,12 @@ def _compare(
 
 
 def _from(shared: Path | None, scratch: Path, limit: int) -> Iterator[tuple[str, tuple[Path, int]]]:
-    """The two data sets of `shared` in the form of the hub's; TruthfulQA, whose prompts are long, on a quarter."""
+    """The two data sets of `shared` in the form of the hub's; TruthfulQA, whose prompts are long, on an eighth."""
     if shared is None or not shared.is_dir():
         return
     rows = {
         "arc_easy": (_arc(json.loads((shared / "arc_easy_test.json").read_text())), limit),
-        "truthfulqa_mc2": (_truthful(json.loads((shared / "truthfulqa_mc_task.json").read_text())), limit // 4),
+        "truthfulqa_mc2": (_truthful(json.loads((shared / "truthfulqa_mc_task.json").read_text())), limit // 8),
     }
     for task, (items, count) in rows.items():
         path = scratch / f"{task}.jsonl"
