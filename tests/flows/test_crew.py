@@ -127,7 +127,7 @@ def test_independent_stages_are_at_work_together_and_dvc_has_them_all(paper, run
     assert "up to date" in paper.run("dvc", "status").stdout
     again = spend(paper, runner)
     assert set(again["outcome"][0].values()) == {"Cached"}
-    needs_of_runs = {"first": set(), "pair@one": {"first"}, "pair@two": {"first"}, "last": {"pair@one", "pair@two"}}
+    needs_of_runs = {"first": set(), "one": {"first"}, "two": {"first"}, "last": {"one", "two"}}
     assert drawn(paper) == [needs_of_runs, needs_of_runs]
 
 

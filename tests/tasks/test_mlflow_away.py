@@ -239,13 +239,13 @@ def test_offloading_is_added_to_the_champions_run_by_a_stage_that_measures_nothi
     log(project.params("laptop"), "laptop")
     store = registry.client()
     run = store.get_run(store.get_model_version("lilliput", version).run_id)
-    told = {key: value for key, value in run.data.metrics.items() if key.startswith("offload.")}
+    told = {key: value for key, value in run.data.metrics.items() if key.startswith("offload/")}
     assert told == {
-        "offload.laptop.device.accuracy": 0.8,
-        "offload.laptop.device.latency_ms": 90.0,
-        "offload.laptop.device.energy_per_query_j": 4.0,
+        "offload/laptop/device/accuracy": 0.8,
+        "offload/laptop/device/latency_ms_p50": 90.0,
+        "offload/laptop/device/energy_per_query_j": 4.0,
     }
-    assert len(store.get_metric_history(run.info.run_id, "offload.laptop.device.accuracy")) == 1
+    assert len(store.get_metric_history(run.info.run_id, "offload/laptop/device/accuracy")) == 1
     write_json(layout.offload_record("laptop"), record | {"candidate": "nobody"})
     with pytest.raises(ConfigError, match="is of nobody, which is not registered"):
         log(project.params("laptop"), "laptop")
