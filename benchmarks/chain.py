@@ -83,7 +83,7 @@ def _chain(project: Path, rounds: int, changes: int) -> None:
 
         for name, costs in _by_turns(changes, {n: lambda c=c: changed(c) for n, c in sides.items()}).items():
             row.add(f"{name}, one knob changed", **costs)
-    _olive(row, rounds)
+    _olive(row, project, rounds)
     found = {name: facts["seconds"]["median"] for name, facts in row.sides.items()}
     ratios = {
         what: found[f"lilliput, {what}"] / found[f"dvc repro, {what}"]
@@ -97,9 +97,9 @@ def _chain(project: Path, rounds: int, changes: int) -> None:
     row.write(reached, met, ratios=ratios)
 
 
-def _olive(row: Row, rounds: int) -> None:
+def _olive(row: Row, project: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["benchmarks/peers/olive_cached.py", str((ROOT / "models" / "base").resolve()), scratch]
+        command = ["benchmarks/peers/olive_cached.py", str(project / "models" / "base"), scratch]
         log = Path("logs/bench/chain-olive.log").resolve()
         try:
             command = [str(python_of("olive")), *command]
@@ -150,7 +150,8 @@ def _code_into(project: Path, target: Path) -> None:
     if (project / "mlruns").exists():
         shutil.copytree(project / "mlruns", target / "mlruns")
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=target, check=True)
-    shutil.copyfile(ROOT / ".dvc" / "config", target / ".dvc" / "config")
+    subprocess.run([sys.executable, "-m", "dvc", "config", "cache.type", "copy"], cwd=target, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], cwd=target, check=True)
 
 
 def _knobs(folder: Path) -> Iterator[None]:
