@@ -173,11 +173,13 @@ def _stubbed(project: Path, target: Path) -> Path:
     (target / "offload").mkdir()
     yaml, path = YAML(), target / "dvc.yaml"
     pipeline = yaml.load(path)
-    for stage in pipeline["stages"].values():
+    devices = yaml.load(target / "params.yaml")["devices"]
+    for name, stage in pipeline["stages"].items():
         stage = stage.get("do", stage)
         made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
         names = [item if isinstance(item, str) else next(iter(item)) for item in made]
-        stage["cmd"] = " ".join(["python", "stub.py", *names])
+        inside = [f"bundles/{device}" for device in devices] if name == "bundle" else []  # what others depend on
+        stage["cmd"] = " ".join(["python", "stub.py", *names, *inside])
     yaml.dump(pipeline, path)
     return target
 
