@@ -83,7 +83,7 @@ def _chain(project: Path, rounds: int, changes: int) -> None:
 
         for name, costs in _by_turns(changes, {n: lambda c=c: changed(c) for n, c in sides.items()}).items():
             row.add(f"{name}, one knob changed", **costs)
-    _olive(row, rounds)
+    _olive(row, project, rounds)
     found = {name: facts["seconds"]["median"] for name, facts in row.sides.items()}
     ratios = {
         what: found[f"lilliput, {what}"] / found[f"dvc repro, {what}"]
@@ -97,9 +97,9 @@ def _chain(project: Path, rounds: int, changes: int) -> None:
     row.write(reached, met, ratios=ratios)
 
 
-def _olive(row: Row, rounds: int) -> None:
+def _olive(row: Row, project: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["benchmarks/peers/olive_cached.py", str((ROOT / "models" / "base").resolve()), scratch]
+        command = ["benchmarks/peers/olive_cached.py", str(project / "models" / "base"), scratch]
         log = Path("logs/bench/chain-olive.log").resolve()
         try:
             command = [str(python_of("olive")), *command]
@@ -150,7 +150,8 @@ def _code_into(project: Path, target: Path) -> None:
     if (project / "mlruns").exists():
         shutil.copytree(project / "mlruns", target / "mlruns")
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=target, check=True)
-    shutil.copyfile(ROOT / ".dvc" / "config", target / ".dvc" / "config")
+    subprocess.run([sys.executable, "-m", "dvc", "config", "cache.type", "copy"], cwd=target, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], cwd=target, check=True)
 
 
 def _knobs(folder: Path) -> Iterator[None]:
@@ -172,11 +173,13 @@ def _stubbed(project: Path, target: Path) -> Path:
     (target / "offload").mkdir()
     yaml, path = YAML(), target / "dvc.yaml"
     pipeline = yaml.load(path)
-    for stage in pipeline["stages"].values():
+    devices = yaml.load(target / "params.yaml")["devices"]
+    for name, stage in pipeline["stages"].items():
         stage = stage.get("do", stage)
         made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
         names = [item if isinstance(item, str) else next(iter(item)) for item in made]
-        stage["cmd"] = " ".join(["python", "stub.py", *names])
+        inside = [f"bundles/{device}" for device in devices] if name == "bundle" else []  # what others depend on
+        stage["cmd"] = " ".join(["python", "stub.py", *names, *inside])
     yaml.dump(pipeline, path)
     return target
 

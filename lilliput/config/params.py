@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +94,16 @@ def load_params(path: Path) -> Params:
         ConfigError: the file is missing, is no YAML, or holds unknown keys, wrong types or an impossible graph; all
             problems at once.
     """
+    try:
+        return _load(path, path.read_bytes())
+    except OSError:
+        return _load(path, b"")  # which says what is wrong with it
+
+
+@lru_cache(maxsize=8)
+def _load(path: Path, content: bytes) -> Params:
+    """What `path` says as long as it holds `content`: YAML is read in Python, and a summary asks six times."""
+    del content
     from lilliput.graph import check_graph  # the graph's rules need Params, Params's reader needs the rules
 
     params = read_section(Params, path)

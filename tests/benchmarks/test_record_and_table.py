@@ -18,9 +18,10 @@ def results(tmp_path, monkeypatch):
 
 def test_a_side_says_what_it_used(tmp_path):
     peers = str(record.ROOT / "benchmarks" / "peers")
-    code = (
-        f"import sys; sys.path.insert(0, {peers!r}); import usage; b = b'x' * 10**8; usage.tell(**usage.so_far(), ok=1)"
-    )
+    code = f"""
+import sys; sys.path.insert(0, {peers!r}); import usage
+filled = bytes([1]) * 10**8
+usage.tell(**usage.so_far(), ok=1)"""
     told = side([sys.executable, "-c", code], tmp_path / "log")
     assert told["ok"] == 1
     assert 10**8 < told["peak_rss_bytes"] < 3 * 10**8
