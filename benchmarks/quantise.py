@@ -130,11 +130,13 @@ def _ours(name: str, job: dict[str, Any], settings: Params, target: Path) -> Non
     from lilliput.compress.rtn import rtn
     from lilliput.data.corpus import read_corpus
 
-    corpus = read_corpus(Path(job["data"]))
+    corpus, parent, prompt = read_corpus(Path(job["data"])), Path(job["model"]), settings.data.system_prompt
     held_out = [question for question in corpus.questions if question.answerable][:HELD_OUT]
-    calibration = corpus.calibration[: len(job["calibration"])]
-    strategy, config = (gptq, settings.strategies.gptq) if name == "lilliput" else (rtn, settings.strategies.rtn)
-    result = strategy(Path(job["model"]), calibration, held_out, settings.data.system_prompt, config)  # pyright: ignore
+    if name == "rtn":
+        result = rtn(parent, held_out, prompt, settings.strategies.rtn)
+    else:
+        calibration = corpus.calibration[: len(job["calibration"])]
+        result = gptq(parent, calibration, held_out, prompt, settings.strategies.gptq)
     assert result.save is not None
     result.save(target)
 
