@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser services interop bench scaling repro plan ui clean
+.PHONY: demo test check browser night services interop bench scaling repro plan ui clean
 
 demo: $(INSTALLED)  ## everything, on the embedded default: about 32 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -20,6 +20,9 @@ check: $(INSTALLED)  ## formatter, linter, types and import directions
 
 browser: $(INSTALLED)  ## the pages in headless Chromium; on Debian: apt-get install chromium chromium-driver
 	@$(BIN)/python -m pytest -m browser -n 0
+
+night: $(VENV)/.team  ## whole flows killed, stopped, starved and fanned out: about an hour; LILLIPUT_KILLS=110 for many more
+	@$(BIN)/python -m pytest -m night -n 1
 
 services: $(VENV)/.team  ## PostgreSQL, S3, MLflow and Prefect servers brought up; on Debian: apt-get install postgresql
 	@$(BIN)/python -m pytest -m services -n 0

@@ -58,7 +58,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_gradients_and_weights_of_a_sharded_model_are_those_of_the_whole(checkpoint, facts, tmp_path):
     write_questions(tmp_path / "questions.jsonl", facts)
     (tmp_path / "gradients.py").write_text(GRADIENTS)

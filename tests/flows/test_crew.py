@@ -112,7 +112,7 @@ def outcome(done: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"pid"')))
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.timeout(3 * PATIENCE_S)
 @pytest.mark.parametrize("runner", ["local", "ray", "dask"])
 def test_independent_stages_are_at_work_together_and_dvc_has_them_all(paper, runner):
@@ -144,7 +144,7 @@ def drawn(paper: Clone) -> list[dict[str, set[str]]]:
     return list(runs.values())
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.timeout(3 * PATIENCE_S)
 @pytest.mark.parametrize("runner", ["local", "ray", "dask"])
 def test_a_killed_flow_takes_its_stages_and_its_cluster_along(paper, runner):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.night,
     pytest.mark.timeout(1500),
 ]  # a flow, or Prefect's server, takes minutes to start beside others
 GOES_ON = "the same command goes on from here"

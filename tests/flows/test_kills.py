@@ -286,7 +286,7 @@ def tell(**event: Any) -> None:
             stream.write(json.dumps({"at": time.strftime("%H:%M:%S"), **event}) + "\n")
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.timeout(0)
 def test_a_flow_killed_again_and_again_ends_as_if_undisturbed(project, server, tmp_path):
     log, rng, counts, problems = tmp_path / "flow.log", random.Random(SEED), Counter(), []

@@ -51,7 +51,7 @@ def halves(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.name.endswith((".partial", ".removed"))]
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_stages_that_find_no_room_say_so_and_go_on_when_there_is_some(on_small_disk, small_disk):
     folder = on_small_disk
     filler = fill(small_disk)

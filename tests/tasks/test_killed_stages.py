@@ -84,7 +84,7 @@ def test_stages_killed_at_some_of_their_writes_end_with_the_same_bytes(project, 
     assert kill_stages(project, kills=1, reach=12) >= 4
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.timeout(0)
 def test_stages_killed_at_many_of_their_writes_end_with_the_same_bytes(project, monkeypatch, without_reload):
     monkeypatch.chdir(project)

@@ -118,7 +118,7 @@ def test_a_server_that_refuses_or_is_none_is_not_tried_again(project, right, mon
     assert not raised.value.temporary
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_a_locked_database_is_waited_for_and_then_told(project, right):
     with contextlib.closing(sqlite3.connect(layout.MLRUNS / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
@@ -162,7 +162,7 @@ def _versions(store):
 
 
 @pytest.mark.parametrize(
-    "places", [[7, 16], pytest.param(range(1, 99, 3), marks=pytest.mark.slow)], ids=["two", "every third"]
+    "places", [[7, 16], pytest.param(range(1, 99, 3), marks=pytest.mark.night)], ids=["two", "every third"]
 )
 @pytest.mark.parametrize("done", [False, True], ids=["call lost", "answer lost"])
 def test_a_registration_cut_off_anywhere_goes_on_without_duplicates(project, monkeypatch, places, done):
@@ -205,7 +205,7 @@ def _go_to(folder, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow itself sets it
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.parametrize("done", [False, True], ids=["call lost", "answer lost"])
 def test_a_promotion_cut_off_anywhere_ends_as_if_it_had_not_been(project, tmp_path, monkeypatch, done):
     rules, home = project.params("laptop"), Path.cwd()

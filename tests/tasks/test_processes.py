@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lilliput.artifacts import read_manifest, seal
 from lilliput.data.questions import write_questions
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.night
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 ON_CPU = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 2, "num_machines": 1, "machine_rank": 0}
