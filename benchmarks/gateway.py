@@ -204,7 +204,12 @@ def _litellm(bare: str, scratch: Path) -> Iterator[str]:
     ]
     log = Path("logs/bench/gateway-litellm.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        ) as process,
+    ):
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
         try:
             while not _lives(url):

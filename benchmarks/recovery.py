@@ -8,6 +8,7 @@ the teacher's distribution on the answers and a tenth of the labels' loss, the o
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,7 @@ def main(
 
     if distilled or steps:
         started = time.process_time()
-        made = distill(pruned, project / "models" / "lora", corpus.train, prompt, config, Path("/tmp"))
+        made = distill(pruned, project / "models" / "lora", corpus.train, prompt, config, Path(tempfile.gettempdir()))
         ours, cost = (
             judged(made.model.eval(), tokenizer, corpus, prompt),
             {"cpu_seconds": time.process_time() - started},

@@ -40,12 +40,14 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         commit = record["commit"] + ("+" if record["changed_files"] else "")
         told = (record["what"], record["goal"], record["reached"], VERDICTS[record["met"]], quiet, commit)
         yield f"| {' | '.join(told)} |"
+    if missing := [name for name in ORDER if name not in records]:
+        yield f"\nNot measured yet: {', '.join(missing)}."
     machines = {json.dumps(record["machine"], sort_keys=True): record["machine"] for record in records.values()}
     for machine in machines.values():
         memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
         yield f"\n{machine['processor']}, {machine['cores']} cores, {memory}, {machine['system']}."
     yield "\n## Left out, and why\n"
-    yield "| What | Who | Why | Published | Source |"
+    yield "| What | Who | Why | Figure from elsewhere | Source |"
     yield "|---|---|---|---|---|"
     for name, record in records.items():
         for side, told in record["absent"].items():
