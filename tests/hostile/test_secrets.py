@@ -242,6 +242,7 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
     )
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     environment |= {"PYTHONPATH": str(PROJECT), "PREFECT_HOME": str(tmp_path / "prefect"), "DO_NOT_TRACK": "1"}
+    environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "200"
     done = subprocess.run(
         [sys.executable, "night.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
