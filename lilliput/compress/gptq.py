@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,15 +116,16 @@ def _layer_errors(log: list[dict[str, str]]) -> list[tuple[int, float]]:
     Raises:
         StrategyError: GPTQModel rounded a layer to nearest because its Hessian could not be inverted.
     """
-    errors: dict[int, float] = {}
+    errors: dict[int, list[float]] = {}
     for row in log:
         if "fallback" in row["loss"]:
             raise StrategyError(
                 f"layer {row['layer']}, {row['module']}: its Hessian could not be inverted, and GPTQModel rounded it "
                 "to nearest instead; raise strategies.gptq.damp_percent or calibration_examples"
             )
-        errors[int(row["layer"])] = errors.get(int(row["layer"]), 0.0) + float(row["loss"])
-    return sorted(errors.items())
+        errors.setdefault(int(row["layer"]), []).append(float(row["loss"]))
+    # Exactly: the rows come in the order in which workers end, and plain sums would differ in their last digit.
+    return [(layer, math.fsum(errors[layer])) for layer in sorted(errors)]
 
 
 def _mean_bits(model: torch.nn.Module, bits: Mapping[str, int]) -> float:
