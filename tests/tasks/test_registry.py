@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlflow
 import pytest
 
 from tasks import registry
@@ -12,6 +13,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # MLflow's store says much t
 def test_the_model_is_made_once_and_aliases_of_devices_that_are_gone_are_taken_away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_registry_uri(registry.tracking_uri())  # not that of a test before
     client = registry.client()
     for _ in range(2):
         registry.ensure_model(client)
