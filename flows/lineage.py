@@ -66,6 +66,7 @@ class Lineage:
             self._repo.fs = _WholeFiles()
             self._graph = self._repo.index.graph  # an edge leads from a stage to one it needs
             self._recorded = {node.name: node for node in self._graph}
+            self._runs_are_whole = False
         except DvcException as error:
             raise ConfigError(_remedied(error, folder)) from None
         self._seen_runs: set[Path] = set()
@@ -116,7 +117,9 @@ class Lineage:
         and, where a remote has it, fetched anew.
         """
         with self._repo.lock, self._distrusted_cache() as damaged:
-            self._drop_damaged_runs()
+            if not self._runs_are_whole:
+                self._drop_damaged_runs()
+                self._runs_are_whole = True
             if self._restored(name):
                 return True
             return bool(damaged) and self._restored(name, fetch=True)

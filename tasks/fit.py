@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from lilliput.config import ExpertsConfig, LoadConfig, Params, Section, TrainingConfig
-from lilliput.data.questions import read_questions
+from lilliput.data.questions import QuestionFile
 from lilliput.errors import ConfigError
 from lilliput.graph import ROOT
 from lilliput.memory import SHORT, Estimate, Machine, Shape, Text, estimate, this_machine
@@ -19,6 +20,7 @@ from tasks.parallel import shared_among
 IGNORE = "LILLIPUT_IGNORE_MEMORY"  # set to 1 by --ignore-memory
 
 _CHARACTERS_A_TOKEN = 3.0  # of questions in Latin script; fewer make the estimate larger
+_LOOKED_AT = 10_000  # training questions, by which the longest is told
 _GIB = 2**30
 
 
@@ -94,7 +96,7 @@ def _text(folder: Path) -> Text:
     path = folder / layout.DATA / "train.jsonl"
     if not path.exists():
         return SHORT
-    questions = read_questions(path)
+    questions = islice(QuestionFile(path), _LOOKED_AT)  # of what may be a million, for each stage anew
     own, answer = (
         round(max((len(text or "") for text in texts), default=0) / _CHARACTERS_A_TOKEN)
         for texts in zip(*((question.question, question.answer) for question in questions), strict=True)

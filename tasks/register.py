@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from lilliput.artifacts import Manifest, read_history, read_manifest, write_json
+from lilliput.artifacts import Manifest, file_sha256, read_history, read_manifest, write_json
 from lilliput.config import Params
 from lilliput.errors import ArtifactError
 from lilliput.graph import topological_order
@@ -42,7 +41,7 @@ def register(params: Params) -> None:
     registry.ensure_model(client)
     experiment = registry.experiment_id(client)
     ready = {name: record for name in topological_order(params) if (record := _evaluated(name))}
-    known = {name: registry.find_version(client, _sha256(layout.metrics(name))) for name in ready}
+    known = {name: registry.find_version(client, file_sha256(layout.metrics(name))) for name in ready}
     batch = _batch()
     versions = {}
     for name, record in ready.items():
@@ -91,7 +90,7 @@ def _register_one(
     cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
     card = model_card(manifest, record, params.data.system_prompt)
     tags = {**_four_metrics(record), **_lineage(name, manifest), registry.DVC_TAG: json.dumps(dvc_hashes(name))}
-    same = {registry.EVALUATION_TAG: _sha256(layout.metrics(name))}
+    same = {registry.EVALUATION_TAG: file_sha256(layout.metrics(name))}
     told = {**batch, "mlflow.note.content": card}
     run_id = registry.find_or_create_run(client, experiment, name, same, told).info.run_id
     registry.log_run(
@@ -161,7 +160,3 @@ def _lineage(name: str, manifest: Manifest) -> dict[str, str]:
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit
     return tags
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
