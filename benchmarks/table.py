@@ -30,7 +30,7 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "# Side by side with peers\n"
     yield (
         "Written by `python -m benchmarks.table` from `benchmarks/results/*.json`, which hold every figure with its n, "
-        "spread, versions, load and commit. `make bench` measures them anew.\n"
+        "spread, versions, load and commit. `make bench` measures them anew. A `+` after a commit: with changes that were not committed.\n"
     )
     yield "![Lilliput as a multiple of each peer](benchmarks.svg)\n"
     yield "| What | Goal | Reached | | Machine quiet before | Commit |"
@@ -40,6 +40,9 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         commit = record["commit"] + ("+" if record["changed_files"] else "")
         told = (record["what"], record["goal"], record["reached"], VERDICTS[record["met"]], quiet, commit)
         yield f"| {' | '.join(told)} |"
+    for name, record in records.items():
+        if note := record.get("note"):
+            yield f"\n{name}: {note}"
     if missing := [name for name in ORDER if name not in records]:
         yield f"\nNot measured yet: {', '.join(missing)}."
     machines = {json.dumps(record["machine"], sort_keys=True): record["machine"] for record in records.values()}
