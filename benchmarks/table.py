@@ -30,7 +30,8 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "# Side by side with peers\n"
     yield (
         "Written by `python -m benchmarks.table` from `benchmarks/results/*.json`, which hold every figure with its n, "
-        "spread, versions, load and commit. `make bench` measures them anew. A `+` after a commit: with changes that were not committed.\n"
+        "spread, versions, load and commit. `make bench` measures them anew. "
+        "A `+` after a commit: with changes that were not committed.\n"
     )
     yield "![Lilliput as a multiple of each peer](benchmarks.svg)\n"
     yield "| What | Goal | Reached | | Machine quiet before | Commit |"
