@@ -42,8 +42,12 @@ def device() -> torch.device:
 
     Of several processes each has its own, which accelerate sets.
     """
-    whole = os.environ.get("ACCELERATE_USE_FSDP", "false") != "true"
-    return torch.device("cuda" if whole and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not sharded() else "cpu")
+
+
+def sharded() -> bool:
+    """Whether each of several processes holds a part of the model alone (FSDP), as accelerate's environment says."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def open_model(directory: Path) -> Opened:

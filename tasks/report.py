@@ -23,15 +23,8 @@ from tasks.caching import caching_record
 from tasks.compile import device_record
 from tasks.lineage_tags import git_commit
 from tasks.offload import offload_record
+from tasks.run_metrics import SUMMARY
 
-METRICS = (
-    "accuracy_choice",
-    "accuracy_free",
-    "hallucination_rate",
-    "abstention_rate",
-    "energy_per_query_j",
-    "accessibility",
-)
 _NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": "", "hallucination_rate": ""}
 
 
@@ -242,7 +235,7 @@ def _origin(params: Params) -> dict[str, str]:
 def _write_plots(folder: Path, records: Mapping[str, Any], histories: Mapping[str, Any]) -> None:
     values = [
         {"candidate": name, "size_mib": record["size_bytes"] / 2**20}
-        | {key: (record[key] or {}).get("value") for key in METRICS}
+        | {key: (record[key] or {}).get("value") for key in SUMMARY}
         for name, record in records.items()
     ]
     _write_csv(folder / "candidates.csv", values)

@@ -11,17 +11,15 @@ from typing import Any
 
 from lilliput.artifacts import Manifest
 
-ESTIMATES = (
+SUMMARY = (  # what tables and charts of candidates begin with
     "accuracy_choice",
     "accuracy_free",
     "hallucination_rate",
     "abstention_rate",
-    "selective_accuracy",
     "energy_per_query_j",
-    "energy_per_token_j",
-    "energy_per_right_answer_j",
     "accessibility",
 )
+ESTIMATES = (*SUMMARY, "selective_accuracy", "energy_per_token_j", "energy_per_right_answer_j")
 PLAIN = ("size_bytes", "parameters", "rate_tokens_per_s", "peak_rss_bytes", "load_s")
 COSTS = ("seconds", "cpu_seconds", "peak_rss_bytes")
 ON_DEVICE = ("fits", "peak_rss_bytes", "load_s", "rate_tokens_per_s", "ttft_ms", "tpot_ms", "energy_per_query_j")

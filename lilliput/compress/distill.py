@@ -35,14 +35,13 @@ from lilliput.compress.training import (
     outcome,
     own_device,
     set_aside,
-    sharded,
     train,
 )
 from lilliput.config import DistillConfig
 from lilliput.data.chat import end_id, pad_id
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, read_config
+from lilliput.models import open_model, read_config, sharded
 
 
 def distill(

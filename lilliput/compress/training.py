@@ -49,7 +49,7 @@ from lilliput.data.lazy import Lazy, pick
 from lilliput.data.questions import ABSTENTION, Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import IGNORED
-from lilliput.models import device, vocabulary_logits
+from lilliput.models import device, sharded, vocabulary_logits
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -351,11 +351,6 @@ def train(
 def processes() -> int:
     """How many processes train together; 1 unless accelerate started this one beside others."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def sharded() -> bool:
-    """Whether each process holds a part of the model alone (FSDP), as accelerate's environment says."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def own_device() -> torch.device:

@@ -317,7 +317,7 @@ def test_what_is_stored_needs_no_teacher_again(store, tmp_path):
     assert first.rows == second.rows
     with pytest.raises(AssertionError, match="opened"):
         store(9, never)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".safetensors", ".lock"}  # nothing half-written
 
 
 @pytest.mark.slow
