@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
+from dvc.utils.serialize import dumps_yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flows.lineage import Lineage
+from flows.lineage import Lineage, _put
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # said by pygtrie to DVC
 
@@ -95,3 +98,32 @@ def test_to_ask_about_a_stage_reads_the_record_of_all_others_no_more(folder):
     lineage = Lineage(folder)
     Path("dvc.lock").unlink()
     assert stale(lineage) == []
+
+
+NAMES = st.sampled_from(["source", "compress@base", "compress@base-4", "evaluate@base", "on", "all"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=120)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+ENTRIES = st.fixed_dictionaries(
+    {"cmd": st.text(min_size=1), "outs": st.lists(st.fixed_dictionaries({"path": st.text(), "size": st.integers()}))},
+    optional={"params": st.dictionaries(st.just("params.yaml"), st.dictionaries(st.text(), VALUES, max_size=4))},
+)
+
+
+@given(st.dictionaries(NAMES, ENTRIES, min_size=1), NAMES, ENTRIES, st.booleans())
+def test_the_record_has_the_bytes_that_dvc_itself_would_write(stages, name, entry, datasets):
+    more = {"datasets": [{"name": "on", "lock": {"all": 1}}]} if datasets else {}
+    lock = {"schema": "2.0", "stages": stages} | more
+    after = {"schema": "2.0", "stages": stages | {name: entry}} | more
+    assert _put({name: entry}, dumps_yaml(lock)) == dumps_yaml(after)
+
+
+def test_a_run_leaves_the_very_dvc_lock_that_dvc_leaves(folder):
+    made(folder).close()
+    ours = Path("dvc.lock").read_bytes()
+    Path("dvc.lock").unlink()
+    Repo().commit(force=True)
+    assert sorted(Path("dvc.lock").read_bytes().splitlines()) == sorted(ours.splitlines())
+    Repo().commit(force=True)
+    assert Repo().status() == {}

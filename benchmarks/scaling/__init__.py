@@ -1,0 +1,1 @@
+"""What grows with the work, and how."""
