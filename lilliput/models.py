@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lilliput.artifacts import ADAPTER
 from lilliput.errors import ArtifactError, LilliputError, SourceError
-from lilliput.memory import FLOAT, free_bytes
+from lilliput.memory import FLOAT, free_bytes, give_back_memory
 from lilliput.redaction import environment_without_secrets
 from lilliput.untrusted import require_harmless
 
@@ -297,10 +298,12 @@ def _dequantised(directory: Path) -> PreTrainedModel:
         str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16, trust_remote_code=False
     ).model
     model = dequantise(cast("PreTrainedModel", packed))
-    exact = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    for name, parameter in model.named_parameters():
-        if name in exact:
-            parameter.data = exact[name].float()
+    own = dict(model.named_parameters())
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in own.keys() & set(tensors.keys()):
+                own[name].data = tensors.get_tensor(name).float()
+    give_back_memory()
     return model
 
 
@@ -310,9 +313,8 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
 
     # GPTQModel compiles the formula on its first use, which takes longer than running it on every layer.
     with torch.compiler.set_stance("force_eager"):
-        for name, module in list(model.named_modules()):
-            if isinstance(module, TorchLinear):
-                model.set_submodule(name, _dense(module))
+        for name in [name for name, module in model.named_modules() if isinstance(module, TorchLinear)]:
+            model.set_submodule(name, _dense(model.get_submodule(name)))  # one by one: the packed one is gone then
     for parameter in model.parameters():  # not the buffers, see save_model
         parameter.data = parameter.data.float()
     return model

@@ -23,6 +23,7 @@ from lilliput.compress.training import encode_examples
 from lilliput.config import AwqConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
+from lilliput.memory import give_back_memory
 from lilliput.models import decoder_layers, probe_logits
 
 _GRAM_BYTES = 2**30  # of input statistics held at once; larger models are passed over several times
@@ -70,6 +71,7 @@ def awq(
     scaled = model.state_dict()
     del model
     gc.collect()
+    give_back_memory()
     quantised = round_to_nearest(parent_dir, config, scaled)
     facts = {
         "calibration_tokens": sum(map(len, texts)),

@@ -17,12 +17,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lilliput.compress.mixed import choose_bits, overrides, within_budget
-from lilliput.compress.packing import linears, load_to_quantise, open_parent, streamed_result, two_workers
+from lilliput.compress.packing import (
+    TemporaryFolder,
+    left_in_float,
+    linears,
+    load_to_quantise,
+    open_parent,
+    two_workers,
+    write_packed,
+    written_result,
+)
 from lilliput.compress.result import Result
 from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
+from lilliput.memory import give_back_memory
 from lilliput.models import decoder_layers
 
 
@@ -59,20 +69,28 @@ def gptq(
         history["bits"] = _bits_by_layer(model, bits)
     del model
     gc.collect()
-    with tempfile.TemporaryDirectory(prefix="lilliput-") as layers:
-        quantised, log = _quantise(parent_dir, texts, bits, config, layers)
-        history["layer_error"] = _layer_errors(log)
-        result = streamed_result(quantised, parent, config, facts, history)
+    give_back_memory()
+    written = TemporaryFolder()
+    history["layer_error"], float_modules = _quantise(parent_dir, texts, bits, parent.dtype, config, written.path)
+    gc.collect()
+    give_back_memory()
+    result = written_result(written, float_modules, parent, config, facts, history)
     if config.mixed is not None and result.save is not None:
         return replace(result, save=within_budget(result.save, config.mixed.budget_mib))
     return result
 
 
 def _quantise(
-    parent_dir: Path, calibration: list[list[int]], bits: Mapping[str, int], config: GptqConfig, layers: str
-) -> tuple[Any, list[dict[str, str]]]:
+    parent_dir: Path,
+    calibration: list[list[int]],
+    bits: Mapping[str, int],
+    dtype: torch.dtype,
+    config: GptqConfig,
+    target: Path,
+) -> tuple[list[tuple[int, float]], list[str]]:
+    """Writes the packed checkpoint to `target`; the layers' errors, and the names of what stayed in float."""
     common, rules = overrides(bits)
-    with two_workers():
+    with two_workers(), tempfile.TemporaryDirectory(prefix="lilliput-") as layers:
         from gptqmodel import BACKEND, QuantizeConfig
 
         torch.manual_seed(config.seed)
@@ -93,7 +111,9 @@ def _quantise(
         with _progress(model):
             rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]
             log = model.quantize(cast("Any", rows), batch_size=16, backend=BACKEND.GPTQ_TORCH)
-    return model, log["gptq"]
+        errors = _layer_errors(log["gptq"])
+        write_packed(model, target, dtype)
+        return errors, left_in_float(model.model)
 
 
 @contextlib.contextmanager

@@ -165,42 +165,50 @@ def packed_result(
 ) -> Result:
     """The result of a strategy that left `quantised`, a GPTQModel with packed layers."""
     usable = _usable(quantised)
-    told = _told(usable, quantised, parent, config) | dict(facts)
-    save = partial(_save, quantised, dtype=parent.dtype)
+    told = _told(usable, left_in_float(quantised.model), parent, config) | dict(facts)
+    save = partial(write_packed, quantised, dtype=parent.dtype)
     return Result(usable, parent.tokenizer, told, dict(history), save)
 
 
-def streamed_result(
-    quantised: Any,
+def written_result(
+    written: TemporaryFolder,
+    float_modules: list[str],
     parent: Parent,
     config: QuantisationConfig,
     facts: Mapping[str, Any],
     history: Mapping[str, list[tuple[int, float]]],
 ) -> Result:
-    """`packed_result` of a GPTQModel whose layers lie on the disk: it is written, and what was written is opened.
+    """`packed_result` of a checkpoint that `write_packed` left in `written`, where only its files are left.
 
-    So no more than one whole model is ever in memory, and perplexity is that of the files. They wait in a temporary
-    folder (TMPDIR), which goes when the result does.
+    The model is opened from them: no more than one whole model is ever in memory, and perplexity is that of the files.
     """
-    written = Path(tempfile.mkdtemp(prefix="lilliput-"))
-
-    def save(target: Path) -> None:
-        shutil.copytree(written, target, dirs_exist_ok=True)
-
-    weakref.finalize(save, shutil.rmtree, written)
-    _save(quantised, written, parent.dtype)
-    usable = open_model(written)[0]
-    return Result(usable, parent.tokenizer, _told(usable, quantised, parent, config) | dict(facts), dict(history), save)
+    usable = open_model(written.path)[0]
+    told = _told(usable, float_modules, parent, config) | dict(facts)
+    return Result(usable, parent.tokenizer, told, dict(history), written.copy)
 
 
-def _told(usable: PreTrainedModel, quantised: Any, parent: Parent, config: QuantisationConfig) -> dict[str, Any]:
+class TemporaryFolder:
+    """A folder (in TMPDIR) that goes when nothing refers to this object any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="lilliput-"))
+        weakref.finalize(self, shutil.rmtree, self.path)
+
+    def copy(self, target: Path) -> None:
+        """Puts its files into `target`."""
+        shutil.copytree(self.path, target, dirs_exist_ok=True)
+
+
+def _told(
+    usable: PreTrainedModel, float_modules: list[str], parent: Parent, config: QuantisationConfig
+) -> dict[str, Any]:
     return {
         "bits": config.bits,
         "group_size": config.group_size,
         "perplexity_before": parent.perplexity,
         "perplexity_after": perplexity(usable, parent.texts),
         "perplexity_tokens": counted(parent.texts),
-        "float_modules": _left_in_float(quantised.model),
+        "float_modules": float_modules,
         "parameters": parent.parameters,
     }
 
@@ -217,12 +225,14 @@ def _usable(quantised: Any) -> PreTrainedModel:
     return dequantise(convert_gptq_v1_to_v2_format(packed, quantised.quantize_config, TorchLinear)).eval()
 
 
-def _left_in_float(model: torch.nn.Module) -> list[str]:
+def left_in_float(model: torch.nn.Module) -> list[str]:
+    """The names of the layers with weights that were not quantised."""
     kinds = (torch.nn.Linear, torch.nn.Embedding)
     return sorted(name for name, module in model.named_modules() if isinstance(module, kinds))
 
 
-def _save(quantised: Any, target: Path, dtype: torch.dtype) -> None:
+def write_packed(quantised: Any, target: Path, dtype: torch.dtype) -> None:
+    """Writes a GPTQModel to the folder `target`, in AutoGPTQ's format; what stayed in float in `dtype`."""
     quantised.save(str(target))
     (target / "quant_log.csv").unlink(missing_ok=True)  # holds timings, and an artefact is the same bytes every time
     for file in target.glob("*.safetensors"):
