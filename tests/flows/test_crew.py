@@ -145,6 +145,33 @@ def drawn(paper: Clone) -> list[dict[str, set[str]]]:
 
 
 @pytest.mark.night
+@pytest.mark.timeout(6 * PATIENCE_S)
+@pytest.mark.parametrize("runner", ["ray", "dask"])
+def test_candidates_have_the_bytes_that_they_have_when_made_one_after_another(clone, tmp_path, runner):
+    needs(runner)
+    names = [f"{runner}4", f"{runner}8"]  # of their own: what the other runner made is not restored
+    for name, bits in zip(names, (4, 8), strict=True):
+        clone.set_param(f"candidates.{name}", {"from": "base", "apply": "rtn", "with": {"bits": bits}})
+    alone = Clone(tmp_path / "alone", clone.environment | {"PWD": str(tmp_path / "alone")})
+    subprocess.run(["cp", "-a", str(clone.folder), str(alone.folder)], check=True)
+    done = alone.run("dvc", "repro", *(f"compress@{name}" for name in names), timeout_s=2 * PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    done = clone.run(
+        *("python", "-m", "flows.democratize", "--runner", runner, "--workers", "2"),
+        *(word for name in names for word in ("--only", name)),
+        timeout_s=3 * PATIENCE_S,
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=str(PATIENCE_S),
+    )
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        made, expected = (
+            json.loads((one.folder / "models" / name / "lilliput.json").read_text())["files"] for one in (clone, alone)
+        )
+        assert made == expected
+    assert not {f"compress@{name}" for name in names} & set(clone.run("dvc", "status").stdout.split())
+
+
+@pytest.mark.night
 @pytest.mark.timeout(3 * PATIENCE_S)
 @pytest.mark.parametrize("runner", ["local", "ray", "dask"])
 def test_a_killed_flow_takes_its_stages_and_its_cluster_along(paper, runner):
