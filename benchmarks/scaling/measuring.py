@@ -40,17 +40,20 @@ def timed() -> Iterator[Row]:
 
 
 def tell(dimension: str, about: Row, step: Callable[..., Row], *arguments: object) -> None:
-    """Measures `step` in a process of its own and puts it in the place of what was measured so before."""
+    """Measures `step` in a process of its own and puts it in the place of what was measured so the last time.
+
+    Rows that were marked `code: before` by hand stay: they are of the commit that `machine.before` names.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(_in_own_process, step, arguments).result()
     row = about | {"step": step.__name__.strip("_")} | {key: _rounded(value) for key, value in found.items()}
     print(json.dumps(row), flush=True)
     path = RESULTS / f"scaling-{dimension}.json"
     same = about.keys() - {"source_mib"} | {"step"}
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    kept = [other for other in earlier if any(other.get(key) != row[key] for key in same)]
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": {}, "rows": []}
+    kept = [one for one in earlier["rows"] if "code" in one or any(one.get(key) != row[key] for key in same)]
     RESULTS.mkdir(exist_ok=True)
-    told = {"machine": _machine(), "rows": [*kept, row]}
+    told = {"machine": earlier["machine"] | _machine(), "rows": [*kept, row]}
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 

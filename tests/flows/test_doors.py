@@ -171,6 +171,7 @@ def _wait_for(url: str) -> None:
     pytest.fail(f"{url} did not answer within a minute")
 
 
+@pytest.mark.slow
 def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
     untouched = (other_bits.folder / "metrics" / "base.json").read_bytes()
     done = other_bits.run("prefect", "deployment", "run", "democratize/local", "--watch", PREFECT_API_URL=server)
@@ -203,6 +204,7 @@ def _post(url: str) -> list[dict]:
         return json.load(answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "maker"), [(4, "dvc repro"), (8, "the deployment")])
 def test_going_back_to_old_settings_restores_what_either_door_made(other_bits, bits, maker):
     del maker
