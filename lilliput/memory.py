@@ -162,7 +162,8 @@ def estimate(config: Section, parent: Shape, text: Text, machine: Machine, teach
     if isinstance(config, GptqConfig):
         layer = _gptq_layer_bytes(config, parent, text)
         on_gpu = round(GPU_RUNTIME_BYTES + GPU_HEADROOM * layer) if machine.gpu_bytes else 0
-        return _alone(parent, max(layer, whole + _states_bytes(parent, text, 32)), on_gpu)
+        # Opening the packed result, whose layers become float32 one by one, leaves as much again with the allocator.
+        return _alone(parent, max(layer, 2 * whole + _states_bytes(parent, text, 32)), on_gpu)
     if isinstance(config, RtnConfig | AwqConfig):
         return _alone(parent, 4 * whole)  # the parent, the packed model, its copy, and that dequantised again
     if isinstance(config, LoadConfig):
