@@ -34,9 +34,9 @@ def promote(params: Params, answers: Mapping[str, Answer] | None = None) -> None
     with registry.alone():
         pool = read_pool(params)
         decisions = {device: _decide(device, pool, (answers or {}).get(device)) for device in params.promotion}
+        registry.forget_devices(params.promotion)
         for device, decision in decisions.items():
             _move(device, decision, pool)
-        registry.forget_devices(params.promotion)
         write_json(layout.PROMOTION, {device: _told(params, decision) for device, decision in decisions.items()})
 
 
@@ -138,11 +138,12 @@ def _by_rules(device: str, pool: Pool) -> Decision:
         others = {name: f"{pool.name(champion)} was {why}" for name in pool.versions if name != pool.name(champion)}
         return Decision(device=device, champion=pool.name(champion), reason=why, refused=others | impossible)
     decision = _beside(champion, device, pool, records, impossible)
-    moves = decision.champion not in (None, pool.name(champion))
-    if moves and verdicts.settled(champion.tags, device, pool.params, found):
-        # Near enough to the champion so far, but not to the one before it: else runs in a row would creep downwards.
-        return _staying(decision, pool, "fell short when this was decided; nothing has changed since", None)
-    return decision
+    if decision.champion is None or not verdicts.settled(champion.tags, device, pool.params, found):
+        return decision
+    if decision.champion == pool.name(champion):  # what was decided then is said again, in the words of then
+        return verdicts.as_told(decision, champion.tags, pool.tags)
+    # Near enough to the champion so far, but not to the one before it: else runs in a row would creep downwards.
+    return _staying(decision, pool, "fell short when this was decided; nothing has changed since", None)
 
 
 def _beside(
@@ -191,15 +192,13 @@ def _on(device: str, pool: Pool) -> tuple[dict[str, dict[str, Any]], dict[str, s
 
 
 def _move(device: str, decision: Decision, pool: Pool) -> None:
-    """Points the aliases as `decision` has it, and stores on each version why it is the champion or why not."""
+    """Stores on each version why it is the champion or why not, and points the aliases as `decision` has it.
+
+    The champion's alias moves last: cut off before, the same decision is made again, by the champion so far.
+    """
     before = registry.version_of(f"{CHAMPION}{device}")
     versions = ({pool.name(before): str(before.version)} if before else {}) | pool.versions
     champion = versions.get(decision.champion or "")
-    if registry.move_champion(device, champion):
-        changes.note(device, decision, champion, pool.name(before) if before else None)
-    registry.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
-    if champion and (before is None or str(before.version) != champion):
-        verdicts.settle(champion, device, pool.params, _on(device, pool))
     if before and str(before.version) != champion:
         followed = f"followed by {decision.champion or 'nobody'}"
         verdicts.tell_refused(str(before.version), device, decision.refused.get(pool.name(before), followed))
@@ -208,6 +207,11 @@ def _move(device: str, decision: Decision, pool: Pool) -> None:
             verdicts.tell_promoted(version, device, decision.reason)
         elif name in decision.refused:
             verdicts.tell_refused(version, device, decision.refused[name])
+    if champion and (before is None or str(before.version) != champion):
+        verdicts.settle(champion, device, pool.params, _on(device, pool))
+    registry.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
+    if registry.move_champion(device, champion):
+        changes.note(device, decision, champion, pool.name(before) if before else None)
 
 
 def _told(params: Params, decision: Decision) -> dict[str, Any]:

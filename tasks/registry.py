@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from lilliput.artifacts import MANIFEST, PARITY, file_sha256, written_aside
+from lilliput.artifacts import MANIFEST, PARITY, disk_is_full, file_sha256, written_aside
 from lilliput.errors import ArtifactError, ConfigError, RegistryError
 from lilliput.redaction import has_credentials, redacted
 from tasks import layout
@@ -79,7 +79,7 @@ def in_reach() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in _OF_STORE:
+        if type(error).__module__.partition(".")[0] not in _OF_STORE or _own_disk_is_full(error):
             raise
         code = error.error_code if isinstance(error, MlflowException) else "TEMPORARILY_UNAVAILABLE"
         if code in _OURS:
@@ -92,6 +92,10 @@ def in_reach() -> Iterator[None]:
             "command logs them when MLflow is back",
             temporary=True,
         ) from error
+
+
+def _own_disk_is_full(error: Exception) -> bool:
+    return tracking_uri() == _embedded() and disk_is_full(error)
 
 
 def tracking_uri() -> str:

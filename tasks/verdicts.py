@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from lilliput.config import Params
+from lilliput.promote import Decision
 from tasks import registry
 
 # The candidates' records as a device knows them, and whom it cannot run.
@@ -72,6 +73,14 @@ def held(tags: Mapping[str, str], device: str, params: Params, found: Found) -> 
 def settle(version: str, device: str, params: Params, found: Found) -> None:
     """Stores of which evaluations and rules champion `version` is the outcome."""
     registry.tell(version, {_tag("settled", device): _asked(params, device, found)})
+
+
+def as_told(decision: Decision, champion: Mapping[str, str], others: Mapping[str, Mapping[str, str]]) -> Decision:
+    """`decision` with the reasons that stand on the champion, whose tags are `champion`, and on others, by name."""
+    told = {name: tags.get(_tag("refused", decision.device)) for name, tags in others.items()}
+    refused = decision.refused | {name: why for name, why in told.items() if why and name in decision.refused}
+    reason = champion.get(_tag("promoted", decision.device)) or decision.reason
+    return decision.model_copy(update={"reason": reason, "refused": refused})
 
 
 def settled(tags: Mapping[str, str], device: str, params: Params, found: Found) -> bool:

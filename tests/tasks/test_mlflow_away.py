@@ -120,6 +120,7 @@ def test_a_server_that_refuses_or_is_none_is_not_tried_again(project, right, mon
 
 @pytest.mark.night
 def test_a_locked_database_is_waited_for_and_then_told(project, right):
+    registry.client()  # makes the store, if this is the first test that asks for it
     with contextlib.closing(sqlite3.connect(layout.MLRUNS / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(RegistryError, match="database is locked") as raised:
