@@ -14,6 +14,7 @@ from flows import stopping
 def end(monkeypatch, capsys):
     """The exit code and the message of a run that does `work`."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs, and so this one, ignore it
     monkeypatch.setattr(stopping, "_require_server", lambda: None)
 
     def run(work):
