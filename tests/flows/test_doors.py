@@ -158,17 +158,21 @@ def server(other_bits, tmp_path_factory):
         for process in reversed(started):
             os.killpg(process.pid, signal.SIGTERM)
         for process in started:
-            process.wait(timeout=30)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:  # a worker lets its runs end first, however long that takes
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _wait_for(url: str) -> None:
-    for _ in range(120):
+    for _ in range(360):
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return
         except OSError:
             time.sleep(0.5)
-    pytest.fail(f"{url} did not answer within a minute")
+    pytest.fail(f"{url} did not answer within three minutes")
 
 
 @pytest.mark.slow
