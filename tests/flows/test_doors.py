@@ -176,6 +176,7 @@ def _wait_for(url: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # all that the clone, the server and the worker take is counted here
 def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
     untouched = (other_bits.folder / "metrics" / "base.json").read_bytes()
     done = other_bits.run("prefect", "deployment", "run", "democratize/local", "--watch", PREFECT_API_URL=server)

@@ -57,6 +57,7 @@ def test_a_stage_that_refuses_ends_with_its_own_message_and_leaves_no_artefact(c
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_killed_run_leaves_nothing_half_made_and_the_next_one_goes_on(clone):
     clone.set_param("strategies.gptq.bits", 2)
     process = subprocess.Popen(
