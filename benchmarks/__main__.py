@@ -26,9 +26,20 @@ def main(
     device: str = "phone-4gb",
 ) -> None:
     """Runs all, or those named, and writes docs/benchmarks.md and its chart."""
+    commands = comparisons(project, shared, device)
+    for name in only or commands:
+        started = time.perf_counter()
+        command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, commands[name])]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        print(f"-- {name}: {'failed' if code else 'done'} in {time.perf_counter() - started:.0f} s", flush=True)
+    write()
+
+
+def comparisons(project: Path, shared: Path, device: str) -> dict[str, list[str | Path]]:
+    """The arguments of each comparison, by the name of its module."""
     models, params = project / "models", project / "params.yaml"
     where = ["--data", project / "data", "--params", params]
-    comparisons: dict[str, list[str | Path]] = {
+    return {
         "scoring": [models / "base", "--shared", shared],
         "gateway": [project / "deployments" / device],
         "decode": [project / "compiled/pocket/gguf", models / "pocket", "--parent", models / "distilled"],
@@ -39,12 +50,6 @@ def main(
         "quantise": [models / "base", *where],
         "recovery": ["--project", project],
     }
-    for name in only or comparisons:
-        started = time.perf_counter()
-        command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, comparisons[name])]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
-        print(f"-- {name}: {'failed' if code else 'done'} in {time.perf_counter() - started:.0f} s", flush=True)
-    write()
 
 
 if __name__ == "__main__":

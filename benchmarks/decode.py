@@ -31,8 +31,8 @@ LLAMA, ONNX, TORCH, KERNEL = "llama.cpp's own Q4_0", "ONNX Runtime int4", "torch
 
 
 def main(
-    compiled: Path = Path("compiled/pocket/gguf"),
-    checkpoint: Path = Path("models/pocket"),
+    compiled: Annotated[Path, typer.Argument(help="as `python -m tasks compile` left it")],
+    checkpoint: Annotated[Path, typer.Argument(help="what it was compiled from")],
     parent: Annotated[Path, typer.Option(help="the float parent of the checkpoint")] = Path("models/distilled"),
     prompt_tokens: int = 128,
     new_tokens: int = 48,
@@ -88,7 +88,7 @@ def _torch(checkpoint: Path, _: Path, __: Path, ___: int) -> Runtime:
 
 
 def _kernel(checkpoint: Path, _: Path, __: Path, ___: int) -> Runtime:
-    """In float32: in half precision its kernels ended the process on CPUs tried here."""
+    """In float32, which it refuses and so says: in half precision it ends the process (illegal instruction) here."""
     import torch
     from gptqmodel import BACKEND, GPTQModel
 

@@ -1,9 +1,13 @@
 import json
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+import typer
 
 from benchmarks import record, table
+from benchmarks.__main__ import comparisons
 from benchmarks.record import Row, SideFailed, side, spread
 
 
@@ -53,3 +57,11 @@ def test_what_was_missed_and_who_was_left_out_stand_on_the_page(results):
     assert "| lora | olive | it does not install | 115 s | its README |" in page
     assert "Not measured yet: gptq, recovery," in page
     assert "0.67 ×" in (results / "benchmarks.svg").read_text()
+
+
+@pytest.mark.parametrize("name", comparisons(Path(), Path(), ""))
+def test_a_comparison_takes_the_arguments_that_it_is_given(name, tmp_path):
+    app = typer.Typer()
+    app.command()(import_module(f"benchmarks.{name}").main)
+    arguments = comparisons(tmp_path, tmp_path, "phone-4gb")[name]
+    typer.main.get_command(app).make_context(name, [str(argument) for argument in arguments])
