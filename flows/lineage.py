@@ -73,7 +73,6 @@ class Lineage:
             self._runs_are_whole = False
         except DvcException as error:
             raise ConfigError(_remedied(error, folder)) from None
-        self._seen_runs: set[Path] = set()
 
     def close(self) -> None:
         """Lets go of DVC's files."""
@@ -121,7 +120,7 @@ class Lineage:
         and, where a remote has it, fetched anew.
         """
         with self._repo.lock, self._distrusted_cache() as damaged:
-            if not self._runs_are_whole:
+            if not self._runs_are_whole:  # looked at once: the others are of this very run
                 self._drop_damaged_runs()
                 self._runs_are_whole = True
             if self._restored(name):
@@ -193,9 +192,8 @@ class Lineage:
             del cache.check
 
     def _drop_damaged_runs(self) -> None:
-        """Removes what is not what it was from DVC's record of runs, each named by its own hash; looks at each once."""
-        for path in {*Path(self._repo.stage_cache.cache_dir).glob("??/*/*")} - self._seen_runs:
-            self._seen_runs.add(path)
+        """Removes what is not what it was from DVC's record of runs, each named by its own hash."""
+        for path in [*Path(self._repo.stage_cache.cache_dir).glob("??/*/*")]:
             try:
                 whole = dict_sha256(load_yaml(str(path)), exclude=["size", "nfiles"]) == path.name
             except (DvcException, TypeError, ValueError, AttributeError):

@@ -7,6 +7,7 @@ measured. Bytes of weights are exact, those of activations and of the allocator 
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Mapping
@@ -311,5 +312,6 @@ def peak_rss_bytes() -> int:
 
 def give_back_memory() -> None:
     """Gives what is free in this process back to the system; glibc keeps it: half a model's size after one is gone."""
+    gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # not so in musl
         libc.malloc_trim(0)

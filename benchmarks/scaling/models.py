@@ -11,7 +11,7 @@ import typer
 
 from benchmarks.scaling.measuring import PROJECT, Row, real_tokenizer, tell, timed
 
-# Hidden size, layers, heads, key-value heads, neurons: of SmolLM2-135M and -360M, Llama 3.2 1B and Qwen2.5 1.5B; the
+# Hidden size, layers, heads, key-value heads, neurons: of a rehearsal, SmolLM2-135M and -360M, and Llama 3.2 1B; the
 # vocabulary is the default model's throughout.
 SHAPES = {
     "tiny": (256, 8, 4, 2, 768),
@@ -88,7 +88,7 @@ def _choose(folder: Path, _name: str) -> Row:
     from lilliput.runtime.torch import TorchRuntime
 
     params = _params()
-    asked = [question for question in _questions() if question.choices][:ASKED]
+    asked = _questions()[:ASKED]
     opened, tokenizer = open_model(folder / "drawn")
     with timed() as cost:
         choose(TorchRuntime(opened, tokenizer, 16), tokenizer, params.data.system_prompt, asked)

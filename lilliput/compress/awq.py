@@ -7,7 +7,6 @@ which the authors' code adds, is left out.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,6 @@ def awq(
         )
     scaled = model.state_dict()
     del model
-    gc.collect()
     give_back_memory()
     quantised = round_to_nearest(parent_dir, config, scaled)
     facts = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import tempfile
 from collections import Counter
@@ -68,11 +67,9 @@ def gptq(
         facts["layers_by_bits"] = {str(width): count for width, count in sorted(Counter(bits.values()).items())}
         history["bits"] = _bits_by_layer(model, bits)
     del model
-    gc.collect()
     give_back_memory()
     written = TemporaryFolder()
     history["layer_error"], float_modules = _quantise(parent_dir, texts, bits, parent.dtype, config, written.path)
-    gc.collect()
     give_back_memory()
     result = written_result(written, float_modules, parent, config, facts, history)
     if config.mixed is not None and result.save is not None:

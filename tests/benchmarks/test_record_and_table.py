@@ -64,4 +64,6 @@ def test_a_comparison_takes_the_arguments_that_it_is_given(name, tmp_path):
     app = typer.Typer()
     app.command()(import_module(f"benchmarks.{name}").main)
     arguments = comparisons(tmp_path, tmp_path, "phone-4gb")[name]
-    typer.main.get_command(app).make_context(name, [str(argument) for argument in arguments])
+    context = typer.main.get_command(app).make_context(name, [str(argument) for argument in arguments])  # or raises
+    given = {str(value) for value in context.params.values()}
+    assert given >= {str(one) for one in arguments if not str(one).startswith("--")}
