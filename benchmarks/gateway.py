@@ -119,7 +119,7 @@ def _decisions(row: Row, folder: Path, rounds: int) -> None:
     assert deployment is not None
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # as the gateway's own process
+    torch.set_num_threads(1)  # as the gateway's own process
     service = open_service(deployment, folder)
     try:
         conditions = Conditions(service.setting.link)
@@ -173,13 +173,12 @@ def _serve(folder: Path, mode: str) -> None:
 
 @contextmanager
 def _gateway(folder: Path, mode: Mode) -> Iterator[tuple[str, str, dict[str, str]]]:
-    threads = str(min(2, os.cpu_count() or 1))
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gateway", str(folder), "--serve", mode],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},  # as `lilliput.serve` has it
     ) as process:
         assert process.stdout and process.stdin
         told = json.loads(next(line for line in process.stdout if line.startswith("{")))

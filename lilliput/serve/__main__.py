@@ -129,8 +129,8 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # For embedding a question, before any model works on it: two threads take 11 ms where one takes 18.
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+    # For embedding a question now and then: a second thread wins nothing by then, and doubles the CPU-seconds.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         serve(folder, host, port)
     except LilliputError as error:

@@ -6,17 +6,16 @@ import hmac
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _OPEN = {"/", "/health"}  # the page asks for the token itself
+_WINDOW_S, _CLIENTS = 60.0, 1024
 
 
 class Doors:
@@ -34,8 +33,7 @@ class Doors:
 
     def __init__(self, app: ASGIApp, token: str | None, body_bytes: int, requests_per_minute: int) -> None:
         self._app, self._token, self._body_bytes = app, token, body_bytes
-        self._rate = RateLimitItemPerMinute(requests_per_minute)
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._rate = Rate(requests_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers for those who may not pass."""
@@ -49,9 +47,8 @@ class Doors:
                 send, 401, "a bearer token is required", "invalid_api_key", {"WWW-Authenticate": "Bearer"}
             )
         client = (scope.get("client") or ("",))[0]
-        if scope["path"].startswith("/v1/chat") and not self._limiter.hit(self._rate, client):
-            left_s = self._limiter.get_window_stats(self._rate, client).reset_time - time.time()
-            wait = {"Retry-After": str(max(1, math.ceil(left_s)))}
+        if scope["path"].startswith("/v1/chat") and (wait_s := self._rate.wait_s(client, time.monotonic())):
+            wait = {"Retry-After": str(math.ceil(wait_s))}
             return await refuse(send, 429, "too many requests in this minute", "rate_limit_exceeded", wait)
         length = headers.get("content-length")
         if length is not None and (not length.isdecimal() or int(length) > self._body_bytes):
@@ -92,6 +89,30 @@ class Doors:
 
     async def _too_large(self, send: Send) -> None:
         await refuse(send, 413, f"at most {self._body_bytes} bytes are taken", "request_too_large")
+
+
+class Rate:
+    """A moving window of a minute for each client.
+
+    Args:
+        requests: of one client in a minute, at most.
+    """
+
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
+        self._moments: dict[str, deque[float]] = {}
+
+    def wait_s(self, client: str, now: float) -> float:
+        """0, and the request at `now` (monotonic seconds) counts; else the seconds until `client` may ask again."""
+        if len(self._moments) >= _CLIENTS:
+            self._moments = {name: past for name, past in self._moments.items() if past[-1] > now - _WINDOW_S}
+        past = self._moments.setdefault(client, deque())
+        while past and past[0] <= now - _WINDOW_S:
+            past.popleft()
+        if len(past) >= self._requests:
+            return past[0] + _WINDOW_S - now
+        past.append(now)
+        return 0.0
 
 
 def problem(status: int, message: str, kind: str) -> dict[str, Any]:
