@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.record import ROOT
-from benchmarks.table import write
+from benchmarks.table import PAGE, write
 
 
 def main(
@@ -26,13 +26,16 @@ def main(
     device: str = "phone-4gb",
 ) -> None:
     """Runs all, or those named, and writes docs/benchmarks.md and its chart."""
-    commands = comparisons(project, shared, device)
+    commands, failed = comparisons(project, shared, device), []
     for name in only or commands:
         started = time.perf_counter()
         command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, commands[name])]
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         print(f"-- {name}: {'failed' if code else 'done'} in {time.perf_counter() - started:.0f} s", flush=True)
+        failed += [name] if code else []
     write()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the others are in {PAGE.relative_to(ROOT)}")
 
 
 def comparisons(project: Path, shared: Path, device: str) -> dict[str, list[str | Path]]:

@@ -1,80 +1,130 @@
-"""What a pruned model wins back per training token: distillation against plain fine-tuning of all its weights.
+"""What a pruned model wins back per training token: our distillation, ModelOpt's, and plain fine-tuning.
 
 python -m benchmarks.recovery        # in a project with models/pruned and models/lora
 
-Both start from the same pruned model and see the same batches for as many steps, with the same schedule; the one learns
-the teacher's distribution on the answers and a tenth of the labels' loss, the other the labels alone.
+All start from the same pruned model and train all its weights for as many steps of as many questions, with the same
+schedule, on the answers alone. Ours learns the teacher's distribution and a tenth of the labels' loss, ModelOpt's
+KDTrainer the teacher's distribution at the same temperature, plain fine-tuning the labels. Each side is a process of
+its own; one judge for all.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.judging import judged, paired
-from benchmarks.record import ENVIRONMENTS, ROOT, Row, own_versions
-from lilliput.compress.distill import distill
-from lilliput.compress.training import encode_examples, label_loss, train
-from lilliput.config import load_params
-from lilliput.data.chat import pad_id
-from lilliput.data.corpus import read_corpus
-from lilliput.models import open_model
+from benchmarks.record import ROOT, Row, SideFailed, own, own_versions, python_of, side, versions_of
+from lilliput.config import Params, load_params
+
+OURS, PLAIN, THEIRS = "lilliput", "plain fine-tuning", "modelopt"
 
 
 def main(
     project: Annotated[Path, typer.Option(help="where a whole run lies")] = ROOT,
-    steps: Annotated[int | None, typer.Option(help="instead of the strategy's own")] = None,
-    distilled: Annotated[bool, typer.Option(help="distil anew, instead of judging models/distilled")] = False,
+    steps: Annotated[int, typer.Option(help="of each side")] = 20,
+    job: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    learns: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Writes results/recovery.json."""
-    row = Row("recovery", "Prune and distil: accuracy won back per training token", "more than plain fine-tuning")
-    settings, corpus = load_params(project / "params.yaml"), read_corpus(project / "data")
-    prompt, config = settings.data.system_prompt, settings.strategies.distill
-    config = config.model_copy(update={"steps": steps or config.steps, "checkpoint_every": 0})
-    pruned = project / "models" / "pruned"
-    model, tokenizer = open_model(pruned)
-    before = judged(model, tokenizer, corpus, prompt)
-    row.add("pruned, no recovery", **before)
-    examples = encode_examples(tokenizer, prompt, corpus.train)
+    settings = load_params(project / "params.yaml")
+    if job:
+        return _train(json.loads(job.read_text()), project, settings, learns)
+    row = Row(
+        "recovery",
+        "Prune and distil: accuracy won back per training token",
+        "more than ModelOpt's distillation and plain fine-tuning",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        described, tokens = _job(project, settings, steps, Path(scratch))
+        before = _judged(project, settings, None)
+        row.add("pruned, no recovery", **before)
+        again = ("benchmarks.recovery", "--project", project, "--steps", str(steps), "--job", described, "--learns")
+        commands = {OURS: lambda: own(*again, "teacher"), PLAIN: lambda: own(*again, "labels")} | {
+            THEIRS: lambda: [python_of("modelopt"), "benchmarks/peers/modelopt_distill.py", described]
+        }
+        for name, command in commands.items():
+            try:
+                used = side(command(), Path(f"logs/bench/recovery-{name.replace(' ', '-')}.log").resolve())
+            except SideFailed as failed:
+                row.absent(name, str(failed))
+                continue
+            after = _judged(project, settings, Path(scratch, "weights.safetensors"))
+            versions = (
+                versions_of("modelopt", ("nvidia-modelopt", "torch")) if name == THEIRS else own_versions("torch")
+            )
+            row.add(name, **after, **used, **_won(before, after, tokens), steps=steps, versions=versions)
+    _conclude(row, before, tokens)
+
+
+def _job(project: Path, settings: Params, steps: int, folder: Path) -> tuple[Path, int]:
+    """The file that describes what all sides do, and how many tokens they will have seen."""
+    from transformers import AutoTokenizer
+
+    from lilliput.compress.training import encode_examples
+    from lilliput.data.corpus import read_corpus
+
+    config, pruned = settings.strategies.distill, project / "models" / "pruned"
+    questions = read_corpus(project / "data").train
+    examples = encode_examples(AutoTokenizer.from_pretrained(pruned), settings.data.system_prompt, questions)
+    kept = ("batch_size", "learning_rate", "max_grad_norm", "seed", "temperature")
+    described = {key: getattr(config, key) for key in kept} | {
+        "model": str(pruned.resolve()),
+        "teacher": str((project / "models" / "lora").resolve()),
+        "target": str(folder),
+        "steps": steps,
+        "warmup_steps": round(config.warmup_share * steps),
+        "examples": [{"input_ids": one.input_ids, "labels": one.labels} for one in examples],
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(described))
     mean_tokens = sum(len(example.input_ids) for example in examples) / len(examples)
-    tokens = round(config.steps * config.batch_size * mean_tokens)
+    return path, round(steps * config.batch_size * mean_tokens)
 
-    started = time.process_time()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    train(model.train(), examples, pad_id(tokenizer), config, label_loss)
-    cpu_seconds = time.process_time() - started
-    plain = judged(model.eval(), tokenizer, corpus, prompt)
-    row.add("plain fine-tuning", **plain, **_won(before, plain, tokens), cpu_seconds=cpu_seconds, steps=config.steps)
 
-    if distilled or steps:
-        started = time.process_time()
-        made = distill(pruned, project / "models" / "lora", corpus.train, prompt, config, Path(tempfile.gettempdir()))
-        ours, cost = (
-            judged(made.model.eval(), tokenizer, corpus, prompt),
-            {"cpu_seconds": time.process_time() - started},
-        )
+def _train(job: dict[str, Any], project: Path, settings: Params, learns: str | None) -> None:
+    sys.path.insert(0, str(Path(__file__).parent / "peers"))
+    from safetensors.torch import save_model
+    from usage import so_far, tell
+
+    from lilliput.compress.distill import distill
+    from lilliput.compress.training import Example, label_loss, train
+    from lilliput.data.chat import pad_id
+    from lilliput.data.corpus import read_corpus
+    from lilliput.models import open_model
+
+    config = settings.strategies.distill.model_copy(update={"steps": job["steps"], "checkpoint_every": 0})
+    student, target = Path(job["model"]), Path(job["target"])
+    if learns == "teacher":
+        questions = read_corpus(project / "data").train
+        model = distill(student, Path(job["teacher"]), questions, settings.data.system_prompt, config, target).model
     else:
-        ours, cost = judged(*open_model(project / "models" / "distilled"), corpus, prompt), {"from": "models/distilled"}
-    row.add("lilliput (distilled)", **ours, **_won(before, ours, tokens), **cost, steps=config.steps)
-    row.absent(
-        "modelopt",
-        "it installs (benchmarks/peers/modelopt.txt), but was not run: its distillation needs a training loop written "
-        "around it, which there was no time for"
-        if (ENVIRONMENTS / "modelopt").exists()
-        else "not installed here",
-    )
-    difference = paired(ours["right"], plain["right"])
-    reached = (
-        f"{ours['choice_accuracy']['value']:.3f} distilled, {plain['choice_accuracy']['value']:.3f} fine-tuned, from "
-        f"{before['choice_accuracy']['value']:.3f}, with {tokens} tokens each; paired {difference['value']:+.3f} "
-        f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"
-    )
-    row.write(reached, difference["value"] > 0, paired=difference, versions=own_versions("torch", "transformers"))
+        model, tokenizer = open_model(student)
+        model.requires_grad_(True)
+        examples = [Example(one["input_ids"], one["labels"]) for one in job["examples"]]
+        train(model.train(), examples, pad_id(tokenizer), config, label_loss)
+    used = so_far()
+    save_model(model, str(target / "weights.safetensors"))
+    tell(**used)
+
+
+def _judged(project: Path, settings: Params, weights: Path | None) -> dict[str, Any]:
+    from safetensors.torch import load_model
+
+    from benchmarks.judging import judged
+    from lilliput.data.corpus import read_corpus
+    from lilliput.models import open_model
+
+    model, tokenizer = open_model(project / "models" / "pruned")
+    if weights is not None:
+        load_model(model, weights)
+        weights.unlink()
+    return judged(model, tokenizer, read_corpus(project / "data"), settings.data.system_prompt)
 
 
 def _won(before: dict[str, Any], after: dict[str, Any], tokens: int) -> dict[str, float]:
@@ -82,5 +132,24 @@ def _won(before: dict[str, Any], after: dict[str, Any], tokens: int) -> dict[str
     return {"won_per_1000_tokens": 1000 * gain / tokens, "training_tokens": tokens}
 
 
+def _conclude(row: Row, before: dict[str, Any], tokens: int) -> None:
+    from benchmarks.judging import paired
+
+    others = [name for name in (PLAIN, THEIRS) if name in row.sides]
+    if OURS not in row.sides or not others:
+        return row.write("a side failed; its log is under logs/bench/", None)
+    accuracy = {name: facts["choice_accuracy"]["value"] for name, facts in row.sides.items()}
+    apart = {name: paired(row.sides[OURS]["right"], row.sides[name]["right"]) for name in others}
+    reached = (
+        f"from {before['choice_accuracy']['value']:.3f} to {accuracy[OURS]:.3f} in {tokens:,} tokens; "
+        + ", ".join(
+            f"{name} {accuracy[name]:.3f} (paired {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}])"
+            for name, d in apart.items()
+        )
+    )
+    row.write(reached, all(difference["value"] > 0 for difference in apart.values()), paired=apart)
+
+
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     typer.run(main)
