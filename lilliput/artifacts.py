@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ ADAPTER = "adapter"
 PARITY = "parity.json"
 # What a runtime does not need is not counted as the model's size.
 _NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/")
+_READ = 0o444
 _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "safetensors")
 
 
@@ -68,13 +70,18 @@ def writing(target: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
 
     It is on the disk before it has its name, so that power that goes leaves no whole-looking folder of empty files.
+    Whoever may read what this process writes may read all of it: safetensors and temporary folders keep to themselves.
     """
     partial = target.with_name(f".{target.name}.partial")
     remove(partial)  # what a killed run left
     partial.mkdir(parents=True)
+    given = _mode(partial)  # as the umask has it
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
+            wanted = _mode(path) | (given if path.is_dir() else given & _READ)
+            if wanted != _mode(path):
+                path.chmod(wanted)
             _flush(path)
         remove(target)
         partial.rename(target)
@@ -253,6 +260,10 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def _flush(path: Path) -> None:

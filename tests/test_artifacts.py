@@ -81,6 +81,21 @@ def test_failure_inside_leaves_the_old_artefact_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_who_may_read_the_folder_may_read_what_is_in_it(tmp_path):
+    """safetensors writes for its own user alone, and a temporary folder's mode comes along with its copy."""
+    with writing(tmp_path / "made") as folder:
+        (folder / "inner").mkdir(mode=0o700)
+        (folder / "inner" / "model.safetensors").touch(mode=0o600)
+        (folder / "protected").touch(mode=0o444)
+        folder.chmod(0o700)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain.txt").touch()
+    modes = {path.name: path.stat().st_mode for path in [*tmp_path.rglob("*")]}
+    assert modes["made"] == modes["inner"] == modes["plain"]
+    assert modes["model.safetensors"] == modes["plain.txt"]
+    assert modes["protected"] & 0o222 == 0
+
+
 def test_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from lilliput.artifacts import writing\n"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from ruamel.yaml import YAML
 
-from benchmarks import record, table
+from benchmarks import chain, record, table
 from benchmarks.__main__ import comparisons
 from benchmarks.record import Row, SideFailed, side, spread
 
@@ -57,6 +58,14 @@ def test_what_was_missed_and_who_was_left_out_stand_on_the_page(results):
     assert "| lora | olive | it does not install | 115 s | its README |" in page
     assert "Not measured yet: gptq, recovery," in page
     assert "0.67 ×" in (results / "benchmarks.svg").read_text()
+
+
+def test_a_copy_of_a_run_takes_along_all_that_stages_make():
+    stages = YAML(typ="safe").load(record.ROOT / "dvc.yaml")["stages"].values()
+    made = [out for stage in stages for kind in ("outs", "metrics") for out in stage.get("do", stage).get(kind, [])]
+    paths = [out if isinstance(out, str) else next(iter(out)) for out in made]
+    assert len(paths) > 10
+    assert {Path(path).parts[0] for path in paths} <= {*chain.MADE, *chain.FILES}
 
 
 @pytest.mark.parametrize("name", comparisons(Path(), Path(), ""))

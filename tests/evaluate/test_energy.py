@@ -125,8 +125,10 @@ def test_a_system_on_a_chip_is_read_whole_wherever_the_model_runs(zeus, parts, j
 
 def test_idle_power_is_subtracted_for_as_long_as_the_window_lasted(zeus):
     zeus.cpus, zeus.idle, zeus.cpu_energy = 1, {0: 2.0}, {0: 30.0}
+    started = time.perf_counter()
     meter = EnergyMeter(CONFIG.model_copy(update={"idle_seconds": 0.2}), 10.0)
-    assert meter.idle_watts == pytest.approx(2.0 / 0.2, rel=0.1)
+    took = time.perf_counter() - started  # a busy machine lets it rest for longer
+    assert 2.0 / took <= meter.idle_watts <= 1.01 * 2.0 / 0.2
     reading = read(meter, 0.1)
     assert reading.energy_j == pytest.approx(30.0 - meter.idle_watts * reading.wall_s)
 
