@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 
 from lilliput.errors import ArtifactError
-from lilliput.memory import peak_rss_bytes
 from lilliput.redaction import environment_without_secrets
+from lilliput.resident import peak_rss_bytes
 
 _POLL_S = 0.02
 _GRACE_S = 5.0

@@ -1,4 +1,4 @@
-"""How much memory this process has taken, and estimates of what work will take, by the shape of its model.
+"""Estimates of the memory that work will take, by the shape of its model, and what this machine has of it.
 
 The estimates are arithmetic, for `--plan` and to refuse what cannot fit; docs/memory.md holds them against what was
 measured. Bytes of weights are exact, those of activations and of the allocator are not.
@@ -6,9 +6,6 @@ measured. Bytes of weights are exact, those of activations and of the allocator 
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +27,6 @@ from lilliput.config import (
     TrainingConfig,
 )
 
-_STATUS = Path("/proc/self/status")
 FLOAT = 4  # bytes; whatever a checkpoint is stored in, it is opened and trained in float32
 RUNTIME_BYTES = 512 * 2**20  # interpreter, torch, transformers, peft or GPTQModel: 510 MiB measured after the imports
 GPU_RUNTIME_BYTES = 768 * 2**20  # CUDA's context and cuBLAS's workspace; not measured here
@@ -296,22 +292,3 @@ def _host_bytes() -> int:
     allowed = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
     total = psutil.virtual_memory().total
     return total if allowed == "max" else min(total, int(allowed))
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident size this process has had, in bytes.
-
-    Not `ru_maxrss` on Linux: it starts at the size of the process that started this one.
-    """
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def give_back_memory() -> None:
-    """Gives what is free in this process back to the system; glibc keeps it: half a model's size after one is gone."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # not so in musl
-        libc.malloc_trim(0)

@@ -30,8 +30,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lilliput.artifacts import ADAPTER
 from lilliput.errors import ArtifactError, LilliputError, SourceError
-from lilliput.memory import FLOAT, free_bytes, give_back_memory
+from lilliput.memory import FLOAT, free_bytes
 from lilliput.redaction import environment_without_secrets
+from lilliput.resident import give_back_memory
 from lilliput.untrusted import require_harmless
 
 PROBE_TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen; iron is a metal, and so is gold."

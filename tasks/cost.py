@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from lilliput.artifacts import write_json
-from lilliput.memory import peak_rss_bytes
+from lilliput.resident import peak_rss_bytes
 from tasks import layout
 
 

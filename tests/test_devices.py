@@ -37,6 +37,7 @@ def test_answers_are_timed_one_by_one(job):
         assert 1 <= len(answer.arrivals_s) <= 5
         assert answer.arrivals_s == sorted(answer.arrivals_s)
         assert answer.cpu_s > 0
+    assert outcome.empty_rss_bytes < 28 * MIB, "settings' models, which it needs not, are 20 MiB of a device's memory"
     assert outcome.empty_rss_bytes < outcome.peak_rss_bytes < 1000 * MIB
     assert outcome.details["threads"] == "1"
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from lilliput.memory import peak_rss_bytes
+from lilliput.resident import peak_rss_bytes
 from tasks.cost import cpu_s
 
 PROJECT = Path(__file__).resolve().parent.parent.parent

@@ -31,8 +31,8 @@ from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.memory import give_back_memory
 from lilliput.models import decoder_layers
+from lilliput.resident import give_back_memory
 
 
 def gptq(

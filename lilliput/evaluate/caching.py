@@ -25,8 +25,8 @@ from lilliput.evaluate.accessibility import WARM_UP_TOKENS, quantiles
 from lilliput.evaluate.compare import compare
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.record import Evaluation, freely_asked, judge, verdict_row
-from lilliput.memory import peak_rss_bytes
 from lilliput.models import open_model
+from lilliput.resident import peak_rss_bytes
 from lilliput.runtime.protocol import Runtime
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.serve.cache import AnswerCache, Asked, Hit

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lilliput import memory
+from lilliput import resident
 from lilliput.config import EvaluationConfig, Params
 from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import Question
@@ -81,7 +81,7 @@ def evaluate_candidate(
     with cpu_threads(config.timed_threads):
         timed = accessibility.time_queries(runtime, prompts, config.query_tokens, meter, config.timed_seconds)
         details = runtime.stats()
-    peak_rss_bytes = memory.peak_rss_bytes()
+    peak_rss_bytes = resident.peak_rss_bytes()
 
     rows: dict[str, dict[str, Any]] = {question.id: {"id": question.id} for question in questions}
     for identity in contaminated:
