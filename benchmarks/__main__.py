@@ -43,7 +43,7 @@ def comparisons(project: Path, shared: Path, device: str) -> dict[str, list[str 
     models, params = project / "models", project / "params.yaml"
     where = ["--data", project / "data", "--params", params]
     return {
-        "scoring": [models / "base", "--shared", shared],
+        "scoring": [models / "base", "--shared", shared, "--limit", "80"],
         "gateway": [project / "deployments" / device],
         "decode": [project / "compiled/pocket/gguf", models / "pocket", "--parent", models / "distilled"],
         "chain": ["--project", project],

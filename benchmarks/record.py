@@ -22,7 +22,7 @@ from lilliput.artifacts import write_json
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ENVIRONMENTS = ROOT / ".bench"
-QUIET_LOAD = 0.7  # of the minute before, beyond which other work is said to have run
+QUIET_SHARE = 0.05  # of the cores' time, beyond which other work is said to have run
 
 
 class SideFailed(Exception):
@@ -91,7 +91,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class Row:
-    """One comparison; made before anything is measured, because it looks at how busy the machine is.
+    """One comparison; made before anything is measured, because it tells what else the machine did meanwhile.
 
     Args:
         name: of its file.
@@ -115,10 +115,10 @@ class Row:
             },
             "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
             "load_1min_before": os.getloadavg()[0],
-            "quiet": os.getloadavg()[0] <= QUIET_LOAD,
             "sides": {},
             "absent": {},
         }
+        self._begun = time.perf_counter(), _machine_cpu_s(), _own_cpu_s()
 
     def add(self, name: str, **facts: Any) -> None:
         """What was found of one side."""
@@ -133,7 +133,10 @@ class Row:
     def write(self, reached: str, met: bool | None, **more: Any) -> None:
         """Writes results/<name>.json; `reached` is what the README's table says beside the goal."""
         record = self._record | more | {"reached": reached, "met": met}
-        record["load_1min_after"] = os.getloadavg()[0]
+        started, machine, own = self._begun
+        others_s = (_machine_cpu_s() - machine) - (_own_cpu_s() - own)
+        share = others_s / (psutil.cpu_count() or 1) / (time.perf_counter() - started)
+        record |= {"other_work_share": max(share, 0.0), "quiet": share <= QUIET_SHARE}
         write_json(RESULTS / f"{self.name}.json", record)
         print(f"{self.name}: {reached} (goal: {record['goal']})", flush=True)
 
@@ -141,6 +144,17 @@ class Row:
     def sides(self) -> Mapping[str, dict[str, Any]]:
         """What was added, by name."""
         return self._record["sides"]
+
+
+def _machine_cpu_s() -> float:
+    """CPU-seconds of all processes since it was started, and those that other machines on the same host took."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+
+
+def _own_cpu_s() -> float:
+    """CPU-seconds of this process and of those it started that have ended."""
+    return sum(os.times()[:4])
 
 
 def _git(*arguments: str) -> str:

@@ -34,12 +34,15 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         "A `+` after a commit: with changes that were not committed.\n"
     )
     yield "![Lilliput as a multiple of each peer](benchmarks.svg)\n"
-    yield "| What | Goal | Reached | | Machine quiet before | Commit |"
+    yield "| What | Goal | Reached | | Other work meanwhile | Commit |"
     yield "|---|---|---|---|---|---|"
     for record in records.values():
-        quiet = f"{'yes' if record['quiet'] else 'no'} (load {record['load_1min_before']:.1f})"
+        share = record.get("other_work_share")
+        others = (
+            f"load before {record['load_1min_before']:.1f}" if share is None else f"{100 * share:.0f} % of the cores"
+        )
         commit = record["commit"] + ("+" if record["changed_files"] else "")
-        told = (record["what"], record["goal"], record["reached"], VERDICTS[record["met"]], quiet, commit)
+        told = (record["what"], record["goal"], record["reached"], VERDICTS[record["met"]], others, commit)
         yield f"| {' | '.join(told)} |"
     for name, record in records.items():
         if note := record.get("note"):

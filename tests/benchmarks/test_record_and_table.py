@@ -1,5 +1,7 @@
 import json
+import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -58,6 +60,17 @@ def test_what_was_missed_and_who_was_left_out_stand_on_the_page(results):
     assert "| lora | olive | it does not install | 115 s | its README |" in page
     assert "Not measured yet: gptq, recovery," in page
     assert "0.67 ×" in (results / "benchmarks.svg").read_text()
+
+
+def test_what_else_the_machine_did_is_told(results):
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        row = Row("lora", "LoRA", "at most 1.0 ×")
+        time.sleep(0.5)
+        row.write("0.50 ×", True)
+        other.kill()
+    found = json.loads((results / "lora.json").read_text())
+    assert 0.3 / found["machine"]["cores"] < found["other_work_share"] <= 1.1
+    assert not found["quiet"]
 
 
 def test_a_copy_of_a_run_takes_along_all_that_stages_make():
