@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,10 +69,14 @@ class Lineage:
             self._repo.fs = _WholeFiles()
             self._graph = self._repo.index.graph  # an edge leads from a stage to one it needs
             self._recorded = {node.name: node for node in self._graph}
-            self._pipeline: Any = load_file(self._repo, str(folder / "dvc.yaml")).stages  # parsed once
             self._runs_are_whole = False
         except DvcException as error:
             raise ConfigError(_remedied(error, folder)) from None
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        """What dvc.yaml and dvc.lock say, parsed when the first stage is read anew."""
+        return load_file(self._repo, str(Path(self._repo.root_dir) / "dvc.yaml")).stages
 
     def close(self) -> None:
         """Lets go of DVC's files."""
@@ -110,8 +114,8 @@ class Lineage:
         return [text for entry in found for text in _describe(entry)]
 
     def unchanged(self) -> bool:
-        """Whether DVC finds every stage as it left it; one question for all of them."""
-        return not self._repo.status()
+        """Whether DVC finds every stage as it left it."""
+        return not any(self.changes(name) for name in self._recorded)
 
     def restore(self, name: str) -> bool:
         """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it.
