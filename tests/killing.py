@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def killed_at(change: int, work: Callable[[], Any]) -> bool:
         change: which one, from 0.
         work: opens, renames, links and removes files; what C libraries do without Python is not counted.
     """
+    told, telling = os.pipe()
     child = os.fork()
     if not child:
         left = change
@@ -37,10 +39,15 @@ def killed_at(change: int, work: Callable[[], Any]) -> bool:
             sys.addaudithook(hook)
             work()
             code = 0
+        except BaseException:
+            os.write(telling, traceback.format_exc()[-8000:].encode())  # fits into the pipe
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work itself failed"
+    os.close(telling)
+    with os.fdopen(told) as pipe:
+        reason = pipe.read()
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"the work itself failed:\n{reason}"
     return os.WIFSIGNALED(status)
 
 
