@@ -157,11 +157,6 @@ def _bad_caching(params: Params) -> Iterable[str]:
     for name in params.caching.candidates:
         if name not in params.candidates:
             yield f"caching.candidates: unknown candidate `{name}`; name one of: {', '.join(params.candidates)}"
-    if params.caching.candidates and not params.data.source.endswith(".yaml"):
-        yield (
-            f"caching.candidates: paraphrases come from the phrasings of a recipe (.yaml), which {params.data.source} "
-            "does not have; leave the list empty"
-        )
 
 
 def _bad_compiles(params: Params) -> Iterable[str]:

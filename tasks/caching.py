@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from lilliput.artifacts import read_manifest, verify, write_json, write_text
 from lilliput.config import Params
 from lilliput.data.corpus import read_corpus
-from lilliput.data.recipe import read_recipe
+from lilliput.data.recipe import recipe_of
 from lilliput.data.wheels import default_cache
 from lilliput.errors import ArtifactError
 from tasks import layout
@@ -26,7 +25,7 @@ def caching(params: Params, candidate: str) -> None:
         layout.model(candidate),
         candidate,
         read_corpus(layout.DATA),
-        read_recipe(Path(params.data.source)),
+        recipe_of(params.data.source),
         params,
         open_embedder(params.caching.embedder, default_cache()),
         artifact_sha256=manifest.artifact_sha256,

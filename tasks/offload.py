@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lilliput.artifacts import Manifest, read_manifest, verify, write_json, write_text
 from lilliput.config import Params, ServingConfig
 from lilliput.data.corpus import Corpus, read_corpus
-from lilliput.data.recipe import read_recipe
+from lilliput.data.recipe import recipe_of
 from lilliput.data.wheels import default_cache
 from lilliput.errors import ArtifactError
 from lilliput.serve.embedder import Embedder
@@ -115,11 +114,8 @@ def _both_ends(params: Params, device: str) -> Iterator[Any]:
 
 
 def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
-    """The threshold of the answer cache; None, exact hits alone, for questions without known paraphrases."""
+    """The threshold of the answer cache and the pairs it was fitted on."""
     from lilliput.evaluate.caching import fitted_threshold
 
-    if not params.data.source.endswith(".yaml"):
-        return {"threshold": None, "pairs": {}}
-    recipe = read_recipe(Path(params.data.source))
-    threshold, pairs = fitted_threshold(corpus, recipe, params.caching, embedder)
+    threshold, pairs = fitted_threshold(corpus, recipe_of(params.data.source), params.caching, embedder)
     return {"threshold": threshold, "pairs": pairs}

@@ -84,6 +84,15 @@ class Recipe(Section):
         return self
 
 
+def recipe_of(source: str) -> Recipe | None:
+    """The recipe that `data.source` names; None for a question file, whose questions have one wording each.
+
+    Raises:
+        DataError: the recipe is missing or invalid.
+    """
+    return read_recipe(Path(source)) if source.endswith(".yaml") else None
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in `path`.
 

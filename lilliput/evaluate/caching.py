@@ -32,7 +32,7 @@ from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.serve.cache import AnswerCache, Asked, Hit
 from lilliput.serve.embedder import Embedder
 from lilliput.serve.embedding import SentenceEmbedder
-from lilliput.serve.threshold import fit_threshold, judge_pairs, labelled_pairs, similarities
+from lilliput.serve.threshold import EXACT_ONLY, fit_threshold, judge_pairs, labelled_pairs, similarities
 
 PLAIN, PREFIX, CACHE = "plain", "prefix", "cache"
 # What is compared with what: the first with the second, which has one thing more, or both.
@@ -67,7 +67,7 @@ def measure_caching(
     model_dir: Path,
     candidate: str,
     corpus: Corpus,
-    recipe: Recipe,
+    recipe: Recipe | None,
     params: Params,
     embedder: SentenceEmbedder,
     *,
@@ -82,7 +82,7 @@ def measure_caching(
         model_dir: the candidate's artefact.
         candidate: its name.
         corpus: the threshold is fitted on its training text; judged, and the stream drawn, on its questions.
-        recipe: the other wordings of its questions.
+        recipe: the other wordings of its questions; None where each has one wording.
         params: the stream, the answers' length, the system prompt and how energy is taken.
         embedder: for the cache.
         artifact_sha256: of the artefact, by which its answers are kept.
@@ -119,17 +119,19 @@ def measure_caching(
     return Evaluation(record, rows)
 
 
-def draw_stream(questions: Sequence[Question], recipe: Recipe, config: CachingConfig) -> list[Query]:
+def draw_stream(questions: Sequence[Question], recipe: Recipe | None, config: CachingConfig) -> list[Query]:
     """Queries of a Zipf-like popularity (Breslau et al., INFOCOM 1999), some of them in another wording.
 
-    The question of rank r, by a seeded order, is drawn in proportion to r^−zipf_exponent, each time anew.
+    The question of rank r, by a seeded order, is drawn in proportion to r^−zipf_exponent, each time anew. Without a
+    recipe every query keeps its question's own wording.
     """
     rng = random.Random(f"{config.seed}/stream")
     ranked = rng.sample(list(questions), len(questions))
     weights = [rank**-config.zipf_exponent for rank in range(1, len(ranked) + 1)]
     queries = []
     for question in rng.choices(ranked, weights, k=config.queries):
-        others = [text for text in wordings(*subject(question), recipe) if text != question.question]
+        known = wordings(*subject(question), recipe) if recipe else ()
+        others = [text for text in known if text != question.question]
         reworded = bool(others) and rng.random() < config.paraphrase_share
         queries.append(Query(question, rng.choice(others) if reworded else question.question))
     return queries
@@ -243,9 +245,14 @@ def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: Eva
 
 
 def fitted_threshold(
-    corpus: Corpus, recipe: Recipe, config: CachingConfig, embedder: Embedder
+    corpus: Corpus, recipe: Recipe | None, config: CachingConfig, embedder: Embedder
 ) -> tuple[float, dict[str, Any]]:
-    """The threshold fitted on the training text, and how pairs from there and from held-out questions hit by it."""
+    """The threshold fitted on the training text, and how pairs from there and from held-out questions hit by it.
+
+    Without a recipe no pair is known to be a paraphrase, so there is nothing to fit on: exact hits alone.
+    """
+    if recipe is None:
+        return EXACT_ONLY, {"train": {}, "held_out": {}}
     halves = {
         name: labelled_pairs(questions, recipe, config.facts, config.seed)
         for name, questions in (("train", corpus.train), ("held_out", corpus.questions))

@@ -18,9 +18,9 @@ from lilliput.serve.ends import EDGE_KEY, End
 from lilliput.serve.routers import open_router, pair_of
 from lilliput.serve.server import LlamaServer, Serving
 from lilliput.serve.service import Model, Service, Setting
+from lilliput.serve.threshold import EXACT_ONLY
 
 DEVICE_TIMEOUT_S = 60.0
-SAME_WORDING = 1.0  # no two embeddings are more alike than this: exact hits alone
 
 
 def open_service(deployment: Deployment, home: Path) -> Service:
@@ -43,7 +43,7 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             server = _start(started, deployment, deployment.edge, home, serving.edge.threads, serving.edge.slots)
         cache = None
         if serving.cache.capacity and embedder:
-            similarity = SAME_WORDING if deployment.threshold is None else deployment.threshold
+            similarity = EXACT_ONLY if deployment.threshold is None else deployment.threshold
             version = "/".join(pair)  # what either of the two has said
             cache = AnswerCache(home / ANSWERS, embedder, version, similarity, serving.cache.capacity)
         return Service(

@@ -17,6 +17,7 @@ from lilliput.evaluate.intervals import rate
 from lilliput.serve.cache import names_in
 from lilliput.serve.embedder import Embedder
 
+EXACT_ONLY = 1.0  # no cosine is larger, so only the same wording hits
 Kind = Literal["paraphrase", "other_entity", "other_relation", "opposite"]
 
 

@@ -137,6 +137,11 @@ def test_the_stream_is_zipf_like_and_reworded_as_often_as_said(tiny_params, ques
     assert draw_stream(list(questions.values()), recipe, config) == queries
 
 
+def test_questions_without_a_recipe_keep_their_wording(tiny_params, questions):
+    config = tiny_params.caching.model_copy(update={"paraphrase_share": 1.0})
+    assert all(query.text == query.question.question for query in draw_stream([*questions.values()], None, config))
+
+
 class Sized(BagOfWords):
     size_bytes = 1000
 
@@ -162,3 +167,21 @@ def test_a_whole_measurement_adds_up_and_is_json_without_nan(checkpoint, tiny_pa
     assert record["pairs"]["train"]["other_entity"]["value"] == 0
     for way, rate in record["hallucination_rate"].items():
         assert rate["value"] == np.mean([row["hallucinated"] for row in measured.answers if row["way"] == way])
+
+
+def test_a_question_file_is_measured_with_exact_hits_alone(checkpoint, tiny_params, questions):
+    rows = [*questions.values()]
+    record = measure_caching(
+        checkpoint,
+        "tiny",
+        Corpus(rows, rows, rows),
+        None,
+        tiny_params,
+        Sized(),
+        artifact_sha256="a" * 64,
+        size_bytes=10**6,
+    ).record
+    assert record["exact_hit_rate"]["value"] > 0
+    assert record["semantic_hit_rate"]["value"] == 0
+    assert record["wrong_hit_rate"]["value"] == 0
+    assert record["pairs"]["held_out"] == {}
