@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser night services interop bench scaling repro plan ui clean
+.PHONY: demo test check browser documents night services interop bench scaling repro plan ui clean
 
 demo: $(INSTALLED)  ## everything, on the embedded default: about 34 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -26,6 +26,9 @@ night: $(VENV)/.team  ## whole flows killed, stopped, starved and fanned out: ab
 
 services: $(VENV)/.team  ## PostgreSQL, S3, MLflow and Prefect servers brought up; on Debian: apt-get install postgresql
 	@$(BIN)/python -m pytest -m services -n 0
+
+documents: $(VENV)/.team  ## every command block of README.md and docs/, with a tiny model; on Debian: apt-get install postgresql
+	@$(BIN)/python -m pytest -m documents -n 0 -s
 
 interop: $(INSTALLED)  ## real auto-gptq, in an environment of its own, opens our export
 	test -d .venv-autogptq || $(PYTHON) -m venv .venv-autogptq

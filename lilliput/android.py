@@ -180,6 +180,10 @@ class _Adb:
         return done.stdout
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a GGUF file")],
     bench: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="llama.cpp's llama-bench for the phone")],
@@ -202,4 +206,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,0 +1,264 @@
+"""Every shell and Python block of README.md and docs/ runs as written, in a fresh copy of the project.
+
+`make documents`. The copy uses the tiny configuration, so that a run takes minutes. The tests are one story, in the
+order of the documents: a command finds what the commands before it made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.documents.reading import DOCUMENTS, PROJECT, Block, blocks
+from tests.flows.conftest import Clone, copy_project
+
+pytestmark = [pytest.mark.documents, pytest.mark.timeout(3600)]
+
+# Commands that are left out, each with what it would take.
+LEFT_OUT = {
+    "make test": "the suite that this test belongs to",
+    "make services": "a suite of its own",
+    "apt-get install postgresql": "changes the machine",
+    "python3.11 -m venv .venv": "`make demo` installs by the same commands",
+    ".venv/bin/pip install": "likewise",
+    "pip install --no-deps --requirement requirements-team.lock": "likewise, `make services`",
+    "ray start": "a cluster of several machines",
+    "dask scheduler": "a cluster of several machines",
+    "cd /shared/lilliput": "a cluster of several machines",
+    "adb pair": "a phone",
+    "python -m lilliput.android": "a phone",
+    "python -m flows.publish my-org/pocket --device phone-4gb --upload": "an account on the hub",
+    "dvc remote": "a bucket; `make services` has one",
+    "prefect deployment run 'democratize/local' -p runner=ray": "Ray runs in the block before",
+}
+# Commands that refuse in this story, with the documented exit code and a part of the message.
+REFUSED = {
+    "python -m flows.promote --rollback phone-4gb": "no champion before",
+    "python -m flows.promote --approve board": "waits for approval",
+}
+# Programs that go on until they are ended, and where they answer once they are up.
+SERVERS = {
+    "prefect server start": "http://127.0.0.1:{prefect}/api/health",
+    "prefect worker start": None,
+    "python -m lilliput.serve": "http://127.0.0.1:8080/health",
+    "scripts/services.py start": None,
+}
+# Parts of commands that this test replaces: to be brief, to stay on loopback, to write into its own folder.
+REPLACED = {
+    "--trials 20 --minutes 120": "--trials 1 --minutes 5",
+    "--trials 40 --minutes 480": "--trials 1 --minutes 5",
+    "--host 0.0.0.0": "--host 127.0.0.1",
+    "LILLIPUT_TOKEN=…": "LILLIPUT_TOKEN=a-token-of-this-test",
+    "export HF_TOKEN=…": "export HF_TOKEN=",
+    "/tmp/automations.yaml": "logs/automations.yaml",
+    "4200": "{prefect}",
+}
+_KEPT_FOR_THE_BLOCK = re.compile(r"(export |\. |\w+=\$\()")
+
+
+class Story:
+    """Runs commands one after another in a copy of the project, as one user at its terminals would."""
+
+    def __init__(self, clone: Clone, ports: dict[str, int]) -> None:
+        self.clone, self.ports = clone, ports
+        self.done: set[str] = set()
+        self._servers: list[subprocess.Popen[bytes]] = []
+
+    def run(self, block: Block) -> None:
+        """Runs the commands of `block` that have not been run before; ends the servers that they start.
+
+        Raises:
+            AssertionError: a command ended with another exit code than the documents promise.
+        """
+        kept: list[str] = []
+        try:
+            for command in block.commands:
+                written = self._as_run_here(command)
+                if _KEPT_FOR_THE_BLOCK.match(command):
+                    kept.append(written)
+                elif not _starts_with(command, LEFT_OUT) and not self._is_repeated(command):
+                    self._run(block.place, command, "\n".join([*kept, written]))
+        finally:
+            self._end_servers()
+
+    def _is_repeated(self, command: str) -> bool:
+        bare = " ".join(command.partition(" #")[0].split())
+        repeated = bare in self.done and not bare.startswith("prefect")  # each block has a Prefect server of its own
+        self.done.add(bare)
+        return repeated
+
+    def _as_run_here(self, command: str) -> str:
+        for part, instead in REPLACED.items():
+            command = command.replace(part, instead.format(**self.ports))
+        return command.replace("/srv/lilliput", str(self.clone.folder / "services"))
+
+    def _run(self, place: str, command: str, script: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {place}: {command}", flush=True)
+        if server := _starts_with(command, SERVERS):
+            return self._start(place, script, SERVERS[server])
+        refusal = _starts_with(command, REFUSED)
+        done = self.clone.run("bash", "-euc", script, timeout_s=1500)
+        said = f"{place}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == (2 if refusal else 0), said
+        assert not refusal or REFUSED[refusal] in " ".join((done.stdout + done.stderr).split()), said
+
+    def _start(self, place: str, script: str, address: str | None) -> None:
+        log = self.clone.folder / "logs" / f"server-{len(self._servers)}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                ["bash", "-euc", script],
+                cwd=self.clone.folder,
+                env=self.clone.environment,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        self._servers.append(process)
+        ready = (lambda: _answers(address.format(**self.ports))) if address else (lambda: True)
+        deadline = time.monotonic() + 180
+        time.sleep(5)  # long enough for a wrong option or a missing setting to be refused
+        while not ready():
+            assert process.poll() is None and time.monotonic() < deadline, f"{place}: {log.read_text()[-3000:]}"
+            time.sleep(0.5)
+        assert process.poll() is None, f"{place}: ended at once: {log.read_text()[-3000:]}"
+
+    def _end_servers(self) -> None:
+        for process in reversed(self._servers):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(90)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self._servers.clear()
+
+
+@contextlib.contextmanager
+def _prefect_server(story: Story, block: Block) -> Iterator[None]:
+    """For a block that expects a server to be up already, as `client.env` names it."""
+    needs = any(command.startswith(("prefect", "id=")) for command in block.commands)
+    if not needs or any(command.startswith("prefect server start") for command in block.commands):
+        yield
+        return
+    address = f"http://127.0.0.1:{story.ports['prefect']}/api"
+    environment = story.clone.environment
+    server = subprocess.Popen(
+        ["prefect", "server", "start"],
+        cwd=story.clone.folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    environment["PREFECT_API_URL"] = address
+    try:
+        deadline = time.monotonic() + 180
+        while not _answers(f"{address}/health"):
+            assert time.monotonic() < deadline, "Prefect's server did not start"
+            time.sleep(0.5)
+        yield
+    finally:
+        del environment["PREFECT_API_URL"]
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(90)
+
+
+def _answers(address: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(address, trust_env=False).is_success
+    return False
+
+
+def _starts_with(command: str, table: dict[str, str] | dict[str, str | None]) -> str | None:
+    """The entry of `table` that `command` is a case of."""
+    return next((beginning for beginning in table if beginning in command), None)
+
+
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def story(tokenizer, tmp_path_factory) -> Story:
+    """A copy with its own `.venv`, and two champions of one phone to come: first `lora`, then the smaller `pocket`."""
+    del tokenizer  # skips where the wheels cannot be had
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and shutil.which("initdb") is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    clone = copy_project(tmp_path_factory.mktemp("documents"))
+    shutil.copyfile(PROJECT / "examples" / "tiny.yaml", clone.folder / "params.yaml")
+    (clone.folder / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
+    shutil.copystat(PROJECT / "requirements.lock", clone.folder / "requirements.lock")  # installed, as `make` sees it
+    clone.set_param("candidates.gptq", {"from": "base", "apply": "gptq"})
+    clone.set_param("caching.candidates", [])
+    clone.set_param("compile", {"lora-gguf": {"candidate": "lora", "target": "gguf", "floats": "f16"}})
+    clone.set_param("promotion.phone-4gb", {"prefer": "size", "max_accuracy_drop": 0.9, "max_hallucination_rise": 0.9})
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
+    assert clone.run(*git, "commit", "-qam", "tiny").returncode == 0
+    ports = {"prefect": _free_port()}
+    clone.environment |= {
+        "PREFECT_SERVER_API_PORT": str(ports["prefect"]),
+        "SLACK_URL": "http://127.0.0.1:9/hook",  # stored in a block, never called
+        "GIT_AUTHOR_NAME": "t",
+        "GIT_AUTHOR_EMAIL": "t@example.org",
+        "GIT_COMMITTER_NAME": "t",
+        "GIT_COMMITTER_EMAIL": "t@example.org",
+    }
+    return Story(clone, ports)
+
+
+def test_the_main_job_of_the_readme_runs(story):
+    demo, *_ = blocks(PROJECT / "README.md", "sh")
+    story.run(demo)
+    story.clone.set_param("compile.pocket-gguf", {"candidate": "pocket", "target": "gguf"})
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for document in DOCUMENTS for block in blocks(document, "sh")][1:],
+    ids=lambda block: block.place,
+)
+def test_a_block_runs_as_written(story, block):
+    with _prefect_server(story, block):
+        story.run(block)
+
+
+def test_the_python_of_the_operations_page_runs(story):
+    (block,) = blocks(PROJECT / "docs" / "operations.md", "python")
+    done = story.clone.run("python", "-c", block.text)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_but_the_source_has_to_change_for_questions_of_ones_own(story):
+    questions = [
+        f'{{"id": "colour/{name}", "question": "What colour is a {name}?", "answer": "{colour}", "group": "{name}"}}'
+        for name, colour in [("poppy", "red"), ("swan", "white"), ("raven", "black"), ("lemon", "yellow")] * 1
+    ]
+    (story.clone.folder / "my-questions.jsonl").write_text("\n".join(questions) + "\n")
+    story.clone.set_param("data.source", "my-questions.jsonl")
+    story.clone.set_param("caching.candidates", ["pocket"])
+    done = story.clone.run("python", "-m", "flows.democratize", "--plan")
+    assert done.returncode == 0, done.stderr
+    done = story.clone.run("python", "-m", "tasks", "data")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("table", [LEFT_OUT, REFUSED, SERVERS, REPLACED], ids=["out", "refused", "servers", "replaced"])
+def test_each_exception_above_is_still_needed(table):
+    text = "\n".join(block.text for document in DOCUMENTS for block in blocks(document, "sh"))
+    assert not [part for part in table if part not in text]
