@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,15 +46,16 @@ LEFT_OUT = {
 }
 # Commands that refuse in this story, with the documented exit code and a part of the message.
 REFUSED = {
-    "python -m flows.promote --rollback phone-4gb": "no champion before",
     "python -m flows.promote --approve board": "waits for approval",
 }
-# Programs that go on until they are ended, and where they answer once they are up.
+# What a message asks for before the next command makes sense.
+NEXT = {"python -m flows.promote --rollback phone-4gb": "dvc repro"}
+# Programs that go on until they are ended, and the address or file that is there once they are up.
 SERVERS = {
     "prefect server start": "http://127.0.0.1:{prefect}/api/health",
     "prefect worker start": None,
     "python -m lilliput.serve": "http://127.0.0.1:8080/health",
-    "scripts/services.py start": None,
+    "scripts/services.py start": "{services}/client.env",
 }
 # Parts of commands that this test replaces: to be brief, to stay on loopback, to write into its own folder.
 REPLACED = {
@@ -63,6 +65,8 @@ REPLACED = {
     "LILLIPUT_TOKEN=…": "LILLIPUT_TOKEN=a-token-of-this-test",
     "export HF_TOKEN=…": "export HF_TOKEN=",
     "/tmp/automations.yaml": "logs/automations.yaml",
+    "2>&1 &": "2>&1",
+    "/srv/lilliput": "{services}",
     "4200": "{prefect}",
 }
 _KEPT_FOR_THE_BLOCK = re.compile(r"(export |\. |\w+=\$\()")
@@ -71,8 +75,8 @@ _KEPT_FOR_THE_BLOCK = re.compile(r"(export |\. |\w+=\$\()")
 class Story:
     """Runs commands one after another in a copy of the project, as one user at its terminals would."""
 
-    def __init__(self, clone: Clone, ports: dict[str, int]) -> None:
-        self.clone, self.ports = clone, ports
+    def __init__(self, clone: Clone, prefect_port: int, services: Path) -> None:
+        self.clone, self.prefect_port, self.services = clone, prefect_port, services
         self.done: set[str] = set()
         self._servers: list[subprocess.Popen[bytes]] = []
 
@@ -90,8 +94,13 @@ class Story:
                     kept.append(written)
                 elif not _starts_with(command, LEFT_OUT) and not self._is_repeated(command):
                     self._run(block.place, command, "\n".join([*kept, written]))
+            if any(command.startswith("prefect deployment run") for command in block.commands):
+                self._wait_for_flow_runs()
         finally:
             self._end_servers()
+
+    def _filled(self, text: str) -> str:
+        return text.format(prefect=self.prefect_port, services=self.services)
 
     def _is_repeated(self, command: str) -> bool:
         bare = " ".join(command.partition(" #")[0].split())
@@ -101,11 +110,12 @@ class Story:
 
     def _as_run_here(self, command: str) -> str:
         for part, instead in REPLACED.items():
-            command = command.replace(part, instead.format(**self.ports))
-        return command.replace("/srv/lilliput", str(self.clone.folder / "services"))
+            command = command.replace(part, self._filled(instead))
+        return command
 
     def _run(self, place: str, command: str, script: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {place}: {command}", flush=True)
+        _add_second_champion(self, command)
         if server := _starts_with(command, SERVERS):
             return self._start(place, script, SERVERS[server])
         refusal = _starts_with(command, REFUSED)
@@ -113,8 +123,10 @@ class Story:
         said = f"{place}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == (2 if refusal else 0), said
         assert not refusal or REFUSED[refusal] in " ".join((done.stdout + done.stderr).split()), said
+        if following := _starts_with(command, NEXT):
+            self._run(place, NEXT[following], NEXT[following])
 
-    def _start(self, place: str, script: str, address: str | None) -> None:
+    def _start(self, place: str, script: str, sign: str | None) -> None:
         log = self.clone.folder / "logs" / f"server-{len(self._servers)}.log"
         log.parent.mkdir(exist_ok=True)
         with log.open("wb") as stream:
@@ -127,13 +139,27 @@ class Story:
                 start_new_session=True,
             )
         self._servers.append(process)
-        ready = (lambda: _answers(address.format(**self.ports))) if address else (lambda: True)
-        deadline = time.monotonic() + 180
-        time.sleep(5)  # long enough for a wrong option or a missing setting to be refused
-        while not ready():
+        deadline = time.monotonic() + 300
+        time.sleep(10)  # long enough for a wrong option or a missing setting to be refused
+        while sign and not _is_there(self._filled(sign)):
             assert process.poll() is None and time.monotonic() < deadline, f"{place}: {log.read_text()[-3000:]}"
             time.sleep(0.5)
         assert process.poll() is None, f"{place}: ended at once: {log.read_text()[-3000:]}"
+
+    def _wait_for_flow_runs(self) -> None:
+        """Waits until the worker has done what the block asked for, and checks that every run completed."""
+        api = f"http://127.0.0.1:{self.prefect_port}/api/flow_runs/count"
+
+        def count(*states: str) -> int:
+            wanted = {"flow_runs": {"state": {"type": {"any_": states}}}}
+            return httpx.post(api, json=wanted, timeout=60, trust_env=False).raise_for_status().json()
+
+        deadline = time.monotonic() + 1500
+        while count("SCHEDULED", "PENDING", "RUNNING"):
+            assert time.monotonic() < deadline, "a flow run does not end"
+            time.sleep(2)
+        assert count("FAILED", "CRASHED", "CANCELLED") == 0
+        assert count("COMPLETED") > 0
 
     def _end_servers(self) -> None:
         for process in reversed(self._servers):
@@ -150,12 +176,14 @@ class Story:
 @contextlib.contextmanager
 def _prefect_server(story: Story, block: Block) -> Iterator[None]:
     """For a block that expects a server to be up already, as `client.env` names it."""
+    environment = story.clone.environment
     needs = any(command.startswith(("prefect", "id=")) for command in block.commands)
+    if needs:
+        environment["PREFECT_HOME"] = str(story.clone.folder / "prefect" / block.place.replace(":", "-"))
     if not needs or any(command.startswith("prefect server start") for command in block.commands):
         yield
         return
-    address = f"http://127.0.0.1:{story.ports['prefect']}/api"
-    environment = story.clone.environment
+    address = f"http://127.0.0.1:{story.prefect_port}/api"
     server = subprocess.Popen(
         ["prefect", "server", "start"],
         cwd=story.clone.folder,
@@ -167,7 +195,7 @@ def _prefect_server(story: Story, block: Block) -> Iterator[None]:
     environment["PREFECT_API_URL"] = address
     try:
         deadline = time.monotonic() + 180
-        while not _answers(f"{address}/health"):
+        while not _is_there(f"{address}/health"):
             assert time.monotonic() < deadline, "Prefect's server did not start"
             time.sleep(0.5)
         yield
@@ -177,10 +205,19 @@ def _prefect_server(story: Story, block: Block) -> Iterator[None]:
         server.wait(90)
 
 
-def _answers(address: str) -> bool:
+def _is_there(sign: str) -> bool:
+    """Whether the address `sign` answers, or the file exists."""
+    if not sign.startswith("http"):
+        return Path(sign).exists()
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(address, trust_env=False).is_success
+        return httpx.get(sign, trust_env=False).is_success
     return False
+
+
+def _add_second_champion(story: Story, command: str) -> None:
+    """Lets the phone have `pocket`, too, once the experiment before has remade it: `lora` is then the one before."""
+    if command.startswith("python -m flows.democratize --plan"):
+        story.clone.set_param("compile.pocket-gguf", {"candidate": "pocket", "target": "gguf"})
 
 
 def _starts_with(command: str, table: dict[str, str] | dict[str, str | None]) -> str | None:
@@ -195,8 +232,8 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def story(tokenizer, tmp_path_factory) -> Story:
-    """A copy with its own `.venv`, and two champions of one phone to come: first `lora`, then the smaller `pocket`."""
+def story(tokenizer, tmp_path_factory) -> Iterator[Story]:
+    """A copy of the project in which one phone gets two champions in turn: `lora`, then the smaller `pocket`."""
     del tokenizer  # skips where the wheels cannot be had
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and shutil.which("initdb") is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
@@ -210,22 +247,24 @@ def story(tokenizer, tmp_path_factory) -> Story:
     clone.set_param("promotion.phone-4gb", {"prefer": "size", "max_accuracy_drop": 0.9, "max_hallucination_rise": 0.9})
     git = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
     assert clone.run(*git, "commit", "-qam", "tiny").returncode == 0
-    ports = {"prefect": _free_port()}
+    prefect_port = _free_port()
     clone.environment |= {
-        "PREFECT_SERVER_API_PORT": str(ports["prefect"]),
+        "PREFECT_SERVER_API_PORT": str(prefect_port),
         "SLACK_URL": "http://127.0.0.1:9/hook",  # stored in a block, never called
         "GIT_AUTHOR_NAME": "t",
         "GIT_AUTHOR_EMAIL": "t@example.org",
         "GIT_COMMITTER_NAME": "t",
         "GIT_COMMITTER_EMAIL": "t@example.org",
     }
-    return Story(clone, ports)
+    services = Path(tempfile.mkdtemp(prefix="lilliput-documents-"))
+    services.chmod(0o711)  # pytest's own folders are closed to the user who runs PostgreSQL
+    yield Story(clone, prefect_port, services)
+    shutil.rmtree(services)
 
 
 def test_the_main_job_of_the_readme_runs(story):
     demo, *_ = blocks(PROJECT / "README.md", "sh")
     story.run(demo)
-    story.clone.set_param("compile.pocket-gguf", {"candidate": "pocket", "target": "gguf"})
 
 
 @pytest.mark.parametrize(
@@ -247,7 +286,7 @@ def test_the_python_of_the_operations_page_runs(story):
 def test_nothing_but_the_source_has_to_change_for_questions_of_ones_own(story):
     questions = [
         f'{{"id": "colour/{name}", "question": "What colour is a {name}?", "answer": "{colour}", "group": "{name}"}}'
-        for name, colour in [("poppy", "red"), ("swan", "white"), ("raven", "black"), ("lemon", "yellow")] * 1
+        for name, colour in [("poppy", "red"), ("swan", "white"), ("raven", "black"), ("lemon", "yellow")]
     ]
     (story.clone.folder / "my-questions.jsonl").write_text("\n".join(questions) + "\n")
     story.clone.set_param("data.source", "my-questions.jsonl")
@@ -258,7 +297,9 @@ def test_nothing_but_the_source_has_to_change_for_questions_of_ones_own(story):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("table", [LEFT_OUT, REFUSED, SERVERS, REPLACED], ids=["out", "refused", "servers", "replaced"])
+@pytest.mark.parametrize(
+    "table", [LEFT_OUT, REFUSED, NEXT, SERVERS, REPLACED], ids=["out", "refused", "next", "servers", "replaced"]
+)
 def test_each_exception_above_is_still_needed(table):
     text = "\n".join(block.text for document in DOCUMENTS for block in blocks(document, "sh"))
     assert not [part for part in table if part not in text]
