@@ -121,8 +121,11 @@ class Lineage:
         """Brings back what stage `name` made from these very inputs before, if DVC's run cache still holds it.
 
         Every byte of it is checked: DVC itself trusts whatever is read-only in its cache. What is damaged is removed
-        and, where a remote has it, fetched anew.
+        and, where a remote has it, fetched anew. Without one of its inputs a stage cannot be restored: when it is run,
+        its own message says what is missing.
         """
+        if not all(dependency.exists for dependency in self._recorded[name].deps):
+            return False
         with self._repo.lock, self._distrusted_cache() as damaged:
             if not self._runs_are_whole:  # looked at once: the others are of this very run
                 self._drop_damaged_runs()

@@ -57,6 +57,12 @@ def stale(lineage: Lineage) -> list[str]:
     return [stage.name for stage in lineage.stages() if lineage.changes(stage.name)]
 
 
+def test_a_stage_without_one_of_its_inputs_is_not_restored_so_that_it_can_say_what_is_missing(folder):
+    lineage = made(folder)
+    Path("made-a").unlink()
+    assert lineage.changes("all") and not lineage.restore("all")
+
+
 def test_what_was_recorded_is_up_to_date_here_and_for_dvc(folder):
     assert stale(made(folder)) == []
     assert Repo().status() == {}
