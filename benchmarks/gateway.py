@@ -57,9 +57,9 @@ def main(
         "Gateway over the bare runtime; cache hit; decision",
         "at p50 at most 3 ms, 15 ms, 2 ms (embedding apart)",
     )
-    with _gateway(folder, "bare") as (url, bare, system), httpx.Client(timeout=60) as client:
+    with _gateway(folder, "bare") as (url, bare, system), httpx.Client(timeout=60, trust_env=False) as client:
         _overhead(row, client, {"bare": bare, "gateway": url}, system, rounds)
-    with _gateway(folder, "cached") as (url, _, _), httpx.Client(timeout=60) as client:
+    with _gateway(folder, "cached") as (url, _, _), httpx.Client(timeout=60, trust_env=False) as client:
         _hits(row, client, url, rounds)
     _decisions(row, folder, rounds)
     found = {name: facts["p50_ms"] for name, facts in row.sides.items()}
@@ -222,7 +222,7 @@ def _litellm(bare: str, scratch: Path) -> Iterator[str]:
 
 def _lives(url: str) -> bool:
     with suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/health/liveliness", timeout=5).status_code == 200
+        return httpx.get(f"{url}/health/liveliness", timeout=5, trust_env=False).status_code == 200
     return False
 
 

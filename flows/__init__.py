@@ -1,1 +1,14 @@
-"""What runs when."""
+"""What runs when. Importing it prepares the environment, also in Prefect's, Ray's and Dask's worker processes."""
+
+import sys
+from pathlib import Path
+
+from lilliput.errors import ConfigError
+from tasks.environment import prepare, require_usable_environment
+
+try:
+    prepare(Path(__file__).resolve().parent.parent)
+    require_usable_environment()
+except ConfigError as error:
+    print(f"\nerror: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -112,7 +112,7 @@ def _take_over(home: Path) -> str:
     assert known is not None
     headers = {"x-lilliput-admin": admin_token(home)} | _bearer()
     try:
-        response = httpx.post(f"{known['url']}/deployment", headers=headers, timeout=TAKE_OVER_S)
+        response = httpx.post(f"{known['url']}/deployment", headers=headers, timeout=TAKE_OVER_S, trust_env=False)
     except httpx.HTTPError as error:
         raise ArtifactError(f"{known['url']}: the gateway does not answer ({type(error).__name__}); stop it") from None
     if response.is_error:
@@ -168,7 +168,7 @@ def status(home: Path) -> Mapping[str, Any] | None:
     known = running(home)
     if known is None:
         return None
-    response = httpx.get(f"{known['url']}/status", headers=_bearer(), timeout=10.0)
+    response = httpx.get(f"{known['url']}/status", headers=_bearer(), timeout=10.0, trust_env=False)
     response.raise_for_status()
     return {"url": known["url"], "pid": known["pid"], **response.json()}
 

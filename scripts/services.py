@@ -125,7 +125,7 @@ class Services:
         key, secret = self._secrets["S3_ACCESS_KEY"], self._secrets["S3_SECRET_KEY"]
         options = ["--data-dir", data, "--host", HOST, "--port", str(self._ports.s3), "--region", REGION]
         self._launch("s3", _program("nanio"), "serve", *options, NANIO_ACCESS_KEY=key, NANIO_SECRET_KEY=secret)
-        self._wait("s3", lambda: httpx.get(address).status_code == httpx.codes.FORBIDDEN)  # it asks for a signature
+        self._wait("s3", lambda: _get(address).status_code == httpx.codes.FORBIDDEN)  # it asks for a signature
         client = boto3.client("s3", REGION, endpoint_url=address, aws_access_key_id=key, aws_secret_access_key=secret)
         known = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
         for bucket in {MLFLOW_BUCKET, DVC_BUCKET} - known:
@@ -266,15 +266,19 @@ def _write_private(path: Path, text: str, user: str | None = None) -> None:
 
 
 def _environment(more: Mapping[str, str | Path]) -> dict[str, str]:
-    """This process's environment, less what names other servers, with `more`."""
-    other = ("MLFLOW_", "PREFECT_", "AWS_", "PG")
-    return {name: value for name, value in os.environ.items() if not name.startswith(other)} | {
+    """This process's environment without what names other servers or a proxy, and with `more`."""
+    other = ("MLFLOW_", "PREFECT_", "AWS_", "PG", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(other)} | {
         name: str(value) for name, value in more.items()
     }
 
 
 def _is_well(address: str) -> bool:
-    return httpx.get(address).is_success
+    return _get(address).is_success
+
+
+def _get(address: str) -> httpx.Response:
+    return httpx.get(address, trust_env=False)  # a proxy does not reach this machine's loopback
 
 
 def _succeeds(*command: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -23,6 +24,7 @@ from tasks import layout
 from tasks.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPORARY, EXIT_TERMINATED, logging_to
 from tasks.cost import last_peak, out_of_memory
 from tasks.deadline import deadline
+from tasks.environment import prepare, require_usable_environment
 from tasks.folder import alone_here, started_by_flow
 from tasks.machine import end_with_stdin, machine_for
 
@@ -139,25 +141,28 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the flow ends its stages itself
     with ExitStack() as held:
         try:
+            prepare(Path(__file__).resolve().parent.parent)
+            require_usable_environment()
             require_room(Path())  # there would be none for a log either
             if module != "simulate":  # which reads what is there, for as long as it likes
                 held.enter_context(alone_here())
+            _work(stage, module, function, name, *options)
         except LilliputError as error:
             print(f"\n{ERROR}{stage}: {error}", file=sys.stderr)
             sys.exit(EXIT_REFUSED)
-        _work(stage, module, function, name, *options)
 
 
 def _work(stage: str, module: str, function: str, name: str | None, *options: object) -> None:
-    with logging_to(layout.log(stage)) as terminal, machine_for(stage, terminal):
+    with logging_to(layout.log(stage)) as terminal:
         try:
-            params = load_params(layout.PARAMS)
-            require_benchmarks(params.evaluation.benchmarks, Path())
-            work = getattr(importlib.import_module(f"tasks.{module}"), function)
-            with deadline(lambda why: _tell(terminal, f"{stage}: {why}")):
-                told = work(params, *_checked(params, module, name), *options)
-            if told:
-                print(told, file=terminal)
+            with machine_for(stage, terminal):
+                params = load_params(layout.PARAMS)
+                require_benchmarks(params.evaluation.benchmarks, Path())
+                work = getattr(importlib.import_module(f"tasks.{module}"), function)
+                with deadline(lambda why: _tell(terminal, f"{stage}: {why}")):
+                    told = work(params, *_checked(params, module, name), *options)
+                if told:
+                    print(told, file=terminal)
         except KeyboardInterrupt:
             _tell(terminal, f"{stage}: stopped; nothing is half-written, and the same command starts it again")
             sys.exit(EXIT_STOPPED)
@@ -175,6 +180,9 @@ def _told(stage: str, error: Exception) -> tuple[str, int]:
         return str(error), EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED
     if disk_is_full(error):
         return told_of_full_disk(error), EXIT_REFUSED
+    if isinstance(error, PermissionError | NotADirectoryError) or getattr(error, "errno", None) == errno.EROFS:
+        message = f"{error}: this user cannot write there or read it; change its permissions, or name another folder"
+        return message, EXIT_REFUSED
     traceback.print_exc()
     return f"{type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})", 1
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lilliput.artifacts import disk_is_full
+from lilliput.errors import ConfigError
 from lilliput.redaction import redacted
 
 ERROR = "error: "
@@ -53,11 +54,12 @@ class _ProgressToTerminal(io.TextIOBase):
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[TextIO]:
-    """Sends what this process prints to `path`, and yields the terminal for what a person must see."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Nothing is kept back in memory, which a full disk would not take later either.
-    opened = _WithoutSecrets(path.open("wb", buffering=0), encoding="utf-8", write_through=True)
-    with opened as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+    """Sends what this process prints to `path`, and yields the terminal for what a person must see.
+
+    Raises:
+        ConfigError: `path` cannot be written.
+    """
+    with _open_log(path) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
         if not terminal.isatty():
             os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log wants a line now and then, not ten a second
         os.dup2(log.fileno(), 1)
@@ -70,6 +72,17 @@ def logging_to(path: Path) -> Iterator[TextIO]:
         finally:
             sys.stdout.flush()
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # the log is closed, these still point there
+
+
+def _open_log(path: Path) -> _WithoutSecrets:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Nothing is kept back in memory, which a full disk would not take later either.
+        return _WithoutSecrets(path.open("wb", buffering=0), encoding="utf-8", write_through=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the log cannot be written ({error.strerror}); remove it, or make it yours"
+        ) from None
 
 
 def last_error(path: Path) -> str | None:

@@ -152,3 +152,28 @@ def test_a_clock_that_is_set_back_does_not_change_what_a_stage_cost(monkeypatch,
     with measured(tmp_path / "cost.json"):
         time.sleep(0.05)
     assert 0.05 <= json.loads((tmp_path / "cost.json").read_text())["seconds"] < 60
+
+
+@pytest.mark.parametrize("command", ["compress", "source"])
+def test_a_cache_that_cannot_be_written_is_one_message_on_the_terminal(run, tmp_path, command):
+    """A heavy stage waits for its machine before its work begins: a failure there was written to the log alone."""
+    (tmp_path / "file").touch()
+    candidate = ["base"] if command == "compress" else []
+    done = run("-m", "tasks", command, *candidate, XDG_CACHE_HOME=str(tmp_path / "file" / "cache"))
+    assert done.returncode == EXIT_REFUSED, done.stderr
+    assert f"error: {command}" in done.stderr
+    assert "cannot write there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_log_that_cannot_be_written_is_one_message(run, tmp_path):
+    (tmp_path / "logs" / "source.log").mkdir(parents=True)
+    done = run("-m", "tasks", "source")
+    assert done.returncode == EXIT_REFUSED
+    assert "error: source: logs/source.log: the log cannot be written (Is a directory)" in done.stderr
+
+
+def test_certificates_that_are_not_there_are_told_before_any_work(run, tmp_path):
+    done = run("-m", "tasks", "source", SSL_CERT_FILE=str(tmp_path / "none.pem"))
+    assert done.returncode == EXIT_REFUSED
+    assert "error: source: SSL_CERT_FILE: no such file: " in done.stderr
