@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import httpx
 from prefect import Flow, get_client
 from prefect.client.schemas import State
+from prefect.context import get_settings_context
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 
 from flows.show import fail
+from lilliput.redaction import redacted
 from tasks.console import EXIT_REFUSED, EXIT_STOPPED, EXIT_TERMINATED
+from tasks.environment import certificates_of, is_writable, proxies_of
 
 
 class _Terminated(KeyboardInterrupt):
@@ -34,16 +37,18 @@ def run_flow(work: Flow[..., Any], *arguments: object, stopped: str) -> State:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _require_client()
         _require_server()
         return work(*arguments, return_state=True)
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only keep Prefect from putting things away
         fail(stopped, EXIT_TERMINATED if isinstance(interrupt, _Terminated) else EXIT_STOPPED)
     except httpx.HTTPError as error:
-        server = PREFECT_API_URL.value() or "of this run"
+        address = PREFECT_API_URL.value()
+        way = f"with that server or, once you {source_of_address(address)[1]}, one" if address else "with a server"
         fail(
-            f"Prefect's server {server} is gone ({error}); what was made is recorded: the same command goes on from "
-            "here, with that server or, without PREFECT_API_URL, one of its own",
+            f"Prefect's server {address or 'of this run'} is gone ({error}); what was made is recorded: the same "
+            f"command goes on from here, {way} of its own",
             EXIT_REFUSED,
         )
 
@@ -52,10 +57,19 @@ def _terminate(_signal: int, _frame: object) -> None:
     raise _Terminated
 
 
+def _require_client() -> None:
+    """Makes sure that HTTP clients can be made: each reads the environment's proxies and certificates."""
+    try:
+        httpx.Client().close()
+    except Exception as error:  # ImportError, ValueError, InvalidURL, SSLError: whatever proxies and certificates raise
+        names = [*proxies_of(os.environ), *certificates_of(os.environ)]
+        fail(f"{', '.join(names)}: no HTTP client can be made with this ({error}); correct or unset it", EXIT_REFUSED)
+
+
 def _require_server() -> None:
     """Makes sure that Prefect's server answers; starts one, deaf to Ctrl-C, where none is configured."""
     address, home = PREFECT_API_URL.value(), PREFECT_HOME.value()
-    if not address and not _writable(home):  # the server would try for two minutes and not say why
+    if not address and not _can_hold_database(home):  # the server would try for two minutes and not say why
         fail(
             f"PREFECT_HOME: {home} is not a folder that this run's Prefect server can write its database to",
             EXIT_REFUSED,
@@ -75,19 +89,33 @@ def _require_server() -> None:
     asking.join()
     if found == [None]:
         return
+    problem = redacted(str(found[0]) or type(found[0]).__name__)
     if address:
+        source, remedy = source_of_address(address)
         fail(
-            f"PREFECT_API_URL: {address} does not answer ({found[0]}); start it (`prefect server start`), or unset the "
-            "variable: the run then has a server of its own",
+            f"{source}: {address} does not answer as Prefect's API ({problem}); start it (`prefect server start`), "
+            f"correct the address (http://127.0.0.1:4200/api), or {remedy}: the run then has a server of its own",
             EXIT_REFUSED,
         )
-    fail(f"Prefect's server for this run did not start ({found[0]}); its database is in {home}", EXIT_REFUSED)
+    fail(f"Prefect's server for this run did not start ({problem}); its database is in {home}", EXIT_REFUSED)
 
 
-def _writable(folder: Path) -> bool:
+def source_of_address(address: str) -> tuple[str, str]:
+    """Where `address` of Prefect's API is set, and how it is removed there, in the order in which Prefect looks."""
+    if name := next((name for name in os.environ if name.upper() == "PREFECT_API_URL"), None):
+        return name, "unset the variable"
+    for path, line in ((".env", "PREFECT_API_URL"), ("prefect.toml", "url"), ("pyproject.toml", "url")):
+        if Path(path).is_file() and address in Path(path).read_text(encoding="utf-8", errors="replace"):
+            return str(Path(path).absolute()), f"remove `{line}` there"
+    profile = get_settings_context().profile
+    if PREFECT_API_URL in profile.settings:
+        return f"the Prefect profile `{profile.name}`", "run `prefect config unset PREFECT_API_URL`"
+    return "PREFECT_API_URL", "find what sets it with `prefect config view`"
+
+
+def _can_hold_database(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            return True
     except OSError:
         return False
+    return is_writable(folder)

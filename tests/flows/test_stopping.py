@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
 
 from flows import stopping
+from tasks.environment import certificates_of, proxies_of
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+DEAD = "http://127.0.0.1:1/api"
 
 
 @pytest.fixture
@@ -40,3 +49,64 @@ def test_a_server_that_is_gone_is_one_message(end, monkeypatch):
     assert code == 2
     assert said.startswith("error: Prefect's server")
     assert "is gone (Connection refused); what was made is recorded" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("", "", "PREFECT_API_URL: {address} .* or unset the variable: the run"),
+        (
+            "prefect/profiles.toml",
+            'active = "night"\n[profiles.night]\nPREFECT_API_URL = "{address}"\n',
+            "the Prefect profile `night`: {address} .* or run `prefect config unset PREFECT_API_URL`: the run",
+        ),
+        (
+            ".env",
+            "PREFECT_API_URL={address}\n",
+            r"{folder}/\.env: {address} .* or remove `PREFECT_API_URL` there: the run",
+        ),
+        (
+            "prefect.toml",
+            '[api]\nurl = "{address}"\n',
+            r"{folder}/prefect\.toml: {address} .* or remove `url` there: the",
+        ),
+    ],
+    ids=["environment", "profile", ".env", "prefect.toml"],
+)
+def test_a_dead_server_is_named_by_what_sets_its_address(tmp_path, file, content, expected):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(PROJECT)}
+    if file:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content.format(address=DEAD))
+    else:
+        environment["PREFECT_API_URL"] = DEAD
+    code = "from flows.stopping import run_flow; run_flow(None, stopped='')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(f"^error: {expected.format(address=DEAD, folder=tmp_path)}", done.stderr, re.MULTILINE), (
+        done.stderr
+    )
+    assert "start it (`prefect server start`), correct the address" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", "httpx[socks]"),
+        ("http_proxy", "ftp://proxy:1", "Unknown scheme"),
+        ("SSL_CERT_FILE", __file__, "SSL"),
+    ],
+)
+def test_a_proxy_or_certificate_that_clients_do_not_accept_is_named(monkeypatch, capsys, variable, value, reason):
+    for name in (*proxies_of(os.environ), *certificates_of(os.environ)):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as ended:
+        stopping.run_flow(None, stopped="")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith(f"\nerror: {variable}: no HTTP client can be made with this (")
+    assert reason in said
