@@ -79,6 +79,7 @@ def run_process(stage: Stage, site: Site) -> None:
             f"{stage.name}: the worker on {platform.node()} does not find {site.sign}: the flow has ended, or its "
             "folder is not shared with this machine under the same path"
         )
+    log_before = _version(site.folder / layout.log(stage.name))
     command = shlex.split(stage.command)
     if command[0] == "python":
         command[0] = sys.executable
@@ -98,9 +99,9 @@ def run_process(stage: Stage, site: Site) -> None:
     if orphaned.is_set():
         raise StageError(f"{stage.name}: stopped, because its flow has ended")
     if code == EXIT_TEMPORARY:
-        raise TemporaryError(_explain(stage, code, site.folder))
+        raise TemporaryError(_explain(stage, code, site.folder, log_before))
     if code:
-        raise StageError(_explain(stage, code, site.folder))
+        raise StageError(_explain(stage, code, site.folder, log_before))
 
 
 @contextmanager
@@ -147,9 +148,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _explain(stage: Stage, code: int, folder: Path) -> str:
+def _explain(stage: Stage, code: int, folder: Path, log_before: tuple[int, int] | None) -> str:
     log = folder / layout.log(stage.name)
     if code < 0:
         hint = f"; the system may be out of memory{last_peak(stage.name, folder)}" if code == -9 else ""
         return f"{stage.name} was killed by signal {-code}{hint}; its log: {log}"
+    if _version(log) == log_before:  # an earlier run's log does not explain this one
+        return f"{stage.name} ended with exit code {code} before it wrote its log; the reason is on the terminal above"
     return last_error(log) or f"{stage.name} ended with exit code {code}; its log: {log}"
+
+
+def _version(log: Path) -> tuple[int, int] | None:
+    """Changes when `log` is written; None if it is not there."""
+    try:
+        found = log.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size

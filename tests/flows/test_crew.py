@@ -254,6 +254,15 @@ def test_a_worker_that_does_not_see_the_folder_says_so_and_starts_nothing(tmp_pa
     assert not (tmp_path / "began").exists()
 
 
+def test_the_log_of_an_earlier_run_does_not_explain_a_failure(tmp_path):
+    log = tmp_path / "logs" / "data.log"
+    log.parent.mkdir()
+    log.write_text("\nerror: data: of last week\n")
+    stage = Stage("data", 'python -c "raise SystemExit(2)"', "")
+    with sign_of_life(tmp_path) as sign, pytest.raises(StageError, match="exit code 2 before it wrote its log"):
+        run_process(stage, Site(tmp_path, sign))
+
+
 def test_the_sign_of_a_dead_flow_is_removed_by_the_next(tmp_path):
     (tmp_path / ".flow-0123.alive").touch()
     with sign_of_life(tmp_path) as sign:
