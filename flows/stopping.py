@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 from pathlib import Path
@@ -11,8 +12,13 @@ from typing import Any
 import httpx
 from prefect import Flow, get_client
 from prefect.client.schemas import State
-from prefect.context import get_settings_context
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME
+from prefect.context import get_settings_context, refresh_global_settings_context
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_API_AUTH_STRING,
+)
 
 from flows.show import fail
 from lilliput.redaction import redacted
@@ -74,6 +80,8 @@ def _require_server() -> None:
             f"PREFECT_HOME: {home} is not a folder that this run's Prefect server can write its database to",
             EXIT_REFUSED,
         )
+    if not address:
+        _require_token_of_clients()
     found: list[Exception | None] = []
 
     def ask() -> None:
@@ -98,6 +106,18 @@ def _require_server() -> None:
             EXIT_REFUSED,
         )
     fail(f"Prefect's server for this run did not start ({problem}); its database is in {home}", EXIT_REFUSED)
+
+
+def _require_token_of_clients() -> None:
+    """Has this run's own server ask for a token: any web page may otherwise send requests to it.
+
+    In the environment, because Prefect's threads and the workers of Ray and Dask take it from there; a refresh is what
+    makes Prefect read it again.
+    """
+    known = PREFECT_SERVER_API_AUTH_STRING.value() or PREFECT_API_AUTH_STRING.value()
+    token = known or f"lilliput:{secrets.token_urlsafe(32)}"
+    os.environ |= {"PREFECT_SERVER_API_AUTH_STRING": token, "PREFECT_API_AUTH_STRING": token}
+    refresh_global_settings_context()
 
 
 def source_of_address(address: str) -> tuple[str, str]:

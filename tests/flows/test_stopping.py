@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -110,3 +111,38 @@ def test_a_proxy_or_certificate_that_clients_do_not_accept_is_named(monkeypatch,
     assert ended.value.code == 2
     assert said.startswith(f"\nerror: {variable}: no HTTP client can be made with this (")
     assert reason in said
+
+
+ASK = """
+import json, httpx
+from flows.stopping import _require_server
+_require_server()
+from prefect import get_client
+from prefect.server.api.server import SubprocessASGIServer
+(server,) = SubprocessASGIServer._instances.values()
+page = {"Origin": "https://page.example"}
+create = {"url": f"{server.api_url}/flows/", "content": '{"name": "theirs"}'}
+preflight = page | {"Access-Control-Request-Method": "POST"}
+codes = {
+    "read": httpx.get(f"{server.api_url}/admin/version", headers=page).status_code,
+    "rebound": httpx.get(f"{server.api_url}/admin/version", headers={"Host": "page.example"}).status_code,
+    "create": httpx.post(**create, headers=page | {"Content-Type": "text/plain"}).status_code,
+    "preflight": httpx.options(create["url"], headers=preflight).status_code,
+}
+allowed = httpx.get(f"{server.api_url}/health", headers=page).headers.get("access-control-allow-origin")
+with get_client(sync_client=True) as client:
+    print(json.dumps([codes, allowed, client.read_flows(), client.create_flow_from_name("ours") is not None]))
+"""
+
+
+@pytest.mark.slow
+def test_the_server_of_a_run_answers_no_web_page(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    codes, allowed, flows, created = json.loads(done.stdout.splitlines()[-1])
+    assert codes == {"read": 401, "rebound": 401, "create": 403, "preflight": 400}
+    assert (allowed, flows, created) == (None, [], True)
