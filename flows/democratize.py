@@ -11,6 +11,7 @@ if __name__ == "__main__" and answered(sys.argv[1:]):
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -27,7 +28,8 @@ from flows.plan import plan
 from flows.show import candidate_rows, fail, next_commands, print_plan, print_summary
 from flows.stages import run_stages
 from flows.stopping import run_flow
-from flows.workspace import PROJECT, alone_in, open_workspace
+from flows.turns import turn_in, when_free
+from flows.workspace import PROJECT, open_workspace
 from lilliput.artifacts import require_room
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError
@@ -57,10 +59,10 @@ def democratize(
     folder = Path(params_file)
     try:
         require_room(PROJECT)
-        folder = open_workspace(folder)
+        folder = when_free(partial(open_workspace, folder))
         _require_runnable(folder, only)
         require_runner(runner, workers)
-        with contextlib.chdir(folder), alone_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
+        with contextlib.chdir(folder), turn_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
             return _run_all(folder, only or [], crew)
     except (LilliputError, DvcException) as error:
         return Failed(message=redacted(str(error)))

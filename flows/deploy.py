@@ -24,7 +24,8 @@ from rich.console import Console
 
 from flows.show import fail
 from flows.stopping import run_flow
-from flows.workspace import PROJECT, alone_in
+from flows.turns import turn_in
+from flows.workspace import PROJECT
 from lilliput.artifacts import write_text
 from lilliput.config import load_params
 from lilliput.errors import ArtifactError, LilliputError
@@ -76,7 +77,7 @@ def _deploy(device: str, action: Action, host: str, port: int, params_file: Path
     folder = _folder(params_file)
     home = folder / HOMES / device
     home.mkdir(parents=True, exist_ok=True)
-    with alone_in(home), contextlib.chdir(folder):
+    with turn_in(home), contextlib.chdir(folder):
         files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
         if action is Action.rollback:
             roll_back(home)

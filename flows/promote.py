@@ -18,6 +18,7 @@ from prefect.states import Completed, Failed
 
 from flows.champions import deciding
 from flows.show import fail, print_decisions
+from flows.turns import turn_in, when_free
 from flows.workspace import alone_in, open_workspace
 from lilliput.config import load_params
 from lilliput.errors import LilliputError
@@ -54,12 +55,12 @@ def promote(params_file: str = "params.yaml", ask_minutes: float = 0.0) -> State
 
 def promote_now(params_file: Path, answer: Callable[[Proposal], Answer | None]) -> None:
     """Decides who is champion of each device; `answer` says what a person wants of a champion that waits for one."""
-    folder = open_workspace(params_file)
-    with contextlib.chdir(folder), alone_in(folder):
+    folder = when_free(partial(open_workspace, params_file))
+    with contextlib.chdir(folder), turn_in(folder):
         waiting = promotion.proposals(load_params(layout.PARAMS))
     # Nothing is held while a person thinks; the answer counts for the version it was given about.
     answers = {proposal.device: said for proposal in waiting if (said := answer(proposal))}
-    with contextlib.chdir(folder), alone_in(folder), deciding(folder):
+    with contextlib.chdir(folder), turn_in(folder), deciding(folder):
         promotion.promote(load_params(layout.PARAMS), answers)
 
 

@@ -28,8 +28,9 @@ from flows.show import fail, front_rows, print_search
 from flows.stages import run_stages
 from flows.stopping import run_flow
 from flows.study import CANDIDATE, FIGURES, REASON, SECONDS, Budget, begun, finished, front, grow, open_study
+from flows.turns import turn_in, when_free
 from flows.workshop import Workshop
-from flows.workspace import PROJECT, alone_in, open_workspace
+from flows.workspace import PROJECT, open_workspace
 from lilliput.artifacts import write_json, write_text
 from lilliput.config import load_params, read_section
 from lilliput.errors import ConfigError, LilliputError
@@ -65,8 +66,8 @@ def search(
     """
     try:
         config = read_section(SearchConfig, Path(search_file), "--search")
-        folder = open_search(Path(params_file), config, search_file)
-        with contextlib.chdir(folder), alone_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
+        folder = when_free(partial(open_search, Path(params_file), config, search_file))
+        with contextlib.chdir(folder), turn_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
             run = partial(run_stages, crew=crew)
             workshop = Workshop(folder, Space(config, load_params(layout.PARAMS), search_file), run)
             stopped = _search(workshop, config, search_file, Budget(trials, minutes), time.monotonic())

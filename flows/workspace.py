@@ -35,7 +35,7 @@ def open_workspace(params_file: Path, kind: str = "") -> Path:
     Work of a certain `kind` has a workspace of its own for each file.
 
     Raises:
-        ConfigError: the parameters are refused.
+        ConfigError: the parameters are refused, or a run is at work in the workspace (BusyError).
         DataError: the question file they name is not there.
     """
     params = load_params(params_file)
@@ -55,7 +55,7 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
     """Brings the code and the parameters in `folder` up to date; models and results there stay as they are.
 
     Raises:
-        ConfigError: a run is at work there, and its code and parameters are not pulled from under it.
+        BusyError: a run is at work there, and its code and parameters are not pulled from under it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):

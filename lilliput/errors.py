@@ -2,6 +2,7 @@
 
 LilliputError            exit code 2: the message says what, where and what to do
 ├── ConfigError          params.yaml (or a file it names) is not usable
+│   └── BusyError        another run is at work in the folder
 ├── SourceError          a model or a wheel cannot be fetched, verified or opened
 ├── DataError            a corpus or a question set is not usable
 ├── ArtifactError        a model directory is missing, incomplete or not what it says
@@ -23,6 +24,10 @@ class ConfigError(LilliputError):
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else problems
         super().__init__("\n".join(self.problems))
+
+
+class BusyError(ConfigError):
+    """Another run is at work in the folder; once it ends, the same command succeeds."""
 
 
 class SourceError(LilliputError):

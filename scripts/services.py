@@ -156,8 +156,10 @@ class Services:
         where = {"PREFECT_API_DATABASE_CONNECTION_URL": database, "PGPASSFILE": self._folder / "pgpass"}
         home = {"PREFECT_HOME": self._folder / "prefect", "PREFECT_API_URL": address}
         still = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+        # In memory, the default, leases are lost with the server, and the slots that they held stay taken for ever.
+        storage = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
         options = ["--host", HOST, "--port", str(self._ports.prefect)]
-        self._launch("prefect", _program("prefect"), "server", "start", *options, **where, **home, **still)
+        self._launch("prefect", _program("prefect"), "server", "start", *options, **where, **home, **still, **storage)
         return address
 
     def _launch(self, name: str, *command: str | Path, **environment: str | Path) -> None:

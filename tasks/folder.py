@@ -15,7 +15,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lilliput.artifacts import write_json
-from lilliput.errors import ConfigError
+from lilliput.errors import BusyError
 
 _LOCK, _HOLDER = ".democratize.lock", ".democratize.holder"  # apart, because whoever tries the lock empties its file
 
@@ -25,13 +25,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Holds `folder` for one run; the system frees it even when the run is killed.
 
     Raises:
-        ConfigError: another run holds it; the message says which, and since when.
+        BusyError: another run holds it; the message says which, and since when.
     """
     lock, holder = FileLock(folder / _LOCK), folder / _HOLDER
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(
+        raise BusyError(
             f"{folder}: another run is at work here{_told(holder)}; wait for it, or use another --params file"
         ) from None
     try:
@@ -47,7 +47,7 @@ def alone_here() -> Iterator[None]:
     """`alone_in` this folder for a stage that no flow started: under `dvc repro`, or by hand.
 
     Raises:
-        ConfigError: another run is at work here.
+        BusyError: another run is at work here.
     """
     with nullcontext() if started_by_flow() else alone_in(Path.cwd()):  # a flow holds the folder for its stages
         yield
