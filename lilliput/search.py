@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 
 from lilliput.config import CandidateConfig, Name, Params, Positive, Section, StrategyName
+from lilliput.config.section import Seed
 from lilliput.errors import ConfigError
 from lilliput.graph import ancestors, check_graph, check_shape
 
@@ -64,7 +65,7 @@ class SearchConfig(Section):
     """
 
     base: Name
-    seed: int
+    seed: Seed
     max_length: Positive
     max_times: Positive = 1
     strategies: Annotated[

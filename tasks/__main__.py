@@ -113,7 +113,7 @@ def simulate(
     device: Served,
     days: Annotated[int, typer.Option(min=1, help="days to draw traffic for")] = 3,
     queries: Annotated[int, typer.Option(min=1, help="a day")] = 200,
-    seed: Annotated[int, typer.Option(help="of traffic and losses")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of traffic and losses")] = 0,
     trace: Annotated[Path | None, typer.Option(help="JSON Lines of at_s, id, link, charging, instead")] = None,
 ) -> None:
     """Play days of traffic through each policy of a device, into simulations/<device>.json."""

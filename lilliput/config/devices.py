@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lilliput.config.section import Name, Positive, PositiveFloat, Section, Share
+from lilliput.config.section import LARGEST_INT, Name, NotNegativeFloat, Positive, PositiveFloat, Section, Share
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
@@ -63,9 +63,9 @@ class ParityConfig(Section):
         deadline_s: after which that runtime is stopped.
     """
 
-    tokens: Annotated[int, Field(ge=32)]
+    tokens: Annotated[int, Field(ge=32, le=LARGEST_INT)]
     questions: Positive
-    clear_nats: Annotated[float, Field(ge=0.0)]
+    clear_nats: NotNegativeFloat
     same_argmax: Share
     same_argmax_clear: Share
     mean_difference_nats: PositiveFloat
@@ -112,6 +112,6 @@ class PromotionConfig(Section):
     prefer: Literal["accuracy", "hallucination", "energy", "size"]
     max_accuracy_drop: Share
     max_hallucination_rise: Share
-    max_energy_rise: Annotated[float, Field(ge=0.0)] | None = None
+    max_energy_rise: NotNegativeFloat | None = None
     max_accessibility_drop: Share | None = None
     approval: bool = False

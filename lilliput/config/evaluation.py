@@ -7,7 +7,17 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from lilliput.config.section import Name, Positive, PositiveFloat, Section, Share, WheelPin
+from lilliput.config.section import (
+    LARGEST_INT,
+    Name,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+    Share,
+    WheelPin,
+)
 
 
 class EnergyConfig(Section):
@@ -21,8 +31,8 @@ class EnergyConfig(Section):
     """
 
     profile: Name
-    idle_seconds: Annotated[float, Field(ge=0.0)]
-    shortest_window_s: Annotated[float, Field(ge=0.0)]
+    idle_seconds: NotNegativeFloat
+    shortest_window_s: NotNegativeFloat
 
 
 class AccessibilityTargets(Section):
@@ -71,7 +81,7 @@ class EvaluationConfig(Section):
         benchmarks: public benchmarks besides; they need the extra `benchmarks`.
     """
 
-    seed: int
+    seed: Seed
     batch_size: Positive
     free_questions: Positive
     max_new_tokens: Positive
@@ -79,7 +89,7 @@ class EvaluationConfig(Section):
     timed_seconds: PositiveFloat
     timed_threads: Positive
     query_tokens: Annotated[int, Field(gt=0, le=256)]
-    resamples: Annotated[int, Field(ge=100)]
+    resamples: Annotated[int, Field(ge=100, le=LARGEST_INT)]
     benchmarks: tuple[BenchmarkConfig, ...] = ()
     energy: EnergyConfig
     targets: AccessibilityTargets
@@ -106,9 +116,9 @@ class CachingConfig(Section):
     """
 
     candidates: tuple[Name, ...]
-    seed: int
+    seed: Seed
     queries: Positive
-    zipf_exponent: Annotated[float, Field(ge=0.0)]
+    zipf_exponent: Annotated[float, Field(ge=0.0, le=100.0)]
     paraphrase_share: Share
     capacity: Positive
     false_hit_budget: Annotated[float, Field(ge=0.0, lt=1.0)]

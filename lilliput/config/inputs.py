@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from lilliput.config.section import Positive, Section
+from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, Section, Seed
 
 
 class SourceConfig(Section):
@@ -57,10 +57,10 @@ class DataConfig(Section):
     """
 
     source: Annotated[str, Field(pattern=r"\.(yaml|jsonl)$")]
-    seed: int
+    seed: Seed
     system_prompt: str
-    train_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
     unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)]
     calibration_examples: Positive
     choice_questions: Positive
-    unanswerable_questions: Annotated[int, Field(ge=0)]
+    unanswerable_questions: NotNegative

@@ -6,10 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lilliput.config.section import LinkName, Name, NotNegative, Positive, PositiveFloat, Section, Share
+from lilliput.config.section import (
+    LARGEST_INT,
+    LinkName,
+    Name,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+    Share,
+)
 from lilliput.redaction import has_credentials
-
-NotNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
 class LinkConfig(Section):
@@ -95,10 +104,10 @@ class OffloadConfig(Section):
         folds: a learned router is judged on questions, by entity, that it was not fitted on: each fold in turn.
     """
 
-    seed: int
-    questions: Annotated[int, Field(ge=20)]
+    seed: Seed
+    questions: Annotated[int, Field(ge=20, le=LARGEST_INT)]
     max_new_tokens: Positive
-    folds: Annotated[int, Field(ge=2)]
+    folds: Annotated[int, Field(ge=2, le=LARGEST_INT)]
 
 
 class AnswerCacheConfig(Section):

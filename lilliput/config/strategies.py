@@ -6,9 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lilliput.config.section import NotNegative, Positive, PositiveFloat, Section, Share
+from lilliput.config.section import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    SMALLEST_FLOAT,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+    Share,
+)
 
 Bits = Literal[2, 3, 4, 8]
+LearningRate = Annotated[float, Field(ge=SMALLEST_FLOAT, le=10.0)]
 
 
 class RehearsalShape(Section):
@@ -25,7 +37,7 @@ class LoadConfig(Section):
     """`rehearsal` replaces the source's weights by random ones: for tests and dry runs, never for results."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
-    seed: int = 0
+    seed: Seed = 0
     rehearsal: RehearsalShape | None = None
 
 
@@ -49,7 +61,7 @@ class TrainingConfig(Section):
     steps: Positive
     batch_size: Positive
     gradient_accumulation: Positive
-    learning_rate: PositiveFloat
+    learning_rate: LearningRate
     warmup_share: Share
     max_grad_norm: PositiveFloat
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -57,7 +69,7 @@ class TrainingConfig(Section):
     validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     evaluate_every: Positive = 10
     patience: Positive = 3
-    seed: int
+    seed: Seed
 
     @property
     def needs_gpu(self) -> str | None:
@@ -96,7 +108,7 @@ class PruneAmount(Section):
     """
 
     by: Literal["removed_count", "removed_share", "kept_parameters", "kept_latency_estimate", "kept_mib"]
-    value: Annotated[int | float, Field(gt=0)]
+    value: Annotated[int | float, Field(ge=SMALLEST_FLOAT, le=LARGEST_FLOAT)]
 
     @model_validator(mode="after")
     def _value_is_of_its_kind(self) -> PruneAmount:
@@ -130,7 +142,7 @@ class SparseConfig(Section):
         sparsity: share of each linear layer's weights that become zero.
     """
 
-    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)]
+    sparsity: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
 
 
 class SparsifyConfig(SparseConfig):
@@ -145,7 +157,7 @@ class SparsifyConfig(SparseConfig):
 
     method: Literal["wanda", "sparsegpt"]
     pattern: Literal["unstructured", "2:4"]
-    damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
+    damp_percent: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
     block_size: Positive
     calibration_examples: Positive
 
@@ -176,7 +188,7 @@ class DistillConfig(TrainingConfig):
     on_policy_share: Share = 0.0
     sample_temperature: PositiveFloat = 1.0
     sample_tokens: Positive = 24
-    hidden_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    hidden_weight: NotNegativeFloat = 0.0
     teacher_logits: Literal["live", "stored"] = "live"
     top_k: Positive = 64
 
@@ -250,8 +262,8 @@ class GptqConfig(QuantisationConfig):
     act_order: bool
     scale_search: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
     calibration_examples: Positive
-    damp_percent: Annotated[float, Field(gt=0.0, lt=1.0)]
-    seed: int
+    damp_percent: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
+    seed: Seed
     mixed: MixedConfig | None = None
 
     @property
@@ -271,7 +283,7 @@ class MoeConfig(Section):
         active: how many of `experts` the router chooses for a token.
     """
 
-    experts: Annotated[int, Field(ge=2)]
+    experts: Annotated[int, Field(ge=2, le=LARGEST_INT)]
     shared: Positive
     active: Positive
     calibration_examples: Positive
@@ -295,12 +307,12 @@ class ExpertsConfig(TrainingConfig):
         router_steps: of training the routers alone, on all topics; 0 leaves them as they were derived.
     """
 
-    experts: Annotated[int, Field(ge=2)]
+    experts: Annotated[int, Field(ge=2, le=LARGEST_INT)]
     active: Positive
     rank: Positive
     alpha: PositiveFloat
     router_steps: NotNegative
-    router_learning_rate: PositiveFloat
+    router_learning_rate: LearningRate
 
     @model_validator(mode="after")
     def _some_are_idle(self) -> ExpertsConfig:
