@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 
 from flows.idle import answered
+from flows.show import guarded_output
 
-if __name__ == "__main__" and answered(sys.argv[1:]):
-    sys.exit()
+if __name__ == "__main__":
+    with guarded_output():
+        if answered(sys.argv[1:]):
+            sys.exit()
 
 import contextlib
 import os
@@ -150,4 +153,5 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    with guarded_output():
+        app()

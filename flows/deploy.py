@@ -22,7 +22,7 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from rich.console import Console
 
-from flows.show import fail
+from flows.show import fail, guarded_output
 from flows.stopping import run_flow
 from flows.turns import turn_in
 from flows.workspace import PROJECT
@@ -239,4 +239,5 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    with guarded_output():
+        app()

@@ -17,7 +17,7 @@ from prefect.input import RunInput
 from prefect.states import Completed, Failed
 
 from flows.champions import deciding
-from flows.show import fail, print_decisions
+from flows.show import fail, guarded_output, print_decisions
 from flows.turns import turn_in, when_free
 from flows.workspace import alone_in, open_workspace
 from lilliput.config import load_params
@@ -114,4 +114,5 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    with guarded_output():
+        app()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flows.show import fail, print_publication
+from flows.show import fail, guarded_output, print_publication
 from flows.workspace import open_workspace
 from lilliput.config import load_params
 from lilliput.errors import LilliputError
@@ -47,4 +47,5 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    with guarded_output():
+        app()

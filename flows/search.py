@@ -24,7 +24,7 @@ from prefect.states import Completed, Failed
 from flows.crew import RUNNER_HELP, WORKERS_HELP, open_crew, require_runner
 from flows.lineage import Stage
 from flows.process import run_process
-from flows.show import fail, front_rows, print_search
+from flows.show import fail, front_rows, guarded_output, print_search
 from flows.stages import run_stages
 from flows.stopping import run_flow
 from flows.study import CANDIDATE, FIGURES, REASON, SECONDS, Budget, begun, finished, front, grow, open_study
@@ -188,4 +188,5 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    with guarded_output():
+        app()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.plan import PlannedStage
+from lilliput.artifacts import disk_is_full
 from lilliput.config import load_params
 from lilliput.graph import topological_order
 from lilliput.memory import this_machine
@@ -163,6 +165,21 @@ def print_search(folder: Path) -> None:
     console.print((folder / layout.WINNER).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     console.print(f"These lines: {(folder / layout.WINNER).absolute()}", highlight=False, markup=False, soft_wrap=True)
     console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def guarded_output() -> Iterator[None]:
+    """Ends this process with one message if stdout is on a full disk, and silently if its reader (`| head`) left."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if not (disk_is_full(error) or isinstance(error, BrokenPipeError)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer would fail again at exit
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None  # as typer and rich end it
+        fail(f"standard output: {error.strerror}; what was made is recorded, the same command prints it again", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

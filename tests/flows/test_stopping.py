@@ -113,6 +113,22 @@ def test_a_proxy_or_certificate_that_clients_do_not_accept_is_named(monkeypatch,
     assert reason in said
 
 
+@pytest.mark.parametrize(
+    ("target", "code", "message"),
+    [
+        ("> /dev/full", 2, "error: standard output: No space left on device; what was made is recorded"),
+        ("| true", 1, ""),
+    ],
+)
+def test_output_that_nobody_takes_is_no_traceback(target, code, message):
+    program = "from flows.show import guarded_output as g\nwith g(): print('x' * 10**6)"
+    command = f'set -o pipefail; {sys.executable} -c "{program}" {target}'
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.strip().startswith(message) and "Traceback" not in done.stderr
+
+
 ASK = """
 import json, httpx
 from flows.stopping import _require_server

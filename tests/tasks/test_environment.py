@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import os
 import shutil
@@ -31,14 +32,14 @@ PROXIES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"
 
 
 @contextmanager
-def serving(host: str):
+def serving(host: str, answer: bytes = b"here"):
     """The port of a server on `host`."""
 
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"here")
+            self.wfile.write(answer)
 
         def log_message(self, format, *args):
             pass
@@ -82,6 +83,33 @@ def test_no_client_asks_a_proxy_for_loopback(server, dead_proxy, monkeypatch, va
     monkeypatch.setenv(variable, dead_proxy)
     bypass_proxies_for_loopback()
     assert get(f"http://{host}:{server}") == b"here"
+
+
+@pytest.mark.parametrize("variable", PROXIES)
+def test_the_gateway_is_asked_for_its_status_without_a_proxy(dead_proxy, monkeypatch, tmp_path, variable):
+    from flows import deploy
+
+    monkeypatch.setenv(variable, dead_proxy)
+    with serving("127.0.0.1", b"{}") as port:
+        monkeypatch.setattr(deploy, "running", lambda home: {"url": f"http://127.0.0.1:{port}", "pid": 7})
+        assert deploy.status(tmp_path) == {"url": f"http://127.0.0.1:{port}", "pid": 7}
+
+
+@pytest.mark.parametrize("variable", PROXIES)
+def test_the_gateway_reaches_its_models_without_a_proxy(server, dead_proxy, monkeypatch, variable):
+    from lilliput.serve.wire import Wire
+
+    async def ask() -> bytes:
+        wire = Wire()
+        timeouts = {"timeout": httpx.Timeout(5.0).as_dict()}
+        request = httpx.Request("GET", f"http://127.0.0.1:{server}/", extensions=timeouts)
+        try:
+            return await (await wire.handle_async_request(request)).aread()
+        finally:
+            await wire.aclose()
+
+    monkeypatch.setenv(variable, dead_proxy)
+    assert asyncio.run(ask()) == b"here"
 
 
 def test_another_loopback_address_in_use_is_reached_too(dead_proxy, monkeypatch):
