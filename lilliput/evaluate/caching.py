@@ -29,7 +29,7 @@ from lilliput.models import open_model
 from lilliput.resident import peak_rss_bytes
 from lilliput.runtime.protocol import Runtime
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
-from lilliput.serve.cache import AnswerCache, Asked, Hit
+from lilliput.serve.cache import Answer, AnswerCache, Asked, Hit
 from lilliput.serve.embedder import Embedder
 from lilliput.serve.embedding import SentenceEmbedder
 from lilliput.serve.threshold import EXACT_ONLY, fit_threshold, judge_pairs, labelled_pairs, similarities
@@ -57,10 +57,13 @@ class Way:
 
 @dataclass(frozen=True)
 class _Served:
+    """An answer; `new` is what the cache may keep of it: an answer that was made, is complete and not empty."""
+
     text: str
     ttft_ms: float
     asked: Asked | None
     hit: Hit | None
+    new: Answer | None = None
 
 
 def measure_caching(
@@ -159,7 +162,7 @@ def ask_stream(
     for number, query in enumerate(tqdm(queries, desc="stream", unit="query", delay=1.0)):
         for name, way in ways.items():
             served, energy_j = _timed(serve, query.text, way, meter)
-            if served.asked and not served.hit:
+            if served.asked and served.new:
                 meant[served.asked.wording] = query.question.id
             rows.append(
                 {
@@ -190,8 +193,8 @@ def _timed(
             runs.append(serve(text, way))
         # Once, however often a counter needs the rest repeated: kept before, the answer would be found the next time.
         served = runs[0]
-        if way.cache is not None and served.asked and not served.hit:
-            way.cache.store(served.asked, served.text)
+        if way.cache is not None and served.asked and served.new:
+            way.cache.store(served.asked, served.new)
     return served, None if reading.energy_j is None else reading.energy_j / len(runs)
 
 
@@ -203,14 +206,17 @@ def _serve(text: str, way: Way, tokenizer: PreTrainedTokenizerBase, params: Para
         asked = way.cache.asked(text)
         hit = way.cache.find(asked)
     if hit:
-        return _Served(hit.answer, 1e3 * (time.perf_counter() - started), asked, hit)
+        return _Served(hit.answer.text, 1e3 * (time.perf_counter() - started), asked, hit)
     prompt = encode_prompt(tokenizer, params.data.system_prompt, text)
-    tokens, first_s = [], 0.0
-    for token in way.runtime.stream(prompt, params.evaluation.max_new_tokens):
+    tokens, first_s, most = [], 0.0, params.evaluation.max_new_tokens
+    for token in way.runtime.stream(prompt, most):
         first_s = first_s or time.perf_counter() - started
         tokens.append(token)
     answer = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    return _Served(answer, 1e3 * first_s, asked, None)
+    # As the gateway does: an answer that was cut off at the limit, or is empty, is not kept.
+    complete = answer and len(tokens) < most
+    new = Answer(answer, way.runtime.name, len(prompt), len(tokens)) if complete else None
+    return _Served(answer, 1e3 * first_s, asked, None, new)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: EvaluationConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lilliput.data.questions import Question
 from lilliput.errors import ArtifactError
 from lilliput.evaluate.record import judge, spread, verdict_row
-from lilliput.serve.chat import logprobs_of, text_of
+from lilliput.serve.completions import logprobs_of, text_of
 from lilliput.serve.embedder import Embedder
 
 _TIMEOUT_S = 120.0

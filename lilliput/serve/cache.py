@@ -7,7 +7,7 @@ import sqlite3
 import unicodedata
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -19,13 +19,17 @@ from lilliput.errors import ArtifactError
 from lilliput.serve.embedder import Embedder
 
 LOCK_TIMEOUT_S = 30.0
-_SCHEMA = """
+FORMAT = 2  # of the table, kept as SQLite's user_version; answers of another format are dropped
+_SCHEMA = f"""
 create table if not exists answers (
-    version text not null, wording text not null, names text not null, vector blob not null, answer text not null,
-    used integer not null, primary key (version, wording));
+    version text not null, wording text not null, names text not null, vector blob not null, question text not null,
+    answer text not null, model text not null, prompt_tokens integer not null, completion_tokens integer not null,
+    used integer not null, primary key (version, wording)) strict;
 create index if not exists answers_by_names on answers (version, names);
 create index if not exists answers_by_use on answers (used);
+pragma user_version = {FORMAT};
 """
+_ANSWER = "question, answer, model, prompt_tokens, completion_tokens"
 _NEXT_USE = "(select coalesce(max(used), 0) + 1 from answers)"
 
 # Words (with what they join by hyphen or apostrophe), numbers, and signs that change what is asked.
@@ -56,10 +60,36 @@ def names_in(question: str) -> str:
 
 
 @dataclass(frozen=True)
-class Hit:
-    """An answer found, the wording it was given to, and how alike the two questions are (1.0 for the same wording)."""
+class Answer:
+    """A complete answer, to be kept.
 
-    answer: str
+    Attributes:
+        text: of the answer; not empty.
+        model: that gave it.
+        prompt_tokens: of the question as it was asked, by the tokenizer of `model`.
+        completion_tokens: of the answer, likewise.
+    """
+
+    text: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An answer found.
+
+    Attributes:
+        answer: that was kept.
+        question: that it was given to, as it was asked.
+        wording: of that question, as the cache compares it.
+        similarity: of the two questions; 1.0 for the same wording.
+        kind: whether the wording is the same.
+    """
+
+    answer: Answer
+    question: str
     wording: str
     similarity: float
     kind: Literal["exact", "semantic"]
@@ -69,7 +99,7 @@ class Asked:
     """A question as the cache sees it; embedded at most once, and only when that is needed."""
 
     def __init__(self, question: str, embedder: Embedder) -> None:
-        self.wording, self.names = _plain(question), names_in(question)
+        self.question, self.wording, self.names = question, _plain(question), names_in(question)
         self._embedder = embedder
 
     @cached_property
@@ -102,6 +132,8 @@ class AnswerCache:
         # Under a lock: two that change the journal at once are told that the file is busy, without any wait.
         with FileLock(f"{path}.lock"), self._connected() as connection:
             connection.execute("pragma journal_mode = wal")  # readers do not wait for a writer, nor it for the disk
+            if connection.execute("pragma user_version").fetchone()[0] != FORMAT:
+                connection.execute("drop table if exists answers")
             connection.executescript(_SCHEMA)
 
     def count(self) -> int:
@@ -113,23 +145,30 @@ class AnswerCache:
         """`question`, to look up and to store under."""
         return Asked(question, self._embedder)
 
-    def find(self, asked: Asked) -> Hit | None:
-        """The answer to the same question, else to the most similar one above the threshold; marks it as used."""
+    def find(self, asked: Asked, most_tokens: int | None = None) -> Hit | None:
+        """The answer to the same question, else to the most similar one above the threshold; marks it as used.
+
+        Args:
+            asked: the question.
+            most_tokens: that an answer may have; a longer one is no hit. None for no limit.
+        """
         with self._connected() as connection:
             hit = self._exact(connection, asked) or self._semantic(connection, asked)
-            if hit:
-                connection.execute(
-                    f"update answers set used = {_NEXT_USE} where version = ? and wording = ?",
-                    (self._version, hit.wording),
-                )
+            if hit is None or (most_tokens is not None and hit.answer.completion_tokens > most_tokens):
+                return None
+            connection.execute(
+                f"update answers set used = {_NEXT_USE} where version = ? and wording = ?",
+                (self._version, hit.wording),
+            )
             return hit
 
-    def store(self, asked: Asked, answer: str) -> None:
+    def store(self, asked: Asked, answer: Answer) -> None:
         """Keeps `answer`, in the place of an earlier one to the same wording; what is over the capacity goes."""
-        row = (self._version, asked.wording, asked.names, asked.vector.astype("<f4").tobytes(), answer)
+        vector = asked.vector.astype("<f4").tobytes()
+        row = (self._version, asked.wording, asked.names, vector, asked.question, *astuple(answer))
         with self._connected() as connection:
             connection.execute("begin immediate")
-            connection.execute(f"insert or replace into answers values (?, ?, ?, ?, ?, {_NEXT_USE})", row)
+            connection.execute(f"insert or replace into answers values (?, ?, ?, ?, ?, ?, ?, ?, ?, {_NEXT_USE})", row)
             connection.execute(
                 "delete from answers where rowid in (select rowid from answers order by used desc limit -1 offset ?)",
                 (self._capacity,),
@@ -138,24 +177,25 @@ class AnswerCache:
 
     def _exact(self, connection: sqlite3.Connection, asked: Asked) -> Hit | None:
         row = connection.execute(
-            "select answer from answers where version = ? and wording = ?", (self._version, asked.wording)
+            f"select {_ANSWER} from answers where version = ? and wording = ?", (self._version, asked.wording)
         ).fetchone()
-        return Hit(row[0], asked.wording, 1.0, "exact") if row else None
+        return Hit(Answer(*row[1:]), row[0], asked.wording, 1.0, "exact") if row else None
 
     def _semantic(self, connection: sqlite3.Connection, asked: Asked) -> Hit | None:
         if not asked.names:
             return None
         rows = connection.execute(
-            "select wording, answer, vector from answers where version = ? and names = ? order by wording",
+            f"select vector, wording, {_ANSWER} from answers where version = ? and names = ? order by wording",
             (self._version, asked.names),
         ).fetchall()
         if not rows:
             return None
-        similarities = np.stack([np.frombuffer(vector, "<f4") for _, _, vector in rows]) @ asked.vector
+        similarities = np.stack([np.frombuffer(row[0], "<f4") for row in rows]) @ asked.vector
         best = int(similarities.argmax())
         if not similarities[best] > self._threshold:
             return None
-        return Hit(rows[best][1], rows[best][0], float(similarities[best]), "semantic")
+        _, wording, question, *answer = rows[best]
+        return Hit(Answer(*answer), question, wording, float(similarities[best]), "semantic")
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -165,8 +205,8 @@ class AnswerCache:
                 connection.execute("pragma synchronous = normal")
                 connection.execute("pragma trusted_schema = off")  # a foreign file's schema calls no function
                 yield connection
-        # ValueError: a row that is in the form of the table but not of an answer, its vector too short, say.
-        except (sqlite3.DatabaseError, ValueError) as error:
+        # A row that is in the form of the table but not of an answer: its vector too short, a count that is a text.
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
             raise ArtifactError(
                 f"{self._path}: no answer cache ({error}); if it stays so, delete the file, and it is made anew"
             ) from None

@@ -1,8 +1,7 @@
-"""Requests and answers in the words of OpenAI's chat API, as far as a small model on a device goes."""
+"""Requests to OpenAI's chat API, as far as a small model on a device can serve them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -86,11 +85,20 @@ class Chat(BaseModel):
         """Whether the answer follows from one question alone: a single turn, answered greedily, in no special form."""
         return [message.role for message in self.messages] == ["user"] and not self.temperature and not self._special()
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with a chunk of token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
     def _special(self) -> bool:
         return bool(self.model_dump(exclude_none=True).keys() - _PLAIN)
 
-    def for_model(self, system_prompt: str, most_tokens: int, model: str | None) -> dict[str, Any]:
-        """The request as an end gets it: greedy unless it says otherwise, with at most `most_tokens` new tokens."""
+    def most_tokens(self, limit: int) -> int:
+        """New tokens that the answer may have: what the request asks for, and no more than `limit`."""
+        return min(self.max_completion_tokens or self.max_tokens or limit, limit)
+
+    def for_model(self, system_prompt: str, limit: int, model: str | None) -> dict[str, Any]:
+        """The request as an end gets it: greedy unless it says otherwise, with at most `limit` new tokens."""
         settings = self.model_dump(
             exclude_none=True,
             exclude={"messages", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"},
@@ -101,57 +109,5 @@ class Chat(BaseModel):
         ]
         if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system_prompt})
-        wanted = self.max_completion_tokens or self.max_tokens or most_tokens
         named = {"model": model} if model else {}
-        return {"temperature": 0.0, **settings, **named, "messages": turns, "max_tokens": min(wanted, most_tokens)}
-
-
-def completion(text: str, model: str) -> dict[str, Any]:
-    """A chat completion that no model was asked for."""
-    return {
-        "id": f"chatcmpl-{time.time_ns()}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-    }
-
-
-def text_of(body: Mapping[str, Any]) -> str:
-    """What a chat completion says.
-
-    Raises:
-        KeyError, IndexError, TypeError, ValueError: it is none.
-    """
-    text = body["choices"][0]["message"]["content"]
-    if not isinstance(text, str):
-        raise ValueError("no text in the answer")
-    return text
-
-
-def delta_of(chunk: Mapping[str, Any]) -> str:
-    """What a chunk of a stream adds to the answer.
-
-    Raises:
-        KeyError, TypeError, AttributeError: it is none.
-    """
-    choices = chunk["choices"]
-    return (choices[0].get("delta") or {}).get("content") or "" if choices else ""
-
-
-def logprobs_of(body: Mapping[str, Any]) -> list[float]:
-    """The log-likelihoods (nats) of the answer's own tokens; none where the end told none."""
-    told = (body["choices"][0].get("logprobs") or {}).get("content") or []
-    return [float(token["logprob"]) for token in told]
-
-
-def as_chunks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A whole completion as the chunks of a stream: one with the text, one that ends it."""
-    base = {key: body.get(key) for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    ending = body["choices"][0].get("finish_reason") or "stop"
-    pieces: list[tuple[dict[str, str], str | None]] = [
-        ({"role": "assistant", "content": text_of(body)}, None),
-        ({}, ending),
-    ]
-    return [base | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]} for delta, reason in pieces]
+        return {"temperature": 0.0, **settings, **named, "messages": turns, "max_tokens": self.most_tokens(limit)}

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
 
 from lilliput.serve.breaker import Breaker
-from lilliput.serve.chat import delta_of, logprobs_of, text_of
+from lilliput.serve.completions import Chunks, as_chunks_of, as_completion
 from lilliput.serve.wire import Wire
 
 EDGE_KEY = "LILLIPUT_EDGE_KEY"  # the environment variable with the key of an edge server elsewhere
+COUNT_TIMEOUT_S = 5.0
 MOST_BYTES = 4 * 2**20  # of an answer; an end that sends more is out of order
 # Unreachable, an error status, too slow, no JSON, or JSON that is no chat completion.
-_FAILURES = (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+_FAILURES = (
+    httpx.HTTPError,
+    TimeoutError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,  # a count of 1e999 tokens
+    RecursionError,  # a thousand brackets
+)
 _AT_FAULT = (400, 413, 422)
 
 
@@ -55,7 +66,10 @@ class End:
     ) -> None:
         self.model, self.breaker, self.clock = model, breaker, clock
         self._timeout_s = timeout_s
-        self._chat, self._health = (httpx.URL(url.rstrip("/") + path) for path in ("/v1/chat/completions", "/health"))
+        self._chat, self._count, self._health = (
+            httpx.URL(url.rstrip("/") + path)
+            for path in ("/v1/chat/completions", "/v1/chat/completions/input_tokens", "/health")
+        )
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # Without httpx's client: redirects, cookies and joined addresses, which no end needs, are a fifth of the time.
         self._transport = transport or Wire()
@@ -87,13 +101,10 @@ class End:
         with self._judged():
             async with asyncio.timeout(self._timeout_s):
                 async with self._post(dict(request) | {"stream": False}) as response:
-                    body = json.loads(await _read(response))
-            text_of(body)
-            logprobs_of(body)
-            return body
+                    return as_completion(json.loads(await _read(response)))
 
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of the answer to `request`, as they come; closing it ends the request.
+    async def stream(self, request: Mapping[str, Any]) -> Chunks:
+        """The chunks of the answer to `request`, as they come, the last with its usage; closing it ends the request.
 
         Raises:
             EndFailed: it is down, slow or lying; perhaps in the midst of an answer.
@@ -101,7 +112,8 @@ class End:
         """
         told: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
         # A task of its own: who reads the answer may change on the way, and a deadline belongs to one task.
-        pump = asyncio.create_task(self._pump(dict(request) | {"stream": True}, told))
+        streamed = dict(request) | {"stream": True, "stream_options": {"include_usage": True}}
+        pump = asyncio.create_task(self._pump(streamed, told))
         try:
             while (chunk := await told.get()) is not None:
                 if isinstance(chunk, Exception):
@@ -117,13 +129,23 @@ class End:
                 async with (
                     asyncio.timeout(self._timeout_s),
                     self._post(request) as response,
-                    aclosing(_chunks(response)) as chunks,
+                    aclosing(as_chunks_of(_chunks(response))) as chunks,
                 ):
                     async for chunk in chunks:
                         told.put_nowait(chunk)
             told.put_nowait(None)
         except (EndFailed, EndRefused) as error:
             told.put_nowait(error)
+
+    async def count_prompt(self, request: Mapping[str, Any]) -> int | None:
+        """Tokens of the prompt of `request`, as llama.cpp's server counts them; None if it does not say."""
+        try:
+            content = json.dumps({"messages": request["messages"]})
+            async with asyncio.timeout(COUNT_TIMEOUT_S):
+                async with self._asked("POST", self._count, COUNT_TIMEOUT_S, content) as response:
+                    return int(json.loads(await _read(response))["input_tokens"])
+        except _FAILURES:
+            return None
 
     def _post(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
         return self._asked("POST", self._chat, self._timeout_s, json.dumps(dict(request)))
@@ -159,7 +181,7 @@ class End:
             breaker.succeeded()
 
 
-async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+async def _chunks(response: httpx.Response) -> Chunks:
     """The chunks of a stream of server-sent events, until the one that ends it."""
     if response.is_error:
         await _read(response)
@@ -174,7 +196,6 @@ async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], No
         if told == "[DONE]" and chunk is not None:
             return
         chunk = json.loads(told)
-        delta_of(chunk)
         yield chunk
     raise ValueError("the stream broke off")
 

@@ -7,7 +7,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,20 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lilliput.errors import ArtifactError
-from lilliput.serve.chat import Chat, as_chunks, completion, delta_of, logprobs_of, text_of
+from lilliput.serve.cache import Answer, Hit
+from lilliput.serve.chat import Chat
+from lilliput.serve.completions import (
+    COMPLETE,
+    Chunks,
+    Usage,
+    as_chunks,
+    completion,
+    finish_of,
+    joined,
+    logprobs_of,
+    text_of,
+    usage_of,
+)
 from lilliput.serve.costs import Cost, Spent
 from lilliput.serve.ends import End, EndFailed
 from lilliput.serve.router import Conditions, Decision
@@ -24,7 +37,6 @@ from lilliput.serve.service import Service
 log = logging.getLogger("lilliput.gateway")
 DRAIN_S = 120.0
 _CACHE_FAILS = (ArtifactError, sqlite3.Error, OSError)  # damaged, locked for too long, or the disk is full
-Chunks = AsyncGenerator[dict[str, Any], None]
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,8 @@ class Gateway:
             if chat.stream:
                 reply.chunks = _each(as_chunks(reply.body))
         if reply.chunks is not None:
-            reply.chunks = self._followed(reply, reply.chunks, service, spent, conditions)
+            followed = self._followed(reply, reply.chunks, service, spent, conditions)
+            reply.chunks = _for_client(followed, chat.wants_usage)
         return reply
 
     async def _reply(self, service: Service, chat: Chat, conditions: Conditions, spent: Spent) -> Reply:
@@ -158,21 +171,30 @@ class Gateway:
                 return Reply("device", decision, looked)
         if looked is None:
             return await self._from_device(service, chat, decision, spent)
-        await _remember(service, chat, text_of(looked))
+        await _remember(service, chat, looked)
         return Reply("device", decision, looked)
 
     async def _cached(self, service: Service, chat: Chat, spent: Spent) -> Reply | None:
         cache = service.cache
         if cache is None or not chat.cacheable:
             return None
+        most = chat.most_tokens(self.limits.max_tokens)
         try:
-            hit = await spent.thinking(lambda: cache.find(cache.asked(chat.question)))
+            hit = await spent.thinking(lambda: cache.find(cache.asked(chat.question), most))
         except _CACHE_FAILS as error:
             return log.error("the answer cache cannot be read, and answers are given without it: %s", error)
         if hit is None:
             return None
         decision = Decision("device", hit.similarity, f"{hit.kind} hit in the answer cache")
-        return Reply("cache", decision, completion(hit.answer, service.model.name))
+        usage = await self._usage_of_hit(service, chat, hit)
+        return Reply("cache", decision, completion(hit.answer.text, hit.answer.model, usage))
+
+    async def _usage_of_hit(self, service: Service, chat: Chat, hit: Hit) -> Usage | None:
+        """Token counts of an answer found; the prompt is counted by the device's model if it is worded otherwise."""
+        prompt_tokens = hit.answer.prompt_tokens
+        if hit.question != chat.question:
+            prompt_tokens = await service.device.count_prompt(self._request(service, chat, service.device))
+        return None if prompt_tokens is None else Usage(prompt_tokens, hit.answer.completion_tokens)
 
     async def _from_edge(self, service: Service, chat: Chat, decision: Decision, spent: Spent) -> Reply:
         if service.edge is None:
@@ -183,18 +205,19 @@ class Gateway:
             return await _begun(Reply("server", decision), self._edge_chunks(service, chat, request, spent))
         with spent.on_edge():
             body = await service.edge.ask(request)
-        body["model"] = service.setting.edge
+        body["model"] = str(service.setting.edge)
         spent.down_bytes += len(json.dumps(body))
-        await _remember(service, chat, text_of(body))
+        await _remember(service, chat, body)
         return Reply("server", decision, body)
 
     async def _edge_chunks(self, service: Service, chat: Chat, request: Mapping[str, Any], spent: Spent) -> Chunks:
         assert service.edge is not None
         with spent.on_edge():
-            async with aclosing(_remembered(service, chat, service.edge.stream(request))) as chunks:
+            named = _named(service.edge.stream(request), str(service.setting.edge))
+            async with aclosing(_remembered(service, chat, named)) as chunks:
                 async for chunk in chunks:
                     spent.down_bytes += len(json.dumps(chunk))
-                    yield chunk | {"model": service.setting.edge}
+                    yield chunk
 
     async def _from_device(
         self, service: Service, chat: Chat, decision: Decision, spent: Spent, *, remember: bool = True
@@ -203,7 +226,7 @@ class Gateway:
             return await _begun(Reply("device", decision), self._device_chunks(service, chat, spent, remember))
         body = await self._whole_from_device(service, chat, spent)
         if remember:
-            await _remember(service, chat, text_of(body))
+            await _remember(service, chat, body)
         return Reply("device", decision, body)
 
     async def _whole_from_device(
@@ -222,11 +245,11 @@ class Gateway:
         request = self._request(service, chat, service.device)
         async with self._slot(service):
             with spent.on_device(service.device.clock):
-                told = service.device.stream(request)
+                told = _named(service.device.stream(request), service.model.name)
                 try:
                     async with aclosing(_remembered(service, chat, told) if remember else told) as chunks:
                         async for chunk in chunks:
-                            yield chunk | {"model": service.model.name}
+                            yield chunk
                 except EndFailed as error:
                     raise Unanswered(f"the device {error}") from None
 
@@ -246,9 +269,7 @@ class Gateway:
             service.free.release()
 
     def _request(self, service: Service, chat: Chat, end: End) -> dict[str, Any]:
-        return chat.for_model(service.model.system_prompt, self.limits.max_tokens, end.model) | (
-            {"stream_options": chat.stream_options.model_dump()} if chat.stream and chat.stream_options else {}
-        )
+        return chat.for_model(service.model.system_prompt, self.limits.max_tokens, end.model)
 
     async def _followed(
         self, reply: Reply, chunks: Chunks, service: Service, spent: Spent, conditions: Conditions
@@ -308,23 +329,42 @@ async def _each(chunks: list[dict[str, Any]]) -> Chunks:
         yield chunk
 
 
+async def _named(chunks: Chunks, model: str) -> Chunks:
+    """`chunks`, closed with this, with the name of the model that clients know."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield chunk | {"model": model}
+
+
+async def _for_client(chunks: Chunks, wants_usage: bool) -> Chunks:
+    """`chunks` with the last one, of the usage, if the client asked for it; the others then have `usage: null`."""
+    async for chunk in chunks:
+        if wants_usage:
+            yield {"usage": None} | chunk
+        elif chunk["choices"]:
+            yield chunk
+
+
 async def _remembered(service: Service, chat: Chat, chunks: Chunks) -> Chunks:
-    """`chunks`, closed with this; what they say together is kept once they are at their end."""
+    """`chunks`, closed with this; the answer that they add up to is kept once they are at their end."""
     said = []
     async with aclosing(chunks):
         async for chunk in chunks:
-            said.append(delta_of(chunk))
+            said.append(chunk)
             yield chunk
-    await _remember(service, chat, "".join(said))
+    await _remember(service, chat, joined(said))
 
 
-async def _remember(service: Service, chat: Chat, answer: str) -> None:
-    cache = service.cache
-    if cache is not None and chat.cacheable:
-        try:
-            await asyncio.to_thread(lambda: cache.store(cache.asked(chat.question), answer))
-        except _CACHE_FAILS as error:
-            log.error("the answer cache cannot be written, and the answer is not remembered: %s", error)
+async def _remember(service: Service, chat: Chat, body: Mapping[str, Any]) -> None:
+    """Keeps the answer `body`, if it is complete and its tokens are counted."""
+    cache, usage, text = service.cache, usage_of(body), text_of(body)
+    if cache is None or usage is None or not chat.cacheable or finish_of(body) != COMPLETE or not text.strip():
+        return
+    answer = Answer(text, body["model"], usage.prompt_tokens, usage.completion_tokens)
+    try:
+        await asyncio.to_thread(lambda: cache.store(cache.asked(chat.question), answer))
+    except _CACHE_FAILS as error:
+        log.error("the answer cache cannot be written, and the answer is not remembered: %s", error)
 
 
 def _ends(chunk: Mapping[str, Any]) -> bool:

@@ -54,7 +54,7 @@ class Scripted:
         text = self.tokenizer.decode(prompt)
         question = next(question for question in self.script if f"\n{question}<" in text)
         self.asked.append(question)
-        yield from self.tokenizer(self.script[question])["input_ids"]
+        yield from self.tokenizer(self.script[question])["input_ids"][:max_tokens]
 
 
 @pytest.fixture
@@ -112,6 +112,15 @@ def test_with_a_threshold_nothing_reaches_only_the_same_wording_hits(
     assert [row["hit"] for row in cached] == [None, None, "exact"]
 
 
+def test_an_answer_that_is_cut_off_or_empty_is_not_kept(tokenizer, tiny_params, meter, questions, tmp_path):
+    peru, cuba = questions["capital/Peru"], questions["capital/Cuba"]
+    most = tiny_params.evaluation.max_new_tokens
+    script = {peru.question: "Lima " * most, cuba.question: " "}
+    queries = [Query(peru, peru.question), Query(cuba, cuba.question)] * 2
+    _, _, cached = ask(queries, script, tokenizer, tiny_params, meter, tmp_path)
+    assert [row["hit"] for row in cached] == [None] * 4
+
+
 def test_a_counter_that_needs_repetitions_finds_no_answer_of_its_own(
     tokenizer, tiny_params, meter, questions, tmp_path
 ):
@@ -162,7 +171,7 @@ def test_a_whole_measurement_adds_up_and_is_json_without_nan(checkpoint, tiny_pa
     assert len(measured.answers) == 3 * record["queries"] == 3 * tiny_params.caching.queries
     assert record["changed_answers"]["prefix"] == 0  # the prefix changes what is run, not what comes out
     assert record["cache_bytes"] > 1000
-    assert record["hit_rate"]["value"] > 0
+    assert record["hit_rate"]["value"] == 0  # a random model is cut off at every answer, so nothing is kept
     assert record["pairs"]["train"]["same_names"]["value"] <= tiny_params.caching.false_hit_budget
     assert record["pairs"]["train"]["other_entity"]["value"] == 0
     for way, rate in record["hallucination_rate"].items():

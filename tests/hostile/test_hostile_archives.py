@@ -12,7 +12,7 @@ from lilliput.config import SourceConfig, WheelPin
 from lilliput.data import wheels
 from lilliput.data.wheels import extract_member, read_members
 from lilliput.errors import ArtifactError, SourceError
-from lilliput.serve.cache import AnswerCache
+from lilliput.serve.cache import Answer, AnswerCache
 from tests.hostile.fuzzing import damaged, examples, run
 
 MEMBER = "pkg/a.gguf"
@@ -140,6 +140,9 @@ def test_pins_name_a_package_and_a_version_and_nothing_else(package, version):
         WheelPin(package=package, version=version, sha256="0" * 64)
 
 
+ANSWER = Answer("There.", "pocket", 20, 3)
+
+
 class _Embedder:
     sha256 = "e" * 64
 
@@ -152,7 +155,7 @@ def test_damaged_answer_caches(count, tmp_path):
     path = tmp_path / "answers.db"
     cache = AnswerCache(path, _Embedder(), "v", 0.5, 10)
     for town in ("Paris", "Rome", "Lima"):
-        cache.store(cache.asked(f"Where is {town}?"), "There.")
+        cache.store(cache.asked(f"Where is {town}?"), ANSWER)
     import sqlite3
 
     connection = sqlite3.connect(path)
@@ -168,7 +171,7 @@ def test_damaged_answer_caches(count, tmp_path):
             found = AnswerCache(path, _Embedder(), "v", 0.5, 10)
             found.find(found.asked("Where is Paris?"))
             found.find(found.asked("Where on earth is Paris?"))
-            found.store(found.asked("Where is Oslo?"), "There.")
+            found.store(found.asked("Where is Oslo?"), ANSWER)
         except ArtifactError as error:
             assert str(path) in str(error)
 
@@ -180,7 +183,7 @@ def test_a_row_that_is_no_answer_is_told_as_a_damaged_cache(tmp_path):
 
     path = tmp_path / "answers.db"
     cache = AnswerCache(path, _Embedder(), "v", 0.5, 10)
-    cache.store(cache.asked("Where is Paris?"), "There.")
+    cache.store(cache.asked("Where is Paris?"), ANSWER)
     with sqlite3.connect(path) as connection:
         connection.execute("update answers set vector = x'00'")
     connection.close()

@@ -21,6 +21,7 @@ from lilliput.serve.router import Always
 from lilliput.serve.service import Model, Service, Setting
 
 MODEL = Model("pocket", "sha", "Answer briefly.")
+PROMPT_TOKENS = 20
 ASK = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}]}
 WIFI = LinkConfig(
     up_mbit_per_s=8.0,
@@ -36,20 +37,30 @@ WIFI = LinkConfig(
 DEVICE = Device(watts_per_core=2.0, battery_wh=10.0, links={"wifi": WIFI, "poor": WIFI})
 
 
-def completion(text, logprob=-0.1):
+def completion(text, logprob=-0.1, finish="stop"):
+    """A completion as llama.cpp's server gives it; each word of the answer is a token, and so is its end."""
     message = {"role": "assistant", "content": text}
-    told = {"content": [{"token": text, "logprob": logprob}]}
+    told = {"content": [{"token": text, "logprob": logprob, "bytes": None, "top_logprobs": []}]}
     return {
         "id": "1",
+        "object": "chat.completion",
         "created": 1,
         "model": "m",
-        "choices": [{"index": 0, "message": message, "logprobs": told, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "logprobs": told, "finish_reason": finish}],
+        "usage": usage(text, finish),
     }
 
 
-def events(*texts, ending="data: [DONE]\n\n"):
+def usage(text, finish="stop"):
+    tokens = len(text.split()) + (finish == "stop")
+    return {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": tokens, "total_tokens": PROMPT_TOKENS + tokens}
+
+
+def events(*texts, ending="data: [DONE]\n\n", finish="stop", usage=None):
     chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    if usage:
+        chunks.append({"choices": [], "usage": usage})
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ending
 
 
@@ -62,7 +73,7 @@ class Paper(httpx.AsyncBaseTransport):
 
     def __init__(self, device=None, server=None):
         self.says = {"device": device or completion("Lima"), "server": server or completion("Lima, of course")}
-        self.asked = {"device": [], "server": []}
+        self.asked, self.counted = {"device": [], "server": []}, {"device": [], "server": []}
         self.delay_s = {"device": 0.0, "server": 0.0}
         self.given_up = 0
 
@@ -71,6 +82,9 @@ class Paper(httpx.AsyncBaseTransport):
         if request.url.path == "/health":
             return httpx.Response(200)
         asked = json.loads(request.content)
+        if request.url.path.endswith("/input_tokens"):
+            self.counted[end].append(asked)
+            return httpx.Response(200, json={"input_tokens": len(asked["messages"][-1]["content"].split())})
         self.asked[end].append(asked)
         try:
             await asyncio.sleep(self.delay_s[end])
@@ -85,7 +99,9 @@ class Paper(httpx.AsyncBaseTransport):
         if isinstance(said, httpx.Response):
             return said
         if asked["stream"]:
-            return httpx.Response(200, text=events(*_words(said["choices"][0]["message"]["content"])))
+            [choice], counts = said["choices"], asked.get("stream_options", {}).get("include_usage") and said["usage"]
+            words, finish = _words(choice["message"]["content"]), choice["finish_reason"]
+            return httpx.Response(200, text=events(*words, finish=finish, usage=counts))
         return httpx.Response(200, json=said)
 
 

@@ -1,10 +1,11 @@
+import sqlite3
 import threading
 
 import numpy as np
 import pytest
 
 from lilliput.errors import ArtifactError
-from lilliput.serve.cache import AnswerCache, names_in
+from lilliput.serve.cache import Answer, AnswerCache, names_in
 from tests.serve.conftest import BagOfWords
 
 
@@ -16,13 +17,13 @@ def make(tmp_path):
     return made
 
 
-def keep(cache, question, answer):
-    cache.store(cache.asked(question), answer)
+def keep(cache, question, answer, tokens=2):
+    cache.store(cache.asked(question), Answer(answer, "pocket", 20, tokens))
 
 
 def found(cache, question):
     hit = cache.find(cache.asked(question))
-    return hit and (hit.kind, hit.answer)
+    return hit and (hit.kind, hit.answer.text)
 
 
 def test_the_same_wording_hits_exactly_whatever_its_spaces_and_final_mark(make):
@@ -128,6 +129,32 @@ def test_it_is_there_after_reopening_and_a_newer_answer_replaces_the_old(make):
     keep(make(), "What is the capital of Peru?", "Cusco")
     keep(make(), "What is the capital of Peru?", "Lima")
     assert found(make(), "Which city is the capital of Peru?") == ("semantic", "Lima")
+    assert make().count() == 1
+
+
+def test_an_answer_of_more_tokens_than_may_be_given_is_no_hit(make):
+    cache = make(threshold=0.1)
+    keep(cache, "What is the capital of Peru?", "It is Lima", tokens=4)
+    for question in ("What is the capital of Peru?", "Which city is the capital of Peru?"):
+        hits = {most: cache.find(cache.asked(question), most) is not None for most in (3, 4, None)}
+        assert hits == {3: False, 4: True, None: True}
+
+
+def test_a_hit_says_who_answered_what_and_in_how_many_tokens(make):
+    cache = make()
+    keep(cache, " What is the capital of Peru?", "Lima", tokens=2)
+    hit = cache.find(cache.asked("What is the capital of Peru?"))
+    assert (hit.question, hit.answer) == (" What is the capital of Peru?", Answer("Lima", "pocket", 20, 2))
+
+
+def test_answers_of_an_older_format_are_dropped(make, tmp_path):
+    with sqlite3.connect(tmp_path / "answers.sqlite") as connection:
+        connection.execute("create table answers (version, wording, names, vector, answer, used)")
+        connection.execute("insert into answers values ('v1', 'What is the capital of Peru', '', x'', 'L', 1)")
+    connection.close()
+    cache = make()
+    assert (cache.count(), found(cache, "What is the capital of Peru?")) == (0, None)
+    keep(cache, "What is the capital of Peru?", "Lima")
     assert make().count() == 1
 
 

@@ -127,6 +127,45 @@ def test_what_was_streamed_is_remembered_whole_and_streamed_again(tmp_path):
     assert pieces(again)[0]["choices"][0]["delta"]["content"] == "It is Lima"
 
 
+LONG, EMPTY = completion("It is Lima of", finish="length"), completion("")
+
+
+@pytest.mark.parametrize("said", [LONG, EMPTY, completion(" \n")], ids=["cut off", "empty", "blank"])
+@pytest.mark.parametrize("place", ["device", "server"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_cut_off_or_empty_is_not_remembered(tmp_path, said, place, stream):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    paper = Paper(**{place: said})
+    body = ASK | {"stream": stream}
+    responses = ask(app(paper, Always(place), cache=cache), body | {"max_tokens": 4}, body)
+    assert [r.headers["x-lilliput-place"] for r in responses] == [place, place]
+    assert cache.count() == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_an_edge_server_looked_at_first_leaves_is_not_remembered_cut_off(tmp_path, stream):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    responses = ask(app(Paper(device=LONG), Threshold(0.5), cache=cache), *[ASK | {"stream": stream}] * 2)
+    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "device"]
+
+
+def test_a_remembered_answer_keeps_to_the_limit_of_each_request(tmp_path):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    whole, cut = completion("It is Lima"), completion("It", finish="length")  # four tokens: the end is one
+    paper = Paper(device=lambda asked: cut if asked["max_tokens"] < 4 else whole)
+    bodies = [ASK, ASK | {"max_tokens": 1}, ASK | {"max_completion_tokens": 3}, ASK | {"max_tokens": 4}]
+    responses = ask(app(paper, cache=cache), *bodies)
+    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "device", "device", "cache"]
+    assert [text(r) for r in responses] == ["It is Lima", "It", "It", "It is Lima"]
+    assert [r.json()["choices"][0]["finish_reason"] for r in responses] == ["stop", "length", "length", "stop"]
+
+
+def test_an_answer_whose_tokens_nobody_counted_is_not_remembered(tmp_path):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    responses = ask(app(Paper(device=completion("Lima") | {"usage": None}), cache=cache), ASK, ASK)
+    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "device"]
+
+
 def test_a_cache_that_is_damaged_costs_no_answer(tmp_path, caplog):
     cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
     application = app(Paper(), cache=cache)

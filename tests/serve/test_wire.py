@@ -7,7 +7,9 @@ import pytest
 from lilliput.serve.ends import End, EndFailed
 from lilliput.serve.wire import Wire
 
-ANSWER = json.dumps({"choices": [{"message": {"role": "assistant", "content": "Lima"}}]}).encode()
+ANSWER = json.dumps(
+    {"choices": [{"message": {"role": "assistant", "content": "Lima"}, "finish_reason": "stop"}]}
+).encode()
 
 
 class Server:

@@ -1,0 +1,203 @@
+"""Chat completions: reads what a backend answers, and writes what a client gets, in the types of OpenAI's API."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+Chunks = AsyncGenerator[dict[str, Any], None]
+FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
+COMPLETE = "stop"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one answer, by the tokenizer of the model that gave it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The object `usage` of the API."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+def usage_of(body: Mapping[str, Any]) -> Usage | None:
+    """Token counts of a completion or chunk; None if it has none.
+
+    Raises:
+        KeyError, TypeError, ValueError: the counts are not numbers.
+    """
+    usage = body.get("usage")
+    return Usage(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
+
+
+def text_of(body: Mapping[str, Any]) -> str:
+    """Text of a chat completion.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: it is not a chat completion with text.
+    """
+    text = body["choices"][0]["message"]["content"]
+    if not isinstance(text, str):
+        raise ValueError("no text in the answer")
+    return text
+
+
+def delta_of(chunk: Mapping[str, Any]) -> str:
+    """Text that a chunk of a stream adds to the answer.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is not a chunk of a chat completion.
+    """
+    choices = chunk["choices"]
+    return (choices[0].get("delta") or {}).get("content") or "" if choices else ""
+
+
+def finish_of(part: Mapping[str, Any]) -> str | None:
+    """Finish reason of a completion or chunk; None while the answer goes on.
+
+    Raises:
+        ValueError: it is not one of the API's reasons.
+    """
+    choices = part["choices"]
+    reason = choices[0].get("finish_reason") if choices else None
+    if reason is not None and reason not in FINISH_REASONS:
+        raise ValueError("an unknown finish reason")
+    return reason
+
+
+def logprobs_of(body: Mapping[str, Any]) -> list[float]:
+    """Log-likelihoods (nats) of the answer's tokens; empty if the backend sent none."""
+    told = (body["choices"][0].get("logprobs") or {}).get("content") or []
+    return [float(token["logprob"]) for token in told]
+
+
+def completion(text: str, model: str, usage: Usage | None) -> dict[str, Any]:
+    """A chat completion for a text that is already there."""
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": COMPLETE,
+            }
+        ],
+        "usage": usage.as_dict() if usage else None,
+    }
+
+
+def as_completion(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The completion of a backend with the API's fields alone.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError, AttributeError: it is not a chat completion with text.
+    """
+    plain, reason = completion(text_of(body), _model(body), usage_of(body)), finish_of(body)
+    if reason is None:
+        raise ValueError("no finish reason")
+    choice = plain["choices"][0] | {"logprobs": _logprobs(body["choices"][0]), "finish_reason": reason}
+    return plain | _identity(body, plain) | {"choices": [choice]}
+
+
+async def as_chunks_of(raw: Chunks) -> Chunks:
+    """The chunks of a backend with the API's fields alone; the last one has the usage, if the backend sent it.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError, AttributeError: they are not the chunks of a chat completion.
+    """
+    usage, reason, identity = None, None, completion("", "", None)
+    async with aclosing(raw):
+        async for part in raw:
+            usage, reason = usage_of(part) or usage, finish_of(part) or reason
+            identity = {"model": _model(part)} | _identity(part, identity)
+            if part["choices"]:
+                yield _chunk(identity, [_chunk_choice(part)])
+    if reason is None:
+        raise ValueError("no finish reason")
+    if usage:
+        yield _chunk(identity, []) | {"usage": usage.as_dict()}
+
+
+def with_logprobs(part: Mapping[str, Any], top: int | None) -> dict[str, Any]:
+    """A completion or chunk with at most `top` alternatives per token; without log-probabilities if None."""
+
+    def limited(choice: Mapping[str, Any]) -> dict[str, Any]:
+        told = None if top is None else choice["logprobs"]
+        tokens = [token | {"top_logprobs": token["top_logprobs"][:top]} for token in told["content"]] if told else None
+        return {**choice, "logprobs": None if tokens is None else {"content": tokens, "refusal": None}}
+
+    return {**part, "choices": [limited(choice) for choice in part["choices"]]}
+
+
+def as_chunks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A whole completion as chunks: one with the text, one that ends the answer, one with the usage."""
+    choice = body["choices"][0]
+    start = {
+        "index": 0,
+        "delta": {"role": "assistant", "content": text_of(body)},
+        "logprobs": choice["logprobs"],
+        "finish_reason": None,
+    }
+    end = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
+    chunks = [_chunk(body, [part]) for part in (start, end)]
+    return [*chunks, _chunk(body, []) | {"usage": body["usage"]}] if body["usage"] else chunks
+
+
+def joined(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The whole completion that `chunks`, as `as_chunks_of` gives them, add up to."""
+    first = chunks[0]
+    body = completion("".join(map(delta_of, chunks)), first["model"], usage_of(chunks[-1]))
+    body["choices"][0]["finish_reason"] = next(reason for chunk in chunks if (reason := finish_of(chunk)))
+    return body | _identity(first, body)
+
+
+def _model(part: Mapping[str, Any]) -> str:
+    return str(part.get("model") or "")
+
+
+def _identity(part: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
+    """`id` and `created` of `part`, where they are of the API's types."""
+    kinds = {"id": str, "created": int}
+    return {name: part[name] if isinstance(part.get(name), kind) else otherwise[name] for name, kind in kinds.items()}
+
+
+def _chunk(whole: Mapping[str, Any], choices: list[dict[str, Any]]) -> dict[str, Any]:
+    head = {name: whole[name] for name in ("id", "created", "model")}
+    return head | {"object": "chat.completion.chunk", "choices": choices}
+
+
+def _chunk_choice(part: Mapping[str, Any]) -> dict[str, Any]:
+    choice = part["choices"][0]
+    delta = choice.get("delta") or {}
+    return {
+        "index": 0,
+        "delta": {name: delta[name] for name in ("role", "content") if name in delta},
+        "logprobs": _logprobs(choice),
+        "finish_reason": finish_of(part),
+    }
+
+
+def _logprobs(choice: Mapping[str, Any]) -> dict[str, Any] | None:
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    alternatives = [[_token(other) for other in token.get("top_logprobs") or []] for token in tokens]
+    found = [_token(token) | {"top_logprobs": top} for token, top in zip(tokens, alternatives, strict=True)]
+    return {"content": found, "refusal": None} if found else None
+
+
+def _token(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {"token": str(token["token"]), "logprob": float(token["logprob"]), "bytes": token.get("bytes")}
