@@ -13,7 +13,7 @@ from lilliput.config import Params, ServingConfig
 from lilliput.data.corpus import Corpus, read_corpus
 from lilliput.data.recipe import recipe_of
 from lilliput.data.wheels import default_cache
-from lilliput.errors import ArtifactError
+from lilliput.errors import ArtifactError, DataError
 from lilliput.serve.embedder import Embedder
 from lilliput.serve.routers import CACHE, GGUF, ROUTER, pair_of
 from lilliput.serve.server import LlamaServer, Serving
@@ -35,9 +35,15 @@ def offload(params: Params, device: str) -> None:
     pair = pair_of(champion, serving.edge, server)
     corpus = read_corpus(layout.DATA)
     embedder = open_embedder(params.caching.embedder, default_cache())
+    known = [question for question in corpus.questions if embedder.fits(question.question)]
+    if not known:
+        raise DataError(
+            f"{layout.DATA}: each question is longer than the embedder of the learned router reads; shorten them, or "
+            "name an embedder under caching.embedder that reads more"
+        )
     with measured(layout.offload_record(device)) as record, cpu_threads(1):
         with _both_ends(params, device) as (own, edge, client):
-            questions = draw(corpus.questions, serving.offload.questions, serving.offload.seed)
+            questions = draw(known, serving.offload.questions, serving.offload.seed)
             prompt, longest = params.data.system_prompt, serving.offload.max_new_tokens
             rows = ask_both(questions, own, edge, embedder, prompt, longest, client)
         vectors = embedder.embed([row["question"] for row in rows])
@@ -53,6 +59,7 @@ def offload(params: Params, device: str) -> None:
             "edge": serving.edge.candidate or serving.edge.model,
             "pair": list(pair),
             "questions": len(rows),
+            "too_long_for_embedder": len(corpus.questions) - len(known),
             "link": serving.link,
             **found,
         }

@@ -449,6 +449,10 @@ class Remembered:
     def __init__(self, sha256: str, vectors: Mapping[str, np.ndarray]) -> None:
         self.sha256, self._vectors = sha256, vectors
 
+    def fits(self, text: str) -> bool:
+        """Whether it knows the vector of `text`."""
+        return text in self._vectors
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Their unit vectors, float32 of shape (texts, dimensions)."""
         return np.stack([self._vectors[text] for text in texts])

@@ -96,11 +96,22 @@ class Hit:
 
 
 class Asked:
-    """A question as the cache sees it; embedded at most once, and only when that is needed."""
+    """A question as the cache compares it; embedded at most once, and only when that is needed.
+
+    Attributes:
+        question: as it was asked.
+        wording: that an exact hit must share.
+    """
 
     def __init__(self, question: str, embedder: Embedder) -> None:
-        self.question, self.wording, self.names = question, _plain(question), names_in(question)
+        self.question, self.wording = question, _plain(question)
         self._embedder = embedder
+
+    @cached_property
+    def names(self) -> str:
+        """What a semantic hit must share; empty if only the same wording may hit."""
+        # A vector of the beginning alone would make one question of all that begin alike.
+        return names_in(self.question) if self._embedder.fits(self.wording) else ""
 
     @cached_property
     def vector(self) -> np.ndarray:
@@ -113,7 +124,7 @@ class AnswerCache:
 
     A question hits by the same wording (but for spaces and the final mark), or if its names and numbers are the same
     and its embedding is more alike than `threshold`. One that names nothing hits by its wording alone: nothing would
-    tell "the largest planet" from "the smallest".
+    tell "the largest planet" from "the smallest". So does one that is longer than the embedder reads.
 
     Args:
         path: the file; made if it is not there.
@@ -164,7 +175,7 @@ class AnswerCache:
 
     def store(self, asked: Asked, answer: Answer) -> None:
         """Keeps `answer`, in the place of an earlier one to the same wording; what is over the capacity goes."""
-        vector = asked.vector.astype("<f4").tobytes()
+        vector = asked.vector.astype("<f4").tobytes() if asked.names else b""
         row = (self._version, asked.wording, asked.names, vector, asked.question, *astuple(answer))
         with self._connected() as connection:
             connection.execute("begin immediate")

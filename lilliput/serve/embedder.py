@@ -14,8 +14,16 @@ class Embedder(Protocol):
 
     sha256: str
 
+    def fits(self, text: str) -> bool:
+        """Whether the embedder reads all of `text`."""
+        ...
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors, float32 of shape (texts, dimensions); their dot product is the cosine similarity."""
+        """Unit vectors, float32 of shape (texts, dimensions); their dot product is the cosine similarity.
+
+        Raises:
+            DataError: a text is longer than the embedder reads; `fits` tells before.
+        """
         ...
 
 
@@ -25,6 +33,11 @@ class Remembering:
     def __init__(self, embedder: Embedder, texts: int = 1024) -> None:
         self.sha256 = embedder.sha256
         self._one = lru_cache(texts)(lambda text: embedder.embed([text])[0])
+        self._fits = lru_cache(texts)(embedder.fits)
+
+    def fits(self, text: str) -> bool:
+        """Whether the embedder reads all of `text`."""
+        return self._fits(text)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """As the embedder's own, one text after another."""

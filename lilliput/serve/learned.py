@@ -176,17 +176,18 @@ class Learned:
     def before(self, question: str, conditions: Conditions) -> Decision | None:
         """The decision on the question alone; None if the device's answer is to be looked at first.
 
-        Where the point is to send nothing, or everything, neither question nor answer is looked at.
+        Where the point is to send nothing, or everything, neither question nor answer is looked at. Otherwise a
+        question longer than the embedder reads goes to the server.
         """
-        at_once = self._at_once(conditions)
-        if at_once or self._look == "after":
-            return at_once
+        known = self._at_once(conditions) or self._unread(question)
+        if known or self._look == "after":
+            return known
         return self._decide(self._features(question), conditions)
 
     def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
         """The decision by question and tokens; by the question alone if that is how it looks."""
-        if at_once := self._at_once(conditions):
-            return at_once
+        if decision := self._at_once(conditions) or self._unread(question):
+            return decision
         features = self._features(question)
         if self._look == "after":
             features = np.hstack([features, token_features([token_logprobs])])
@@ -201,6 +202,12 @@ class Learned:
         if point.threshold == ALWAYS:
             return Decision("server", None, f"the server always ({conditions.link}, {why})")
         return None
+
+    def _unread(self, question: str) -> Decision | None:
+        """The larger model, for a question longer than the embedder reads: nothing is known of such questions."""
+        if self._embedder.fits(question):
+            return None
+        return Decision("server", None, "the question is longer than the router reads")
 
     def _point(self, conditions: Conditions) -> tuple[Point, str]:
         limit_j = budget_j(self._objective, conditions.battery_percent, self._saver_percent)

@@ -146,6 +146,9 @@ ANSWER = Answer("There.", "pocket", 20, 3)
 class _Embedder:
     sha256 = "e" * 64
 
+    def fits(self, text):
+        return True
+
     def embed(self, texts):
         return np.ones((len(texts), 4), dtype=np.float32) / 2
 

@@ -8,11 +8,15 @@ import numpy as np
 class BagOfWords:
     """A unit vector of word counts: paraphrases share words, so that similarities can be worked out by hand."""
 
-    def __init__(self, sha256="a" * 64):
-        self.sha256 = sha256
+    def __init__(self, sha256="a" * 64, most_words=256):
+        self.sha256, self.most_words = sha256, most_words
         self.embedded = []
 
+    def fits(self, text):
+        return len(text.split()) <= self.most_words
+
     def embed(self, texts):
+        assert all(map(self.fits, texts))
         self.embedded += texts
         rows = np.zeros((len(texts), 256), dtype=np.float32)
         for row, text in zip(rows, texts, strict=True):

@@ -86,6 +86,18 @@ def test_another_name_number_sign_order_or_denial_never_hits(make, kept, asked):
     assert found(cache, kept) == ("exact", "no")
 
 
+def test_a_question_longer_than_the_embedder_reads_hits_by_its_wording_alone(make):
+    preamble = "Peru has many cities. " * 3
+    embedder = BagOfWords(most_words=12)
+    cache = make(embedder=embedder, threshold=-2.0)
+    first, second = preamble + "What is the capital?", preamble + "What is the longest river?"
+    keep(cache, first, "Lima")
+    keep(cache, "What is the capital of Peru?", "Lima!")  # short, and with the same names
+    assert found(cache, second) is None
+    assert found(cache, first + " ") == ("exact", "Lima")
+    assert embedder.embedded == ["What is the capital of Peru"]
+
+
 def test_names_are_found_wherever_they_stand_and_openings_are_none():
     assert names_in("Malabo is the capital of which country?") == names_in("Of which country is Malabo the capital?")
     assert names_in("What is the name of Guinea-Bissau's capital?") == "Guinea-Bissau"

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lilliput.config import EmbedderConfig
 from lilliput.data.wheels import default_cache
-from lilliput.errors import SourceError
+from lilliput.errors import DataError, SourceError
 from lilliput.serve.embedding import FILES, open_embedder
 from tests.data.conftest import keep_wheel
 
@@ -47,6 +47,16 @@ def test_a_batch_gives_each_text_the_normalised_mean_of_its_own_hidden_states(pa
     assert embedder.embed(TEXTS) == pytest.approx(expected, abs=1e-5)
     assert embedder.embed(TEXTS).dtype == np.float32
     assert embedder.sha256 == config.sha256
+
+
+def test_a_text_longer_than_the_model_reads_is_refused_and_fits_says_so_before(packed):
+    config, cache, _ = packed
+    embedder = open_embedder(config, cache)
+    reads, too_long = " ".join("a" * 254), " ".join("a" * 255)  # and a token before, and one after
+    assert (embedder.fits(reads), embedder.fits(too_long)) == (True, False)
+    assert embedder.embed([reads]).shape == (1, 16)
+    with pytest.raises(DataError, match="257 tokens cannot be embedded: the embedder reads 256"):
+        embedder.embed(["a b", too_long])
 
 
 def test_a_wheel_without_safetensors_is_refused(packed, tmp_path):

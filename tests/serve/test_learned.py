@@ -125,6 +125,17 @@ def test_where_all_go_one_way_nothing_is_looked_at_and_an_unknown_link_is_left_a
     assert embedder.embedded == []
 
 
+@pytest.mark.parametrize("look", ["before", "after"])
+def test_a_question_longer_than_the_embedder_reads_goes_to_the_server_where_the_link_allows_it(look):
+    embedder = BagOfWords(most_words=5)
+    router = learned(embedder, look)
+    for decision in (router.before(PERU, Conditions("wifi")), router.after(PERU, [-0.1], Conditions("wifi"))):
+        assert (decision.place, decision.score) == ("server", None)
+        assert decision.reason == "the question is longer than the router reads"
+    assert router.before(PERU, Conditions("wifi", battery_percent=5.0)).place == "device"
+    assert embedder.embedded == []
+
+
 PAIR = ("a" * 64, "b" * 64)
 
 
