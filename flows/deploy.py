@@ -30,7 +30,8 @@ from lilliput.artifacts import write_text
 from lilliput.config import load_params
 from lilliput.errors import ArtifactError, LilliputError
 from lilliput.redaction import redacted
-from lilliput.serve.deployment import CURRENT, GATEWAY, PREVIOUS, admin_token, read_current, roll_back, tidy
+from lilliput.serve.cache import clear
+from lilliput.serve.deployment import ANSWERS, CURRENT, GATEWAY, PREVIOUS, admin_token, read_current, roll_back, tidy
 from lilliput.serve.deployment import deploy as make_current
 
 HOMES = Path("deployments")
@@ -208,24 +209,27 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command(
     epilog="Examples:  python -m flows.deploy phone-4gb  ·  … --rollback  ·  … --status  ·  … --stop  ·  "
-    "LILLIPUT_TOKEN=… python -m flows.deploy phone-4gb --host 0.0.0.0"
+    "… --clear-cache  ·  LILLIPUT_TOKEN=… python -m flows.deploy phone-4gb --host 0.0.0.0"
 )
 def main(
     device: Annotated[str, typer.Argument(help="under `serving` in params.yaml")],
     rollback: Annotated[bool, typer.Option("--rollback", help="serve again what was deployed before")] = False,
     show: Annotated[bool, typer.Option("--status", help="what is served, as JSON")] = False,
     end: Annotated[bool, typer.Option("--stop", help="serve no more, once answers under way are given")] = False,
+    clear_cache: Annotated[bool, typer.Option("--clear-cache", help="delete all cached answers")] = False,
     host: Annotated[str, typer.Option(help="beyond loopback a token in LILLIPUT_TOKEN is required")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="of a gateway that is not running yet; 0: any that is free")] = 8080,
     params: Annotated[Path, typer.Option(help="another file: the champion of its workspace")] = Path("params.yaml"),
 ) -> None:
     """Serve DEVICE's champion at http://127.0.0.1:8080, or have the gateway that runs take over a new one."""
-    if rollback + show + end > 1:
-        fail("--rollback, --status and --stop are three things; name one", 2)
+    if rollback + show + end + clear_cache > 1:
+        fail("--rollback, --status, --stop and --clear-cache exclude each other; name one", 2)
     home = _folder(params) / HOMES / device
     try:
         if end:
             return Console().print(stop(home))
+        if clear_cache:
+            return Console().print(f"{device}: {clear(home / ANSWERS)} cached answers deleted")
         if show:
             found = status(home)
             return print(json.dumps(found, indent=2)) if found else fail(f"{device}: nothing is served", 1)

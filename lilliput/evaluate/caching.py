@@ -215,7 +215,7 @@ def _serve(text: str, way: Way, tokenizer: PreTrainedTokenizerBase, params: Para
     answer = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     # As the gateway does: an answer that was cut off at the limit, or is empty, is not kept.
     complete = answer and len(tokens) < most
-    new = Answer(answer, way.runtime.name, len(prompt), len(tokens)) if complete else None
+    new = Answer(answer, "device", way.runtime.name, len(prompt), len(tokens)) if complete else None
     return _Served(answer, 1e3 * first_s, asked, None, new)
 
 

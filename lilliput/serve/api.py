@@ -19,10 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lilliput.errors import LilliputError
+from lilliput.serve.answering import Caching, Overloaded, Unanswered
 from lilliput.serve.chat import Chat
 from lilliput.serve.doors import Doors, problem
 from lilliput.serve.ends import EndRefused
-from lilliput.serve.gateway import Gateway, Overloaded, Reply, Unanswered, told
+from lilliput.serve.gateway import Gateway, Reply, told
 from lilliput.serve.router import Conditions
 
 Result = TypeVar("Result")
@@ -132,13 +133,14 @@ def _chatting(app: App) -> APIRouter:
         request: Request,
         link: Annotated[str | None, Header(alias="x-lilliput-link", max_length=40)] = None,
         battery: Annotated[float, Header(alias="x-lilliput-battery-percent", ge=0.0, le=100.0)] = 100.0,
+        cache_control: Annotated[str, Header(max_length=200)] = "",
     ) -> Response:
         known = gateway.service.costs.links
         if link is not None and link not in known:
             return _error(400, f"x-lilliput-link: one of {', '.join(known)}", "invalid_request_error")
         conditions = Conditions(link or gateway.service.setting.link, battery)
         try:
-            reply = await _unless_gone(request, gateway.reply(asked, conditions))
+            reply = await _unless_gone(request, gateway.reply(asked, conditions, _caching(cache_control)))
         except Overloaded:
             return _error(503, "too many requests wait for the device", "overloaded", {"Retry-After": "1"})
         except Unanswered as error:
@@ -219,6 +221,13 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _caching(cache_control: str) -> Caching:
+    """What a Cache-Control header allows (RFC 9111, 5.2.1): `no-cache` and `max-age=0` ask for a new answer, `no-store`
+    for one that is not kept."""
+    directives = {part.strip().lower() for part in cache_control.split(",")}
+    return Caching(lookup=not directives & {"no-cache", "max-age=0"}, store="no-store" not in directives)
 
 
 def _headers(reply: Reply) -> dict[str, str]:

@@ -193,6 +193,12 @@ class Learned:
             features = np.hstack([features, token_features([token_logprobs])])
         return self._decide(features, conditions)
 
+    def rule(self, question: str, conditions: Conditions) -> str:
+        """The place, where link and battery alone decide; otherwise the threshold that they call for."""
+        del question
+        at_once = self._at_once(conditions)
+        return at_once.place if at_once else f"worth {self._look} {self._point(conditions)[0].threshold!r}"
+
     def _at_once(self, conditions: Conditions) -> Decision | None:
         if conditions.link not in self._tables:
             return Decision("device", None, f"nothing is known of the link {conditions.link}")

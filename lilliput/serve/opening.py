@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,7 +47,7 @@ def open_service(deployment: Deployment, home: Path) -> Service:
         cache = None
         if serving.cache.capacity and embedder:
             similarity = EXACT_ONLY if deployment.threshold is None else deployment.threshold
-            version = "/".join(pair)  # what either of the two has said
+            version = answers_version(deployment, pair)
             cache = AnswerCache(home / ANSWERS, embedder, version, similarity, serving.cache.capacity)
         return Service(
             Setting(deployment.device, _policy(deployment), _edge_name(deployment), serving.link),
@@ -57,6 +60,25 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             running=lambda: device.running and (server is None or server.running),
             stop=started.pop_all().close,
         )
+
+
+def answers_version(deployment: Deployment, pair: tuple[str, str]) -> str:
+    """The sha256 of all in `deployment` that answers depend on: another one finds no answer of this one in the cache.
+
+    The router's rule and the token limit of each request come on top, and the embedder's own sha256.
+
+    Args:
+        deployment: that answers.
+        pair: what answers on the device and at the edge, from `pair_of`.
+    """
+    settings = {
+        "models": pair,
+        "runtime": importlib.metadata.version("xllamacpp"),
+        "system_prompt": deployment.system_prompt,
+        "context_tokens": deployment.profile.context_tokens,
+        "router": deployment.router,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def open_remembering(deployment: Deployment) -> Embedder | None:

@@ -43,6 +43,10 @@ class Router(Protocol):
         """The decision once the device has answered, by the log-likelihoods (nats) of its own tokens."""
         ...
 
+    def rule(self, question: str, conditions: Conditions) -> str:
+        """The rule for `question` under `conditions`; where two conditions have one rule, they get one decision."""
+        ...
+
 
 @dataclass(frozen=True)
 class Always:
@@ -59,6 +63,11 @@ class Always:
         """Always the same."""
         del token_logprobs
         return self.before(question, conditions)
+
+    def rule(self, question: str, conditions: Conditions) -> str:
+        """Always the same."""
+        del question, conditions
+        return self.place
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,11 @@ class Threshold:
             return Decision("device", score, f"confidence {score:.3f} ≥ {self.least:g}")
         told = "no tokens" if score is None else f"confidence {score:.3f} < {self.least:g}"
         return Decision("server", score, told)
+
+    def rule(self, question: str, conditions: Conditions) -> str:
+        """The threshold, whatever link and battery."""
+        del question, conditions
+        return f"confidence {self.least!r}"
 
 
 def confidence(token_logprobs: Sequence[float]) -> float | None:

@@ -18,7 +18,7 @@ class Model:
 
     Attributes:
         name: as `/v1/models` tells it.
-        version: its sha256; the answer cache is keyed by it.
+        version: its sha256.
         system_prompt: the line it was tuned with, put before questions that bring none.
     """
 

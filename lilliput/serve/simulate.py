@@ -268,6 +268,10 @@ class ByQuestion:
         """As the question's own router."""
         return self._routers[question].after(question, token_logprobs, conditions)
 
+    def rule(self, question: str, conditions: Conditions) -> str:
+        """As the question's own router."""
+        return self._routers[question].rule(question, conditions)
+
 
 def trace_lines(events: Iterable[Event]) -> str:
     """`events` as JSON Lines, as `read_trace` reads them."""

@@ -140,7 +140,7 @@ def test_pins_name_a_package_and_a_version_and_nothing_else(package, version):
         WheelPin(package=package, version=version, sha256="0" * 64)
 
 
-ANSWER = Answer("There.", "pocket", 20, 3)
+ANSWER = Answer("There.", "device", "pocket", 20, 3)
 
 
 class _Embedder:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lilliput.errors import ArtifactError
-from lilliput.serve.cache import Answer, AnswerCache, names_in
+from lilliput.serve.cache import Answer, AnswerCache, clear, names_in
 from tests.serve.conftest import BagOfWords
 
 
@@ -18,7 +18,7 @@ def make(tmp_path):
 
 
 def keep(cache, question, answer, tokens=2):
-    cache.store(cache.asked(question), Answer(answer, "pocket", 20, tokens))
+    cache.store(cache.asked(question), Answer(answer, "device", "pocket", 20, tokens))
 
 
 def found(cache, question):
@@ -144,6 +144,32 @@ def test_it_is_there_after_reopening_and_a_newer_answer_replaces_the_old(make):
     assert make().count() == 1
 
 
+def test_another_rule_finds_nothing_of_it(make):
+    cache = make(threshold=-2.0)
+    for rule, answer in (("device", "far"), ("server", "in South America")):
+        cache.store(cache.asked("Where is Peru?", rule), Answer(answer, "device", "m", 1, 2))
+    for question in ("Where is Peru?", "Where on earth is Peru?"):
+        texts = [cache.find(cache.asked(question, rule)).answer.text for rule in ("device", "server")]
+        assert texts == ["far", "in South America"]
+        assert cache.find(cache.asked(question, "another")) is None
+
+
+def test_cleared_it_is_empty_and_no_question_is_left_in_the_file(make, tmp_path):
+    cache = make()
+    for name in ("Peru", "Cuba"):
+        keep(cache, f"Where is {name}?", "there")
+    assert clear(tmp_path / "answers.sqlite") == 2
+    assert (cache.count(), found(cache, "Where is Peru?")) == (0, None)
+    assert not any(b"Peru" in file.read_bytes() for file in tmp_path.iterdir())
+    keep(cache, "Where is Peru?", "there")  # it goes on working
+    assert found(cache, "Where is Peru?") == ("exact", "there")
+
+
+def test_clearing_what_is_not_there_makes_no_file(tmp_path):
+    assert clear(tmp_path / "answers.sqlite") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_answer_of_more_tokens_than_may_be_given_is_no_hit(make):
     cache = make(threshold=0.1)
     keep(cache, "What is the capital of Peru?", "It is Lima", tokens=4)
@@ -156,7 +182,7 @@ def test_a_hit_says_who_answered_what_and_in_how_many_tokens(make):
     cache = make()
     keep(cache, " What is the capital of Peru?", "Lima", tokens=2)
     hit = cache.find(cache.asked("What is the capital of Peru?"))
-    assert (hit.question, hit.answer) == (" What is the capital of Peru?", Answer("Lima", "pocket", 20, 2))
+    assert (hit.question, hit.answer) == (" What is the capital of Peru?", Answer("Lima", "device", "pocket", 20, 2))
 
 
 def test_answers_of_an_older_format_are_dropped(make, tmp_path):

@@ -14,6 +14,7 @@ from lilliput.artifacts import seal, writing
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError
+from lilliput.serve.cache import Answer, AnswerCache
 from lilliput.serve.deployment import (
     Deployed,
     Deployment,
@@ -26,6 +27,8 @@ from lilliput.serve.deployment import (
     tidy,
     verified,
 )
+from lilliput.serve.opening import answers_version
+from tests.serve.conftest import BagOfWords
 
 
 @pytest.fixture
@@ -134,6 +137,39 @@ def test_the_admin_s_token_is_one_and_its_owner_s(tmp_path):
     assert admin_token(tmp_path) == token
     assert len(token) > 30
     assert stat.S_IMODE((tmp_path / "admin-token").stat().st_mode) == 0o600
+
+
+def test_answers_are_found_again_only_by_a_deployment_that_would_give_the_same(deployment):
+    first = deployment("one", "1" * 64)
+    pair = ("a" * 64, "b" * 64)
+    changed = {
+        "system prompt": first.model_copy(update={"system_prompt": "Answer at length."}),
+        "router": first.model_copy(update={"router": "c" * 64}),
+        "context": first.model_copy(update={"profile": first.profile.model_copy(update={"context_tokens": 1024})}),
+    }
+    versions = [answers_version(other, pair) for other in (first, *changed.values())]
+    versions += [answers_version(first, ("d" * 64, pair[1])), answers_version(first, (pair[0], "http://edge large"))]
+    assert len(set(versions)) == len(versions) == 6
+    battery = first.model_copy(update={"serving": first.serving.model_copy(update={"battery_wh": 5.0})})
+    assert answers_version(battery, pair) == versions[0]
+
+
+def test_the_command_clears_the_cache_of_its_device_alone(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from flows import deploy as flow
+
+    monkeypatch.setattr(flow, "_folder", lambda _: tmp_path)
+    for device in ("phone-4gb", "laptop"):
+        home = tmp_path / "deployments" / device
+        home.mkdir(parents=True)
+        cache = AnswerCache(home / "answers.db", BagOfWords(), "v", 0.5, 10)
+        cache.store(cache.asked("Where is Peru?"), Answer("there", "device", "m", 1, 2))
+    result = CliRunner().invoke(flow.app, ["phone-4gb", "--clear-cache"])
+    assert (result.exit_code, result.output) == (0, "phone-4gb: 1 cached answers deleted\n")
+    assert cache.count() == 1
+    result = CliRunner().invoke(flow.app, ["laptop", "--clear-cache", "--stop"])
+    assert result.exit_code == 2
 
 
 @pytest.fixture(scope="module")

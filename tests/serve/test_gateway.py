@@ -12,7 +12,7 @@ from lilliput.errors import ArtifactError
 from lilliput.serve.cache import AnswerCache
 from lilliput.serve.chat import Chat
 from lilliput.serve.gateway import Limits
-from lilliput.serve.router import Always, Conditions, Threshold
+from lilliput.serve.router import Always, Conditions, Decision, Threshold
 from lilliput.serve.server import LlamaServer, Serving
 from lilliput.serve.service import Model
 
@@ -164,6 +164,63 @@ def test_an_answer_whose_tokens_nobody_counted_is_not_remembered(tmp_path):
     cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
     responses = ask(app(Paper(device=completion("Lima") | {"usage": None}), cache=cache), ASK, ASK)
     assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "device"]
+
+
+class ByLink:
+    """The server over Wi-Fi, the device otherwise."""
+
+    def before(self, question, conditions):
+        return Decision(self.rule(question, conditions), None, conditions.link)
+
+    def rule(self, question, conditions):
+        return "server" if conditions.link == "wifi" else "device"
+
+
+class ByNumber(ByLink):
+    """One rule: long questions go to the server."""
+
+    def before(self, question, conditions):
+        return Decision("server" if len(question) > 30 else "device", None, "length")
+
+    def rule(self, question, conditions):
+        return "length"
+
+
+def test_what_the_device_said_over_a_poor_link_is_not_given_where_the_server_would_answer(tmp_path):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    application = app(Paper(), ByLink(), cache=cache)
+    links = ["poor", "poor", "wifi", "wifi", "poor"]
+    responses = [ask(application, ASK, headers={"x-lilliput-link": link})[0] for link in links]
+    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "cache", "server", "cache", "cache"]
+    assert [text(r) for r in responses] == ["Lima", "Lima", "Lima, of course", "Lima, of course", "Lima"]
+    assert [r.json()["model"] for r in responses] == ["pocket", "pocket", "lora", "lora", "pocket"]
+
+
+def test_a_paraphrase_that_goes_elsewhere_is_no_hit(tmp_path):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, -2.0, 10)
+    short, long = (
+        {"messages": [{"role": "user", "content": q}]} for q in ("Where is Peru?", "Where on this earth is Peru found?")
+    )
+    other = {"messages": [{"role": "user", "content": "Please where is Peru?"}]}
+    responses = ask(app(Paper(), ByNumber(), cache=cache), short, long, other)
+    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "server", "cache"]
+
+
+@pytest.mark.parametrize("header", ["no-cache", "No-Cache", "max-age=0", "no-transform, NO-CACHE"])
+def test_a_request_may_refuse_what_is_cached_and_its_answer_replaces_it(tmp_path, header):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    answers = iter(["old", "new"])
+    application = app(Paper(device=lambda _: completion(next(answers))), cache=cache)
+    responses = [ask(application, ASK, headers=headers)[0] for headers in ({}, {"Cache-Control": header}, {})]
+    assert [r.headers["x-lilliput-place"] for r in responses] == ["device", "device", "cache"]
+    assert [text(r) for r in responses] == ["old", "new", "new"]
+
+
+def test_a_request_may_forbid_that_its_answer_is_kept(tmp_path):
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+    for stream in (False, True):
+        ask(app(Paper(), cache=cache), ASK | {"stream": stream}, headers={"Cache-Control": "no-store"})
+    assert cache.count() == 0
 
 
 def test_a_cache_that_is_damaged_costs_no_answer(tmp_path, caplog):

@@ -126,6 +126,26 @@ def test_where_all_go_one_way_nothing_is_looked_at_and_an_unknown_link_is_left_a
 
 
 @pytest.mark.parametrize("look", ["before", "after"])
+def test_the_rule_changes_with_what_link_and_battery_call_for(look):
+    always = Table((point(ALWAYS, 0.1, 0.1, 0.6),), 0.6, 0.2)
+    embedder = BagOfWords()
+    router = learned(embedder, look, {"wifi": TABLE, "lan": always})
+    rules = {
+        name: router.rule(PERU, conditions)
+        for name, conditions in {
+            "wifi": Conditions("wifi"),
+            "wifi, a little less battery": Conditions("wifi", 99.0),
+            "wifi, nearly empty": Conditions("wifi", 5.0),
+            "lan": Conditions("lan"),
+            "unknown": Conditions("pigeon"),
+        }.items()
+    }
+    assert list(rules.values()) == [rules["wifi"], rules["wifi"], "device", "server", "device"]
+    assert rules["wifi"].startswith(f"worth {look} ")
+    assert embedder.embedded == []
+
+
+@pytest.mark.parametrize("look", ["before", "after"])
 def test_a_question_longer_than_the_embedder_reads_goes_to_the_server_where_the_link_allows_it(look):
     embedder = BagOfWords(most_words=5)
     router = learned(embedder, look)

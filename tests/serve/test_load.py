@@ -24,6 +24,9 @@ class ByParity:
     def before(self, question, conditions):
         return Decision("server" if int(question.split()[-1]) % 2 else "device", None, "parity")
 
+    def rule(self, question, conditions):
+        return "parity"
+
 
 def echo(asked):
     return completion("answer to " + asked["messages"][-1]["content"])

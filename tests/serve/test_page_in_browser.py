@@ -215,6 +215,23 @@ def test_totals_add_up_by_place_and_say_what_is_unknown_or_estimated(page, paper
     assert total(page, "Battery spent") == "~0.00046 % of 15 Wh"
 
 
+def test_an_answer_from_the_cache_can_be_asked_for_anew_and_both_stay(page, paper):
+    paper.facts = CACHE
+    ask(page)
+    answered(page)
+    paper.facts, paper.says = DEVICE, ["Lima!"]
+    page.execute_script("document.querySelector('.anew').focus()")
+    assert page.switch_to.active_element.is_displayed()
+    press(page, "ENTER")
+    assert "Lima!" in answered(page, 2)
+    assert [headers.get("cache-control") == "no-cache" for _, headers in paper.asked] == [False, True]
+    assert [total(page, place) for place in ("cache", "device")] == ["1", "1"]
+    shown = page.execute_script(
+        "return [...document.querySelectorAll('.anew')].filter((it) => it.checkVisibility()).length"
+    )
+    assert shown == 0  # the device's answer offers none, and the cached one was asked anew
+
+
 def test_an_answer_in_one_piece_is_read_with_its_headers(page, paper):
     paper.streams, paper.facts = False, {**DEVICE, "energy_source": "estimate_tdp"}
     ask(page)

@@ -19,6 +19,14 @@ def test_fixed_policies_do_not_look():
         assert Always(place).before("?", WIFI).place == place
 
 
+def test_fixed_policies_and_the_threshold_have_one_rule_whatever_link_and_battery():
+    rules = [
+        [router.rule("?", c) for c in (WIFI, Conditions("poor", 3.0))] for router in (Always("device"), Threshold(0.5))
+    ]
+    assert rules == [["device"] * 2, ["confidence 0.5"] * 2]
+    assert Threshold(0.6).rule("?", WIFI) != rules[1][0]
+
+
 @given(st.lists(st.floats(-20, 0), max_size=8), st.floats(0, 1))
 def test_the_device_keeps_what_it_is_sure_of_and_nothing_else(logprobs, least):
     policy = Threshold(least)
