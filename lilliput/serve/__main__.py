@@ -19,13 +19,13 @@ from lilliput.artifacts import write_json
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.api import Admin, App
 from lilliput.serve.deployment import GATEWAY, admin_token, read_current
+from lilliput.serve.doors import LOOPBACK
 from lilliput.serve.gateway import Gateway
 from lilliput.serve.opening import open_service
 from lilliput.serve.page import page_routes
 from lilliput.serve.service import Service
 
 TOKEN = "LILLIPUT_TOKEN"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WATCH_S, RESTART_S = 1.0, 10.0
 log = logging.getLogger("lilliput.gateway")
 
@@ -74,7 +74,7 @@ def serve(home: Path, host: str, port: int) -> None:
         LilliputError: what is deployed does not open.
     """
     token = os.environ.get(TOKEN) or None
-    if host not in LOOPBACK and token is None:
+    if host.lower() not in LOOPBACK and token is None:
         raise ConfigError(
             f"--host {host}: beyond loopback a bearer token is required; set {TOKEN}, or stay on 127.0.0.1"
         )

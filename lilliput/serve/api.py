@@ -64,7 +64,7 @@ class App:
         app = FastAPI(title="Lilliput gateway", lifespan=self._lifespan, docs_url=None, redoc_url=None)
         app.add_exception_handler(RequestValidationError, _invalid)
         app.add_exception_handler(HTTPException, _other)
-        for routes in (_looking_after(self), _chatting(self), _deploying(self), page):
+        for routes in (_looking_after(self), _listing(self), _chatting(self), _deploying(self), page):
             if routes is not None:
                 app.include_router(routes)
         self.openapi = app.openapi
@@ -118,14 +118,26 @@ def _looking_after(app: App) -> APIRouter:
     return routes
 
 
-def _chatting(app: App) -> APIRouter:
-    """OpenAI's API, as far as it goes."""
+def _listing(app: App) -> APIRouter:
+    """The models of OpenAI's API: the one that is served."""
     routes, gateway = APIRouter(prefix="/v1"), app.gateway
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         name = gateway.service.model.name
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "lilliput"}]}
+        return {"object": "list", "data": [_model(name)]}
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> Response:
+        known = gateway.service.model.name
+        return JSONResponse(_model(name)) if name == known else _unknown_model(name, known)
+
+    return routes
+
+
+def _chatting(app: App) -> APIRouter:
+    """The chat completions of OpenAI's API."""
+    routes, gateway = APIRouter(prefix="/v1"), app.gateway
 
     @routes.post("/chat/completions")
     async def chat(
@@ -135,18 +147,17 @@ def _chatting(app: App) -> APIRouter:
         battery: Annotated[float, Header(alias="x-lilliput-battery-percent", ge=0.0, le=100.0)] = 100.0,
         cache_control: Annotated[str, Header(max_length=200)] = "",
     ) -> Response:
+        served = gateway.service.model.name
+        if asked.model is not None and asked.model != served:
+            return _unknown_model(asked.model, served)
         known = gateway.service.costs.links
         if link is not None and link not in known:
             return _error(400, f"x-lilliput-link: one of {', '.join(known)}", "invalid_request_error")
         conditions = Conditions(link or gateway.service.setting.link, battery)
         try:
             reply = await _unless_gone(request, gateway.reply(asked, conditions, _caching(cache_control)))
-        except Overloaded:
-            return _error(503, "too many requests wait for the device", "overloaded", {"Retry-After": "1"})
-        except Unanswered as error:
-            return _error(502, str(error), "unanswered")
-        except EndRefused as error:
-            return _error(400, str(error), "invalid_request_error")
+        except (Overloaded, Unanswered, EndRefused) as error:
+            return _failure(error)
         if reply is None:
             return Response(status_code=GONE)
         if reply.chunks is not None:
@@ -198,7 +209,7 @@ async def _events(reply: Reply) -> AsyncIterator[str]:
             yield f"data: {json.dumps(chunk)}\n\n"
     except Exception as error:  # the status has gone out: this is all that can be said
         kind = "unanswered" if isinstance(error, Unanswered) else "broken_off"
-        yield f"data: {json.dumps(problem(502, f'the answer broke off: {error}', kind))}\n\n"
+        yield f"data: {json.dumps(problem(f'the answer broke off: {error}', kind))}\n\n"
         return
     yield "data: [DONE]\n\n"
 
@@ -223,6 +234,15 @@ async def _gone(request: Request) -> None:
         pass
 
 
+def _failure(error: Overloaded | Unanswered | EndRefused) -> JSONResponse:
+    """The response to a request that got no answer."""
+    if isinstance(error, Overloaded):
+        return _error(503, "too many requests wait for the device", "overloaded", {"Retry-After": "1"})
+    if isinstance(error, EndRefused):
+        return _error(400, str(error), "invalid_request_error")
+    return _error(502, str(error), "unanswered")
+
+
 def _caching(cache_control: str) -> Caching:
     """What a Cache-Control header allows (RFC 9111, 5.2.1): `no-cache` and `max-age=0` ask for a new answer, `no-store`
     for one that is not kept."""
@@ -239,15 +259,27 @@ def _headers(reply: Reply) -> dict[str, str]:
     }
 
 
-def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(problem(status, message, kind), status, dict(headers or {}))
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "lilliput"}
+
+
+def _unknown_model(name: str, known: str) -> JSONResponse:
+    message = f"the model {name!r} is not served here; {known!r} is"
+    return JSONResponse(problem(message, "invalid_request_error", code="model_not_found", param="model"), 404)
+
+
+def _error(
+    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None, param: str | None = None
+) -> JSONResponse:
+    return JSONResponse(problem(message, kind, param=param), status, dict(headers or {}))
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    return _error(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", "invalid_request_error")
+    message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+    return _error(400, message, "invalid_request_error", param=str(first["loc"][1]) if len(first["loc"]) > 1 else None)
 
 
 async def _other(_: Request, error: Exception) -> Response:

@@ -9,7 +9,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # What other clients may send along and a model on a device has no use for.
 _NOT_HERE = ("tools", "functions", "tool_choice", "function_call", "audio", "modalities", "prediction")
+# Values of these that ask for text alone. Without tools, `auto` is `none`.
+_TEXT_ALONE = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
 _PLAIN = {"messages", "model", "max_tokens", "max_completion_tokens", "stream", "stream_options", "temperature", "n"}
+# Values that change nothing in a greedy answer.
+_DEFAULTS = {
+    "top_p": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logprobs": False,
+    "response_format": {"type": "text"},
+}
+LARGEST_SEED = 2**32 - 2  # for llama.cpp, the next one means "draw a seed"
 
 
 class TextPart(BaseModel):
@@ -19,22 +30,55 @@ class TextPart(BaseModel):
     text: Annotated[str, Field(max_length=32_768)]
 
 
-class Message(BaseModel):
-    """One turn of a chat."""
+class RefusalPart(BaseModel):
+    """A piece of an assistant's turn that refused to answer."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=32_768)] | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    type: Literal["refusal"]
+    refusal: Annotated[str, Field(max_length=32_768)]
 
     @property
     def text(self) -> str:
-        """What is said, in one piece."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The refusal."""
+        return self.refusal
+
+
+Text = Annotated[str, Field(max_length=32_768)]
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    """One turn of a chat. Only an assistant's turn may have no content, or parts that are refusals."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)] | None = None
+    refusal: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text_alone(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and (given := [k for k in ("tool_calls", "function_call", "audio") if raw.get(k)]):
+            raise ValueError(f"{', '.join(given)}: not supported; a turn is text alone")
+        return raw
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        parts = self.content if isinstance(self.content, list) else []
+        if self.role != "assistant" and (self.content is None or any(part.type == "refusal" for part in parts)):
+            raise ValueError(f"content: a {self.role} turn needs text")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The text of the turn in one piece; of an assistant's turn without content, its refusal."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or self.refusal or ""
 
 
 class StreamOptions(BaseModel):
     """What a stream tells besides."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ResponseFormat(BaseModel):
@@ -53,7 +97,7 @@ class Chat(BaseModel):
     model_config = ConfigDict(extra="ignore")
     messages: Annotated[list[Message], Field(min_length=1, max_length=64)]
     model: Annotated[str, Field(max_length=256)] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int | None, Field(gt=0)] = None
     max_completion_tokens: Annotated[int | None, Field(gt=0)] = None
@@ -61,7 +105,7 @@ class Chat(BaseModel):
     top_p: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2.0, le=2.0)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2.0, le=2.0)] = None
-    seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Annotated[str, Field(min_length=1, max_length=256)] | Annotated[list[str], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     logprobs: bool | None = None
@@ -71,9 +115,15 @@ class Chat(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _asks_for_words_alone(cls, raw: Any) -> Any:
-        if isinstance(raw, Mapping) and (asked := [key for key in _NOT_HERE if raw.get(key)]):
+        if isinstance(raw, Mapping) and (asked := _asks_for_more(raw)):
             raise ValueError(f"{', '.join(asked)}: not supported; the answer is text alone")
         return raw
+
+    @model_validator(mode="after")
+    def _asks_for_probabilities_first(self) -> Chat:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
 
     @property
     def question(self) -> str:
@@ -91,7 +141,8 @@ class Chat(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _special(self) -> bool:
-        return bool(self.model_dump(exclude_none=True).keys() - _PLAIN)
+        asked = self.model_dump(exclude_none=True)
+        return any(name not in _PLAIN and _DEFAULTS.get(name) != value for name, value in asked.items())
 
     def most_tokens(self, limit: int) -> int:
         """New tokens that the answer may have: what the request asks for, and no more than `limit`."""
@@ -103,6 +154,8 @@ class Chat(BaseModel):
             exclude_none=True,
             exclude={"messages", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"},
         )
+        if self.seed is not None:
+            settings["seed"] = self.seed % (LARGEST_SEED + 1)
         turns = [
             {"role": "system" if message.role == "developer" else message.role, "content": message.text}
             for message in self.messages
@@ -111,3 +164,13 @@ class Chat(BaseModel):
             turns.insert(0, {"role": "system", "content": system_prompt})
         named = {"model": model} if model else {}
         return {"temperature": 0.0, **settings, **named, "messages": turns, "max_tokens": self.most_tokens(limit)}
+
+
+def _asks_for_more(raw: Mapping[str, Any]) -> list[str]:
+    """Fields of a request that ask for more than text; tools that must not be called are no such thing."""
+    unused = ("tools", "functions") if "none" in (raw.get("tool_choice"), raw.get("function_call")) else ()
+    return [
+        name
+        for name in _NOT_HERE
+        if raw.get(name) and name not in unused and raw[name] not in _TEXT_ALONE.get(name, ())
+    ]

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _OPEN = {"/", "/health"}  # the page asks for the token itself
 _WINDOW_S, _CLIENTS = 60.0, 1024
 
@@ -40,7 +40,7 @@ class Doors:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        if self._token is None and _host(headers.get("host", "")) not in _LOOPBACK:
+        if self._token is None and _host(headers.get("host", "")) not in LOOPBACK:
             return await refuse(send, 421, "only names of loopback are served without a token", "misdirected")
         if self._token is not None and scope["path"] not in _OPEN and not self._knows(headers):
             return await refuse(
@@ -57,8 +57,8 @@ class Doors:
 
     def _knows(self, headers: Headers) -> bool:
         assert self._token is not None
-        told = headers.get("authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(told.encode(), self._token.encode())
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), self._token.encode())
 
     async def _within_size(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Reads no further than the limit: a body in pieces declares no length."""
@@ -115,14 +115,14 @@ class Rate:
         return 0.0
 
 
-def problem(status: int, message: str, kind: str) -> dict[str, Any]:
-    """An error in the words of OpenAI's API."""
-    return {"error": {"message": message, "type": kind, "code": status, "param": None}}
+def problem(message: str, kind: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """An error object of OpenAI's API; `param` is the field of the request that is at fault."""
+    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
 async def refuse(send: Send, status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> None:
     """Sends an error, and nothing else."""
-    body = json.dumps(problem(status, message, kind)).encode()
+    body = json.dumps(problem(message, kind, code=kind)).encode()
     all_headers = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
     encoded = [(name.lower().encode(), value.encode()) for name, value in all_headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
@@ -130,7 +130,8 @@ async def refuse(send: Send, status: int, message: str, kind: str, headers: Mapp
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, without its port."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.rpartition(":")[0] if ":" in header else header
+    """The name in a Host header, in small letters and without its port."""
+    name = header.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.rpartition(":")[0] if ":" in name else name

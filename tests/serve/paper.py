@@ -162,7 +162,9 @@ def pieces(response):
 
 
 def said(chunks):
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk != "[DONE]")
+    return "".join(
+        chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk != "[DONE]" and chunk["choices"]
+    )
 
 
 @contextmanager

@@ -75,14 +75,17 @@ def test_beyond_loopback_a_token_is_asked():
     assert ask(application, ASK)[0].status_code == 401
     assert ask(application, ASK, headers={"Authorization": "Bearer secre"})[0].status_code == 401
     assert ask(application, ASK, headers={"Authorization": "Bearer sécret".encode()})[0].status_code == 401
-    assert ask(application, ASK, headers={"Authorization": "Bearer secret"})[0].status_code == 200
+    assert ask(application, ASK, headers={"Authorization": "secret"})[0].status_code == 401
+    assert ask(application, ASK, headers={"Authorization": "Basic secret"})[0].status_code == 401
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        assert ask(application, ASK, headers={"Authorization": f"{scheme} secret"})[0].status_code == 200
     for path, status in {"/health": 200, "/status": 401, "/metrics": 401, "/v1/models": 401}.items():
         assert ask(application, path=path)[0].status_code == status
 
 
 def test_without_a_token_no_other_name_leads_in():
     assert ask(app(Paper()), ASK, headers={"Host": "evil.example:8080"})[0].status_code == 421
-    for host in ("127.0.0.1:8080", "[::1]:8080", "localhost"):
+    for host in ("127.0.0.1:8080", "[::1]:8080", "localhost", "LocalHost", "LOCALHOST:8080"):
         assert ask(app(Paper()), ASK, headers={"Host": host})[0].status_code == 200
 
 

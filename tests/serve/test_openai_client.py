@@ -31,6 +31,11 @@ def test_a_stream(client):
 
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["pocket"]
+    assert client.models.retrieve("pocket").owned_by == "lilliput"
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here"):
+        client.models.retrieve("gpt-4")
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here"):
+        client.chat.completions.create(model="gpt-4", messages=ASK["messages"])
 
 
 def test_errors_are_of_the_kinds_it_knows(client):

@@ -1,0 +1,212 @@
+"""Requests and answers held against the types of OpenAI's own client: every nullable field, every kind of answer."""
+
+import typing
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, completion_create_params
+from openai.types.chat.chat_completion_assistant_message_param import ChatCompletionAssistantMessageParam
+from openai.types.model import Model
+from openai.types.shared.error_object import ErrorObject
+from paper import ASK, MODEL, PROMPT_TOKENS, ByLength, Paper, app, ask, completion, pieces, said
+from pydantic import TypeAdapter
+
+from lilliput.serve.cache import AnswerCache
+from lilliput.serve.router import Always, Threshold
+
+BASE = ASK | {"model": "pocket"}
+ALTERNATIVES = [{"token": token, "logprob": -0.1, "bytes": [76], "id": 7} for token in ("Lima", "Cusco")]
+
+
+def admits(hint, value):
+    while typing.get_origin(hint) in (typing.Annotated, typing.Required):
+        hint = typing.get_args(hint)[0]
+    return value in (hint, *typing.get_args(hint))
+
+
+def nullable(kind):
+    hints = typing.get_type_hints(kind, include_extras=False)
+    return sorted(name for name, hint in hints.items() if admits(hint, type(None)))
+
+
+NULLABLE = nullable(completion_create_params.CompletionCreateParamsNonStreaming)
+
+
+def valid(body, kind=completion_create_params.CompletionCreateParams):
+    TypeAdapter(kind, config={"arbitrary_types_allowed": True}).validate_python(body, strict=True)
+    return body
+
+
+def strictly(kind, body):
+    """`body` in the client's type, which is otherwise read without any check."""
+    return kind.model_validate(body, strict=True)
+
+
+def test_the_specification_has_the_nullable_fields_that_are_known():
+    assert {"stream", "stop", "n", "seed", "max_tokens", "temperature", "logprobs", "stream_options"} <= set(NULLABLE)
+    assert len(NULLABLE) > 20
+
+
+@pytest.mark.parametrize("name", [*NULLABLE, "response_format", "tools", "tool_choice"])
+def test_each_nullable_field_may_be_null(name):
+    body = BASE | {name: None}
+    [response] = ask(app(Paper()), valid(body) if name in NULLABLE else body)
+    assert response.status_code == 200, response.text
+    strictly(ChatCompletion, response.json())
+
+
+@pytest.mark.parametrize("name", nullable(ChatCompletionAssistantMessageParam))
+def test_each_nullable_field_of_an_assistant_s_turn_may_be_null(name):
+    turns = [*ASK["messages"], {"role": "assistant", "content": "Lima", name: None}, *ASK["messages"]]
+    [response] = ask(app(Paper()), valid(BASE | {"messages": turns}))
+    assert response.status_code == 200, response.text
+
+
+def test_a_turn_without_content_or_with_a_refusal_reaches_the_model_as_text():
+    paper = Paper()
+    refusal = [{"type": "text", "text": "No: "}, {"type": "refusal", "refusal": "I may not."}]
+    turns = [{"content": None}, {"content": None, "refusal": "Never."}, {"content": refusal}]
+    messages = [*({"role": "assistant"} | turn for turn in turns), *ASK["messages"]]
+    [response] = ask(app(paper), valid(BASE | {"messages": messages}))
+    assert response.status_code == 200, response.text
+    sent = [turn["content"] for turn in paper.asked["device"][0]["messages"] if turn["role"] == "assistant"]
+    assert sent == ["", "Never.", "No: I may not."]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tool_choice": "none"},
+        {"tool_choice": "none", "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"tool_choice": "auto"},
+        {"modalities": ["text"]},
+        {"response_format": {"type": "text"}},
+        {"seed": -1},
+        {"seed": 2**40},
+        {"logprobs": False},
+        {"user": "x", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True},
+    ],
+    ids=lambda more: "-".join(more),
+)
+def test_what_asks_for_no_more_than_text_is_answered(more):
+    [response] = ask(app(Paper()), valid(BASE | more))
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tool_choice": "required"}, None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None),
+        ({"modalities": ["text", "audio"]}, None),
+        ({"top_logprobs": 2}, None),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "system", "content": [{"type": "refusal", "refusal": "x"}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "messages"),
+        ({"n": 2}, "n"),
+        ({"stop": [""] * 5}, "stop"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_served_names_the_field_in_an_error_of_the_client_s_type(more, param):
+    [response] = ask(app(Paper()), BASE | more)
+    assert response.status_code == 400
+    error = strictly(ErrorObject, response.json()["error"])
+    assert (error.type, error.param) == ("invalid_request_error", param)
+
+
+def test_a_seed_is_one_that_llama_cpp_does_not_draw_itself():
+    paper = Paper()
+    ask(app(paper), BASE | {"seed": -1}, BASE | {"seed": 2**32 - 1}, BASE | {"seed": 5})
+    assert [asked["seed"] for asked in paper.asked["device"]] == [2**32 - 2, 0, 5]
+
+
+def test_models_are_the_client_s_and_an_unknown_one_is_not_found():
+    application = app(Paper())
+    [listed], [found] = ask(application, path="/v1/models"), ask(application, path="/v1/models/pocket")
+    assert [strictly(Model, model) for model in listed.json()["data"]] == [strictly(Model, found.json())]
+    for response in (*ask(application, path="/v1/models/gpt-4/turbo"), *ask(application, BASE | {"model": "gpt-4"})):
+        assert response.status_code == 404
+        error = strictly(ErrorObject, response.json()["error"])
+        assert (error.code, error.param) == ("model_not_found", "model")
+        assert "'pocket' is" in error.message
+
+
+def by_all(tmp_path, body):
+    """The responses to `body` by device, server, a first look, a fallback, and twice by the cache."""
+    import httpx
+
+    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, -2.0, 10)
+    cached = app(Paper(), cache=cache)
+    other = {"messages": [{"role": "user", "content": "Which city is the capital of Peru?"}]}
+    first, exact, semantic = ask(cached, body, body, body | other)
+    assert [r.headers["x-lilliput-place"] for r in (first, exact, semantic)] == ["device", "cache", "cache"]
+    return {
+        "device": first,
+        "exact hit": exact,
+        "semantic hit": semantic,
+        "server": ask(app(Paper(), Always("server")), body)[0],
+        "first look": ask(app(Paper(), Threshold(0.5)), body)[0],
+        "fallback": ask(app(Paper(server=httpx.Response(500)), Always("server")), body)[0],
+    }
+
+
+def test_whole_answers_are_of_the_client_s_type_and_tell_their_tokens_whoever_gave_them(tmp_path):
+    for who, response in by_all(tmp_path, BASE).items():
+        answer = strictly(ChatCompletion, response.json())
+        assert answer.choices[0].finish_reason == "stop", who
+        assert answer.choices[0].logprobs is None, who
+        words = 3 if who == "server" else 1
+        prompt = 7 if who == "semantic hit" else PROMPT_TOKENS  # another wording: counted anew
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, words + 1), who
+        assert answer.usage.total_tokens == prompt + words + 1, who
+
+
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_streams_are_of_the_client_s_type_and_end_with_their_tokens_on_request(tmp_path, wanted):
+    options = None if wanted is None else {"include_usage": wanted}
+    for who, response in by_all(tmp_path, BASE | {"stream": True, "stream_options": options}).items():
+        *chunks, done = pieces(response)
+        assert done == "[DONE]", who
+        read = [strictly(ChatCompletionChunk, chunk) for chunk in chunks]
+        assert said(chunks) == ("Lima, of course" if who == "server" else "Lima"), who
+        usages = [chunk.usage for chunk in read]
+        if wanted:
+            assert all("usage" in chunk for chunk in chunks), who
+            assert usages[:-1] == [None] * (len(read) - 1), who
+            assert (read[-1].choices, usages[-1].completion_tokens) == ([], 4 if who == "server" else 2), who
+        else:
+            assert usages == [None] * len(read), who
+        assert len({chunk.id for chunk in read}) == 1, who
+        assert [chunk.choices[0].finish_reason for chunk in read if chunk.choices][-1] == "stop", who
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("router", [Always("device"), Threshold(0.5)], ids=["at once", "first look"])
+def test_log_probabilities_come_on_request_and_as_many_as_were_asked_for(router, stream):
+    known = completion("Lima")
+    known["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = ALTERNATIVES
+
+    def found(more):
+        [response] = ask(app(Paper(device=known), router), valid(BASE | {"stream": stream} | more))
+        assert response.status_code == 200, response.text
+        if not stream:
+            return strictly(ChatCompletion, response.json()).choices[0].logprobs
+        chunks = [strictly(ChatCompletionChunk, chunk) for chunk in pieces(response)[:-1]]
+        return next((chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs), None)
+
+    assert found({}) is None
+    assert found({"logprobs": False}) is None
+    if stream and isinstance(router, Always):
+        return  # the fake's own stream has none
+    for top, expected in ((None, []), (0, []), (1, ["Lima"]), (5, ["Lima", "Cusco"])):
+        [token] = found({"logprobs": True, "top_logprobs": top}).content
+        assert (token.token, [other.token for other in token.top_logprobs]) == ("Lima", expected)
+
+
+def test_an_answer_to_a_first_look_is_no_larger_than_one_without():
+    known = completion("Lima")
+    known["choices"][0]["logprobs"]["content"] *= 20
+    sizes = [
+        len(ask(app(Paper(device=known), router), BASE)[0].content) for router in (Always("device"), Threshold(0.5))
+    ]
+    assert max(sizes) < 900
