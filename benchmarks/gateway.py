@@ -40,6 +40,7 @@ model_list:
     litellm_params: {{model: openai/device, api_base: "{bare}/v1", api_key: none}}
 general_settings: {{master_key: {key}}}
 """
+WHOLE_TOKENS = 256  # an answer that is cut off is not cached
 KEY = f"sk-{secrets.token_hex(24)}"  # litellm will not start without; the other ways ignore it
 Mode = Literal["bare", "cached"]
 
@@ -107,7 +108,7 @@ def _pairs(row: Row, client: httpx.Client, ways: dict[str, str], system: dict[st
 
 def _hits(row: Row, client: httpx.Client, url: str, rounds: int) -> None:
     for place in PLACES:
-        _ask(client, url, QUESTION.format(place))
+        _ask(client, url, QUESTION.format(place), max_tokens=WHOLE_TOKENS)
     _add(row, "hit, same wording", [_cached(client, url, QUESTION.format(PLACES[n % 10])) for n in range(rounds)])
     # Wordings that nobody has embedded yet.
     wordings = [REWORDED.format(PLACES[n % 10], "very " * (n // 10)) for n in range(min(rounds, 50))]
@@ -152,7 +153,9 @@ def _serve(folder: Path, mode: str) -> None:
     cache = service.cache if mode == "cached" else None
     if cache is not None:  # of this trial's questions alone, and every wording near enough
         cache._version, cache._threshold = f"benchmark/{time.time_ns()}", 0.5
-    service = replace(service, router=Always("device"), cache=cache)
+    # Named as litellm's configuration names it; a gateway answers only for its own model.
+    model = replace(service.model, name="device")
+    service = replace(service, router=Always("device"), cache=cache, model=model)
     bare = str(service.device._chat).removesuffix("/v1/chat/completions")
     server = uvicorn.Server(
         uvicorn.Config(App(Gateway(service)), "127.0.0.1", 0, access_log=False, log_config=None, server_header=False)
@@ -228,15 +231,17 @@ def _lives(url: str) -> bool:
 
 def _cached(client: httpx.Client, url: str, question: str) -> float:
     started = time.perf_counter()
-    response = _ask(client, url, question)
+    response = _ask(client, url, question, max_tokens=WHOLE_TOKENS)
     seconds = time.perf_counter() - started
     assert response.headers["x-lilliput-place"] == "cache", f"{question}: {response.headers['x-lilliput-place']}"
     return seconds
 
 
-def _ask(client: httpx.Client, url: str, question: str, system: dict[str, str] | None = None) -> httpx.Response:
+def _ask(
+    client: httpx.Client, url: str, question: str, system: dict[str, str] | None = None, max_tokens: int = 8
+) -> httpx.Response:
     turns = [*([system] if system else []), {"role": "user", "content": question}]
-    body = {"model": "device", "messages": turns, "max_tokens": 8, "temperature": 0.0}
+    body = {"model": "device", "messages": turns, "max_tokens": max_tokens, "temperature": 0.0}
     headers = {"Authorization": f"Bearer {KEY}"}
     return client.post(f"{url}/v1/chat/completions", json=body, headers=headers).raise_for_status()
 

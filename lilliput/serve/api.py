@@ -255,7 +255,7 @@ def _headers(reply: Reply) -> dict[str, str]:
     return {
         f"x-lilliput-{name.replace('_', '-')}": urllib.parse.quote(value, safe=" ") if name == "reason" else str(value)
         for name, value in told(reply).items()
-        if value is not None
+        if value is not None and value is not False
     }
 
 

@@ -1,14 +1,41 @@
-"""A computation that runs by itself, and the requests that wait for its answer."""
+"""Single flight: equal requests that come while one of them is being answered share its answer.
+
+A computation runs in a task of its own. The request that started it may leave; it ends when all have left. The first
+request that stays pays for it, the others cost nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Hashable
 from contextlib import aclosing
 from typing import Any
 
 from lilliput.serve.answering import Answered, Computation
 from lilliput.serve.completions import Chunks, as_chunks, joined
 from lilliput.serve.costs import Spent
+
+
+class Flights:
+    """The computations under way that other requests may join."""
+
+    def __init__(self) -> None:
+        self._flights: dict[Hashable, Flight] = {}
+
+    def join(self, key: Hashable | None, start: Callable[[], Computation]) -> Share:
+        """A share in the computation under `key`, which `start` makes if there is none.
+
+        Args:
+            key: equal for requests that may share an answer; None for one that shares with nobody.
+            start: makes the computation.
+        """
+        if key is None:
+            return Flight(start()).join()
+        flight = self._flights.get(key)
+        if flight is None or not flight.open:
+            self._flights = {other: flight for other, flight in self._flights.items() if flight.open}
+            flight = self._flights[key] = Flight(start())
+        return flight.join()
 
 
 class Flight:
@@ -32,7 +59,7 @@ class Flight:
 
     @property
     def open(self) -> bool:
-        """Whether another request may join: the computation goes on, and somebody waits for it."""
+        """Whether another request may join: the computation goes on, and a request waits for it."""
         return not self._ended
 
     def join(self) -> Share:

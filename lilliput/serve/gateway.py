@@ -15,7 +15,7 @@ from lilliput.serve.answering import Caching, Computation, Limits
 from lilliput.serve.chat import Chat
 from lilliput.serve.completions import Chunks, finish_of, with_logprobs
 from lilliput.serve.costs import Cost
-from lilliput.serve.flight import Flight, Share
+from lilliput.serve.flight import Flights, Share
 from lilliput.serve.router import Conditions, Decision
 from lilliput.serve.service import Service
 
@@ -31,6 +31,7 @@ class Reply:
         body: the whole chat completion; None where it comes in pieces.
         chunks: the pieces, as they come; None where nobody asked for a stream.
         cost: what it took; None as long as it is not at its end.
+        shared: whether it was being made for an equal request already.
     """
 
     place: str
@@ -38,6 +39,7 @@ class Reply:
     body: dict[str, Any] | None = None
     chunks: Chunks | None = None
     cost: Cost | None = None
+    shared: bool = False
     _held: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def close(self) -> None:
@@ -72,6 +74,10 @@ class Gateway:
     def __init__(self, service: Service, limits: Limits | None = None) -> None:
         self.service, self.limits = service, limits or Limits()
         self.registry = CollectorRegistry()
+        self._flights = Flights()
+        self._shared = Counter(
+            "lilliput_shared_answers", "Answers computed for an equal request", registry=self.registry
+        )
         self._answers = Counter("lilliput_answers", "Answers given", ["place"], registry=self.registry)
         self._failures = Counter("lilliput_failures", "Requests not answered", ["reason"], registry=self.registry)
         self._seconds = Histogram("lilliput_answer_seconds", "Seconds to answer", ["place"], registry=self.registry)
@@ -121,11 +127,16 @@ class Gateway:
             raise
 
     def _share(self, service: Service, chat: Chat, conditions: Conditions, caching: Caching) -> Share:
-        return Flight(Computation(service, chat, conditions, caching, self.limits)).join()
+        key = None
+        if chat.cacheable and caching == Caching():
+            rule = service.router.rule(chat.question, conditions)
+            # The service's id is its own while a computation holds it; a new champion answers anew.
+            key = (id(service), chat.question, chat.most_tokens(self.limits.max_tokens), conditions.link, rule)
+        return self._flights.join(key, lambda: Computation(service, chat, conditions, caching, self.limits))
 
     async def _reply(self, request: _Request) -> Reply:
         answered = await request.share.answered()
-        reply = Reply(answered.place, answered.decision)
+        reply = Reply(answered.place, answered.decision, shared=request.share.joined)
         if request.chat.stream:
             reply.chunks = self._for_client(reply, request)
         else:
@@ -153,17 +164,24 @@ class Gateway:
         own = {} if pays else {"energy_j": 0.0, "battery_percent": 0.0}
         reply.cost = replace(cost, seconds=time.perf_counter() - request.started, **own)
         self._answers.labels(reply.place).inc()
+        self._shared.inc(reply.shared)
         self._seconds.labels(reply.place).observe(reply.cost.seconds)
         self._joules.labels(reply.place).inc(reply.cost.energy_j or 0.0)
         # Never what was asked.
         log.info(
-            "%s in %.3f s: %s (score %s)", reply.place, reply.cost.seconds, reply.decision.reason, reply.decision.score
+            "%s in %.3f s%s: %s (score %s)",
+            reply.place,
+            reply.cost.seconds,
+            ", shared" if reply.shared else "",
+            reply.decision.reason,
+            reply.decision.score,
         )
 
 
 def told(reply: Reply) -> dict[str, Any]:
     """Where an answer came from, why, and what it cost, as the gateway's own part of a body."""
-    head = {"place": reply.place, "reason": reply.decision.reason, "score": reply.decision.score}
+    decision = reply.decision
+    head = {"place": reply.place, "reason": decision.reason, "score": decision.score, "shared": reply.shared}
     cost = reply.cost
     if cost is None:
         return head
