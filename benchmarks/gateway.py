@@ -37,11 +37,12 @@ QUESTION, REWORDED = "What is the capital of {}?", "What is the capital city of 
 LITELLM = """
 model_list:
   - model_name: device
-    litellm_params: {{model: openai/device, api_base: "{bare}/v1", api_key: none}}
+    litellm_params: {{model: openai/device, api_base: "{bare}/v1", api_key: "{bare_key}"}}
 general_settings: {{master_key: {key}}}
 """
 WHOLE_TOKENS = 256  # an answer that is cut off is not cached
-KEY = f"sk-{secrets.token_hex(24)}"  # litellm will not start without; the other ways ignore it
+KEY = f"sk-{secrets.token_hex(24)}"  # litellm will not start without; the gateway ignores it
+_KEYS: dict[str, str] = {}  # of the bare runtime, by address
 Mode = Literal["bare", "cached"]
 
 
@@ -156,6 +157,7 @@ def _serve(folder: Path, mode: str) -> None:
     # Named as litellm's configuration names it; a gateway answers only for its own model.
     model = replace(service.model, name="device")
     service = replace(service, router=Always("device"), cache=cache, model=model)
+    key = service.device._headers["Authorization"].removeprefix("Bearer ")
     bare = str(service.device._chat).removesuffix("/v1/chat/completions")
     server = uvicorn.Server(
         uvicorn.Config(App(Gateway(service)), "127.0.0.1", 0, access_log=False, log_config=None, server_header=False)
@@ -166,7 +168,7 @@ def _serve(folder: Path, mode: str) -> None:
         while not server.started:
             await asyncio.sleep(0.02)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        print(json.dumps({"url": url, "bare": bare, "system": service.model.system_prompt}), flush=True)
+        print(json.dumps({"url": url, "bare": bare, "key": key, "system": service.model.system_prompt}), flush=True)
         await asyncio.to_thread(sys.stdin.read)
         server.should_exit = True
         await work
@@ -185,6 +187,7 @@ def _gateway(folder: Path, mode: Mode) -> Iterator[tuple[str, str, dict[str, str
     ) as process:
         assert process.stdout and process.stdin
         told = json.loads(next(line for line in process.stdout if line.startswith("{")))
+        _KEYS[told["bare"]] = told["key"]
         yield told["url"], told["bare"], {"role": "system", "content": told["system"]}
         process.stdin.close()
         process.wait(60)
@@ -194,7 +197,7 @@ def _gateway(folder: Path, mode: Mode) -> Iterator[tuple[str, str, dict[str, str
 def _litellm(bare: str, scratch: Path) -> Iterator[str]:
     python_of("litellm")
     config, port = scratch / "litellm.yaml", 8917
-    config.write_text(LITELLM.format(bare=bare, key=KEY))
+    config.write_text(LITELLM.format(bare=bare, bare_key=_KEYS[bare], key=KEY))
     command = [
         str(python_of("litellm").parent / "litellm"),
         "--config",
@@ -242,7 +245,7 @@ def _ask(
 ) -> httpx.Response:
     turns = [*([system] if system else []), {"role": "user", "content": question}]
     body = {"model": "device", "messages": turns, "max_tokens": max_tokens, "temperature": 0.0}
-    headers = {"Authorization": f"Bearer {KEY}"}
+    headers = {"Authorization": f"Bearer {_KEYS.get(url, KEY)}"}
     return client.post(f"{url}/v1/chat/completions", json=body, headers=headers).raise_for_status()
 
 

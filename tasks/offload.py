@@ -107,17 +107,21 @@ def _both_ends(params: Params, device: str) -> Iterator[Any]:
     verify(bundle)
     local = Serving(str(bundle / GGUF), profile.threads, profile.context_tokens)
     with httpx.Client() as client, LlamaServer(local) as own:
-        first = End(device, own.url, {"logprobs": True}, clock=own.cpu_seconds)
+        first = End(device, own.url, {"logprobs": True}, _bearer(own.key), clock=own.cpu_seconds)
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            headers = _bearer(key) if key else {}
             yield first, End("the edge server", str(edge.url), {"model": edge.model}, headers), client
             return
         folder = layout.compiled(edge.candidate, "gguf")
         verify(folder)
         remote = Serving(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
         with LlamaServer(remote) as other:
-            yield first, End("the edge server", other.url, clock=other.cpu_seconds), client
+            yield first, End("the edge server", other.url, headers=_bearer(other.key), clock=other.cpu_seconds), client
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:

@@ -1,13 +1,19 @@
-"""llama.cpp's own server on loopback, in a process of its own that ends with the one that started it."""
+"""llama.cpp's own server on loopback, in a process of its own that ends with the one that started it.
+
+Every local user, and every web page that this user opens, can send requests to a port of loopback. So each process has
+a random key, which it reads from its standard input: a command line and an environment can be read by others.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import queue
+import secrets
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,10 @@ class Serving:
 class LlamaServer:
     """Starts llama.cpp's server at once; `url` answers as soon as the constructor returns.
 
+    Attributes:
+        url: of the server, without `/v1`.
+        key: that requests have to bear; only `/health` answers without.
+
     Args:
         serving: what is served.
         deadline_s: for opening the model.
@@ -47,8 +57,9 @@ class LlamaServer:
     """
 
     def __init__(self, serving: Serving, deadline_s: float = 60.0) -> None:
+        self.key = secrets.token_urlsafe(32)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lilliput.serve.server", json.dumps(asdict(serving))],
+            [sys.executable, "-m", "lilliput.serve.server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -60,10 +71,17 @@ class LlamaServer:
         self._listener = threading.Thread(target=self._listen, args=(told,), daemon=True)
         self._listener.start()
         try:
+            self._send(json.dumps({"serving": asdict(serving), "key": self.key}))
             self.url = json.loads(told.get(timeout=deadline_s))["url"]
         except (queue.Empty, ValueError, KeyError):
             self.stop()
             raise ArtifactError(f"{serving.file}: llama.cpp's server did not start in {deadline_s:g} s") from None
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, which the listener hears
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
     def _listen(self, told: queue.SimpleQueue[str]) -> None:
         assert self._process.stdout is not None
@@ -89,7 +107,8 @@ class LlamaServer:
         self._listener.join()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):  # a line that the process did not read
+                pipe.close()
 
     def __enter__(self) -> LlamaServer:
         return self
@@ -98,7 +117,7 @@ class LlamaServer:
         self.stop()
 
 
-def _serve(serving: Serving) -> None:
+def _serve(serving: Serving, key: str) -> None:
     import xllamacpp
 
     engine: Any = xllamacpp  # compiled, and without types
@@ -107,7 +126,11 @@ def _serve(serving: Serving) -> None:
     params.n_ctx, params.n_parallel, params.n_gpu_layers = serving.context_tokens * serving.slots, serving.slots, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = serving.threads
     params.warmup, params.verbosity, params.use_jinja = False, 0, True
-    params.endpoint_metrics = True
+    params.api_keys = [key]
+    # llama.cpp grants every origin; the name of a host that cannot exist (RFC 2606) grants none. "null" would not do:
+    # it is the origin of pages in a sandbox.
+    params.cors_origins, params.cors_credentials = "http://nobody.invalid", False
+    params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = params.ui = False
     server = engine.Server(params)
     print(json.dumps({"url": server.listening_address}), flush=True)
     sys.stdin.read()  # until the other end is closed, whoever closed it
@@ -115,4 +138,5 @@ def _serve(serving: Serving) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Serving(**json.loads(sys.argv[1])))
+    _told = json.loads(sys.stdin.readline())
+    _serve(Serving(**_told["serving"]), _told["key"])

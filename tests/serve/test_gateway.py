@@ -396,7 +396,7 @@ def test_llama_cpp_s_own_server_stands_behind_it(served, stream):
     from lilliput.serve.ends import End
 
     application = app(Paper(), None if stream else Threshold(0.0), limits=Limits(max_tokens=6))
-    application.gateway.service.device = End(served.url, 30.0, clock=served.cpu_seconds)
+    application.gateway.service.device = End(served.url, 30.0, key=served.key, clock=served.cpu_seconds)
     [response] = ask(application, ASK | {"stream": stream, "stream_options": {"include_usage": True}})
     assert response.status_code == 200, response.text
     if stream:
@@ -411,8 +411,48 @@ def test_llama_cpp_s_own_server_stands_behind_it(served, stream):
     assert told["energy_j"] > 0
 
 
-def test_a_server_ends_when_it_is_stopped(served):
+def test_llama_cpp_s_server_answers_nobody_without_its_key_and_no_web_page(served):
+    from lilliput.serve.ends import End
+
+    body = {"messages": ASK["messages"], "content": "x", "prompt": "x", "max_tokens": 1, "n_predict": 1}
+    posts = ["/v1/chat/completions", "/completion", "/tokenize", "/apply-template", "/props", "/v1/embeddings"]
+    gets = ["/v1/models", "/models", "/props", "/slots", "/metrics", "/lora-adapters", "/api/tags"]
+    asked = [("POST", path) for path in posts] + [("GET", path) for path in gets]
+    foreign = {"Origin": "http://evil.example", "Host": "evil.example"}
+    with httpx.Client(base_url=served.url, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+
+        def send(method, path, headers):
+            return client.request(method, path, headers=foreign | headers, json=body if method == "POST" else None)
+
+        for headers in ({}, {"Authorization": "Bearer guess"}, {"x-api-key": "guess"}):
+            assert {path: send(method, path, headers).status_code for method, path in asked} == dict.fromkeys(
+                (path for _, path in asked), 401
+            )
+        known = {"Authorization": f"Bearer {served.key}"}
+        for path in ("/slots", "/metrics"):
+            assert send("GET", path, known).status_code == 501
+        assert send("POST", "/props", known).status_code == 501
+        assert send("GET", "/", {}).status_code == 404  # llama.cpp's own page
+        for method, path in [*asked, ("OPTIONS", "/v1/chat/completions"), ("GET", "/health")]:
+            allowed = send(method, path, known).headers
+            assert allowed.get("access-control-allow-origin") in (None, "http://nobody.invalid")
+            assert allowed.get("access-control-allow-credentials", "false") == "false"
+    asyncio.run(_answers(End(served.url, 30.0, key=served.key)))
+
+
+async def _answers(end):
+    request = {"messages": ASK["messages"], "max_tokens": 3}
+    assert (await end.ask(request))["usage"]["completion_tokens"] <= 3
+    assert await end.count_prompt(request) == (await end.ask(request))["usage"]["prompt_tokens"] > 5
+    assert await end.healthy()
+    await end.close()
+
+
+def test_the_key_is_in_neither_command_line_nor_environment(served):
     assert served.running
+    process = served._account
+    assert len(served.key) > 30
+    assert served.key not in " ".join([*process.cmdline(), *process.environ().values()])
 
 
 def test_a_file_that_is_no_model_is_told(tmp_path):
