@@ -37,7 +37,7 @@ class End:
     url: str
     body: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
-    clock: Callable[[], float] | None = None
+    clock: Callable[[], float | None] | None = None
 
 
 def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
@@ -132,5 +132,5 @@ def _post(client: httpx.Client, end: End, asked: dict[str, Any]) -> dict[str, An
     }
 
 
-def _read(clock: Callable[[], float] | None) -> float | None:
+def _read(clock: Callable[[], float | None] | None) -> float | None:
     return clock() if clock else None

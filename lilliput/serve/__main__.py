@@ -55,8 +55,8 @@ class Serving:
             log.error("a model's process has died; all are started anew")
             try:
                 await self.take_over()
-            except LilliputError as error:
-                log.error("it does not start: %s", error)
+            except Exception as error:  # whatever it was, it is tried again: nobody else would start the models
+                log.error("it does not start: %s: %s", type(error).__name__, error)
                 await asyncio.sleep(RESTART_S)
 
     def _open(self) -> Service:

@@ -26,7 +26,7 @@ from lilliput.serve.completions import (
     usage_of,
 )
 from lilliput.serve.costs import Spent
-from lilliput.serve.ends import End, EndFailed
+from lilliput.serve.ends import End, EndDown, EndFailed
 from lilliput.serve.router import Conditions, Decision, Place
 from lilliput.serve.service import Service
 
@@ -82,6 +82,10 @@ class Unanswered(Exception):
     """Neither device nor server gave a usable answer."""
 
 
+class Unavailable(Unanswered):
+    """The process of the device's model is not running; it is being started again."""
+
+
 class Computation:
     """Makes the answer to one request.
 
@@ -99,6 +103,7 @@ class Computation:
     def __init__(self, service: Service, chat: Chat, conditions: Conditions, caching: Caching, limits: Limits) -> None:
         self._service, self._chat, self._conditions = service, chat, conditions
         self._caching, self._limits = caching, limits
+        self._edge_failed = False
         self.spent = Spent()
 
     async def run(self) -> Answered:
@@ -107,10 +112,17 @@ class Computation:
         Raises:
             Overloaded: too many wait for the device.
             Unanswered: neither device nor server gave a usable answer.
+            Unavailable: likewise, because the device's process is not running.
             EndRefused: the request is at fault.
         """
         if hit := await self._cached():
             return hit
+        try:
+            return await self._routed()
+        except Unanswered as error:
+            return await self._instead_of_device(error)
+
+    async def _routed(self) -> Answered:
         router, question, looked = self._service.router, self._chat.question, None
         decision = await self.spent.thinking(lambda: router.before(question, self._conditions))
         if decision is None:
@@ -121,22 +133,35 @@ class Computation:
             try:
                 return await self._from_edge(decision)
             except EndFailed as error:  # the fallback is not stored: the router wants the server's answer
+                self._edge_failed = True
                 reason = f"{decision.reason}, but the edge server {error}"
                 return await self._from_device(Decision("device", decision.score, reason), looked, store=False)
         return await self._from_device(decision, looked)
 
-    async def _from_edge(self, decision: Decision) -> Answered:
+    async def _instead_of_device(self, error: Unanswered) -> Answered:
+        """The edge server's answer where the device has none, if the router sends anything there; it is not stored."""
+        rule = self._service.router.rule(self._chat.question, self._conditions)
+        if self._edge_failed or self._service.edge is None or rule == "device":
+            raise error
+        try:
+            return await self._from_edge(Decision("server", None, str(error)), store=False)
+        except EndFailed:
+            raise error from None
+
+    async def _from_edge(self, decision: Decision, *, store: bool = True) -> Answered:
         edge = self._service.edge
         if edge is None:
             raise EndFailed("is not there")
         request = self._request(edge)
         self.spent.up_bytes += len(json.dumps(request))
         if self._chat.stream:
-            return await _begun("server", decision, self._stored_at_end("server", self._edge_chunks(edge, request)))
+            chunks = self._edge_chunks(edge, request)
+            return await _begun("server", decision, self._stored_at_end("server", chunks) if store else chunks)
         with self.spent.on_edge():
             body = await edge.ask(request) | {"model": str(self._service.setting.edge)}
         self.spent.down_bytes += len(json.dumps(body))
-        await self._store("server", body)
+        if store:
+            await self._store("server", body)
         return Answered("server", decision, body)
 
     async def _edge_chunks(self, edge: End, request: Mapping[str, Any]) -> Chunks:
@@ -162,7 +187,7 @@ class Computation:
                 try:
                     return await device.ask(request) | {"model": self._service.model.name}  # not where its file is
                 except EndFailed as error:
-                    raise Unanswered(f"the device {error}") from None
+                    raise _no_device(error) from None
 
     async def _device_chunks(self) -> Chunks:
         device, request = self._service.device, self._request(self._service.device)
@@ -173,7 +198,7 @@ class Computation:
                         async for chunk in chunks:
                             yield chunk | {"model": self._service.model.name}
                 except EndFailed as error:
-                    raise Unanswered(f"the device {error}") from None
+                    raise _no_device(error) from None
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -260,6 +285,11 @@ class Computation:
             await asyncio.to_thread(lambda: cache.store(self._asked(cache), answer))
         except _CACHE_FAILS as error:
             log.error("the answer cache cannot be written, and the answer is not stored: %s", error)
+
+
+def _no_device(error: EndFailed) -> Unanswered:
+    message = f"the device {error}"
+    return Unavailable(f"{message}; it is being started again") if isinstance(error, EndDown) else Unanswered(message)
 
 
 async def _begun(place: Place, decision: Decision, chunks: Chunks) -> Answered:

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lilliput.errors import LilliputError
-from lilliput.serve.answering import Caching, Overloaded, Unanswered
+from lilliput.serve.answering import Caching, Overloaded, Unanswered, Unavailable
 from lilliput.serve.chat import Chat
 from lilliput.serve.doors import Doors, problem
 from lilliput.serve.ends import EndRefused
@@ -28,6 +28,7 @@ from lilliput.serve.router import Conditions
 
 Result = TypeVar("Result")
 GONE = 499  # the client; nobody reads this
+RESTART_S = 5  # what starting a model again takes, roughly
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class App:
         app = FastAPI(title="Lilliput gateway", lifespan=self._lifespan, docs_url=None, redoc_url=None)
         app.add_exception_handler(RequestValidationError, _invalid)
         app.add_exception_handler(HTTPException, _other)
+        app.add_exception_handler(Exception, _bug)
         for routes in (_looking_after(self), _listing(self), _chatting(self), _deploying(self), page):
             if routes is not None:
                 app.include_router(routes)
@@ -240,7 +242,9 @@ def _failure(error: Overloaded | Unanswered | EndRefused) -> JSONResponse:
         return _error(503, "too many requests wait for the device", "overloaded", {"Retry-After": "1"})
     if isinstance(error, EndRefused):
         return _error(400, str(error), "invalid_request_error")
-    return _error(502, str(error), "unanswered")
+    if isinstance(error, Unavailable):
+        return _error(503, str(error), "unavailable", {"Retry-After": str(RESTART_S)})
+    return _error(502, str(error), "unanswered", {"Retry-After": "1"})
 
 
 def _caching(cache_control: str) -> Caching:
@@ -285,3 +289,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
 async def _other(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _error(error.status_code, str(error.detail), "invalid_request_error", error.headers)
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    """The last resort; the traceback is in the log."""
+    return _error(500, f"an error of the gateway itself ({type(error).__name__}); its log has more", "internal_error")

@@ -52,15 +52,16 @@ class Spent:
         self.cpu_s: float | None = 0.0
         self.up_bytes = self.down_bytes = 0
         self.edge_s = 0.0
-        self._running: tuple[Callable[[], float], float] | None = None
+        self._running: tuple[Callable[[], float | None], float] | None = None
 
     @contextmanager
-    def on_device(self, clock: Callable[[], float] | None) -> Iterator[None]:
-        """Adds what `clock`, of CPU-seconds, advances; None says that nobody knows."""
-        if clock is None:
+    def on_device(self, clock: Callable[[], float | None] | None) -> Iterator[None]:
+        """Adds what `clock`, of CPU-seconds, advances; a clock or a reading of None says that it is not known."""
+        begun = clock() if clock else None
+        if clock is None or begun is None:
             self.cpu_s = None
         else:
-            self._running = (clock, clock())
+            self._running = (clock, begun)
         try:
             yield
         finally:
@@ -91,7 +92,8 @@ class Spent:
         if self.cpu_s is None or self._running is None:
             return self.cpu_s
         clock, begun = self._running
-        return self.cpu_s + clock() - begun
+        now = clock()
+        return None if now is None else self.cpu_s + now - begun
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ class EndFailed(Exception):
     """An end gave no usable answer; the message says what was the matter."""
 
 
+class EndDown(EndFailed):
+    """The process of an end is not running."""
+
+
 class EndRefused(Exception):
     """An end understood the request and will not serve it: the one who asked has to change it."""
 
@@ -51,6 +55,7 @@ class End:
         breaker: leaves a failing end alone for a while; None to try each time.
         transport: how it is reached; HTTP if None.
         clock: of the CPU-seconds that its process has used; None where that is not known.
+        running: whether its process is there; always, where that is not known.
     """
 
     def __init__(
@@ -62,9 +67,11 @@ class End:
         key: str | None = None,
         breaker: Breaker | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float | None] | None = None,
+        running: Callable[[], bool] = lambda: True,
     ) -> None:
         self.model, self.breaker, self.clock = model, breaker, clock
+        self._running = running
         self._timeout_s = timeout_s
         self._chat, self._count, self._health = (
             httpx.URL(url.rstrip("/") + path)
@@ -95,6 +102,7 @@ class End:
         """The chat completion to `request`.
 
         Raises:
+            EndDown: its process is not running.
             EndFailed: it is down, slow or lying.
             EndRefused: the request is at fault.
         """
@@ -167,6 +175,8 @@ class End:
     def _judged(self) -> Iterator[None]:
         """Lets a request pass if the breaker does, and tells it how that went."""
         breaker = self.breaker
+        if not self._running():
+            raise EndDown("is not running")
         if breaker is not None and not breaker.admits():
             raise EndFailed("was down")
         try:

@@ -53,7 +53,7 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             Setting(deployment.device, _policy(deployment), _edge_name(deployment), serving.link),
             Device(deployment.profile.watts_per_core, serving.battery_wh, deployment.links),
             Model(deployment.model.name, deployment.model.sha256, deployment.system_prompt),
-            End(device.url, DEVICE_TIMEOUT_S, key=device.key, clock=device.cpu_seconds),
+            End(device.url, DEVICE_TIMEOUT_S, key=device.key, clock=device.cpu_seconds, running=lambda: device.running),
             _edge(deployment, server),
             router,
             cache,
@@ -99,7 +99,9 @@ def _edge(deployment: Deployment, server: LlamaServer | None) -> End | None:
     config = deployment.serving.edge
     if config.url is not None:
         return End(config.url, config.timeout_s, model=config.model, key=os.environ.get(EDGE_KEY), breaker=Breaker())
-    return End(server.url, config.timeout_s, key=server.key, breaker=Breaker()) if server else None
+    if server is None:
+        return None
+    return End(server.url, config.timeout_s, key=server.key, breaker=Breaker(), running=lambda: server.running)
 
 
 def _edge_name(deployment: Deployment) -> str | None:

@@ -95,9 +95,12 @@ class LlamaServer:
         """Whether its process is there."""
         return self._process.poll() is None
 
-    def cpu_seconds(self) -> float:
-        """Those that its process has used."""
-        used = self._account.cpu_times()
+    def cpu_seconds(self) -> float | None:
+        """Those that its process has used; None once it has ended."""
+        try:
+            used = self._account.cpu_times()
+        except psutil.Error:
+            return None
         return used.user + used.system
 
     def stop(self) -> None:

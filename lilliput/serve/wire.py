@@ -29,6 +29,8 @@ class Wire(httpx.AsyncBaseTransport):
             httpx.TransportError: the other side is not there, or not in time.
         """
         limits = request.extensions["timeout"]
+        if self._session is not None and self._session.closed:
+            raise httpx.NetworkError("the connections are closed")
         with _translated():
             response = await self._opened().request(
                 request.method,
