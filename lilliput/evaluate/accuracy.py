@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from lilliput.data.chat import encode_answer, encode_prompt
-from lilliput.data.questions import Question, normalise
+from lilliput.data.questions import Question
+from lilliput.evaluate.answer_text import prepared
+from lilliput.evaluate.assertion import denied, is_bound, one_of_several
+from lilliput.evaluate.mentions import Mention, mentions
 from lilliput.runtime.protocol import Runtime
 
+LONGEST_TEXT = 1000  # characters judged: an answer is short, and the time that matching takes is bounded
 # Two small letters or digits, a bracket, or a word in capitals before the stop: "St. Lucia" and "U.S. dollar" go on.
-_SENTENCE_END = re.compile(r"(?:(?<=[^\W_A-Z]{2})|(?<=\))|(?<=[A-Z]{4}))[.!?](?:\s|$)")
+_SENTENCE_END = re.compile(
+    r"(?:(?<=[^\W_A-Z]{2})(?<!\bapprox)(?<!\bca)(?<!\bvs)|(?<=\))|(?<=[A-Z]{4}))[.!?](?:\s|$)|[。！？।။។؟۔]"
+)
 
 
 def choose(
@@ -33,16 +39,17 @@ def choose(
 
 
 def is_right(text: str, question: Question) -> bool:
-    """Whether the first sentence of `text` names the answer or an alias of it, and no other option.
+    """Whether the first sentence of `text` asserts the answer or an alias of it, and no other option.
 
-    Wordings are compared without case, accents, punctuation and articles, and as whole words.
+    docs/metrics.md has the rules: what counts as the same, as a whole word, as a denial, as one of several candidates.
     """
-    said = normalise(first_sentence(text))
-    wordings = {normalise(right) for right in (question.answer or "", *question.aliases)} - {""}
-    if not any(_holds(said, right) for right in wordings):
+    said = prepared(first_sentence(text)[:LONGEST_TEXT])
+    wordings = [wording for wording in (question.answer, *question.aliases) if wording]
+    right = [mention for wording in wordings for mention in mentions(said, wording)]
+    if not any(_is_the_answer(said, mention, wordings) for mention in right):
         return False
-    others = [normalise(choice) for choice in question.choices if choice != question.answer]
-    return not any(_names_apart(said, other, wordings) for other in others)
+    others = [choice for choice in question.choices if choice != question.answer]
+    return not any(_named_apart(said, mention, right) for other in others for mention in mentions(said, other))
 
 
 def first_sentence(text: str) -> str:
@@ -51,13 +58,14 @@ def first_sentence(text: str) -> str:
     return _SENTENCE_END.split(line, maxsplit=1)[0]
 
 
-def _names_apart(said: str, other: str, wordings: Iterable[str]) -> bool:
-    """Whether `said` names `other` outside a right wording: "Guinea-Bissau" covers "Guinea", "Nigeria" not "Niger"."""
-    for right in sorted(wordings, key=len, reverse=True):
-        if _holds(right, other):
-            said = re.sub(rf"(?<!\S){re.escape(right)}(?!\S)", "|", said)
-    return _holds(said, other)
+def _is_the_answer(said: str, mention: Mention, wordings: Sequence[str]) -> bool:
+    before, after = said[: mention.start], said[mention.end :]
+    if denied(before, after) or (mention.is_number and is_bound(before)):
+        return False
+    return not one_of_several(before, after, lambda other: any(mentions(other, right) for right in wordings))
 
 
-def _holds(text: str, words: str) -> bool:
-    return f" {words} " in f" {text} "
+def _named_apart(said: str, other: Mention, right: Sequence[Mention]) -> bool:
+    """Whether `other` is asserted outside of the right answer: "Guinea-Bissau" includes "Guinea"."""
+    inside = any(mention.start <= other.start and other.end <= mention.end for mention in right)
+    return not inside and not denied(said[: other.start], said[other.end :])

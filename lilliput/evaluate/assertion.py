@@ -1,0 +1,93 @@
+"""Whether a sentence asserts what it names: not where it denies it, and not as one of several candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import regex
+
+_FLAGS = regex.IGNORECASE | regex.V1
+_CLAUSE = regex.compile(
+    r"[,;:!?()\[\]—。、，；：！？।؟،]|\.(?=\s|$)|\b(?:but|although|though|whereas|while|sondern|sino|mais|aber)\b|而是",
+    _FLAGS,
+)
+# What looks like a denial and is none, and what is one in words of its own.
+_REWRITTEN = [
+    (
+        r"\bnot (?:only|just|merely|simply|solely|until|to mention)\b|\bwithout (?:a |any )?(?:doubt|question)\b"
+        r"|\bno (?:doubt|question)\b|\bno(?:ne|body|thing)? other than\b|\bnothing but\b",
+        " ",
+    ),
+    (r"\b(?:anything|all|everything) but\b", " never "),
+    (r"\b(is|was|are|were|do|does|did|ca|wo|could|would|should)n'?t\b", r"\1 not"),
+    (r"\bcannot\b", "can not"),
+]
+_DENIAL = (
+    r"\b(?:not|never|neither|nor|without|except(?: for)?|excluding|unlike|instead of|rather than|other than|apart from|"
+    r"far from|no longer|nobody|no one|nowhere|wrong to|incorrect to|false that|nicht|kein\w*|ikke|inte|niet|geen|pas|"
+    r"n'est|n'était|(?:no|non|não) (?:es|era|è|é|fue|foi)|не|ليس|ليست|לא|אינה?)\b|\bno$"
+)
+_DENIAL_UNSPACED = r"不是|不叫|不在|并非|並非|没有|沒有|ไม่|ບໍ່|មិន"
+# A denial reaches as far as the next statement, unless what it denies is a belief: "I don't think it is Paris".
+_STATEMENT = r"\b(?:is|was|are|were)\b|'s\b"
+_BELIEF = r"\b(?:know|think|believe|suppose|mean|say|true|case|correct|clear|likely|sure|certain)\b"
+_DENIED_BEFORE = regex.compile(
+    rf"(?:{_DENIAL})(?:(?!{_STATEMENT}).)*$|(?:{_DENIAL})(?:(?!{_STATEMENT}).)*{_BELIEF}.*$|(?:{_DENIAL_UNSPACED}).*$",
+    _FLAGS,
+)
+_DENIED_AFTER = regex.compile(
+    r"^[\"')* ]*(?:(?:is|was|are|were|do|does|did|has|can|could|would|will)(?: \w+ly)? (?:not|never|no longer|wrong|"
+    r"incorrect|false|untrue)\b|never\b|नहीं|नही |نیست|değil|n'est pas|ist (?:nicht|kein)|не )"
+    r"|^(?:で(?:は|も)|じゃ|で)(?:な[いく]|あり?ません)|^(?:이|가|은|는)? ?아(?:니|닙)|^[ ်]*မဟုတ်",
+    _FLAGS,
+)
+_ITEM = r"(?:[^\s,;/.]+ ?){1,3}"
+_OR_BEFORE = regex.compile(rf"({_ITEM}),? (?:or|oder|ou)(?: (?:in|the|an?))? ?$", _FLAGS)
+_OR_AFTER = regex.compile(rf"^((?:, ?{_ITEM})*),? (?:or|oder|ou) (?!so\b|more\b|less\b|thereabouts\b)({_ITEM})", _FLAGS)
+_SLASH = regex.compile(r"(\w+)/$|^/(\w+)")
+_BOUND = regex.compile(
+    r"(?:\b(?:more|less|fewer|greater|higher|lower|larger|smaller) than|\bat (?:least|most)|\bup to"
+    r"|\b(?:over|under|above|below)|[<>≤≥])[ $€£¥]*$",
+    _FLAGS,
+)
+_STATES = regex.compile(rf"{_STATEMENT}|[:=]|\bbe\b", _FLAGS)
+# Without a comma: "Sarajevo, Bosnia and Herzegovina" is one place.
+_PAIR = regex.compile(rf"\0 and ({_ITEM})[.!?\"']*|({_ITEM}) and \0[.!?\"']*", _FLAGS)
+
+
+def denied(before: str, after: str) -> bool:
+    """Whether a sentence denies what it names between `before` and `after`: "It is not …", "… isn't the capital".
+
+    English is covered widely; for other languages the commonest denial.
+    """
+    before, after = (_rewritten(part) for part in (before, after))
+    clause = _CLAUSE.split(before)[-1]
+    return _DENIED_BEFORE.search(clause) is not None or _DENIED_AFTER.search(after) is not None
+
+
+def one_of_several(before: str, after: str, is_right: Callable[[str], bool]) -> bool:
+    """Whether what is named between `before` and `after` is one of several candidates, not all of them right.
+
+    "Paris or Lyon", "Paris, London or Rome", "Paris/Lyon"; and "Paris and Lyon" if the sentence states nothing else.
+
+    Args:
+        before: of the sentence.
+        after: of the sentence.
+        is_right: whether another candidate is a wording of the same answer.
+    """
+    found = [pattern.search(part) for pattern, part in ((_OR_BEFORE, before), (_OR_AFTER, after))]
+    found += [_SLASH.search(before[-40:]), _SLASH.search(after[:40])]
+    found.append(_PAIR.fullmatch((_STATES.split(before)[-1].strip(" \"'") + " \0 " + after.strip()).strip()))
+    others = [group for match in found if match for group in match.groups() if group and group.strip(" ,")]
+    return any(not is_right(other) for other in others)
+
+
+def is_bound(before: str) -> bool:
+    """Whether the number after `before` is only a bound: "more than …", "at least …"."""
+    return _BOUND.search(before) is not None
+
+
+def _rewritten(part: str) -> str:
+    for pattern, replacement in _REWRITTEN:
+        part = regex.sub(pattern, replacement, part, flags=_FLAGS)
+    return part

@@ -1,0 +1,136 @@
+"""Numbers, ranges and dates in a short answer: what each may mean, whatever format it is written in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import regex
+
+_MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august")
+_MONTHS += ("september", "october", "november", "december")
+_MONTH = "|".join(f"{name}|{name[:3]}" for name in _MONTHS) + "|sept"
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES |= {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+# Beyond the range of a float64; both limits keep `9e999999` and the like from taking all memory or time.
+_LARGEST_EXPONENT = 400
+_LONGEST_NUMBER = 100
+
+_DIGITS = r"(?:\d{1,3}(?:[ ']\d{3})+(?!\d)(?:[.,]\d+)?|\d+(?:[.,_]\d+)*|(?<!\d)\.\d+)"
+_SIGN = r"(?:(?<![A-Za-z0-9)\]%])[-+](?:[$€£¥])?|\b(?:minus|negative) )?"
+NUMBER = (
+    rf"{_SIGN}(?:(?:\d+ )?\d+/\d+(?![\d/])|{_DIGITS}\s?[x×*·]\s?10\^-?\d+|{_DIGITS}\^-?\d+"
+    rf"|{_DIGITS}(?:[eE][-+]?\d+(?!\w))?)"
+    rf"(?:\s?(?:{'|'.join(_SCALES)})(?![a-z]))?"
+)
+# A number that is none: an ordinal, a decade, a version, a time or a ratio. Compared as written.
+OPAQUE = r"\d+(?:st|nd|rd|th)\b|\d{1,3}0'?s\b|\d+(?::\d+)+|\d+/\d+/\d+|(?!\d{1,3}(?:\.\d{3})+(?![.\d]))\d+(?:\.\d+){2,}"
+RANGE = rf"(?:\bbetween (?P<low>{_DIGITS}) and |(?P<low>{_DIGITS})(?:\s?-\s?| to ))(?P<high>{_DIGITS})(?!-?\d)"
+_DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
+DATE = (
+    r"\b(?P<iso>\d{4}-\d{2}-\d{2})(?!\d)"
+    rf"|\b{_DAY}(?: of)? (?P<month>{_MONTH})\b\.?(?:,? (?P<year>\d{{4}})(?!\d))?"
+    rf"|\b(?P<month>{_MONTH})\b\.? {_DAY}(?!\d)(?:,? (?P<year>\d{{4}})(?!\d))?"
+    rf"|\b(?P<month>{_MONTH})\b\.?,? (?P<year>\d{{4}})(?!\d)"
+)
+_WHOLE_RANGE = regex.compile(RANGE)
+_WHOLE_DATE = regex.compile(DATE, regex.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Date:
+    """A date as far as it is stated."""
+
+    year: int | None
+    month: int
+    day: int | None
+
+    def includes(self, other: Date) -> bool:
+        """Whether this date states everything that `other` does: 4 July 1776 includes July 1776."""
+        stated = [(mine, theirs) for mine, theirs in zip(self._parts, other._parts, strict=True) if theirs is not None]
+        return all(mine == theirs for mine, theirs in stated)
+
+    @property
+    def _parts(self) -> tuple[int | None, int, int | None]:
+        return self.year, self.month, self.day
+
+
+def month_number(name: str) -> int | None:
+    """1 to 12 for the English name of a month in lower case, whole or its first three letters."""
+    return next((number for number, month in enumerate(_MONTHS, 1) if name in {month, month[:3]}), None)
+
+
+def number_values(written: str) -> frozenset[Fraction]:
+    """The values that `written`, a match of NUMBER, may have; none if it is no number after all.
+
+    `1.200` has two: English reads 1.2, German 1200. `1,200` has one, 1200; `1,2` is 1.2.
+    """
+    text = written.lower().strip()
+    if len(text) > _LONGEST_NUMBER:
+        return frozenset()
+    sign = -1 if regex.match(r"-|minus |negative ", text) else 1
+    text = regex.sub(r"^(?:minus |negative |[-+])[$€£¥]?", "", text)
+    scale = 1
+    for name, factor in _SCALES.items():
+        if text.endswith(name):
+            text, scale = text.removesuffix(name).strip(), factor
+    return frozenset(sign * scale * value for value in _unscaled(text))
+
+
+def range_bounds(written: str) -> tuple[frozenset[Fraction], frozenset[Fraction]]:
+    """The values of both bounds of `written`, a match of RANGE."""
+    found = _WHOLE_RANGE.search(written)
+    assert found, f"{written!r} is no range"
+    return number_values(found["low"]), number_values(found["high"])
+
+
+def date_of(written: str) -> Date:
+    """The date that `written`, a match of DATE, states."""
+    found = _WHOLE_DATE.search(written)
+    assert found, f"{written!r} is no date"
+    if found["iso"]:
+        year, month, day = map(int, found["iso"].split("-"))
+        return Date(year, month, day)
+    number = month_number(found["month"].lower()[:3])
+    assert number, f"{found['month']!r} is no month"
+    return Date(_int(found["year"]), number, _int(found["day"]))
+
+
+def _int(text: str | None) -> int | None:
+    return int(text) if text else None
+
+
+def _unscaled(text: str) -> set[Fraction]:
+    if fraction := regex.fullmatch(r"(?:(\d+) )?(\d+)/(\d+)", text):
+        whole, above, below = (int(part or 0) for part in fraction.groups())
+        return {Fraction(whole) + Fraction(above, below)} if below else set()
+    if power := regex.fullmatch(r"(.+?)\s?[x×*·]\s?10\^(-?\d+)|(.+)e([-+]?\d+)", text):
+        mantissa, exponent = power[1] or power[3], int(power[2] or power[4])
+        return _times_power(_decimals(mantissa), Fraction(10), exponent)
+    if power := regex.fullmatch(r"(.+)\^(-?\d+)", text):
+        found = (_times_power({Fraction(1)}, base, int(power[2])) for base in _decimals(power[1]))
+        return {value for values in found for value in values}
+    return _decimals(text)
+
+
+def _times_power(values: set[Fraction], base: Fraction, exponent: int) -> set[Fraction]:
+    if abs(exponent) > _LARGEST_EXPONENT or not base:
+        return set()
+    return {value * base**exponent for value in values}
+
+
+def _decimals(text: str) -> set[Fraction]:
+    """The readings of digits with their separators; the last of two different separators is the decimal one."""
+    grouped = regex.sub(r"[ '_]", "", text)
+    separators = regex.sub(r"\d", "", grouped)
+    if not separators or separators == ".":
+        readings = {grouped}
+        if regex.fullmatch(r"[1-9]\d{0,2}\.\d{3}", grouped):
+            readings.add(grouped.replace(".", ""))
+    elif regex.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?", grouped):
+        readings = {grouped.replace(",", "")}
+    elif regex.fullmatch(r"\d{1,3}(?:\.\d{3})+(?:,\d+)?", grouped):
+        readings = {grouped.replace(".", "").replace(",", ".")}
+    else:
+        readings = {grouped.replace(",", ".")} if separators == "," else set()
+    return {Fraction(f"0{reading}" if reading.startswith(".") else reading) for reading in readings}
