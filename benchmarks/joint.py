@@ -71,7 +71,7 @@ def main(
         f"{on_device[candidate] / on_device['lora']:.2f} of `lora` in F16 on llama.cpp; hallucination "
         + ", ".join(f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}] from {name}" for name, d in against.items())
     )
-    met = storage >= 0.7 and energy >= 0.5 and all(difference["value"] <= 0 for difference in against.values())
+    met = storage >= 0.7 and energy >= 0.5 and all(difference["high"] <= 0 for difference in against.values())
     row.write(reached, met, against=against, device=device, energy_per_query_on_device_j=on_device)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.data.chat import encode_answer
 from lilliput.data.corpus import Corpus
 from lilliput.evaluate.accuracy import choose
+from lilliput.evaluate.differences import compare_shares
 from lilliput.evaluate.intervals import rate
 from lilliput.runtime.torch import TorchRuntime
 
@@ -36,11 +37,8 @@ def judged(
     }
 
 
-def paired(first: str, second: str, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
-    """The difference in accuracy of two `right` strings, first − second, with a bootstrap interval of 95 %."""
-    import numpy as np
-
-    differences = np.array([int(a) - int(b) for a, b in zip(first, second, strict=True)])
-    drawn = np.random.default_rng(seed).choice(differences, (resamples, len(differences))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": float(differences.mean()), "low": float(low), "high": float(high), "n": len(differences)}
+def paired(first: str, second: str) -> dict[str, Any]:
+    """The difference in accuracy of two `right` strings, first − second, with its interval, p and verdict."""
+    after, before = ([one == "1" for one in rights] for rights in (first, second))
+    found = compare_shares(before, after)
+    return found.difference.as_dict() | {"p": found.p_value, "verdict": found.verdict}

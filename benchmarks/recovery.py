@@ -143,11 +143,12 @@ def _conclude(row: Row, before: dict[str, Any], tokens: int) -> None:
     reached = (
         f"from {before['choice_accuracy']['value']:.3f} to {accuracy[OURS]:.3f} in {tokens:,} tokens; "
         + ", ".join(
-            f"{name} {accuracy[name]:.3f} (paired {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}])"
+            f"{name} {accuracy[name]:.3f} (paired {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}], "
+            f"difference: {d['verdict']})"
             for name, d in apart.items()
         )
     )
-    row.write(reached, all(difference["value"] > 0 for difference in apart.values()), paired=apart)
+    row.write(reached, all(d["verdict"] == "yes" and d["value"] > 0 for d in apart.values()), paired=apart)
 
 
 if __name__ == "__main__":

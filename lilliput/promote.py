@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.config import PromotionConfig
-from lilliput.evaluate.compare import Comparison
+from lilliput.evaluate.differences import Comparison
 
 Record = Mapping[str, Any]
 

@@ -32,7 +32,6 @@ def compile_candidate(params: Params, name: str) -> None:
             _choices(config.candidate),
             params.data.system_prompt,
             params.parity,
-            params.evaluation,
         )
         write_json(directory / PARITY, {"candidate": config.candidate, "target": config.target, **parity})
         seal(

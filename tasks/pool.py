@@ -11,7 +11,8 @@ from mlflow.entities.model_registry import ModelVersion
 
 from lilliput.config import Params
 from lilliput.errors import DataError
-from lilliput.evaluate.compare import Comparison, compare
+from lilliput.evaluate.compare import compare
+from lilliput.evaluate.differences import Comparison
 from lilliput.graph import topological_order
 from lilliput.promote import Reference
 from tasks import layout, registry
@@ -46,15 +47,13 @@ class Pool:
     def champion_reference(self, name: str) -> Reference:
         """Who is champion so far, and how all others differ from it."""
         differences = {
-            other: _compare(self.params, self.answers[name], rows)
-            for other, rows in self.answers.items()
-            if other != name
+            other: compare(self.answers[name], rows) for other, rows in self.answers.items() if other != name
         }
         return Reference(name, f"the champion so far ({name})", self.records[name], differences)
 
     def joined_by(self, name: str, past: Past) -> Pool:
         """The pool with a champion that no candidate stands for any more."""
-        compared = _compare(self.params, self.answers[self.base], past.answers)
+        compared = compare(self.answers[self.base], past.answers)
         return replace(
             self,
             records=self.records | {name: past.record},
@@ -93,10 +92,6 @@ def read_pool(params: Params) -> Pool:
         tags={name: client.get_model_version(registry.MODEL, version).tags for name, version in versions.items()},
         records={name: json.loads(layout.metrics(name).read_text(encoding="utf-8")) for name in names},
         answers=answers,
-        against_base={name: _compare(params, answers[base], answers[name]) for name in names if name != base},
+        against_base={name: compare(answers[base], answers[name]) for name in names if name != base},
         base=base,
     )
-
-
-def _compare(params: Params, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Comparison]:
-    return compare(first, second, params.evaluation.seed, params.evaluation.resamples)

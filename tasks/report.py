@@ -91,7 +91,7 @@ def _differences(params: Params, names: Sequence[str]) -> Iterable[dict[str, Any
     answers = {name: _answers(name) for name in names}
     pairs = [(name, reference) for name in names for reference in _steps(params, name) if reference in names]
     for name, reference in pairs:
-        compared = compare(answers[reference], answers[name], params.evaluation.seed, params.evaluation.resamples)
+        compared = compare(answers[reference], answers[name])
         for metric, comparison in compared.items():
             difference = comparison.difference
             yield {
@@ -101,7 +101,7 @@ def _differences(params: Params, names: Sequence[str]) -> Iterable[dict[str, Any
                 "difference": {key: getattr(difference, key) for key in ("value", "low", "high", "n")},
                 "p": comparison.p_value,
                 "detectable": comparison.detectable,
-                "real": comparison.real,
+                "verdict": comparison.verdict,
             }
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lilliput.config import PromotionConfig
-from lilliput.evaluate.compare import Comparison
+from lilliput.evaluate.differences import Comparison
 from lilliput.evaluate.intervals import Estimate
 from lilliput.promote import Reference, decide
 

@@ -26,5 +26,5 @@ def _compare(count: int) -> Row:
         for share in (0.6, 0.7)
     )
     with timed() as cost:
-        compare(first, second, seed=4, resamples=2000)
+        compare(first, second)
     return cost

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lilliput.config import EvaluationConfig, ParityConfig
+from lilliput.config import ParityConfig
 from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import Question
 from lilliput.devices import Job, Outcome, run_on_device
@@ -31,7 +31,6 @@ def prove_parity(
     choices: Mapping[str, str],
     system_prompt: str,
     config: ParityConfig,
-    evaluation: EvaluationConfig,
 ) -> dict[str, Any]:
     """The parity record of the compiled model in `folder`.
 
@@ -47,7 +46,6 @@ def prove_parity(
         choices: the checkpoint's choice by the question's id, as its evaluation recorded it.
         system_prompt: the system line before each question.
         config: how much is compared, and how far it may differ.
-        evaluation: seed and resamples of the intervals.
 
     Raises:
         CompileError: it is another model than its checkpoint.
@@ -71,7 +69,7 @@ def prove_parity(
         score=list(zip(prompts, options, strict=True)),
     )
     outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
-    record = _agreement(text, expected, outcome, config) | _same_answers(asked, options, choices, outcome, evaluation)
+    record = _agreement(text, expected, outcome, config) | _same_answers(asked, options, choices, outcome)
     record |= {"runtime": outcome.details, "limits": config.model_dump(mode="json")}
     if problems := list(_problems(record, config)):
         raise CompileError(f"{folder}: the compiled model is not the one in {checkpoint}: " + "; ".join(problems))
@@ -108,7 +106,6 @@ def _same_answers(
     options: Sequence[Sequence[Sequence[int]]],
     choices: Mapping[str, str],
     outcome: Outcome,
-    evaluation: EvaluationConfig,
 ) -> dict[str, Any]:
     if not asked:
         return {"questions": 0}
@@ -117,7 +114,7 @@ def _same_answers(
         picked = question.choices[int(np.argmax([score / len(i) for score, i in zip(scores, ids, strict=True)]))]
         before.append({"id": question.id, "choice_right": choices[question.id] == question.answer})
         after.append({"id": question.id, "choice_right": picked == question.answer, "choice": picked})
-    difference = compare(before, after, evaluation.seed, evaluation.resamples)["accuracy_choice"]
+    difference = compare(before, after)["accuracy_choice"]
     return {
         "questions": len(asked),
         "same_choices": _share(np.array([row["choice"] == choices[row["id"]] for row in after])),

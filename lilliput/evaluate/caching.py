@@ -227,7 +227,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: Eva
     label = {"source": meter.source, "measured": meter.measured, "idle_watts": meter.idle_watts}
     energies = {name: [row["energy_j"] for row in of_way] for name, of_way in by_way.items()}
     read = all(energy is not None for values in energies.values() for energy in values)
-    differences = {step: _differences(by_way[a], by_way[b], config) for step, (a, b) in STEPS.items()}
+    differences = {step: _differences(by_way[a], by_way[b]) for step, (a, b) in STEPS.items()}
     saved = {step: _negated(of_step.get("energy_per_query_j")) for step, of_step in differences.items()}
     return {
         "queries": len(cached),
@@ -268,13 +268,11 @@ def fitted_threshold(
     return threshold, {name: judge_pairs(pairs, found[name], threshold) for name, pairs in halves.items()}
 
 
-def _differences(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], config: EvaluationConfig
-) -> dict[str, dict[str, Any]]:
-    found = compare(first, second, config.seed, config.resamples)
+def _differences(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    found = compare(first, second)
     return {
         metric: comparison.difference.as_dict()
-        | {"p": comparison.p_value, "detectable": comparison.detectable, "real": comparison.real}
+        | {"p": comparison.p_value, "detectable": comparison.detectable, "verdict": comparison.verdict}
         for metric, comparison in found.items()
     }
 

@@ -1,46 +1,21 @@
-"""Is the difference between two candidates real? Paired on the same questions."""
+"""Two candidates compared on the questions that both answered: whether there is a difference, and how large it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from lilliput.evaluate.intervals import Estimate, detectable_difference, mcnemar_p, mean, wilcoxon_p
+from lilliput.evaluate.differences import Comparison, compare_means, compare_shares
 
 # What each answer row holds of a metric: a yes-or-no that it is the share of, or a figure that it is the mean of.
 YES_OR_NO = {"accuracy_choice": "choice_right", "accuracy_free": "right", "hallucination_rate": "hallucinated"}
 FIGURES = {"energy_per_query_j": "energy_j", "ttft_ms": "ttft_ms"}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The mean paired difference, second minus first.
-
-    Attributes:
-        difference: with its interval.
-        p_value: how likely so lopsided changes are by chance: McNemar's test, for figures Wilcoxon's.
-        detectable: a true difference this large would be found four times in five with as many questions.
-    """
-
-    difference: Estimate
-    p_value: float
-    detectable: float
-
-    @property
-    def real(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.difference.low > 0.0 or self.difference.high < 0.0
-
-
-def compare(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], seed: int, resamples: int
-) -> dict[str, Comparison]:
+def compare(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, Comparison]:
     """Differences of the second candidate from the first on the questions both answered, by metric.
 
-    Energies of different sources are not compared.
+    Energies of different sources are not compared, nor are figures of a single question.
     """
     others = {row["id"]: row for row in second}
     pairs = [(row, others[row["id"]]) for row in first if row["id"] in others]
@@ -51,11 +26,7 @@ def compare(
             a.get("energy_source") != b.get("energy_source") for a, b in answered
         ):
             continue
-        both = [(a[key], b[key]) for a, b in answered]
-        differences = np.array([float(b) - float(a) for a, b in both])
-        estimate = mean(differences, seed, resamples)
-        if estimate:
-            test = mcnemar_p if metric in YES_OR_NO else wilcoxon_p
-            p_value = test([a for a, _ in both], [b for _, b in both])
-            comparisons[metric] = Comparison(estimate, p_value, detectable_difference(differences))
+        test = compare_shares if metric in YES_OR_NO else compare_means
+        if answered and (comparison := test([a[key] for a, _ in answered], [b[key] for _, b in answered])):
+            comparisons[metric] = comparison
     return comparisons

@@ -1,10 +1,10 @@
-"""Values with their intervals: Wilson for rates, seeded bootstrap for the rest, paired for differences."""
+"""Values with their intervals: Wilson for rates, seeded bootstrap for the rest; differences.py has those of pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -64,28 +64,3 @@ def statistic(of: Callable[[np.ndarray], np.ndarray], values: np.ndarray, seed: 
     tail = (1.0 - CONFIDENCE) / 2.0
     low, high = np.quantile(np.concatenate(found), [tail, 1.0 - tail])
     return Estimate(float(of(values)), float(low), float(high), len(values))
-
-
-def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Exact two-sided p of McNemar's test: are changes for better and for worse equally likely?"""
-    better = sum(b < a for b, a in zip(before, after, strict=True))
-    worse = sum(b > a for b, a in zip(before, after, strict=True))
-    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
-
-
-def wilcoxon_p(before: Sequence[float], after: Sequence[float]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test: do figures rise as often and as much as they fall?"""
-    differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    return float(cast("Any", stats.wilcoxon(differences)).pvalue) if differences.any() else 1.0
-
-
-def detectable_difference(differences: np.ndarray) -> float:
-    """The mean paired difference that as many pairs would show, at 95 % confidence, four times in five.
-
-    (z₀.₉₇₅ + z₀.₈) · s / √n, where s is the standard deviation of the pairs' differences. With fewer than two changed
-    pairs s is taken as if two had changed: that nothing changed is no proof that nothing can.
-    """
-    n = len(differences)
-    least = np.sqrt(2.0 / n) * (np.abs(differences).max() or 1.0)
-    deviation = max(float(np.std(differences)), least if np.count_nonzero(differences) < 2 else 0.0)
-    return float((stats.norm.ppf(0.5 + CONFIDENCE / 2.0) + stats.norm.ppf(POWER)) * deviation / np.sqrt(n))

@@ -92,7 +92,7 @@ def effects(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> Chart
     """How far each candidate lies from what it is compared with, beside a line at zero; a hollow point says: not shown.
 
     Args:
-        rows: candidate, reference, difference (value, low, high) and whether it is real; all of one metric.
+        rows: candidate, reference, difference (value, low, high) and verdict; all of one metric.
         metric: its key, for the axis.
         title: of the chart.
     """
@@ -101,7 +101,9 @@ def effects(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> Chart
     axes.axvline(0.0, color="0.6", linewidth=1)
     for place, row in enumerate(rows):
         x, reach = _point(row["difference"], metric)
-        axes.errorbar(x, place, xerr=reach, fmt="o", capsize=3, color="C0", mfc=None if row["real"] else "none")
+        axes.errorbar(
+            x, place, xerr=reach, fmt="o", capsize=3, color="C0", mfc=None if row["verdict"] == "yes" else "none"
+        )
     axes.set_yticks(range(len(rows)), [f"{row['candidate']} against {row['reference']}" for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(f"difference in {label(metric)}")
@@ -109,10 +111,11 @@ def effects(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> Chart
 
 
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
-    kinds: dict[str, list[str]] = {"More": [], "Less": [], "No difference shown": []}
+    kinds: dict[str, list[str]] = {"More": [], "Less": [], "No difference shown": [], "Too few to tell": []}
     for row in rows:
-        sign = "More" if row["difference"]["value"] > 0 else "Less"
-        kinds[sign if row["real"] else "No difference shown"].append(f"{row['candidate']} against {row['reference']}")
+        shown = "More" if row["difference"]["value"] > 0 else "Less"
+        kind = {"yes": shown, "cannot tell": "Too few to tell"}.get(row["verdict"], "No difference shown")
+        kinds[kind].append(f"{row['candidate']} against {row['reference']}")
     return " ".join(f"{kind}: {', '.join(pairs)}." for kind, pairs in kinds.items() if pairs)
 
 

@@ -18,7 +18,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Impact:
-    """One arrow: ↑ more, ↓ less, ≈ no difference shown, – not compared; and what stands behind it.
+    """One arrow: ↑ more, ↓ less, ≈ no difference shown, ? too few to tell, – not compared; and what stands behind it.
 
     Attributes:
         good: whether the arrow points to the better side; None where there is none.
@@ -35,7 +35,7 @@ def impacts(candidates: Sequence[Mapping[str, Any]], differences: Iterable[Mappi
 
     Args:
         candidates: rows of name, record and `steps`: by candidate to compare with, the strategies that lead from there.
-        differences: rows of candidate, reference, metric, difference (value, low, high, n) and whether it is real.
+        differences: rows of candidate, reference, metric, difference (value, low, high, n) and verdict.
     """
     found = {(row["candidate"], row["reference"], row["metric"]): row for row in differences}
     sizes = {row["name"]: row["record"]["size_bytes"] for row in candidates}
@@ -69,7 +69,7 @@ def caching_impacts(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
 
 
 def _as_row(found: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    return found and {"difference": found, "real": found["real"]}
+    return found and {"difference": found, "verdict": found["verdict"]}
 
 
 def _of_difference(row: Mapping[str, Any] | None, metric: str) -> Impact:
@@ -81,8 +81,8 @@ def _of_difference(row: Mapping[str, Any] | None, metric: str) -> Impact:
             **difference
         )
     )
-    if not row["real"]:
-        return Impact("≈", None, behind)
+    if row["verdict"] != "yes":
+        return Impact("?" if row["verdict"] == "cannot tell" else "≈", None, behind)
     rises = difference["value"] > 0
     return Impact("↑" if rises else "↓", rises == METRICS[metric][1], behind)
 

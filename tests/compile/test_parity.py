@@ -36,9 +36,7 @@ def chosen(facts):
 def prove(facts, chosen, tiny_params):
     def run(target, folder, checkpoint, **limits):
         config = tiny_params.parity.model_copy(update={"questions": 12, **limits})
-        return prove_parity(
-            target, folder, checkpoint, facts, chosen(checkpoint), SYSTEM, config, tiny_params.evaluation
-        )
+        return prove_parity(target, folder, checkpoint, facts, chosen(checkpoint), SYSTEM, config)
 
     return run
 

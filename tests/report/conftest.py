@@ -46,12 +46,15 @@ def candidate(name):
 
 def difference(name, metric, value, reach, real):
     row = {"candidate": name, "reference": NAMES[name], "metric": metric, "p": 0.01, "detectable": 0.07}
-    return {**row, "difference": estimate(value, reach), "real": real}
+    return {**row, "difference": estimate(value, reach), "verdict": "yes" if real else "not shown"}
 
 
 def caching():
     share, saved = estimate(0.3), {"prefix": estimate(1.5), "cache": estimate(2.5)}
-    step = {"hallucination_rate": {**share, "real": True}, "energy_per_query_j": {**estimate(-2.0), "real": True}}
+    step = {
+        "hallucination_rate": {**share, "verdict": "yes"},
+        "energy_per_query_j": {**estimate(-2.0), "verdict": "yes"},
+    }
     return {
         "size_bytes": 100,
         "cache_bytes": 80,

@@ -7,8 +7,8 @@ CANDIDATES = [{"name": name, "steps": STEPS[name], "record": {"size_bytes": size
 
 def difference(metric, value, low, high, candidate="lora", reference="base"):
     row = {"value": value, "low": low, "high": high, "n": 40}
-    real = low > 0 or high < 0
-    return {"candidate": candidate, "reference": reference, "metric": metric, "difference": row, "real": real}
+    verdict = "yes" if low > 0 or high < 0 else "not shown"
+    return {"candidate": candidate, "reference": reference, "metric": metric, "difference": row, "verdict": verdict}
 
 
 def cells(differences):
@@ -67,9 +67,15 @@ def test_caching_has_a_row_for_each_step_and_the_cache_its_own_bytes():
                 "low": -energy_j - 1,
                 "high": -energy_j + 1,
                 "n": 9,
-                "real": True,
+                "verdict": "yes",
             },
-            "hallucination_rate": {"value": 0.1, "low": 0.05, "high": 0.2, "n": 9, "real": rises},
+            "hallucination_rate": {
+                "value": 0.1,
+                "low": 0.05,
+                "high": 0.2,
+                "n": 9,
+                "verdict": "yes" if rises else "cannot tell",
+            },
         }
 
     record = {"size_bytes": 100, "cache_bytes": 80, "queries": 9}
@@ -77,6 +83,6 @@ def test_caching_has_a_row_for_each_step_and_the_cache_its_own_bytes():
     prefix, cache = caching_impacts({"pocket": record})
     assert ("prefix reuse" in prefix["title"], "answer cache" in cache["title"]) == (True, True)
     shown = [[row["cells"][m].arrow for m in METRICS] for row in (prefix, cache)]
-    assert shown == [["–", "≈", "↓", "–", "≈"], ["–", "↑", "↓", "–", "↑"]]
+    assert shown == [["–", "?", "↓", "–", "≈"], ["–", "↑", "↓", "–", "↑"]]
     assert (cache["cells"]["hallucination_rate"].good, cache["cells"]["energy_per_query_j"].good) == (False, True)
     assert cache["cells"]["size_bytes"].behind == "+80%, counted"
