@@ -40,6 +40,7 @@ from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
 from lilliput.redaction import redacted
 from tasks.fit import IGNORE, require_memory, too_large
+from tasks.moved import follow
 
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
@@ -72,6 +73,7 @@ def democratize(
 
 
 def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str]:
+    follow()
     lineage = Lineage(folder)
     _require_machine(lineage, folder, only)
     states, failed = run_stages(lineage.stages(only), lineage, crew)

@@ -101,12 +101,14 @@ def running(home: Path) -> dict[str, Any] | None:
     """What is known of the gateway's process in `home`; None if there is none."""
     try:
         known = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
-        command = psutil.Process(known["pid"]).cmdline()
+        process = psutil.Process(known["pid"])
+        command, folder = process.cmdline(), Path(process.cwd())
     except (FileNotFoundError, ValueError, psutil.Error):
         return None
     # Not another of the same number. When it was started does not tell: that changes when the clock is set.
     same = "lilliput.serve" in command and any(Path(argument).name == home.name for argument in command)
-    return known if same else None
+    # Nor the gateway of the project that this one was copied from: its file was copied, too.
+    return known if same and folder == PROJECT else None
 
 
 def _take_over(home: Path) -> str:
@@ -124,7 +126,9 @@ def _take_over(home: Path) -> str:
 
 def _start(home: Path, host: str, port: int) -> str:
     """Starts a gateway that outlives this process; its address once it answers."""
-    command = [sys.executable, "-m", "lilliput.serve", str(home.absolute()), "--host", host, "--port", str(port)]
+    # Relative where it can be: a gateway whose project is moved finds its files in the new place.
+    place = home.absolute().relative_to(PROJECT) if home.absolute().is_relative_to(PROJECT) else home.absolute()
+    command = [sys.executable, "-m", "lilliput.serve", str(place), "--host", host, "--port", str(port)]
     log = home / "gateway.log"
     with log.open("ab") as stream:
         began = stream.tell()

@@ -14,6 +14,7 @@ from flows.lineage import Lineage
 from flows.show import print_summary
 from flows.workspace import alone_in, open_workspace
 from lilliput.errors import LilliputError
+from tasks.moved import follow
 
 
 def answered(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
@@ -38,6 +39,7 @@ def answered(arguments: Sequence[str], environment: Mapping[str, str] = os.envir
             if not lineage.unchanged():
                 return False
             stages = lineage.stages()
+            follow()
     except (argparse.ArgumentError, LilliputError, DvcException):
         return False
     print_summary(folder, {stage.name: "Cached" for stage in stages})

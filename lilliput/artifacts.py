@@ -21,6 +21,7 @@ from lilliput.errors import ArtifactError
 from lilliput.untrusted import require_harmless
 
 MANIFEST = "lilliput.json"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 HISTORY = "history.json"
 ADAPTER = "adapter"
 PARITY = "parity.json"
@@ -101,6 +102,14 @@ def written_aside(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` another name of the file `source`, or a copy of it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def remove(directory: Path) -> None:

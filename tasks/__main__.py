@@ -27,6 +27,7 @@ from tasks.deadline import deadline
 from tasks.environment import prepare, require_usable_environment
 from tasks.folder import alone_here, started_by_flow
 from tasks.machine import end_with_stdin, machine_for
+from tasks.moved import follow
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]
@@ -146,6 +147,7 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
             require_room(Path())  # there would be none for a log either
             if module != "simulate":  # which reads what is there, for as long as it likes
                 held.enter_context(alone_here())
+            follow()  # here, where the terminal shows what it says
             _work(stage, module, function, name, *options)
         except LilliputError as error:
             print(f"\n{ERROR}{stage}: {error}", file=sys.stderr)

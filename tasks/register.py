@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -16,15 +15,13 @@ from lilliput.config import Params
 from lilliput.errors import ArtifactError
 from lilliput.graph import topological_order
 from lilliput.report.card import model_card
-from tasks import layout, registry, run_metrics
+from tasks import creating, layout, model_folder, registry, run_metrics
 from tasks.caching import caching_record
 from tasks.compile import device_record
 from tasks.lineage_tags import dvc_hashes, git_commit
 from tasks.reign import MEASURED_TAG, measured_how
 
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
-CHECKPOINT = "checkpoint"
-CONTEXT_TOKENS = 2048  # of prompt and answer, where a registered model is opened in its compiled form
 
 
 @registry.in_reach()
@@ -38,16 +35,16 @@ def register(params: Params) -> None:
         RegistryError: MLflow does not answer, or refuses.
     """
     client = registry.client()
-    registry.ensure_model(client)
-    experiment = registry.experiment_id(client)
+    creating.ensure_model(client)
+    experiment = creating.experiment_id(client)
     ready = {name: record for name in topological_order(params) if (record := _evaluated(name))}
-    known = {name: registry.find_version(client, file_sha256(layout.metrics(name))) for name in ready}
+    known = {name: creating.find_version(client, file_sha256(layout.metrics(name))) for name in ready}
     batch = _batch()
     versions = {}
     for name, record in ready.items():
         version = known[name] or _register_one(client, experiment, batch, params, name, record)
-        versions[name] = {"version": version, "run_id": client.get_model_version(registry.MODEL, version).run_id}
-        registry.add_mlmodel(client, version, _answering(params, name))
+        versions[name] = {"version": version, "run_id": creating.run_of(client, version)}
+        model_folder.add_model(client, version, params, name)
         registry.tell(version, {registry.DVC_TAG: json.dumps(dvc_hashes(name))})
         if caching := caching_record(params, name):
             registry.add_metrics(client, version, layout.caching(name), run_metrics.of_caching(caching))
@@ -90,9 +87,11 @@ def _register_one(
     cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
     card = model_card(manifest, record, params.data.system_prompt)
     tags = {**_four_metrics(record), **_lineage(name, manifest), registry.DVC_TAG: json.dumps(dvc_hashes(name))}
-    same = {registry.EVALUATION_TAG: file_sha256(layout.metrics(name))}
-    told = {**batch, "mlflow.note.content": card}
-    run_id = registry.find_or_create_run(client, experiment, name, same, told).info.run_id
+    evaluation = file_sha256(layout.metrics(name))
+    told = {**batch, "mlflow.note.content": creating.shortened(card, creating.RUN_TAG_CHARS)}
+    run_id = creating.find_or_create_run(
+        client, experiment, name, {creating.EVALUATION_TAG: evaluation}, told
+    ).info.run_id
     registry.log_run(
         client,
         run_id,
@@ -105,37 +104,14 @@ def _register_one(
     for file in (layout.PARAMS, layout.metrics(name), layout.answers(name)):
         client.log_artifact(run_id, str(file))
     client.set_terminated(run_id)
-    evaluated = same | {MEASURED_TAG: json.dumps(measured_how(params))}
-    version = client.create_model_version(
-        registry.MODEL,
-        source=registry.mlmodel_uri(client, run_id),
+    return creating.create_version(
+        client,
+        evaluation,
+        source=model_folder.model_uri(client, run_id),
         run_id=run_id,
-        tags=tags | evaluated,
+        tags=tags | {MEASURED_TAG: json.dumps(measured_how(params))},
         description=f"**{name}**: {card.removeprefix(f'# {name}').strip()}",  # its first line is all that lists show
     )
-    return str(version.version)
-
-
-def _answering(params: Params, name: str) -> dict[str, Any]:
-    """What tasks/answering.py has to know: where the forms of `name` lie, and how it is asked."""
-    compiled = {
-        config.target: layout.compiled(name, config.target)
-        for key, config in params.compile.items()
-        if config.candidate == name and device_record(params, key)
-    }
-    forms = {
-        form: {"folder": str(folder), "sha256": read_manifest(folder).artifact_sha256}
-        for form, folder in {CHECKPOINT: layout.model(name), **compiled}.items()
-    }
-    return {
-        "project": str(Path.cwd()),
-        "form": next((form for form in ("gguf", "onnx") if form in forms), CHECKPOINT),
-        "forms": forms,
-        "system_prompt": params.data.system_prompt,
-        "max_new_tokens": params.evaluation.max_new_tokens,
-        "threads": params.evaluation.timed_threads,
-        "context_tokens": CONTEXT_TOKENS,
-    }
 
 
 def _four_metrics(record: dict[str, Any]) -> dict[str, str]:
@@ -154,7 +130,7 @@ def _lineage(name: str, manifest: Manifest) -> dict[str, str]:
         "lilliput.strategy": manifest.strategy,
         "lilliput.parent": str(manifest.parent),
         "lilliput.parent_sha256": str(manifest.parent_sha256),
-        "lilliput.artifact": layout.model(name).absolute().as_uri(),
+        "lilliput.artifact": str(layout.model(name)),
         registry.ARTIFACT_TAG: manifest.artifact_sha256,
     }
     if commit := git_commit():

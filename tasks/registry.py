@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,35 +12,24 @@ from typing import Any
 import mlflow
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from lilliput.artifacts import MANIFEST, PARITY, disk_is_full, file_sha256, written_aside
+from lilliput.artifacts import MANIFEST, PARITY, disk_is_full, file_sha256
 from lilliput.errors import ArtifactError, ConfigError, RegistryError
-from lilliput.redaction import has_credentials, redacted
+from lilliput.redaction import redacted
 from tasks import layout
-from tasks.mlflow_view import VIEW_TAG, four_metrics_view
+from tasks.creating import MODEL, registered_model, run_of, shortened
+from tasks.moved import follow
+from tasks.store import embedded_uri, prepare, sqlite_file, tracking_uri
 
-MODEL = "lilliput"
-EXPERIMENT = "lilliput"
-SEARCHES = "searches"
 CHAMPION, CHALLENGER, PREVIOUS = "champion-", "challenger-", "previous-"
 ARTIFACT_TAG = "lilliput.artifact_sha256"
 DVC_TAG = "lilliput.dvc"  # DVC's hash of each folder the version comes from or is
-EVALUATION_TAG = "lilliput.evaluation_sha256"
-MLMODEL = "model"
-MLMODEL_TAG = "lilliput.mlmodel_sha256"
-ANSWERING = Path(__file__).with_name("answering.py")
 PATIENCE_S = 120.0
-_NOTES = {
-    EXPERIMENT: "One run a candidate of the compression graph: its evaluation, what making it cost, what devices made "
-    "of it. *Views > Four metrics* compares them; the tag `lilliput.run` says what was registered together. Energy is "
-    "an estimate unless `energy_source` names a counter. Champions: the registered model `lilliput`.",
-    SEARCHES: "One run a search of sequences of strategies, with a run a trial beneath it.",
-}
-_DATABASE = layout.MLRUNS / "mlflow.db"
-_NEEDED = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
+# MLflow's limits of one call, and of the value of a param.
+_METRICS_PER_CALL, _PARAMS_PER_CALL, _PARAM_CHARS = 1000, 100, 6000
 # An alias that is not there is told as either, depending on the store.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 # MLflow would try for four minutes, and for sixteen where a server takes calls and gives no answer.
@@ -51,6 +37,15 @@ _HTTP_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_T
 # Whose exceptions say that the store failed: MLflow's own, and those it lets through.
 _OF_STORE = ("mlflow", "sqlalchemy", "requests", "urllib3", "boto3", "botocore")
 _AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "IO_ERROR")
+# What to do about a refusal, by its error code or a part of its text.
+_REMEDIES = {
+    "RESOURCE_DOES_NOT_EXIST": "Something was deleted there after it was registered. "
+    "`dvc repro -f -s register promote` registers the candidates again",
+    "ENDPOINT_NOT_FOUND": "Another program answers at this address, or an older MLflow; correct MLFLOW_TRACKING_URI",
+    "not in a valid JSON format": "Another program than MLflow answers at this address; correct MLFLOW_TRACKING_URI",
+    "database schema": "Another version of MLflow has written this database. If a newer one, use that version; if an "
+    "older one, make a copy of the database and run `mlflow db upgrade` with its address",
+}
 _OURS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")  # a bug, which keeps its traceback
 
 
@@ -63,10 +58,12 @@ def client() -> MlflowClient:
     for variable, value in _HTTP_PATIENCE.items():
         os.environ.setdefault(variable, value)
     address = tracking_uri()
-    if address == _embedded() and not _DATABASE.exists():
-        _make_store()
+    prepare(address)
+    if database := sqlite_file(address):
+        follow(database)
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)  # models go where the runs go, also for `mlflow.pyfunc.load_model`
     mlflow.set_tracking_uri(address)
-    return MlflowClient()
+    return MlflowClient(address, address)
 
 
 @contextmanager
@@ -84,95 +81,20 @@ def in_reach() -> Iterator[None]:
         code = error.error_code if isinstance(error, MlflowException) else "TEMPORARILY_UNAVAILABLE"
         if code in _OURS:
             raise
-        said = " ".join(redacted(str(error)).split())[:300]
-        if code not in _AWAY:
-            raise RegistryError(f"MLflow at {tracking_uri()} refuses ({code}): {said}") from error
+        message = " ".join(redacted(str(error)).split())[:300]
+        remedy = next((remedy for words, remedy in _REMEDIES.items() if words in str(error) or words == code), None)
+        if code not in _AWAY or (remedy and code == "INTERNAL_ERROR"):
+            advice = f"\n{remedy}" if remedy else ""
+            raise RegistryError(f"MLflow at {tracking_uri()} refuses ({code}): {message}{advice}") from error
         raise RegistryError(
-            f"MLflow at {tracking_uri()} does not answer: {said}\nNothing is lost: results are kept, and the same "
+            f"MLflow at {tracking_uri()} does not answer: {message}\nNothing is lost: results are kept, and the same "
             "command logs them when MLflow is back",
             temporary=True,
         ) from error
 
 
 def _own_disk_is_full(error: Exception) -> bool:
-    return tracking_uri() == _embedded() and disk_is_full(error)
-
-
-def tracking_uri() -> str:
-    """Where runs and versions are kept.
-
-    Raises:
-        ConfigError: MLFLOW_TRACKING_URI holds a user or a password, which MLflow would repeat in errors and records.
-    """
-    if layout.is_workspace(Path.cwd()):
-        return _embedded()
-    address = os.environ.get("MLFLOW_TRACKING_URI", _embedded())
-    if has_credentials(address):
-        raise ConfigError(
-            f"MLFLOW_TRACKING_URI: {redacted(address)} holds a user or a password; take them out and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a database: its own password file)"
-        )
-    return address
-
-
-def _embedded(database: Path = _DATABASE) -> str:
-    return f"sqlite:///{database.absolute()}"
-
-
-def _make_store() -> None:
-    """Makes the embedded store, whole or not at all: one whose making was killed half-way, MLflow never opens again."""
-    for left in layout.MLRUNS.glob(f".{_DATABASE.name}.partial*"):  # what a killed run left, its journal too
-        left.unlink()
-    with written_aside(_DATABASE) as partial:
-        MlflowClient(_embedded(partial)).search_experiments(max_results=1)
-
-
-def experiment_id(mlflow_client: MlflowClient, name: str = EXPERIMENT) -> str:
-    """The id of the experiment, made if it is not there."""
-    found = mlflow_client.get_experiment_by_name(name)
-    if found:
-        return found.experiment_id
-    # A server knows where its artifacts go. The variable alone tells nothing: MLflow sets it to whatever it opened.
-    place = (layout.MLRUNS / "artifacts").absolute().as_uri() if tracking_uri() == _embedded() else None
-    tags = {
-        "mlflow.experimentKind": "custom_model_development",  # else the UI opens on chat traces: there are none
-        "mlflow.note.content": _NOTES[name],
-        **({VIEW_TAG: four_metrics_view()} if name == EXPERIMENT else {}),
-    }
-    return mlflow_client.create_experiment(name, artifact_location=place, tags=tags)
-
-
-def ensure_model(mlflow_client: MlflowClient) -> None:
-    """Makes the registered model if it is not there."""
-    if _registered(mlflow_client) is None:
-        mlflow_client.create_registered_model(
-            MODEL, description="Candidates of the compression graph, each with its four-metric evaluation."
-        )
-
-
-def find_or_create_run(
-    mlflow_client: MlflowClient,
-    experiment: str,
-    name: str,
-    identity: Mapping[str, str],
-    tags: Mapping[str, str] | None = None,
-) -> Run:
-    """The run whose tags hold `identity`, made with these and `tags` if it is not there."""
-    wanted = " and ".join(f"tags.`{key}` = '{text}'" for key, text in identity.items())
-    known = mlflow_client.search_runs([experiment], wanted, max_results=1)
-    return known[0] if known else mlflow_client.create_run(experiment, run_name=name, tags={**identity, **(tags or {})})
-
-
-def _registered(mlflow_client: MlflowClient) -> RegisteredModel | None:
-    """The registered model. Not by its name: MLflow's store then reads all of its versions to tell the latest."""
-    found = mlflow_client.search_registered_models(f"name = '{MODEL}'", max_results=1)
-    return found[0] if found else None
-
-
-def find_version(mlflow_client: MlflowClient, evaluation_sha256: str) -> str | None:
-    """The version registered for exactly this evaluation, if there is one."""
-    found = mlflow_client.search_model_versions(f"name = '{MODEL}' and tags.`{EVALUATION_TAG}` = '{evaluation_sha256}'")
-    return str(found[0].version) if found else None
+    return tracking_uri() == embedded_uri() and disk_is_full(error)
 
 
 def log_run(
@@ -183,22 +105,23 @@ def log_run(
     curves: Mapping[str, Sequence[tuple[int, float]]],
     tags: Mapping[str, str],
 ) -> None:
-    """Logs everything about one run in as few calls as MLflow allows (1,000 metrics, 100 params each)."""
+    """Logs everything about one run in as few calls as MLflow allows."""
     points = [Metric(name, value, 0, 0) for name, value in metrics.items()]
     points += [Metric(name, value, 0, step) for name, curve in curves.items() for step, value in curve]
-    for start in range(0, max(1, len(points)), 1000):
-        mlflow_client.log_batch(run_id, metrics=points[start : start + 1000])
-    mlflow_client.log_batch(
-        run_id,
-        params=[Param(name, str(value)) for name, value in params.items()],
-        tags=[RunTag(name, value) for name, value in tags.items()],
-    )
+    for start in range(0, len(points), _METRICS_PER_CALL):
+        mlflow_client.log_batch(run_id, metrics=points[start : start + _METRICS_PER_CALL])
+    logged = [Param(name, shortened(str(value), _PARAM_CHARS)) for name, value in params.items()]
+    for start in range(0, len(logged), _PARAMS_PER_CALL):
+        mlflow_client.log_batch(run_id, params=logged[start : start + _PARAMS_PER_CALL])
+    noted = [RunTag(name, value) for name, value in tags.items()]
+    for start in range(0, len(noted), _PARAMS_PER_CALL):
+        mlflow_client.log_batch(run_id, tags=noted[start : start + _PARAMS_PER_CALL])
 
 
 def add_metrics(mlflow_client: MlflowClient, version: str, record: Path, metrics: Mapping[str, float]) -> None:
     """Adds what was measured later to the run of `version`, with the file it stands in; once for the same file."""
     tag, digest = f"lilliput.{record.parent.name}.{record.stem}_sha256", file_sha256(record)
-    run_id = _run_of(mlflow_client, version)
+    run_id = run_of(mlflow_client, version)
     if mlflow_client.get_run(run_id).data.tags.get(tag) == digest:
         return
     mlflow_client.log_batch(run_id, metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()])
@@ -209,53 +132,14 @@ def add_metrics(mlflow_client: MlflowClient, version: str, record: Path, metrics
 def add_compiled(
     mlflow_client: MlflowClient, version: str, folder: Path, record: Path, metrics: Mapping[str, float]
 ) -> None:
-    """Adds a compiled form of `version`: what the devices made of it, its parity record, and where it lies."""
+    """Adds a compiled form of `version`: what the devices made of it, its parity record, its folder in the project."""
     tag, digest = f"lilliput.compiled.{folder.name}_sha256", file_sha256(folder / MANIFEST)
     add_metrics(mlflow_client, version, record, metrics)
-    found = mlflow_client.get_model_version(MODEL, version)
-    if found.tags.get(tag) == digest:
+    if mlflow_client.get_model_version(MODEL, version).tags.get(tag) == digest:
         return
-    assert found.run_id is not None
-    mlflow_client.log_artifact(found.run_id, str(folder / PARITY), f"compiled/{folder.name}")
-    mlflow_client.set_model_version_tag(MODEL, version, f"lilliput.compiled.{folder.name}", folder.absolute().as_uri())
+    mlflow_client.log_artifact(run_of(mlflow_client, version), str(folder / PARITY), f"compiled/{folder.name}")
+    mlflow_client.set_model_version_tag(MODEL, version, f"lilliput.compiled.{folder.name}", str(folder))
     mlflow_client.set_model_version_tag(MODEL, version, tag, digest)
-
-
-def add_mlmodel(mlflow_client: MlflowClient, version: str, config: Mapping[str, Any]) -> None:
-    """Writes beside `version` what MLflow needs to open it: tasks/answering.py and `config`, no weights; once for each.
-
-    Args:
-        mlflow_client: of the store.
-        version: made with `mlmodel_uri` of its run as source.
-        config: as tasks/answering.py reads it.
-    """
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + ANSWERING.read_bytes()).hexdigest()
-    run_id = _run_of(mlflow_client, version)
-    if mlflow_client.get_run(run_id).data.tags.get(MLMODEL_TAG) == digest:
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        write_mlmodel(Path(scratch, MLMODEL), config)
-        mlflow_client.log_artifacts(run_id, str(Path(scratch, MLMODEL)), MLMODEL)
-    mlflow_client.set_tag(run_id, MLMODEL_TAG, digest)
-
-
-def write_mlmodel(folder: Path, config: Mapping[str, Any]) -> None:
-    """Makes `folder` one that MLflow opens as Python code: an MLmodel, tasks/answering.py and its `config`."""
-    from mlflow import pyfunc  # brings pandas and scikit-learn
-
-    needed = [f"{name}=={importlib.metadata.version(name)}" for name in _NEEDED]
-    pyfunc.save_model(str(folder), python_model=str(ANSWERING), model_config=dict(config), pip_requirements=needed)
-
-
-def _run_of(mlflow_client: MlflowClient, version: str) -> str:
-    run_id = mlflow_client.get_model_version(MODEL, version).run_id
-    assert run_id is not None
-    return run_id
-
-
-def mlmodel_uri(mlflow_client: MlflowClient, run_id: str) -> str:
-    """Where `add_mlmodel` writes to."""
-    return f"{mlflow_client.get_run(run_id).info.artifact_uri}/{MLMODEL}"
 
 
 @contextmanager
@@ -326,7 +210,7 @@ def tell(version: str, tags: Mapping[str, str | None]) -> None:
 def forget_devices(devices: Collection[str]) -> None:
     """Takes away the aliases of devices other than `devices`."""
     mlflow_client = client()
-    found = _registered(mlflow_client)
+    found = registered_model(mlflow_client)
     for alias in found.aliases if found else ():
         prefix = next((prefix for prefix in (CHAMPION, CHALLENGER, PREVIOUS) if alias.startswith(prefix)), None)
         if prefix and alias.removeprefix(prefix) not in devices:

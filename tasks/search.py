@@ -11,7 +11,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lilliput.config import Params
 from lilliput.search import value
-from tasks import layout, registry
+from tasks import creating, layout, registry
 
 TABLE = "front.json"
 
@@ -22,8 +22,8 @@ def log(params: Params) -> None:
     del params
     found = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
     client = registry.client()
-    experiment = registry.experiment_id(client, registry.SEARCHES)
-    parent = registry.find_or_create_run(client, experiment, found["study"], {"lilliput.search": found["study"]})
+    experiment = creating.experiment_id(client, creating.SEARCHES)
+    parent = creating.find_or_create_run(client, experiment, found["study"], {"lilliput.search": found["study"]})
     for trial in found["trials"]:
         _log_trial(client, experiment, parent.info.run_id, found, trial)
     _log_front(client, parent.info.run_id, found)
@@ -35,7 +35,7 @@ def _log_trial(
     client: MlflowClient, experiment: str, parent: str, found: Mapping[str, Any], trial: Mapping[str, Any]
 ) -> None:
     identity = {MLFLOW_PARENT_RUN_ID: parent, "lilliput.candidate": trial["candidate"]}
-    run_id = registry.find_or_create_run(client, experiment, trial["candidate"], identity).info.run_id
+    run_id = creating.find_or_create_run(client, experiment, trial["candidate"], identity).info.run_id
     params = {"chain": trial["chain"], "base": found["base"], **trial["settings"]}
     numbers = {metric: value(trial["figures"], metric) for metric in trial["figures"]}
     metrics = {metric: float(number) for metric, number in numbers.items() if number is not None}

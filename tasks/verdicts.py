@@ -12,7 +12,9 @@ from typing import Any
 from lilliput.config import Params
 from lilliput.promote import Decision
 from tasks import registry
+from tasks.creating import shortened
 
+_REASON_CHARS = 1000  # of what a person wrote; a tag of a version holds 5,000 in a database other than SQLite
 # The candidates' records as a device knows them, and whom it cannot run.
 Found = tuple[Mapping[str, Any], Mapping[str, str]]
 
@@ -90,7 +92,7 @@ def settled(tags: Mapping[str, str], device: str, params: Params, found: Found) 
 
 def on_this_day(because: str) -> str:
     """`on 2024-11-14: because`."""
-    return f"on {datetime.now().astimezone():%Y-%m-%d}" + (f": {because}" if because else "")
+    return f"on {datetime.now().astimezone():%Y-%m-%d}" + (f": {shortened(because, _REASON_CHARS)}" if because else "")
 
 
 def _asked(params: Params, device: str, found: Found | None = None) -> str:

@@ -281,7 +281,7 @@ def test_a_fresh_clone_pulls_the_same_bytes_and_has_nothing_to_do(team, elsewher
     assert elsewhere.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
 
 
-def test_a_champion_opens_on_another_machine_from_what_was_pulled_there(team, elsewhere):
+def test_a_champion_opens_on_another_machine_from_the_tracking_server_alone(team, elsewhere):
     away = team.folder.with_name(f"{team.folder.name}-away")
     team.folder.rename(away)
     try:
@@ -290,8 +290,8 @@ def test_a_champion_opens_on_another_machine_from_what_was_pulled_there(team, el
         nowhere = elsewhere.folder / "nowhere"
         nowhere.mkdir()
         lost = Clone(nowhere, elsewhere.environment | {"PYTHONPATH": str(elsewhere.folder)})
-        refused = lost.run("python", "-c", ASK, "models:/lilliput@champion-laptop")
-        assert refused.returncode and "dvc pull models/" in refused.stderr
+        opened = lost.run("python", "-c", ASK, "models:/lilliput@champion-laptop")
+        assert opened.returncode == 0, opened.stderr  # without a checkout's models: the store has the weights
     finally:
         away.rename(team.folder)
 

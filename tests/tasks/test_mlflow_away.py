@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from lilliput.artifacts import write_json
 from lilliput.errors import ConfigError, RegistryError
-from tasks import layout, registry
+from tasks import layout, model_folder, registry
 from tasks.log import log
 from tasks.promote import promote
 from tests.tasks.test_promotion import EVEN, QUESTIONS, Project
@@ -32,7 +32,7 @@ def project(tiny_params, checkpoint, tmp_path_factory):
     """Candidates that are made, in a folder with a store of its own."""
     with contextlib.chdir(tmp_path_factory.mktemp("project")), pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr(registry, "add_mlmodel", lambda *_: None)  # a second each, and no part of this story
+        patch.setattr(model_folder, "add_model", lambda *_: None)  # a second each, and no part of this story
         yield Project(tiny_params, checkpoint)
 
 
@@ -191,13 +191,12 @@ def _told():
 
 
 def _copy_of(folder, other):
-    """The same project with a copy of the store; what the copy's runs hold is shared with the first."""
+    """The same project with a copy of the store."""
     other.mkdir()
     for path in folder.iterdir():
         if path.name not in ("mlruns", "promotion.json"):
             (other / path.name).symlink_to(path)
-    (other / "mlruns").mkdir()
-    shutil.copyfile(folder / "mlruns" / "mlflow.db", other / "mlruns" / "mlflow.db")
+    shutil.copytree(folder / "mlruns", other / "mlruns")
     return other
 
 

@@ -185,9 +185,11 @@ def test_a_rollback_restores_and_stays_until_the_rules_change(project, device):
     changed = project.params(device, prefer="accuracy")
     promote(changed)
     assert aliases(device) == (versions["b"], versions["a"], versions["a"])
-    roll_back(changed, device, "speaks in rhymes")
+    roll_back(changed, device, "speaks in rhymes" + "." * 5000)
     assert aliases(device) == (versions["a"], None, versions["b"])
     assert "speaks in rhymes" in why(versions["b"], "refused", device)
+    tags = registry.client().get_model_version("lilliput", versions["b"]).tags
+    assert max(map(len, tags.values())) <= 5000  # what a version's tag holds in PostgreSQL
     for _ in range(2):
         promote(changed)
         assert alias(f"champion-{device}") == versions["a"]
@@ -311,23 +313,29 @@ def test_two_promotions_at_once_see_each_other(project, device, monkeypatch):
     assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
 
 
-def test_a_registered_model_answers_through_mlflow(project, opened, tmp_path):
+def test_a_registered_model_answers_through_mlflow_from_the_store_alone(project, opened, tmp_path):
     import mlflow
 
     versions = project.evaluate(EVEN)
     registry.client()
-    mlflow.set_registry_uri(registry.tracking_uri())
-    model = mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}")
-    (answer,) = model.predict(["What is the capital of Peru?"])
+    address = f"models:/lilliput/{versions['base']}"
     system = project._params.data.system_prompt
     prompt = encode_prompt(opened[1], system, "What is the capital of Peru?")
-    assert [answer] == TorchRuntime(*opened, batch_size=1).generate([prompt], project._params.evaluation.max_new_tokens)
+    answers = TorchRuntime(*opened, batch_size=1).generate([prompt], project._params.evaluation.max_new_tokens)
+    shutil.move(layout.model("base"), tmp_path / "base")  # the weights are in the store
+    with contextlib.chdir(tmp_path):
+        assert mlflow.pyfunc.load_model(address).predict(["What is the capital of Peru?"]) == answers
     assert not [*layout.MLRUNS.rglob("*.pkl")]
-    elsewhere = {"project": "/on/another/machine"}
-    here = mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}", model_config=elsewhere)
-    assert here.predict(["What is the capital of Peru?"]) == [answer]  # found in the working directory
-    with contextlib.chdir(tmp_path), pytest.raises(ArtifactError, match="dvc pull models/base"):
-        mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}", model_config=elsewhere)
-    (layout.model("base") / "config.json").write_text("{}")
+    shutil.move(tmp_path / "base", layout.model("base"))
+    run_id = registry.client().get_model_version("lilliput", versions["base"]).run_id
+    stored = layout.MLRUNS / "artifacts" / run_id / "artifacts/model/form"
+    assert (stored / "config.json").samefile(layout.model("base") / "config.json")  # no second copy on the disk
+    (stored / "config.json").unlink()
+    (stored / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="altered"):
-        mlflow.pyfunc.load_model(f"models:/lilliput/{versions['base']}")
+        mlflow.pyfunc.load_model(address)
+    shutil.rmtree(stored)
+    assert mlflow.pyfunc.load_model(address).predict(["What is the capital of Peru?"]) == answers  # the project has it
+    project.make("base", weights="1")
+    with contextlib.chdir(tmp_path), pytest.raises(ArtifactError, match="dvc pull models/base"):
+        mlflow.pyfunc.load_model(address)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import mlflow
 import pytest
 
-from tasks import registry
+from tasks import creating, registry
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow's store says much to itself
 
@@ -13,10 +12,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # MLflow's store says much t
 def test_the_model_is_made_once_and_aliases_of_devices_that_are_gone_are_taken_away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    mlflow.set_registry_uri(registry.tracking_uri())  # not that of a test before
     client = registry.client()
     for _ in range(2):
-        registry.ensure_model(client)
+        creating.ensure_model(client)
     versions = [client.create_model_version(registry.MODEL, source="file:///nowhere").version for _ in range(3)]
     for device, version in zip(("phone", "board"), versions, strict=False):
         registry.move_champion(device, str(version))

@@ -1,0 +1,127 @@
+"""Makes the addresses in MLflow's SQLite store follow the store when its folder was moved or copied.
+
+MLflow writes the absolute path of the artefacts into each experiment, run and model version, also where it was given a
+relative one. So after a move it would go on reading and writing in the old folder.
+"""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ruamel.yaml import YAML
+
+from lilliput.artifacts import write_text
+from lilliput.errors import RegistryError
+from tasks import layout
+
+ARTIFACTS = "artifacts"
+_MODEL = "artifacts/model/MLmodel"
+_PATIENCE_S = 60.0
+_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+_TAGS = ("tags", "model_version_tags")
+# Tags that named absolute folders in earlier versions of Lilliput, and name folders of the project now.
+_FOLDER_TAGS = "(key = 'lilliput.artifact' OR key LIKE 'lilliput.compiled.%')"
+
+
+def follow(database: Path = layout.MLRUNS / "mlflow.db") -> None:
+    """Rewrites the addresses in `database` if its folder is not where they lead, and prints one line about it.
+
+    Does nothing where there is no store. The folder that the addresses led to is neither read nor written.
+
+    Raises:
+        RegistryError: the store was moved and cannot be written.
+    """
+    if not database.exists():
+        return
+    database = database.absolute()
+    with closing(sqlite3.connect(database, timeout=_PATIENCE_S)) as connection:
+        try:
+            old = _former_folders(connection, database.parent)
+        except sqlite3.Error:
+            return  # not MLflow's, or in use: MLflow says so when it opens the file
+        if not old:
+            return
+        try:
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                count = sum(_rewrite(connection, folder, database.parent) for folder in old)
+            for folder in old:
+                _rewrite_models(database.parent, folder)
+        except (sqlite3.Error, OSError) as error:
+            raise RegistryError(
+                f"{database}: MLflow's store was moved here from {old[0]}, and the paths in it cannot be updated "
+                f"({error}); make {database.parent} writable and end other programs that use the store, then run the "
+                "same command again"
+            ) from None
+    places = ", ".join(str(folder) for folder in old)
+    print(f"MLflow's store was moved from {places} to {database.parent}: {count} paths updated", file=sys.stderr)
+
+
+def _former_folders(connection: sqlite3.Connection, folder: Path) -> list[Path]:
+    """The folders other than `folder` that this store was in, by the locations of its experiments."""
+    found: dict[Path, None] = {}
+    for number, location in connection.execute("SELECT experiment_id, artifact_location FROM experiments"):
+        path = local_path(location)
+        if path is None or path.parent == folder or path.name not in (ARTIFACTS, str(number)):
+            continue
+        # Not a place that somebody chose: it had the name of the store's folder, or what was beside the store is here.
+        if path.parent.name == layout.MLRUNS.name == folder.name or (folder / path.name).is_dir():
+            found[path.parent] = None
+    return list(found)
+
+
+def local_path(location: str | None) -> Path | None:
+    """The folder that an artefact location leads to; None if that is not a local one."""
+    parts = urlsplit(location or "")
+    path = Path(unquote(parts.path) if parts.scheme == "file" else parts.path)
+    return path if parts.scheme in ("", "file") and path.is_absolute() else None
+
+
+def _rewrite(connection: sqlite3.Connection, old: Path, new: Path) -> int:
+    """Replaces the folder `old` by `new` at the beginning of every address; returns how many there were."""
+    count = 0
+    for was, now in ((old.as_uri(), new.as_uri()), (str(old), str(new))):
+        for table, column in _ADDRESSES:
+            count += connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (now, len(was) + 1, len(was) + 1, f"{was}/"),
+            ).rowcount
+    project = f"{old.parent.as_uri()}/"
+    for table in _TAGS:
+        connection.execute(
+            f"UPDATE {table} SET value = substr(value, ?) WHERE substr(value, 1, ?) = ? AND {_FOLDER_TAGS}",
+            (len(project) + 1, len(project), project),
+        )
+    return count
+
+
+def _rewrite_models(folder: Path, old: Path) -> None:
+    """Replaces the project's path in the MLmodel files that earlier versions of Lilliput wrote."""
+    yaml = YAML()
+    for path in (*folder.glob(f"{ARTIFACTS}/*/{_MODEL}"), *folder.glob(f"[0-9]*/*/{_MODEL}")):
+        content = yaml.load(path.read_text(encoding="utf-8"))
+        flavor = content["flavors"]["python_function"]
+        code, config = Path(flavor.get("model_code_path", "")), flavor.get("config", {})
+        if config.get("project") != str(old.parent) and not code.is_absolute():
+            continue
+        flavor["model_code_path"] = code.name  # all that MLflow reads of it
+        if "project" in config:
+            config["project"] = str(folder.parent)
+        text = io.StringIO()
+        yaml.dump(content, text)
+        write_text(path, text.getvalue())  # under another name first: a copy that shares its files stays as it is
+
+
+if __name__ == "__main__":
+    follow()

@@ -1,0 +1,240 @@
+"""Experiments, models, runs and versions: created once by several processes, and found again after a deletion."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from lilliput.data.chat import encode_prompt
+from lilliput.errors import RegistryError
+from lilliput.runtime.torch import TorchRuntime
+from tasks import creating, layout, registry
+from tasks.promote import promote
+from tests.tasks.test_promotion import EVEN, Project
+
+# MLflow, SQLAlchemy and pandas emit warnings about their own code.
+pytestmark = pytest.mark.filterwarnings("default")
+PROJECT = Path(__file__).parent.parent.parent
+AT_ONCE = 3
+START_S = 120
+REGISTER = """
+import json, sys, time
+from pathlib import Path
+from tasks import creating, model_folder, registry
+Path(f"ready-{sys.argv[1]}").touch()
+while not Path("go").exists():
+    time.sleep(0.01)
+client = registry.client()
+creating.ensure_model(client)
+experiment = creating.experiment_id(client)
+run_id = creating.find_or_create_run(client, experiment, "base", {creating.EVALUATION_TAG: "e"}).info.run_id
+source = model_folder.model_uri(client, run_id)
+version = creating.create_version(client, "e", source=source, run_id=run_id, tags={}, description="")
+print(json.dumps([experiment, version, creating.run_of(client, version)]))
+"""
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return registry.client()
+
+
+@pytest.fixture(scope="module")
+def project(tiny_params, checkpoint, tmp_path_factory):
+    with contextlib.chdir(tmp_path_factory.mktemp("project")), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield Project(tiny_params, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a tracking server whose artefacts go through it, as those of scripts/services.py do."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/stored"]
+    settings = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    settings = {name: value for name, value in settings.items() if name != "MLFLOW_TRACKING_URI"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=settings, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_S
+        while not _is_well(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _is_well(address):
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(address).is_success
+    return False
+
+
+def _register_at_once(folder: Path, address: str) -> tuple[MlflowClient, str, str]:
+    """Several processes register the same evaluation; they get the same experiment, version and run."""
+    settings = os.environ | {"MLFLOW_TRACKING_URI": address, "PYTHONPATH": str(PROJECT)}
+    commands = [[sys.executable, "-W", "ignore", "-c", REGISTER, str(number)] for number in range(AT_ONCE)]
+    running = [
+        subprocess.Popen(command, cwd=folder, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for command in commands
+    ]
+    deadline = time.monotonic() + START_S
+    while len([*folder.glob("ready-*")]) < AT_ONCE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (folder / "go").touch()
+    ended = [(process.communicate(timeout=START_S), process.returncode) for process in running]
+    assert [code for _, code in ended] == [0] * AT_ONCE, ended
+    results = {output.splitlines()[-1] for (output, _), _ in ended}
+    assert len(results) == 1
+    experiment, version, run_id = json.loads(results.pop())
+    client = MlflowClient(address, address)
+    assert [str(found.version) for found in client.search_model_versions("name = 'lilliput'")] == [version]
+    return client, experiment, run_id
+
+
+def test_first_registrations_at_the_same_time_agree_in_a_database(tmp_path):
+    client, experiment, run_id = _register_at_once(tmp_path, f"sqlite:///{tmp_path}/shared/mlflow.db")
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
+
+
+@pytest.mark.night
+def test_first_registrations_at_the_same_time_agree_on_a_server(tmp_path, server):
+    client, experiment, run_id = _register_at_once(tmp_path, server)
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
+    client.delete_experiment(experiment)
+    for left in [tmp_path / "go", *tmp_path.glob("ready-*")]:
+        left.unlink()
+    assert _register_at_once(tmp_path, server)[1:] == (experiment, run_id)  # restored by all of them, created by none
+
+
+class Overtaken:
+    """A client whose `create_…` calls come second: another process has made the same call just before."""
+
+    def __init__(self, client):
+        self._client = client
+
+    def __getattr__(self, name):
+        method = getattr(self._client, name)
+        if not name.startswith("create_"):
+            return method
+
+        def twice(*arguments, **options):
+            method(*arguments, **options)
+            return method(*arguments, **options)
+
+        return twice
+
+
+def test_what_another_process_has_created_meanwhile_is_taken(client):
+    overtaken = Overtaken(client)
+    creating.ensure_model(overtaken)
+    experiment = creating.experiment_id(overtaken)
+    run_id = creating.find_or_create_run(overtaken, experiment, "base", {creating.EVALUATION_TAG: "e"}).info.run_id
+    settings = {"source": "file:///nowhere", "run_id": run_id, "tags": {}, "description": ""}
+    assert creating.create_version(overtaken, "e", **settings) == "1"
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
+    assert [int(version.version) for version in client.search_model_versions("name = 'lilliput'")] == [1]
+
+
+def test_a_prompt_with_the_models_name_is_one_clear_error(client):
+    client.register_prompt("lilliput", "a template")
+    with pytest.raises(RegistryError, match="has a prompt with the name lilliput"):
+        creating.ensure_model(client)
+
+
+def test_a_deleted_experiment_is_restored_and_said_to_be(client, capsys):
+    experiment = creating.experiment_id(client)
+    run_id = creating.find_or_create_run(client, experiment, "base", {"key": "value"}).info.run_id
+    client.delete_experiment(experiment)
+    assert creating.experiment_id(client) == experiment
+    assert creating.find_or_create_run(client, experiment, "base", {"key": "value"}).info.run_id == run_id
+    assert "experiment lilliput was deleted, and is restored" in capsys.readouterr().err
+
+
+def test_registering_goes_on_after_anything_was_deleted(project, capsys):
+    client, versions = registry.client(), project.evaluate(EVEN)
+    (experiment,) = client.search_experiments(filter_string="name = 'lilliput'")
+    run_of = {name: creating.run_of(client, version) for name, version in versions.items()}
+    client.delete_experiment(experiment.experiment_id)
+    assert project.evaluate(EVEN) == versions
+    client.delete_run(run_of["a"])
+    client.delete_model_version("lilliput", versions["b"])
+    again = project.evaluate(EVEN)
+    assert (again["base"], again["a"]) == (versions["base"], versions["a"])
+    assert creating.run_of(client, again["b"]) == run_of["b"] and again["b"] != versions["b"]
+    assert f"the run of version {versions['a']} of lilliput was deleted, and is restored" in capsys.readouterr().err
+    client.delete_registered_model("lilliput")
+    assert {name: creating.run_of(client, version) for name, version in project.evaluate(EVEN).items()} == run_of
+
+
+def test_a_run_that_was_removed_for_good_is_logged_anew(project):
+    client, versions = registry.client(), project.evaluate(EVEN)
+    run_id = creating.run_of(client, versions["a"])
+    client.delete_run(run_id)
+    client._tracking_client.store._hard_delete_run(run_id)  # as `mlflow gc` does
+    with pytest.raises(RegistryError, match=r"removed for good\. `dvc repro -f -s register promote`"):
+        creating.run_of(client, versions["a"])
+    again = project.evaluate(EVEN)
+    assert again["a"] != versions["a"] and again["b"] == versions["b"]
+    assert client.get_run(creating.run_of(client, again["a"])).data.metrics["accuracy_choice"] == 0.6
+
+
+def test_a_promotion_of_deleted_versions_says_what_to_do(project):
+    client = registry.client()
+    project.evaluate(EVEN)
+    client.delete_registered_model("lilliput")
+    with pytest.raises(RegistryError, match=r"was deleted there after it was registered\. `dvc repro -f -s register"):
+        promote(project.params("laptop"))
+    project.evaluate(EVEN)
+    promote(project.params("laptop"))
+
+
+def test_long_and_many_values_are_kept_within_mlflows_limits(client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    creating.ensure_model(client)
+    run_id = client.create_run(creating.experiment_id(client)).info.run_id
+    params = {f"key-{number}": "v" * 7000 for number in range(130)}
+    registry.log_run(client, run_id, params, {"loss": 0.5}, {"loss": [(1, 0.5)] * 1500}, {})
+    logged = client.get_run(run_id).data
+    assert len(logged.params) == 130
+    assert {len(value) for value in logged.params.values()} == {6000}
+    settings = {"source": "file:///nowhere", "run_id": run_id, "tags": {}}
+    version = creating.create_version(client, "e", description="d" * 6000, **settings)
+    assert len(client.get_model_version("lilliput", version).description) == 5000
+
+
+@pytest.mark.night
+def test_another_machine_opens_the_champion_from_the_server_alone(project, server, opened, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    home = Path.cwd()
+    project.evaluate(EVEN | {"base": 150})
+    promote(project.params("laptop"))
+    prompt = encode_prompt(opened[1], project._params.data.system_prompt, "What is the capital of Peru?")
+    expected = TorchRuntime(*opened, batch_size=1).generate([prompt], project._params.evaluation.max_new_tokens)
+    shutil.move(home / layout.model("base"), tmp_path / "base")
+    try:
+        monkeypatch.chdir(tmp_path)
+        model = mlflow.pyfunc.load_model("models:/lilliput@champion-laptop")
+    finally:
+        shutil.move(tmp_path / "base", home / layout.model("base"))
+    assert model.predict(["What is the capital of Peru?"]) == expected
