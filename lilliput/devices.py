@@ -36,7 +36,8 @@ class Job:
         folder: where it lies.
         threads: CPU threads it may use; the process is kept on as many cores.
         context_tokens: of prompt and answer together.
-        predict: ids of a text of which every token but the first is predicted.
+        predict: ids of a text of which every token from `predict_from` on is predicted.
+        predict_from: place of the first token that is predicted.
         score: prompts, and the continuations of each whose likelihood is asked.
         answer: prompts that are answered one by one, timed.
         max_tokens: of an answer.
@@ -48,6 +49,7 @@ class Job:
     threads: int
     context_tokens: int
     predict: list[int] = field(default_factory=list)
+    predict_from: int = 1
     score: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
     answer: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0
@@ -167,7 +169,7 @@ def _work(job: Job) -> dict[str, Any]:
         "load_s": load_s,
         "empty_rss_bytes": empty_rss_bytes,
         "answers": answers,
-        "predictions": list(runtime.predictions(job.predict, 1)) if job.predict else [],
+        "predictions": list(runtime.predictions(job.predict, job.predict_from)) if job.predict else [],
         "scores": runtime.score([prompt for prompt, _ in job.score], [rest for _, rest in job.score]),
         "details": runtime.stats(),
         "peak_rss_bytes": peak_rss_bytes(),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -21,7 +22,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,6 +36,10 @@ from lilliput.resident import give_back_memory
 from lilliput.untrusted import require_harmless
 
 PROBE_TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen; iron is a metal, and so is gold."
+SOURCE_FORMATS = (
+    "safetensors in float32, bfloat16 or float16, safetensors in AutoGPTQ's format (quant_method `gptq`), and GGUF "
+    "(source.file)"
+)
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -80,7 +84,9 @@ def _place_for(model: torch.nn.Module) -> torch.device:
 
 @contextmanager
 def opening(place: Path, refusal: type[LilliputError]) -> Iterator[None]:
-    """Whatever a library raises over the files at `place` is told as `refusal`: which errors those are, none documents.
+    """Raises any exception of a library over the files at `place` as `refusal`, with a remedy that fits its cause.
+
+    The libraries document no list of what they raise.
 
     Raises:
         refusal: an exception other than a LilliputError was raised in the block; it is the cause.
@@ -91,8 +97,24 @@ def opening(place: Path, refusal: type[LilliputError]) -> Iterator[None]:
         raise
     except Exception as error:
         raise refusal(
-            f"{place}: no model that opens ({type(error).__name__}: {_first_line(error)}); fetch or make it again"
+            f"{place}: no model that opens ({type(error).__name__}: {_first_line(error)}); {_remedy(error)}"
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about `error`, which a library raised while it opened a model."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        return "install what it names, or use a model that does not need it"
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return "use a machine with more memory, or a smaller model"
+    if "GGUF model with architecture" in text:
+        return "use the safetensors release of this model (source.model without source.file)"
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return f"transformers {transformers.__version__} does not know it; choose a model that it knows"
+    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+        return "its configuration and its weights have different shapes; fetch both from the same revision"
+    return "a file is damaged, missing or incomplete; fetch or make it again"
 
 
 def open_nf4(directory: Path, bfloat16: bool) -> Opened:
@@ -156,15 +178,21 @@ def is_quantised(config: PretrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def open_gguf(directory: Path, file: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of the GGUF file `file` in `directory`, dequantised to `dtype`.
+def require_known_format(directory: Path) -> None:
+    """Rejects a checkpoint whose weights are quantised in a format that is not opened here, before it is read.
 
     Raises:
-        SourceError: transformers cannot read the file.
+        SourceError: the format is neither plain float nor GPTQ; the supported formats are listed.
     """
-    with opening(directory / file, SourceError):
-        return AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    if method != "gptq":
+        raise SourceError(
+            f"{directory / 'config.json'}: weights quantised as `{method}` (quantization_config), which are not opened "
+            f"here; supported are {SOURCE_FORMATS}. Choose the release of this model in one of them"
         )
 
 
@@ -177,13 +205,45 @@ def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes a checkpoint that plain transformers opens; `model`'s weights are cast to `dtype` in place first."""
+    """Writes a checkpoint that plain transformers opens; `model`'s weights are cast to `dtype` in place first.
+
+    Raises:
+        ArtifactError: a weight is NaN or infinite, or would be in `dtype`; nothing is written then.
+    """
+    require_finite(
+        model,
+        dtype or stored_dtype(model),
+        f"{directory}: not written",
+        "the step before diverged: lower its learning rate, or raise the damping of its solver",
+    )
     for parameter in model.parameters():  # not the buffers: rounded rotary frequencies would change every logit
         parameter.data = parameter.data.to(dtype or stored_dtype(model))
     # Nothing but greedy decoding is used or measured; sampling defaults of the source are kept where it has them.
     model.generation_config = model.generation_config or GenerationConfig.from_model_config(model.config)
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
+
+
+def require_finite(model: torch.nn.Module, dtype: torch.dtype, place: str, remedy: str) -> None:
+    """Raises ArtifactError if a weight or buffer of `model` is NaN or infinite, or would be when stored as `dtype`.
+
+    Args:
+        model: in any float dtype.
+        dtype: that the checkpoint is stored in.
+        place: of the model, for the message.
+        remedy: what to do about NaN and infinite values, for the message.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        if broken := int((~torch.isfinite(tensor)).sum()):
+            raise ArtifactError(f"{place}: {name}: {broken} of {tensor.numel()} values are NaN or infinite; {remedy}")
+        if too_large := int((~torch.isfinite(tensor.to(dtype))).sum()):
+            raise ArtifactError(
+                f"{place}: {name}: {too_large} of {tensor.numel()} values (largest {tensor.abs().max().item():.4g}) do "
+                f"not fit into {str(dtype).removeprefix('torch.')} (at most {torch.finfo(dtype).max:.4g}); store it as "
+                "bfloat16 or float32 (strategies.load.dtype)"
+            )
 
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -275,6 +335,16 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
         raise ArtifactError(
             f"{directory}: {len(missing)} weights are missing, {missing[0]} among them; fetch or make it again"
         )
+    return model
+
+
+def open_dequantised(directory: Path) -> PreTrainedModel:
+    """The GPTQ checkpoint in `directory` as a float32 model, whose configuration knows of no quantisation."""
+    model = _dequantised(directory)
+    vars(model.config).pop("quantization_config", None)
+    for trace in ("is_quantized", "hf_quantizer", "quantization_method"):
+        if hasattr(model, trace):
+            delattr(model, trace)
     return model
 
 

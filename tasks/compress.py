@@ -62,6 +62,7 @@ def make(params: Params, candidate: str) -> None:
         if kept := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
             cost["resumed_from"] = max(kept)  # what was done before the kill is not in this cost
         result = _apply(params, candidate, checkpoints)
+        cost.update(result.checks)
         with writing(layout.model(candidate)) as directory:
             cost["reload_max_logit_difference"] = _write(result, directory)
             check_shape(params, candidate, read_config(directory))
@@ -93,7 +94,7 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
         from lilliput.compress.load import load
 
         gguf = params.source.file and Path(params.source.file).name
-        return Result(*load(parent_dir, gguf, config), facts={"rehearsal": config.rehearsal is not None})
+        return load(parent_dir, gguf, config)
     corpus = read_corpus(layout.DATA)
     if isinstance(config, LoraConfig):
         from lilliput.compress.lora import lora

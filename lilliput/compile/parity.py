@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lilliput.agreement import agreement, share
 from lilliput.config import ParityConfig
 from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import Question
@@ -69,7 +70,8 @@ def prove_parity(
         score=list(zip(prompts, options, strict=True)),
     )
     outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
-    record = _agreement(text, expected, outcome, config) | _same_answers(asked, options, choices, outcome)
+    record = agreement(text, expected, outcome.predictions, config.clear_nats)
+    record |= _same_answers(asked, options, choices, outcome)
     record |= {"runtime": outcome.details, "limits": config.model_dump(mode="json")}
     if problems := list(_problems(record, config)):
         raise CompileError(f"{folder}: the compiled model is not the one in {checkpoint}: " + "; ".join(problems))
@@ -79,26 +81,6 @@ def prove_parity(
 def _text(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], tokens: int) -> list[int]:
     lines = (f"{question.question} {question.answer}" for question in questions if question.answerable)
     return list(tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"])[:tokens]  # pyright: ignore
-
-
-def _agreement(text: Sequence[int], expected: torch.Tensor, outcome: Outcome, config: ParityConfig) -> dict[str, Any]:
-    """How the predictions of each token but the first agree; `clear` are those without a near tie."""
-    best = expected[:-1].topk(2, dim=-1)
-    own = expected[:-1].gather(-1, torch.tensor(text[1:])[:, None])[:, 0]
-    same = np.array([int(a) == b for a, (_, b) in zip(best.indices[:, 0], outcome.predictions, strict=True)])
-    clear = (best.values[:, 0] - best.values[:, 1] >= config.clear_nats).numpy()
-    gaps = np.array([told for told, _ in outcome.predictions]) - own.double().numpy()
-    return {
-        "positions": len(same),
-        "same_argmax": _share(same),
-        "same_argmax_clear": _share(same[clear]),
-        "mean_difference_nats": float(gaps.mean()),
-        "mean_absolute_difference_nats": float(np.abs(gaps).mean()),
-    }
-
-
-def _share(flags: np.ndarray) -> dict[str, Any]:
-    return intervals.as_dict(intervals.rate([bool(flag) for flag in flags]))
 
 
 def _same_answers(
@@ -117,7 +99,7 @@ def _same_answers(
     difference = compare(before, after)["accuracy_choice"]
     return {
         "questions": len(asked),
-        "same_choices": _share(np.array([row["choice"] == choices[row["id"]] for row in after])),
+        "same_choices": share([row["choice"] == choices[row["id"]] for row in after]),
         "accuracy_difference": intervals.as_dict(difference.difference),
         "accuracy_differs": difference.real,
     }

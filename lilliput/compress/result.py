@@ -18,6 +18,7 @@ class Result:
         facts: for the manifest and the registry; JSON values.
         history: curves by name, each of (step or layer, value).
         save: writes the checkpoint where `save_model` does not fit (packed codes, an adapter kept apart).
+        checks: measurements that differ between machines, for the record of costs; JSON values.
     """
 
     model: PreTrainedModel
@@ -25,3 +26,4 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     save: Callable[[Path], None] | None = None
+    checks: dict[str, Any] = field(default_factory=dict)

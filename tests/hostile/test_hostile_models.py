@@ -291,9 +291,9 @@ def little_gguf(tmp_path_factory):
 
 
 def test_the_little_gguf_itself_opens(little_gguf):
-    model, tokenizer = load(little_gguf.parent, little_gguf.name, LOAD)
-    assert tokenizer.decode([296]) == "ab"
-    assert sum(parameter.numel() for parameter in model.parameters()) < 20_000
+    result = load(little_gguf.parent, little_gguf.name, LOAD)
+    assert result.tokenizer.decode([296]) == "ab"
+    assert sum(parameter.numel() for parameter in result.model.parameters()) < 20_000
 
 
 def gguf_header(path):

@@ -1,0 +1,88 @@
+"""The header of a GGUF file: architecture, hyperparameters and tensors; keys of unknown meaning are rejected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from lilliput.errors import SourceError
+
+# Descriptions, tokenizers and records of the quantisation: llama.cpp computes no layer from these.
+_NOT_COMPUTED = frozenset({"GGUF", "general", "tokenizer", "quantize", "imatrix", "split", "mradermacher"})
+USE_SAFETENSORS = "use the safetensors release of this model (source.model without source.file)"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about its model.
+
+    Attributes:
+        file: the GGUF file.
+        architecture: llama.cpp's name, such as `llama` or `qwen3`.
+        settings: hyperparameters by key, without the prefix `<architecture>.`; arrays as lists.
+        tensors: every tensor by name, not yet read.
+    """
+
+    file: Path
+    architecture: str
+    settings: dict[str, Any]
+    tensors: dict[str, gguf.ReaderTensor]
+
+
+def read_header(file: Path) -> Header:
+    """The header of `file`.
+
+    Raises:
+        SourceError: it is no language model, a part of a split file, or holds a key or a tensor type of unknown
+            meaning. Errors of the GGUF reader itself pass through.
+    """
+    reader = gguf.GGUFReader(file)
+    fields = reader.fields
+    architecture = str(fields["general.architecture"].contents())
+    _require_one_whole_model(file, fields)
+    unknown = [key for key in fields if key.split(".")[0] not in {*_NOT_COMPUTED, architecture}]
+    if unknown:
+        raise SourceError(
+            f"{file}: metadata of unknown meaning, which may change what the model computes: {', '.join(unknown)}; "
+            f"{USE_SAFETENSORS}, or remove the keys with gguf's own gguf_new_metadata"
+        )
+    prefix = f"{architecture}."
+    settings = {key.removeprefix(prefix): field.contents() for key, field in fields.items() if key.startswith(prefix)}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    _require_readable_types(file, tensors)
+    return Header(file, architecture, settings, tensors)
+
+
+def values(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """The dequantised values of `tensor`, float32."""
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+def _require_one_whole_model(file: Path, fields: dict[str, Any]) -> None:
+    kind = fields["general.type"].contents() if "general.type" in fields else "model"
+    if kind != "model":
+        raise SourceError(
+            f"{file}: general.type is `{kind}`, not a model; choose the file that holds the language model"
+        )
+    parts = fields["split.count"].contents() if "split.count" in fields else 1
+    if parts > 1:
+        raise SourceError(
+            f"{file}: one of {parts} parts of a split model (split.count); join them with `llama-gguf-split --merge`"
+        )
+
+
+def _require_readable_types(file: Path, tensors: dict[str, gguf.ReaderTensor]) -> None:
+    """Tries each tensor type once, on one row."""
+    first = {tensor.tensor_type: tensor for tensor in reversed(tensors.values())}
+    for kind, tensor in first.items():
+        try:
+            gguf.quants.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
+        except NotImplementedError:
+            raise SourceError(
+                f"{file}: {tensor.name} is stored as {kind.name}, which cannot be dequantised; choose a file in F16, "
+                "BF16, Q8_0, Q4_0 or a K type such as Q4_K_M"
+            ) from None
