@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
+import lilliput.data.chat
 import lilliput.models
 from lilliput.artifacts import file_sha256, library_versions, written_aside
 
@@ -30,7 +31,8 @@ def fingerprint(*parts: Any) -> str:
 
     What is kept under it is never used for other work, and nothing has to be told to make it stale.
     """
-    code = [*sorted(Path(__file__).parent.glob("*.py")), Path(lilliput.models.__file__)]
+    used = [Path(str(module.__file__)) for module in (lilliput.models, lilliput.data.chat)]
+    code = [*sorted(Path(__file__).parent.glob("*.py")), *used]
     sums = [file_sha256(path) for path in code]
     whole = [parts, sums, library_versions(), lilliput.models.device().type]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

@@ -38,7 +38,7 @@ from lilliput.compress.training import (
     train,
 )
 from lilliput.config import DistillConfig
-from lilliput.data.chat import end_id, pad_id
+from lilliput.data.chat import end_ids, pad_id
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, read_config, sharded
@@ -196,12 +196,12 @@ def own_answers(
 ) -> Batch:
     """`batch` with answers drawn from `model` in place of the right ones (GKD, arXiv 2306.13649, algorithm 1).
 
-    Drawn from torch's global random numbers, which a checkpoint keeps, at `config.sample_temperature`, up to the end
+    Drawn from torch's global random numbers, which a checkpoint keeps, at `config.sample_temperature`, up to an end
     token or `config.sample_tokens`. The model is left in training mode.
     """
     asked = (batch["attention_mask"] == 1) & (batch["labels"] == IGNORED)
     prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], asked, strict=True)]
-    pad, end, longest = pad_id(tokenizer), end_id(tokenizer), max(map(len, prompts))
+    pad, ends, longest = pad_id(tokenizer), end_ids(tokenizer, model.generation_config), max(map(len, prompts))
     where = batch["input_ids"].device
     model.eval()
     drawn = cast("Any", model).generate(
@@ -214,17 +214,18 @@ def own_answers(
             top_p=1.0,
             max_new_tokens=config.sample_tokens,
             pad_token_id=pad,
-            eos_token_id=end,
+            eos_token_id=ends,
         ),
     )
     model.train()
-    answers = [_until(end, row) for row in drawn[:, longest:].tolist()]
+    answers = [_until(ends, row) for row in drawn[:, longest:].tolist()]
     examples = [Example(p + a, [IGNORED] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
     return {name: tensor.to(where) for name, tensor in collate(examples, pad).items()}
 
 
-def _until(end: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _until(ends: Sequence[int], ids: list[int]) -> list[int]:
+    last = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: last + 1]
 
 
 def hidden_distance(

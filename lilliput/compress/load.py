@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.result import Result
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import ArtifactError, SourceError
@@ -34,7 +35,8 @@ def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Result:
 
     Raises:
         SourceError: the source is no causal language model, cannot be opened, is in an unsupported format, opens as
-            another model than the file describes, or has weights that are not finite in the stored dtype.
+            another model than the file describes, has weights that are not finite in the stored dtype, or cannot be
+            asked a question.
         ArtifactError: weights are missing, or something in the folder would run.
     """
     require_harmless(source_dir)
@@ -49,14 +51,21 @@ def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Result:
             gguf_config(header) if header else AutoConfig.from_pretrained(source_dir, trust_remote_code=False)
         )
         require_causal_lm(source_config, str(source_dir))
+        tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)
         model, checks = _opened(source_dir, header, source_config, tokenizer, config)
+        model = name_end_tokens(model, tokenizer)
     dtype = getattr(torch, config.dtype)
     try:
         require_finite(model, dtype, str(source_dir), "the source is damaged: choose another revision or release of it")
     except ArtifactError as error:
         raise SourceError(str(error)) from None
     model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
-    return Result(model.eval(), tokenizer, facts={"rehearsal": config.rehearsal is not None}, checks=checks)
+    return Result(
+        model.eval(),
+        tokenizer,
+        facts={"rehearsal": config.rehearsal is not None} | chat_facts(tokenizer),
+        checks=checks,
+    )
 
 
 def _opened(

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import takewhile
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lilliput.errors import DataError
+
+_PROBE_QUESTION, _PROBE_ANSWER = "lilliput-question", "lilliput-answer"
+
+Messages = Sequence[dict[str, str]]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_follows: bool = True) -> str:
+    """The text of `messages` under the tokenizer's chat template.
+
+    Args:
+        tokenizer: has a chat template.
+        messages: role and content of each turn.
+        answer_follows: ends the text with the header of the assistant's turn.
+    """
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows)
+    return str(text)
+
+
+def conversation(system_prompt: str, question: str, answer: str | None = None) -> list[dict[str, str]]:
+    """The messages of one question, and of its answer if there is one."""
+    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> list[int]:
@@ -22,9 +46,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, questi
             "the tokenizer has no chat template, so a question cannot be put to the model; "
             "use an instruction-tuned model or add `chat_template` to its tokenizer_config.json"
         )
-    messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return _ids(tokenizer, str(text))
+    return encode_text(tokenizer, render(tokenizer, conversation(system_prompt, question)))
 
 
 def encode_beginning(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> list[int]:
@@ -42,19 +64,65 @@ def shared_beginning(sequences: Sequence[Sequence[int]]) -> int:
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, end: bool = True) -> list[int]:
     """Ids of `answer`; with `end`, closed by the end-of-turn token, which a model must learn to write too."""
-    ids = _ids(tokenizer, answer)
+    ids = encode_text(tokenizer, answer)
     return [*ids, end_id(tokenizer)] if end else ids
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of `text` alone, without the special tokens that a tokenizer may add around it."""
+    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a turn."""
-    return cast("int", tokenizer.eos_token_id)
+    """The token that ends an assistant's turn: the one that the chat template writes there, else the tokenizer's EOS.
+
+    Raises:
+        DataError: neither the template nor the tokenizer names one.
+    """
+    written = turn_end_id(tokenizer)
+    end = tokenizer.eos_token_id if written is None else written
+    if end is None:
+        raise DataError(
+            "the chat template closes an assistant's turn with no special token and the tokenizer names no EOS token, "
+            "so an answer has no end; name `eos_token` in tokenizer_config.json"
+        )
+    return cast("int", end)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> list[int]:
+    """All tokens that end an answer, ascending: those of the chat template, the tokenizer and the generation config."""
+    configured = cast("Any", generation.eos_token_id if generation else None)
+    named = [
+        turn_end_id(tokenizer),
+        tokenizer.eos_token_id,
+        *(configured if isinstance(configured, list) else [configured]),
+    ]
+    return sorted({int(end) for end in named if end is not None and end >= 0})  # some write −1 for none
+
+
+def read_generation_config(checkpoint: Path) -> GenerationConfig | None:
+    """The generation config of a checkpoint; None if it has none."""
+    return GenerationConfig.from_pretrained(checkpoint) if (checkpoint / "generation_config.json").is_file() else None
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first special token that the chat template writes after an assistant's turn; None if it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    return _turn_end_id(tokenizer, tokenizer.get_chat_template(), str(tokenizer.eos_token))
+
+
+@lru_cache(maxsize=8)
+def _turn_end_id(tokenizer: PreTrainedTokenizerBase, template: str, eos_token: str) -> int | None:
+    """`turn_end_id`, once for each template; a template may refer to the EOS token by name."""
+    del template, eos_token
+    text = render(tokenizer, conversation("system", _PROBE_QUESTION, _PROBE_ANSWER), answer_follows=False)
+    written = encode_text(tokenizer, text.rpartition(_PROBE_ANSWER)[2])
+    added = cast("Any", tokenizer).added_tokens_decoder
+    # Some vocabularies (Gemma's) hold line breaks as added tokens.
+    return next((token for token in written if token in added and added[token].content.strip()), None)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills up a batch; masked wherever it stands, so any will do where the tokenizer names none."""
     return cast("int", tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lilliput.config import CachingConfig, EvaluationConfig, Params
 from lilliput.data.asking import subject, wordings
-from lilliput.data.chat import encode_beginning, encode_prompt
+from lilliput.data.chat import encode_beginning, encode_prompt, end_ids
 from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
 from lilliput.data.recipe import Recipe
@@ -212,10 +212,11 @@ def _serve(text: str, way: Way, tokenizer: PreTrainedTokenizerBase, params: Para
     for token in way.runtime.stream(prompt, most):
         first_s = first_s or time.perf_counter() - started
         tokens.append(token)
-    answer = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    ended = tokens[-1] in end_ids(tokenizer, None)
+    written = tokens[:-1] if ended else tokens  # not every end token is marked special
+    answer = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
     # As the gateway does: an answer that was cut off at the limit, or is empty, is not kept.
-    complete = answer and len(tokens) < most
-    new = Answer(answer, "device", way.runtime.name, len(prompt), len(tokens)) if complete else None
+    new = Answer(answer, "device", way.runtime.name, len(prompt), len(tokens)) if ended and answer else None
     return _Served(answer, 1e3 * first_s, asked, None, new)
 
 

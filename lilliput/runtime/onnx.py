@@ -64,7 +64,7 @@ class OnnxRuntime(ByPrediction):
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Greedy answers of at most `max_tokens` tokens, without the end token."""
-        return [str(self._tokenizer.decode(list(self.stream(ids, max_tokens)))).strip() for ids in prompts]
+        return [self._text(list(self.stream(ids, max_tokens))) for ids in prompts]
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
         """Greedy tokens of one answer, each as soon as it is there, the end token included."""
@@ -76,6 +76,11 @@ class OnnxRuntime(ByPrediction):
             yield token
             if self._generator.is_done():
                 return
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of an answer; not every end token is marked as special, which decoding leaves out."""
+        ended = ids and ids[-1] in self._tokenizer.eos_token_ids
+        return str(self._tokenizer.decode(ids[:-1] if ended else ids)).strip()
 
     def _feed(self, ids: Ids) -> None:
         """Brings the generator to `ids`; of what it has seen already, the common beginning stays."""

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.data.chat import pad_id, shared_beginning
+from lilliput.data.chat import end_ids, pad_id, shared_beginning
 from lilliput.errors import ArtifactError, DataError
 from lilliput.memory import Shape, answering_bytes, free_bytes, scoring_bytes
 from lilliput.models import vocabulary_logits
@@ -265,10 +265,8 @@ class TorchRuntime:
             logits = self._checked(output.logits[:, -1])
         return answers
 
-    def _end_ids(self) -> set[int]:
-        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ends = configured if isinstance(configured, list) else [configured, self.tokenizer.eos_token_id]
-        return {int(end) for end in ends if end is not None}
+    def _end_ids(self) -> list[int]:
+        return end_ids(self.tokenizer, self.model.generation_config)
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(logits).all():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lilliput.compress import checkpoint
 from lilliput.compress import lora as lora_module
 from lilliput.compress.checkpoint import fingerprint, last_checkpoint
 from lilliput.compress.lora import lora, with_adapter
@@ -224,6 +225,12 @@ def test_validation_takes_whole_groups(facts):
     assert set_aside(facts, LoraConfig(**LORA)) == (facts, [])
     with pytest.raises(StrategyError, match=r"validation_share: 0\.2 of 1 training groups"):
         set_aside(facts[:1], LoraConfig(**LORA | {"validation_share": 0.2}))
+
+
+def test_a_checkpoint_is_keyed_by_the_code_that_encodes_its_examples(monkeypatch):
+    before, real = fingerprint("settings"), checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: "new" if path.name == "chat.py" else real(path))
+    assert fingerprint("settings") != before
 
 
 def test_a_fingerprint_changes_with_any_part():

@@ -23,6 +23,7 @@ from lilliput.untrusted import PICKLES, require_harmless
 from tests.hostile.fuzzing import altered, damaged, examples, run
 
 LOAD = LoadConfig(dtype="float32", seed=0)
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,7 @@ def little(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>", eos_token="</s>"
     )
+    tokenizer.chat_template = TEMPLATE
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(words),
@@ -271,12 +273,14 @@ def little_gguf(tmp_path_factory):
     writer.add_vocab_size(300)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    plain = [chr(place) for place in range(33, 127)] + [chr(place) for place in range(256, 460)]
-    writer.add_token_list([*plain[:296], "ab", "cd", "<s>", "</s>"])
+    written = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]  # characters that stand for bytes
+    plain = [chr(place) for place in (*written, *range(400, 440))]
+    writer.add_token_list([*plain, "ab", "cd", "<|endoftext|>", "</s>"])
     writer.add_token_types([1] * 298 + [3, 3])
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(298)
     writer.add_eos_token_id(299)
+    writer.add_chat_template(TEMPLATE)
     random = np.random.default_rng(0)
     shapes = {"token_embd": (300, 32), "output_norm": (32,)}
     block = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "attn_norm": (32,)}

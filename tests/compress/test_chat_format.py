@@ -1,0 +1,289 @@
+"""What `load` makes of tokenizers and templates that do not fit their model, or this pipeline."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from lilliput.compress import load as load_module
+from lilliput.compress.chat_format import chat_facts
+from lilliput.compress.load import load
+from lilliput.compress.training import collate, encode_examples, label_loss
+from lilliput.config import LoadConfig
+from lilliput.data.chat import conversation, encode_answer, encode_prompt, end_id, end_ids, pad_id, render
+from lilliput.errors import SourceError
+from lilliput.models import open_model, save_model
+from lilliput.runtime.torch import TorchRuntime
+from tests.families import BOS, CHATML, DROPS_SYSTEM, GEMMA, OWN_END, TURN_END, make_source
+
+LOAD = LoadConfig(dtype="float32", seed=0)
+SYSTEM = "Answer briefly."
+
+
+@pytest.fixture
+def source(checkpoint, tmp_path):
+    return lambda template, *arguments, **named: make_source(
+        checkpoint, tmp_path / "source", template, *arguments, **named
+    )
+
+
+def reopened(opened, folder):
+    """A loaded model as later stages see it."""
+    save_model(*opened, folder)
+    return open_model(folder)
+
+
+def passes_every_stage(model, tokenizer, facts):
+    """Trains on, scores and answers questions, several at once so that they are padded."""
+    examples = encode_examples(tokenizer, SYSTEM, facts[:4])
+    assert torch.isfinite(label_loss(model, collate(examples, pad_id(tokenizer))))
+    prompts = [encode_prompt(tokenizer, SYSTEM, question.question * (n + 1)) for n, question in enumerate(facts[:3])]
+    runtime = TorchRuntime(model, tokenizer, 4)
+    assert len(runtime.generate(prompts, 3)) == 3
+    options = [[encode_answer(tokenizer, "Paris", end=False)] for _ in prompts]
+    assert len(runtime.score(prompts, options)) == 3
+
+
+def test_a_pad_token_beyond_the_table_is_removed(source, facts, tmp_path):
+    folder = source(CHATML, lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}))
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id == 49152
+    with pytest.warns(UserWarning, match=r"1 added tokens have no row in the embedding table of 49152 rows.*\[PAD\]"):
+        opened = load(folder, None, LOAD)
+    model, tokenizer = reopened(opened, tmp_path / "base")
+    assert max(tokenizer.get_vocab().values()) == 49151
+    assert tokenizer.pad_token != "[PAD]"
+    assert pad_id(tokenizer) < 49152
+    passes_every_stage(model, tokenizer, facts)
+
+
+def test_all_added_tokens_beyond_the_table_are_removed_and_the_rest_stays(source, checkpoint, tmp_path):
+    def add(tokenizer):
+        tokenizer.add_tokens(["<|tool|>", AddedToken("<|think|>", special=True)])
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<|x|>"]})
+
+    folder = source(CHATML, add)
+    with pytest.warns(UserWarning, match="3 added tokens"):
+        opened = load(folder, None, LOAD)
+    _, tokenizer = reopened(opened, tmp_path / "base")
+    own = AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer.get_vocab() == own.get_vocab()
+    assert tokenizer.special_tokens_map == own.special_tokens_map
+    text = "<|im_start|>user\nWhat is <|tool|>?<|im_end|>\n"
+    assert max(tokenizer(text)["input_ids"]) < 49152
+    assert tokenizer(text)["input_ids"] == own(text)["input_ids"]
+
+
+def test_an_eos_token_beyond_the_table_is_replaced_by_the_token_that_closes_a_turn(source, facts, tmp_path):
+    folder = source(OWN_END, lambda tokenizer: tokenizer.add_special_tokens({"eos_token": "<|never|>"}))
+    with pytest.warns(UserWarning, match=r"<\|never\|>|no EOS token"):
+        opened = load(folder, None, LOAD)
+    model, tokenizer = reopened(opened, tmp_path / "base")
+    assert tokenizer.eos_token == TURN_END
+    passes_every_stage(model, tokenizer, facts)
+
+
+@pytest.mark.parametrize(
+    ("template", "edit"),
+    [
+        (
+            CHATML.replace("<|im_end|>", "<|eot|>"),
+            lambda t: t.add_special_tokens({"extra_special_tokens": ["<|eot|>"]}),
+        ),
+        (CHATML.replace("user", "user"), lambda t: t.add_tokens(["assistant"])),
+    ],
+    ids=["closes turns", "in every prompt"],
+)
+def test_a_token_in_use_beyond_the_table_is_refused(source, template, edit):
+    with pytest.raises(SourceError, match="in use have no row in the embedding table of 49152 rows"):
+        load(source(template, edit), None, LOAD)
+
+
+def test_a_vocabulary_larger_than_the_table_is_refused(source):
+    folder = source(CHATML)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 49000}))
+    with pytest.raises(SourceError, match="152 tokens that are in use have no row"):
+        load(folder, None, LOAD)
+
+
+def test_a_padding_index_beyond_the_table_is_refused_with_its_place(source):
+    folder = source(CHATML)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 49152}))
+    with pytest.raises(
+        SourceError, match=r"config\.json: pad_token_id is 49152, and the embedding table has 49152 rows"
+    ):
+        load(folder, None, LOAD)
+
+
+def no_names(tokenizer):
+    tokenizer.eos_token = tokenizer.pad_token = None
+
+
+def test_a_tokenizer_without_eos_and_pad_gets_the_token_that_closes_a_turn(source, facts, tmp_path):
+    folder = source(OWN_END, no_names, {"eos_token_id": None, "pad_token_id": None})
+    assert AutoTokenizer.from_pretrained(folder).eos_token is None
+    with pytest.warns(UserWarning, match=f"names no EOS token; {TURN_END} is used"):
+        opened = load(folder, None, LOAD)
+    model, tokenizer = reopened(opened, tmp_path / "base")
+    assert tokenizer.eos_token == TURN_END
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    passes_every_stage(model, tokenizer, facts)
+
+
+def test_answers_without_an_end_are_refused(source):
+    with pytest.raises(SourceError, match="an answer would never end"):
+        load(source(CHATML.replace("<|im_end|>", ""), no_names), None, LOAD)
+
+
+def test_the_saved_generation_config_names_every_end_token(source, tmp_path):
+    folder = source(
+        OWN_END,
+        lambda tokenizer: setattr(tokenizer, "eos_token", "<|endoftext|>"),
+        {"eos_token_id": [0, 16, 60000], "pad_token_id": 49152},
+    )
+    model, tokenizer = load(folder, None, LOAD)
+    save_model(model, tokenizer, tmp_path / "base")
+    found = GenerationConfig.from_pretrained(tmp_path / "base")
+    turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
+    assert found.eos_token_id == sorted([0, 16, turn_end])  # 60000 is no token
+    assert found.pad_token_id == turn_end
+    again = load(tmp_path / "base", None, LOAD)[0]
+    assert again.generation_config.eos_token_id == found.eos_token_id
+
+
+def test_the_built_in_model_is_loaded_as_it_is(checkpoint, tmp_path):
+    model, tokenizer = load(checkpoint, None, LOAD)
+    save_model(model, tokenizer, tmp_path / "base")
+    for path in checkpoint.iterdir():
+        assert (tmp_path / "base" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert chat_facts(tokenizer) == {}
+
+
+@pytest.mark.parametrize(("template", "reason"), [(GEMMA, "rejects"), (DROPS_SYSTEM, "drops")])
+def test_a_system_prompt_that_the_template_does_not_take_is_put_into_the_first_user_turn(
+    source, facts, tmp_path, template, reason
+):
+    with pytest.warns(UserWarning, match=f"the chat template {reason} the system prompt"):
+        opened = load(source(template, lambda t: setattr(t, "bos_token", BOS)), None, LOAD)
+    model, tokenizer = reopened(opened, tmp_path / "base")
+    text = tokenizer.decode(encode_prompt(tokenizer, SYSTEM, "Why?"))
+    assert f"user\n{SYSTEM}\n\nWhy?" in text
+    assert text.count(SYSTEM) == 1
+    later = [*conversation(SYSTEM, "Why?", "So."), {"role": "user", "content": "And?"}]
+    assert render(tokenizer, later).count(SYSTEM) == 1
+    assert "user\nAnd?" in render(tokenizer, later)
+    assert chat_facts(tokenizer) == {"system_prompt": "in the first user turn: the model's own template takes none"}
+    passes_every_stage(model, tokenizer, facts)
+
+
+def test_without_a_system_prompt_the_template_is_the_model_s_own(source):
+    folder = source("\n" + GEMMA, lambda t: setattr(t, "bos_token", BOS))
+    own = AutoTokenizer.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="rejects the system prompt"):
+        tokenizer = load(folder, None, LOAD)[1]
+    for messages in (
+        [{"role": "user", "content": "Why?"}],
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+    ):
+        assert render(tokenizer, messages) == render(own, messages)
+
+
+def test_a_merged_template_is_not_merged_again(source, tmp_path):
+    with pytest.warns(UserWarning, match="drops"):
+        opened = load(source(DROPS_SYSTEM), None, LOAD)
+    save_model(*opened, tmp_path / "base")
+    assert load(tmp_path / "base", None, LOAD)[1].get_chat_template() == opened[1].get_chat_template()
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+    """Fails the test if weights are opened."""
+
+    def opens(*_):
+        pytest.fail("the weights were opened first")
+
+    for name in ("open_gguf", "open_safetensors", "random_model"):
+        monkeypatch.setattr(load_module, name, opens)
+
+
+@pytest.mark.usefixtures("unopened")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('not today') }}", r"the chat template fails .*TemplateError: not today"),
+        ("{{ messages[0].content.nothing.there }}", r"the chat template fails .*UndefinedError"),
+        ("{% if %}", r"the chat template fails .*TemplateSyntaxError"),
+        ("{{ 1 + 'a' }}", r"the chat template fails .*TypeError"),
+        (
+            CHATML.replace(
+                "{% for", "{% if messages|length == 3 %}{{ raise_exception('no answers') }}{% endif %}{% for", 1
+            ),
+            "TemplateError: no answers",
+        ),
+        ("<|im_start|>{{ messages[0]['content'] }}<|im_end|>", "leaves out what the user says"),
+        (
+            "{% for message in messages[:2] %}{{ message['content'] }}<|im_end|>{% endfor %}",
+            "leaves out what the assistant says",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_before_the_weights_are_opened(source, template, message):
+    with pytest.raises(SourceError, match=message):
+        load(source(template), None, LOAD)
+
+
+@pytest.mark.usefixtures("unopened")
+@pytest.mark.parametrize("model", [models.BPE, models.WordLevel])
+def test_a_tokenizer_that_loses_text_is_refused(checkpoint, tmp_path, model):
+    backend = Tokenizer(
+        model(
+            vocab={text: n for n, text in enumerate("abcdefghijklmnopqrstuvwxyz~<|>_-")},
+            **({"merges": []} if model is models.BPE else {"unk_token": "?"}),
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    folder = make_source(checkpoint, tmp_path / "source", CHATML)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML.replace("\n", "")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(SourceError, match=r"cannot encode .* has no unknown token to put in its place"):
+        load(folder, None, LOAD)
+
+
+def test_every_end_token_ends_an_answer_of_the_reference_runtime(source, facts, tmp_path):
+    folder = source(
+        OWN_END, lambda t: setattr(t, "eos_token", "<|endoftext|>"), {"eos_token_id": [49151]}
+    )  # no end-of-turn token among them
+    model, tokenizer = reopened(load(folder, None, LOAD), tmp_path / "base")
+    runtime = TorchRuntime(model, tokenizer, 2)
+    prompt = encode_prompt(tokenizer, SYSTEM, facts[0].question)
+    free = list(TorchRuntime(model, tokenizer, 2).stream(prompt, 3))
+    ends = end_ids(tokenizer, model.generation_config)
+    assert ends == sorted([0, end_id(tokenizer), 49151])
+    assert not {*free} & {*ends}
+    for end in ends:
+        writes(model, end)
+        assert list(runtime.stream(prompt, 3)) == [end]
+        assert runtime.generate([prompt, prompt], 3) == ["", ""]
+        ids = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=3)
+        assert ids[0, len(prompt) :].tolist() == [end]  # plain transformers stops, too
+
+
+def writes(model, token):
+    """Lets `model` answer `token` to everything."""
+    with torch.no_grad():
+        table = model.get_output_embeddings().weight
+        model.model.norm.weight.zero_()
+        if not hasattr(model, "forced"):
+            model.forced = torch.nn.Linear(table.shape[1], table.shape[0])
+            model.lm_head = model.forced
+        model.forced.weight.zero_()
+        model.forced.bias.zero_()
+        model.forced.bias[token] = 1.0

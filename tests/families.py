@@ -1,0 +1,62 @@
+"""The tiny model in the manner of other model families: other chat templates and special tokens, the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+# SmolLM2's vocabulary has these; llama.cpp knows none of them by name as the end of anything.
+BOS, TURN_END, OTHER_END = "<jupyter_start>", "<issue_closed>", "<jupyter_code>"
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Closes turns with a token of its own, as Llama 3 does.
+OWN_END = CHATML.replace("<|im_end|>", TURN_END)
+# Begins with BOS and takes no system role, as Gemma.
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "<|im_start|>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    f"{{{{ message['content'] | trim }}}}{TURN_END}\n{{% endfor %}}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+# Writes no system prompt at all, without a word about it.
+DROPS_SYSTEM = CHATML.replace(
+    "%}<|im_start|>", "%}{% if message['role'] == 'system' %}{% continue %}{% endif %}<|im_start|>", 1
+)
+
+
+def make_source(
+    checkpoint: Path,
+    folder: Path,
+    template: str | None,
+    edit: Callable[[Any], None] = lambda tokenizer: None,
+    generation: dict[str, Any] | None = None,
+) -> Path:
+    """`folder` with the tiny model under another chat template.
+
+    Args:
+        checkpoint: the tiny model.
+        folder: a new folder.
+        template: the chat template; None for none.
+        edit: changes the tokenizer in place.
+        generation: keys of generation_config.json.
+    """
+    shutil.copytree(checkpoint, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.chat_template = template
+    edit(tokenizer)
+    tokenizer.save_pretrained(folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (generation or {})))
+    return folder
