@@ -26,12 +26,14 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that stands for an empty context."""
-        return end_id(self._tokenizer)
+        """The token that stands for an empty context: the one that texts begin with (BOS), else the end of a turn."""
+        added = cast("list[int]", self._tokenizer("")["input_ids"])
+        return added[0] if added else end_id(self._tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, by default without special tokens, as the harness does for models of the Llama kind here."""
-        return list(self._tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"])
+        """Token ids, by default with the special tokens that the tokenizer adds by itself, as the harness does."""
+        chosen: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return cast("list[int]", self._tokenizer(string, **chosen)["input_ids"])
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
