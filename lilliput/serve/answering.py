@@ -217,7 +217,8 @@ class Computation:
             service.free.release()
 
     def _request(self, end: End, *, look: bool = False) -> dict[str, Any]:
-        request = self._chat.for_model(self._service.model.system_prompt, self._limits.max_tokens, end.model)
+        system_prompt = self._service.model.system_prompt
+        request = self._chat.for_model(system_prompt, self._limits.max_tokens, end.model, end.control_tokens)
         # Probabilities only where somebody looks at them: llama.cpp sorts the whole vocabulary for each. It sends 20
         # alternatives per token unless it is told how many, and no probabilities at all if it is told none.
         looks = {"logprobs": True, "top_logprobs": max(1, self._chat.top_logprobs or 0)}

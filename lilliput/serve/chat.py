@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lilliput.serve.control_tokens import ControlTokens
+
 # What other clients may send along and a model on a device has no use for.
 _NOT_HERE = ("tools", "functions", "tool_choice", "function_call", "audio", "modalities", "prediction")
 # Values of these that ask for text alone. Without tools, `auto` is `none`.
@@ -148,8 +150,18 @@ class Chat(BaseModel):
         """New tokens that the answer may have: what the request asks for, and no more than `limit`."""
         return min(self.max_completion_tokens or self.max_tokens or limit, limit)
 
-    def for_model(self, system_prompt: str, limit: int, model: str | None) -> dict[str, Any]:
-        """The request as an end gets it: greedy unless it says otherwise, with at most `limit` new tokens."""
+    def for_model(
+        self, system_prompt: str, limit: int, model: str | None, control_tokens: ControlTokens | None = None
+    ) -> dict[str, Any]:
+        """The request as an end gets it: greedy unless it says otherwise, with at most `limit` new tokens.
+
+        Args:
+            system_prompt: put first if the request has none.
+            limit: of new tokens.
+            model: as the end calls it; None for no name.
+            control_tokens: split in all turns of the request, so that nobody forges a turn.
+        """
+        plain = control_tokens.split if control_tokens else str
         settings = self.model_dump(
             exclude_none=True,
             exclude={"messages", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"},
@@ -157,7 +169,7 @@ class Chat(BaseModel):
         if self.seed is not None:
             settings["seed"] = self.seed % (LARGEST_SEED + 1)
         turns = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+            {"role": "system" if message.role == "developer" else message.role, "content": plain(message.text)}
             for message in self.messages
         ]
         if turns[0]["role"] != "system":

@@ -12,6 +12,7 @@ import httpx
 
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.completions import Chunks, as_chunks_of, as_completion
+from lilliput.serve.control_tokens import ControlTokens
 from lilliput.serve.wire import Wire
 
 EDGE_KEY = "LILLIPUT_EDGE_KEY"  # the environment variable with the key of an edge server elsewhere
@@ -56,6 +57,7 @@ class End:
         transport: how it is reached; HTTP if None.
         clock: of the CPU-seconds that its process has used; None where that is not known.
         running: whether its process is there; always, where that is not known.
+        control_tokens: of its model, which are split in what users write; None where they are not known.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class End:
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float | None] | None = None,
         running: Callable[[], bool] = lambda: True,
+        control_tokens: ControlTokens | None = None,
     ) -> None:
         self.model, self.breaker, self.clock = model, breaker, clock
-        self._running = running
+        self._running, self.control_tokens = running, control_tokens
         self._timeout_s = timeout_s
         self._chat, self._count, self._health = (
             httpx.URL(url.rstrip("/") + path)

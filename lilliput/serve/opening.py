@@ -8,11 +8,13 @@ import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from lilliput.artifacts import read_manifest
 from lilliput.data.wheels import default_cache
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.cache import AnswerCache
+from lilliput.serve.control_tokens import read_control_tokens
 from lilliput.serve.costs import Device
 from lilliput.serve.deployment import ANSWERS, ROUTERS, Deployed, Deployment, verified
 from lilliput.serve.embedder import Embedder, Remembering
@@ -53,7 +55,7 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             Setting(deployment.device, _policy(deployment), _edge_name(deployment), serving.link),
             Device(deployment.profile.watts_per_core, serving.battery_wh, deployment.links),
             Model(deployment.model.name, deployment.model.sha256, deployment.system_prompt),
-            End(device.url, DEVICE_TIMEOUT_S, key=device.key, clock=device.cpu_seconds, running=lambda: device.running),
+            _end(device, DEVICE_TIMEOUT_S, clock=device.cpu_seconds),
             _edge(deployment, server),
             router,
             cache,
@@ -99,9 +101,13 @@ def _edge(deployment: Deployment, server: LlamaServer | None) -> End | None:
     config = deployment.serving.edge
     if config.url is not None:
         return End(config.url, config.timeout_s, model=config.model, key=os.environ.get(EDGE_KEY), breaker=Breaker())
-    if server is None:
-        return None
-    return End(server.url, config.timeout_s, key=server.key, breaker=Breaker(), running=lambda: server.running)
+    return _end(server, config.timeout_s, breaker=Breaker()) if server else None
+
+
+def _end(server: LlamaServer, timeout_s: float, **more: Any) -> End:
+    """The end of a process that was started here."""
+    tokens = read_control_tokens(Path(server.file))
+    return End(server.url, timeout_s, key=server.key, running=lambda: server.running, control_tokens=tokens, **more)
 
 
 def _edge_name(deployment: Deployment) -> str | None:

@@ -47,6 +47,7 @@ class LlamaServer:
     Attributes:
         url: of the server, without `/v1`.
         key: that requests have to bear; only `/health` answers without.
+        file: that is served.
 
     Args:
         serving: what is served.
@@ -57,7 +58,7 @@ class LlamaServer:
     """
 
     def __init__(self, serving: Serving, deadline_s: float = 60.0) -> None:
-        self.key = secrets.token_urlsafe(32)
+        self.key, self.file = secrets.token_urlsafe(32), serving.file
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lilliput.serve.server"],
             stdin=subprocess.PIPE,
