@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lilliput.serve.control_tokens import ControlTokens
+from lilliput.serve.schema_limits import check_schema
 
 # What other clients may send along and a model on a device has no use for.
 _NOT_HERE = ("tools", "functions", "tool_choice", "function_call", "audio", "modalities", "prediction")
@@ -88,6 +89,14 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_small_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema: is missing")
+        if self.json_schema is not None:
+            check_schema(self.json_schema)
+        return self
 
 
 class Chat(BaseModel):

@@ -1,0 +1,68 @@
+"""Limits on JSON schemas, which llama.cpp turns into a grammar: its time grows with the square of the alternatives.
+
+Measured on one core: 200 words in an `enum` took 0.2 CPU-seconds more than none, 1,000 took 1.7, and 6,000 took 94.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MOST_BYTES = 8 * 1024
+MOST_DEPTH = 16
+MOST_ALTERNATIVES = 256
+MOST_PROPERTIES = 64
+_ALTERNATIVES = ("enum", "anyOf", "oneOf", "allOf")
+_PROPERTIES = ("properties", "patternProperties", "required", "$defs", "definitions")
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Accepts a schema that llama.cpp reads in little time.
+
+    Raises:
+        ValueError: it is too large, too deep, or has too many alternatives or properties, or leads elsewhere.
+    """
+    size = len(json.dumps(schema).encode()) if _depth_within(schema) else 0
+    if not size:
+        raise ValueError(f"the schema is nested deeper than {MOST_DEPTH}; flatten it")
+    if size > MOST_BYTES:
+        raise ValueError(f"the schema has {size} bytes; at most {MOST_BYTES} are accepted")
+    entries = list(_entries(schema))
+    _limit(entries, _ALTERNATIVES, MOST_ALTERNATIVES, "alternatives")
+    _limit(entries, _PROPERTIES, MOST_PROPERTIES, "properties")
+    for name, value in entries:
+        if name == "$ref" and not str(value).startswith("#"):
+            raise ValueError(f"$ref: {str(value)[:100]!r} leads out of the schema; only #/… is followed")
+
+
+def _limit(entries: list[tuple[str, Any]], names: tuple[str, ...], most: int, what: str) -> None:
+    for name in names:
+        count = sum(len(value) for key, value in entries if key == name and isinstance(value, list | dict))
+        if count > most:
+            raise ValueError(f"the schema has {count} {what} under {name}; at most {most} are accepted")
+
+
+def _depth_within(schema: Any) -> bool:
+    """Whether no value lies deeper than `MOST_DEPTH` objects and lists; level by level, for recursion would not end."""
+    level = [schema]
+    for _ in range(MOST_DEPTH + 1):
+        level = [inner for value in level for inner in _inside(value)]
+        if not level:
+            return True
+    return False
+
+
+def _entries(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Each key of each object in `schema`, with its value."""
+    waiting = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            yield from value.items()
+        waiting += _inside(value)
+
+
+def _inside(value: Any) -> list[Any]:
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [inner for inner in values if isinstance(inner, Mapping | list)]

@@ -1,0 +1,85 @@
+"""JSON schemas that would keep llama.cpp busy are refused before they reach it."""
+
+import asyncio
+
+import pytest
+from paper import ASK, Paper, app, ask, client
+
+from lilliput.serve.schema_limits import MOST_ALTERNATIVES, MOST_DEPTH, MOST_PROPERTIES, check_schema
+
+
+def words(count):
+    return [f"w{number}" for number in range(count)]
+
+
+def nested(levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+def objects(count):
+    return {"type": "object", "properties": {word: {} for word in words(count)}}
+
+
+LARGEST = {
+    "enum": {"enum": words(MOST_ALTERNATIVES)},
+    "branches": {"anyOf": [{}] * MOST_ALTERNATIVES},
+    "properties": objects(MOST_PROPERTIES),
+    "required": {"required": words(MOST_PROPERTIES)},
+    "depth": nested(MOST_DEPTH),
+    "bytes": {"description": "x" * 8000},
+    "reference": {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+}
+TOO_LARGE = {
+    "enum": ({"enum": words(MOST_ALTERNATIVES + 1)}, "257 alternatives under enum; at most 256"),
+    "two enums": ({"anyOf": [{"enum": words(200)}, {"enum": words(57)}]}, "257 alternatives under enum"),
+    "branches": ({"items": {"oneOf": [{}] * 257}}, "257 alternatives under oneOf"),
+    "properties": (objects(65), "65 properties under properties; at most 64"),
+    "inner properties": ({"items": {"anyOf": [objects(40), objects(25)]}}, "65 properties under properties"),
+    "definitions": ({"$defs": {word: {} for word in words(65)}}, "65 properties under"),
+    "depth": (nested(MOST_DEPTH + 1), "nested deeper than 16"),
+    "bytes": ({"description": "x" * 9000}, "bytes; at most 8192"),
+    "reference": ({"$ref": "http://elsewhere/schema.json"}, "leads out of the schema"),
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_what_is_at_the_limit_is_accepted(name):
+    check_schema(LARGEST[name])
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_what_is_over_it_is_refused_with_its_measure(name):
+    schema, message = TOO_LARGE[name]
+    with pytest.raises(ValueError, match=message.replace("$", r"\$")):
+        check_schema(schema)
+
+
+def test_no_such_schema_reaches_the_model_and_a_small_one_does():
+    paper = Paper()
+
+    def form(schema):
+        return ASK | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+    good = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    without = ASK | {"response_format": {"type": "json_schema"}}
+    responses = ask(app(paper), form({"enum": words(6000)}), form(good), without)
+    assert [response.status_code for response in responses] == [400, 200, 400]
+    assert "the schema has" in responses[0].json()["error"]["message"]
+    assert responses[0].json()["error"]["param"] == "response_format"
+    assert [asked["response_format"]["json_schema"]["schema"] for asked in paper.asked["device"]] == [good]
+
+
+def test_a_body_of_brackets_is_refused_without_an_error_of_the_gateway():
+    async def run():
+        async with client(app(Paper())) as http:
+            deep = b'{"messages": ' + b"[" * 30_000 + b"]" * 30_000 + b"}"
+            schema = b'{"a":' * 9_000 + b"1" + b"}" * 9_000
+            formed = b'{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_schema",'
+            headers = {"content-type": "application/json"}
+            bodies = (deep, formed + b'"json_schema":' + schema + b"}}")
+            return [await http.post("/v1/chat/completions", content=body, headers=headers) for body in bodies]
+
+    assert [response.status_code for response in asyncio.run(run())] == [400, 400]
