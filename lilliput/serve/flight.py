@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 from contextlib import aclosing
 from typing import Any
 
-from lilliput.serve.answering import Answered, Computation
+from lilliput.serve.answering import Answered, Computation, Unanswered
 from lilliput.serve.completions import Chunks, as_chunks, joined
 from lilliput.serve.costs import Spent
 
@@ -122,6 +122,9 @@ class Flight:
                     async for chunk in chunks:
                         self._chunks.append(chunk)
                         self._announce()
+        except asyncio.CancelledError:
+            self._error = Unanswered("the computation was stopped")
+            raise
         except Exception as error:  # raised again in each request that waits
             self._error = error
         finally:

@@ -191,3 +191,22 @@ def test_other_limits_links_rules_questions_and_settings_do_not_share():
 def test_those_that_share_do_not_wait_for_the_device():
     responses = ask(app(slow(), limits=Limits(waiting=0)), *[ASK] * 6, at_once=True)
     assert [response.status_code for response in responses] == [200] * 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_computation_that_is_stopped_leaves_nobody_waiting(stream):
+    paper = slow()
+    paper.delay_s["device"] = 30.0
+    application = app(paper)
+
+    async def run():
+        async with client(application) as http:
+            request = asyncio.create_task(http.post("/v1/chat/completions", json=ASK | {"stream": stream}))
+            while not paper.asked["device"]:
+                await asyncio.sleep(0.005)
+            [flight] = application.gateway._flights._flights.values()
+            flight._task.cancel()
+            return await asyncio.wait_for(request, 5)
+
+    response = asyncio.run(run())
+    assert (response.status_code, response.json()["error"]["message"]) == (502, "the computation was stopped")
