@@ -15,7 +15,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
@@ -39,6 +39,7 @@ class Job:
         predict: ids of a text of which every token from `predict_from` on is predicted.
         predict_from: place of the first token that is predicted.
         score: prompts, and the continuations of each whose likelihood is asked.
+        chats: messages of which each target's own chat server makes a prompt (gguf alone).
         answer: prompts that are answered one by one, timed.
         max_tokens: of an answer.
         most_seconds: after which no further answer is begun, if `fewest` were.
@@ -51,6 +52,7 @@ class Job:
     predict: list[int] = field(default_factory=list)
     predict_from: int = 1
     score: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
+    chats: list[list[dict[str, str]]] = field(default_factory=list)
     answer: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0
     most_seconds: float = 0.0
@@ -76,6 +78,7 @@ class Outcome:
         cpu_s: CPU-seconds of the whole process.
         predictions: for each token asked, its log-likelihood in nats and the likeliest token in its place.
         scores: log-likelihoods in nats, as asked in `Job.score`.
+        chats: the token ids of each of `Job.chats`.
         answers: one for each that was begun.
         details: what the runtime is.
     """
@@ -87,6 +90,7 @@ class Outcome:
     cpu_s: float = 0.0
     predictions: list[tuple[float, int]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
+    chats: list[list[int]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
 
@@ -171,6 +175,7 @@ def _work(job: Job) -> dict[str, Any]:
         "answers": answers,
         "predictions": list(runtime.predictions(job.predict, job.predict_from)) if job.predict else [],
         "scores": runtime.score([prompt for prompt, _ in job.score], [rest for _, rest in job.score]),
+        "chats": [cast("Any", runtime).chat_ids(messages) for messages in job.chats],
         "details": runtime.stats(),
         "peak_rss_bytes": peak_rss_bytes(),
         "cpu_s": time.process_time(),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import Manifest, seal, write_json, write_text
+from lilliput.data.chat import conversation, end_ids, read_generation_config, render
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 _START = {
@@ -65,12 +68,14 @@ def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manif
         for path in checkpoint.glob(pattern):
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
-    template = chat_template(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    template = chat_template(tokenizer)
     sampling = {"temperature": 0.0, "max_new_tokens": use.max_new_tokens}
     write_json(folder / "prompt.json", {"system": use.system_prompt, "template": template, "sampling": sampling})
     target = manifest.strategy
     if target == "gguf":
-        write_text(folder / "Modelfile", _modelfile(template, use))
+        ends = end_ids(tokenizer, read_generation_config(checkpoint))
+        write_text(folder / "Modelfile", _modelfile(template, tokenizer.convert_ids_to_tokens(ends), use))
     write_text(folder / "README.md", _readme(manifest, use))
     return seal(
         folder,
@@ -83,21 +88,20 @@ def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manif
     )
 
 
-def chat_template(checkpoint: Path) -> str:
-    """The model's own chat template, with `{{system}}` and `{{question}}` where those belong."""
-    messages = [{"role": "system", "content": "{{system}}"}, {"role": "user", "content": "{{question}}"}]
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def chat_template(tokenizer: Any) -> str:
+    """The text of the model's whole prompt, special tokens included, with `{{system}}` and `{{question}}` in it."""
+    return render(tokenizer, conversation("{{system}}", "{{question}}"))
 
 
-def _modelfile(template: str, use: Use) -> str:
+def _modelfile(template: str, stops: Sequence[str], use: Use) -> str:
     ollama = template.replace("{{system}}", "{{ .System }}").replace("{{question}}", "{{ .Prompt }}")
-    settings = {"temperature": 0, "num_ctx": use.context_tokens, "num_predict": use.max_new_tokens}
+    settings = [("temperature", 0), ("num_ctx", use.context_tokens), ("num_predict", use.max_new_tokens)]
+    settings += [("stop", f'"{stop}"') for stop in stops]
     system = use.system_prompt
     # Three quotation marks would run into one that ends the text; what is one line needs none.
     told = f'"""{system}\n"""' if "\n" in system or system.startswith('"') else system
     lines = ["FROM ./model.gguf", f'TEMPLATE """{ollama}"""', f"SYSTEM {told}"]
-    return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in settings.items())]) + "\n"
+    return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in settings)]) + "\n"
 
 
 def _readme(manifest: Manifest, use: Use) -> str:
@@ -108,7 +112,7 @@ def _readme(manifest: Manifest, use: Use) -> str:
         f"1. Needs: {_NEEDS[target].format(name=manifest.config['candidate'])}.\n"
         f"2. Start: `{start}`\n"
         f"3. Ask with this system line: {json.dumps(use.system_prompt, ensure_ascii=False)}; "
-        "prompt.json has the whole prompt.\n"
+        "prompt.json has the whole prompt with its special tokens, so tokenise it without adding any.\n"
         f"4. Answers were measured greedy, with up to {use.max_new_tokens} new tokens; "
         "parity.json says how near it is to its checkpoint.\n"
         f"5. Licence of the model: {use.licence or 'not named in params.yaml (source.licence); see its publisher'}. "

@@ -6,19 +6,22 @@ does not do: it would turn the codes into floats and lose them.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
+from transformers import AutoTokenizer
 
 from lilliput.compile.codes import PARTS, Codes, read_codes
 from lilliput.config import GgufTarget
+from lilliput.data.chat import end_id, end_ids, read_generation_config
 from lilliput.errors import CompileError
 from lilliput.untrusted import require_harmless
 
@@ -197,6 +200,50 @@ class _CarriesCodes(_Converter):
             self._set_vocab_gpt2()
         else:
             super().set_vocab()
+        self._name_special_tokens()
+        self._rank_tokens()
+
+    def _rank_tokens(self) -> None:
+        """Scores by the order of merges for a SentencePiece vocabulary, which the converter gives one score for all.
+
+        llama.cpp joins pieces by the score of what they make, so equal scores make other tokens than the checkpoint's.
+        """
+        fields = {name: field.value for values in self.gguf_writer.kv_data for name, field in values.items()}
+        if len(set(fields.get("tokenizer.ggml.scores", ()))) != 1:
+            return
+        model = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(model["merges"]):
+            ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+        texts = [text.decode() if isinstance(text, bytes) else text for text in fields["tokenizer.ggml.tokens"]]
+        self.gguf_writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in texts])
+
+    def _name_special_tokens(self) -> None:
+        """The tokens that end an answer, and none that llama.cpp or Ollama would add to a prompt.
+
+        The chat template writes the BOS token by itself where the model wants one, as in training and evaluation.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(self.dir_model)
+        ends = end_ids(tokenizer, read_generation_config(self.dir_model))
+        # llama.cpp's template engine reads `eos_token` from the first key, so it stays the tokenizer's own.
+        first = cast("int", tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0])
+        others = [end for end in ends if end != first]
+        others.sort(key=lambda end: end != end_id(tokenizer))
+        if len(others) > 2:
+            names = ", ".join(map(str, cast("Any", tokenizer).convert_ids_to_tokens(ends)))
+            raise CompileError(
+                f"{self.dir_model}: {len(ends)} tokens end an answer ({names}), and GGUF has room for three; remove "
+                "those that the model never writes from `eos_token_id` in the source's generation_config.json"
+            )
+        self.gguf_writer.add_eos_token_id(first)
+        for add, end in zip(
+            (self.gguf_writer.add_eot_token_id, self.gguf_writer.add_eom_token_id), others, strict=False
+        ):
+            add(end)
+        self.gguf_writer.add_add_bos_token(False)
+        for name in ("eos", "sep"):  # absent means no
+            if any(f"tokenizer.ggml.add_{name}_token" in values for values in self.gguf_writer.kv_data):
+                getattr(self.gguf_writer, f"add_add_{name}_token")(False)
 
     def set_type(self) -> None:
         sizes = Counter(kind for kind in self.types.values() if kind is not Type.F32)

@@ -9,8 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from lilliput.compile.codes import read_codes
 from lilliput.config import OnnxTarget
+from lilliput.data.chat import end_ids, read_generation_config
 from lilliput.errors import CompileError
 from lilliput.redaction import environment_without_secrets
 from lilliput.untrusted import require_harmless
@@ -48,8 +51,15 @@ def compile_onnx(checkpoint: Path, target: Path, config: OnnxTarget) -> dict[str
         _run(command, checkpoint, config.deadline_s)
     settings = json.loads((target / "genai_config.json").read_text(encoding="utf-8"))
     settings["search"] |= {"do_sample": False}  # what was measured is greedy
+    settings["model"]["eos_token_id"] = _ends(checkpoint)
     (target / "genai_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {"precision": precision, "embeddings": config.embeddings if layers else "fp32", "code_layers": len(layers)}
+
+
+def _ends(checkpoint: Path) -> int | list[int]:
+    """Every token that ends an answer; the builder reads config.json and the tokenizer alone."""
+    ends = end_ids(AutoTokenizer.from_pretrained(checkpoint), read_generation_config(checkpoint))
+    return ends if len(ends) > 1 else ends[0]
 
 
 def _run(command: list[str], checkpoint: Path, deadline_s: float) -> None:

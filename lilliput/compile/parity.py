@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lilliput.agreement import agreement, share
 from lilliput.config import ParityConfig
-from lilliput.data.chat import encode_answer, encode_prompt
+from lilliput.data.chat import conversation, encode_answer, encode_prompt, encode_text, render, shared_beginning
 from lilliput.data.questions import Question
 from lilliput.devices import Job, Outcome, run_on_device
 from lilliput.errors import CompileError
@@ -37,7 +37,7 @@ def prove_parity(
 
     The text is the first answerable questions with their answers, up to `config.tokens` tokens. Both predict each of
     its tokens; and the compiled model chooses answers to `config.questions` questions, to which those of the
-    checkpoint are known.
+    checkpoint are known. llama.cpp's chat server, which the gateway asks, must encode them as evaluation did.
 
     Args:
         target: which of lilliput/compile made it.
@@ -68,14 +68,33 @@ def prove_parity(
         context_tokens=max(len(text), longest) + 8,
         predict=text,
         score=list(zip(prompts, options, strict=True)),
+        chats=_chats(system_prompt, questions[: config.questions]) if target == "gguf" else [],
     )
     outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
+    _require_same_prompts(tokenizer, job, outcome)
     record = agreement(text, expected, outcome.predictions, config.clear_nats)
     record |= _same_answers(asked, options, choices, outcome)
     record |= {"runtime": outcome.details, "limits": config.model_dump(mode="json")}
     if problems := list(_problems(record, config)):
         raise CompileError(f"{folder}: the compiled model is not the one in {checkpoint}: " + "; ".join(problems))
     return record
+
+
+def _chats(system_prompt: str, questions: Sequence[Question]) -> list[list[dict[str, str]]]:
+    return [conversation(system_prompt, question.question) for question in questions]
+
+
+def _require_same_prompts(tokenizer: PreTrainedTokenizerBase, job: Job, outcome: Outcome) -> None:
+    """Raises CompileError where the engine's own chat server puts a question in other tokens than evaluation did."""
+    for messages, found in zip(job.chats, outcome.chats, strict=True):
+        expected = encode_text(tokenizer, render(tokenizer, messages))
+        if found != expected:
+            place = shared_beginning([expected, found])
+            raise CompileError(
+                f"{job.folder}: {job.target} encodes the prompt of {messages[-1]['content']!r} differently from token "
+                f"{place} on: {tokenizer.decode(found[place : place + 8])!r}, where evaluation had "
+                f"{tokenizer.decode(expected[place : place + 8])!r}; this tokenizer cannot be carried over"
+            )
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], tokens: int) -> list[int]:

@@ -36,7 +36,7 @@ class LlamaCppRuntime(ByPrediction):
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context_tokens, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.warmup, params.verbosity, params.cache_ram_mib = False, 0, 0
+        params.warmup, params.verbosity, params.cache_ram_mib, params.use_jinja = False, 0, 0, True
         self._threads, self._file = threads, file
         try:
             self._server = _engine.Server(params)
@@ -62,6 +62,11 @@ class LlamaCppRuntime(ByPrediction):
                 )
             yield float(told["logprob"]), int(told["top_logprobs"][0]["id"])
 
+    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The prompt of `messages` as llama.cpp's server encodes it for a chat, under the file's own template."""
+        text = self._post("/apply-template", {"messages": list(messages)})["prompt"]
+        return list(self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
+
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Greedy answers of at most `max_tokens` tokens, without the end token."""
         return [self._complete(ids, n_predict=max_tokens)["choices"][0]["text"].strip() for ids in prompts]
@@ -86,6 +91,14 @@ class LlamaCppRuntime(ByPrediction):
                 raise ArtifactError(f"{self._file}: llama.cpp: {chunk}")
             yield from _tokens(chunk)
         worker.join()
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        import httpx  # not above: what a device does without would count as its memory
+
+        answer = httpx.post(f"{self._server.listening_address}{path}", json=body, timeout=60.0, trust_env=False)
+        if answer.is_error:
+            raise ArtifactError(f"{self._file}: llama.cpp: {path}: {answer.text[:300]}")
+        return answer.json()
 
     def _complete(self, prompt: Ids, **settings: Any) -> dict[str, Any]:
         answer = self._server.handle_completions(_request(prompt, **settings))

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from lilliput.artifacts import read_manifest, seal, verify
 from lilliput.compile.bundle import Use, chat_template, write_bundle
@@ -53,7 +54,7 @@ def test_a_bundle_holds_all_a_device_needs_and_proves_it(bundle):
 
 def test_the_prompt_is_the_model_s_own_template(bundle, quantised):
     prompt = json.loads((bundle / "prompt.json").read_text())
-    assert prompt["template"] == chat_template(quantised())
+    assert prompt["template"] == chat_template(AutoTokenizer.from_pretrained(quantised()))
     assert prompt["template"].count("{{question}}") == prompt["template"].count("{{system}}") == 1
     assert prompt["sampling"] == {"temperature": 0.0, "max_new_tokens": 24}
     modelfile = (bundle / "Modelfile").read_text()
@@ -61,6 +62,7 @@ def test_the_prompt_is_the_model_s_own_template(bundle, quantised):
     assert "{{ .System }}" in modelfile
     assert "{{ .Prompt }}" in modelfile
     assert f"SYSTEM {USE.system_prompt}\n" in modelfile
+    assert 'PARAMETER stop "<|im_end|>"\n' in modelfile
 
 
 def test_it_runs_where_nothing_else_lies(bundle):
