@@ -33,6 +33,12 @@ GEMMA = (
 DROPS_SYSTEM = CHATML.replace(
     "%}<|im_start|>", "%}{% if message['role'] == 'system' %}{% continue %}{% endif %}<|im_start|>", 1
 )
+# Inserts today's date, as Granite (by function) and Llama 3.1 (by variable) do.
+DATED = "<|im_start|>system\nToday's Date: {{ strftime_now('%B %d, %Y') }}.<|im_end|>\n" + CHATML
+DATED_BY_VARIABLE = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|im_start|>system\nToday Date: {{ date_string }}<|im_end|>\n" + CHATML
+)
 
 
 def make_source(

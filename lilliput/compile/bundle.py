@@ -12,21 +12,26 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import Manifest, seal, write_json, write_text
-from lilliput.data.chat import conversation, end_ids, read_generation_config, render
+from lilliput.data.chat import conversation, end_ids, read_generation_config, render, uses_date
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 _START = {
     "gguf": "llama-server -m model.gguf --jinja -c CONTEXT -t THREADS --temp 0",
     "onnx": (
-        "python -c \"import onnxruntime_genai as og, json; m = og.Model('.'); t = og.Tokenizer(m); "
+        "python -c \"import onnxruntime_genai as og, json, re, time; m = og.Model('.'); t = og.Tokenizer(m); "
         "p = json.load(open('prompt.json')); g = og.Generator(m, og.GeneratorParams(m)); "
-        "g.append_tokens(t.encode(p['template'].replace('{{system}}', p['system']).replace('{{question}}', input()))); "
+        "d = re.sub('{{date:(.*?)}}', lambda f: time.strftime(f[1]), p['template']); "
+        "g.append_tokens(t.encode(d.replace('{{system}}', p['system']).replace('{{question}}', input()))); "
         "exec('while not g.is_done(): g.generate_next_token()'); print(t.decode(g.get_sequence(0)))\""
     ),
 }
 _NEEDS = {
-    "gguf": "llama.cpp (https://github.com/ggml-org/llama.cpp); for Ollama: `ollama create {name} -f Modelfile`",
+    "gguf": "llama.cpp (https://github.com/ggml-org/llama.cpp)",
     "onnx": "`pip install onnxruntime-genai`",
+}
+_OLLAMA = {
+    False: "; for Ollama: `ollama create {name} -f Modelfile`",
+    True: "; not for Ollama, whose templates cannot format today's date as this model's chat template does",
 }
 
 
@@ -69,14 +74,14 @@ def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manif
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    template = chat_template(tokenizer)
+    template, dated = chat_template(tokenizer), uses_date(tokenizer)
     sampling = {"temperature": 0.0, "max_new_tokens": use.max_new_tokens}
     write_json(folder / "prompt.json", {"system": use.system_prompt, "template": template, "sampling": sampling})
     target = manifest.strategy
-    if target == "gguf":
+    if target == "gguf" and not dated:
         ends = end_ids(tokenizer, read_generation_config(checkpoint))
         write_text(folder / "Modelfile", _modelfile(template, tokenizer.convert_ids_to_tokens(ends), use))
-    write_text(folder / "README.md", _readme(manifest, use))
+    write_text(folder / "README.md", _readme(manifest, use, dated=dated))
     return seal(
         folder,
         candidate=manifest.candidate,
@@ -89,8 +94,12 @@ def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manif
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The text of the model's whole prompt, special tokens included, with `{{system}}` and `{{question}}` in it."""
-    return render(tokenizer, conversation("{{system}}", "{{question}}"))
+    """The text of the model's whole prompt, special tokens included, with `{{system}}` and `{{question}}` in it.
+
+    Where the chat template inserts today's date there is `{{date:FORMAT}}`, FORMAT being one of strftime: the bundle is
+    used on another day than it was made.
+    """
+    return render(tokenizer, conversation("{{system}}", "{{question}}"), date=None)
 
 
 def _modelfile(template: str, stops: Sequence[str], use: Use) -> str:
@@ -104,15 +113,17 @@ def _modelfile(template: str, stops: Sequence[str], use: Use) -> str:
     return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in settings)]) + "\n"
 
 
-def _readme(manifest: Manifest, use: Use) -> str:
+def _readme(manifest: Manifest, use: Use, *, dated: bool) -> str:
     target = manifest.strategy
+    needs = (_NEEDS[target] + (_OLLAMA[dated] if target == "gguf" else "")).format(name=manifest.config["candidate"])
     start = _START[target].replace("CONTEXT", str(use.context_tokens)).replace("THREADS", str(use.threads))
     return (
         f"# {manifest.candidate} for {use.device}\n\n"
-        f"1. Needs: {_NEEDS[target].format(name=manifest.config['candidate'])}.\n"
+        f"1. Needs: {needs}.\n"
         f"2. Start: `{start}`\n"
         f"3. Ask with this system line: {json.dumps(use.system_prompt, ensure_ascii=False)}; "
-        "prompt.json has the whole prompt with its special tokens, so tokenise it without adding any.\n"
+        "prompt.json has the whole prompt with its special tokens, so tokenise it without adding any"
+        f"{'; `{{date:FORMAT}}` in it is today in that strftime format' if dated else ''}.\n"
         f"4. Answers were measured greedy, with up to {use.max_new_tokens} new tokens; "
         "parity.json says how near it is to its checkpoint.\n"
         f"5. Licence of the model: {use.licence or 'not named in params.yaml (source.licence); see its publisher'}. "

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.data.chat import conversation, encode_text, end_id, end_ids, render, turn_end_id
+from lilliput.data.chat import conversation, encode_text, end_id, end_ids, render, turn_end_id, uses_date
 from lilliput.errors import SourceError
 
 _SYSTEM, _QUESTION, _ANSWER = "lilliput-system", "lilliput-question", "lilliput-answer"
@@ -85,7 +85,8 @@ def name_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def chat_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a reader of the checkpoint should know about its template; empty where there is nothing unusual."""
     merged = tokenizer.get_chat_template().startswith(_MERGE_SYSTEM)
-    return {"system_prompt": "in the first user turn: the model's own template takes none"} if merged else {}
+    facts = {"system_prompt": "in the first user turn: the model's own template takes none"} if merged else {}
+    return facts | ({"dated_prompt": True} if uses_date(tokenizer) else {})
 
 
 def _take_system_prompt(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -12,21 +13,56 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lilliput.errors import DataError
 
+# The date that training and evaluation put into templates with "today" in them (docs/decisions.md, "Chat
+# templates and special tokens"). It is the default of Llama 3's own template.
+PINNED_DATE = datetime(2024, 7, 26)
+
+_LLAMA_DATE = "%d %b %Y"  # of the variable `date_string`, which Llama's templates and llama.cpp know
+# transformers passes no functions to templates, so its own `strftime_now` is shadowed by a macro. The expression at the
+# end keeps a line break that the template may begin with, which Jinja removes after a block.
+_PIN_DATE = (
+    "{%- macro strftime_now(format) -%}{%- set date = namespace(text=format) -%}"
+    "{%- for directive, text in date_parts -%}{%- set date.text = date.text|replace(directive, text) -%}{%- endfor -%}"
+    "{{ date_marks[0] ~ date.text ~ date_marks[1] }}{%- endmacro -%}{{ '' }}"
+)
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdeDFGHIjkmMpRsSTuUVwWxXyYzZ"]
 _PROBE_QUESTION, _PROBE_ANSWER = "lilliput-question", "lilliput-answer"
 
 Messages = Sequence[dict[str, str]]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_follows: bool = True) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    answer_follows: bool = True,
+    date: datetime | None = PINNED_DATE,
+) -> str:
     """The text of `messages` under the tokenizer's chat template.
 
     Args:
         tokenizer: has a chat template.
         messages: role and content of each turn.
         answer_follows: ends the text with the header of the assistant's turn.
+        date: where the template inserts today's, pinned because a result must not depend on the day it was made. None
+            for `{{date:FORMAT}}`, FORMAT being one of strftime.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows)
+    template = tokenizer.get_chat_template()
+    variables: dict[str, Any] = {"date_string": date.strftime(_LLAMA_DATE) if date else f"{{{{date:{_LLAMA_DATE}}}}}"}
+    if "strftime_now" in template:
+        template = _PIN_DATE + template
+        variables["date_parts"] = [[name, date.strftime(name)] for name in _DIRECTIVES] if date else []
+        variables["date_marks"] = ["", ""] if date else ["{{date:", "}}"]
+    text = tokenizer.apply_chat_template(
+        list(messages), chat_template=template, tokenize=False, add_generation_prompt=answer_follows, **variables
+    )
     return str(text)
+
+
+def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template inserts today's date."""
+    messages = conversation("system", _PROBE_QUESTION)
+    return render(tokenizer, messages) != render(tokenizer, messages, date=None)
 
 
 def conversation(system_prompt: str, question: str, answer: str | None = None) -> list[dict[str, str]]:

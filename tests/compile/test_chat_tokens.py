@@ -1,6 +1,7 @@
 """Compiled models and bundles of several families put a question in the very tokens of evaluation, and stop."""
 
 import json
+from datetime import datetime
 
 import gguf
 import pytest
@@ -15,15 +16,18 @@ from lilliput.compile.parity import prove_parity
 from lilliput.compress.load import load
 from lilliput.config import GgufTarget, LoadConfig, OnnxTarget
 from lilliput.data.chat import (
+    PINNED_DATE,
     conversation,
     encode_prompt,
+    encode_text,
     end_ids,
     read_generation_config,
+    render,
 )
 from lilliput.errors import CompileError
 from lilliput.models import random_model, save_model
 from lilliput.runtime.llamacpp import LlamaCppRuntime
-from tests.families import BOS, CHATML, GEMMA, OTHER_END, OWN_END, TURN_END, make_source
+from tests.families import BOS, CHATML, DATED, DATED_BY_VARIABLE, GEMMA, OTHER_END, OWN_END, TURN_END, make_source
 
 SYSTEM = 'Say "I don\'t know" if so.'
 QUESTION = "What is the capital of São Tomé,  漢字 or 🙂?"
@@ -183,6 +187,26 @@ def test_more_end_tokens_than_gguf_holds_are_refused(base, tmp_path):
         compile_gguf(checkpoint, tmp_path, GGUF)
 
 
+@pytest.mark.parametrize(
+    ("template", "form"), [(DATED, "%B %d, %Y"), pytest.param(DATED_BY_VARIABLE, "%d %b %Y", marks=SLOW)]
+)
+def test_a_bundle_leaves_today_s_date_to_the_runtime(template, form, base, tmp_path):
+    checkpoint, tokenizer = base(template)
+    runtime = in_gguf(checkpoint, tmp_path / "gguf")
+    today = render(tokenizer, conversation(SYSTEM, QUESTION), date=datetime.now())
+    assert runtime.chat_ids(conversation(SYSTEM, QUESTION)) == encode_text(tokenizer, today)
+    prompt = bundled(checkpoint, tmp_path / "gguf", "gguf", tmp_path / "bundle")
+    assert f"{{{{date:{form}}}}}" in prompt["template"]
+    for day in (datetime.now(), PINNED_DATE):
+        assert day.strftime(form) not in prompt["template"]
+    text = prompt["template"].replace(f"{{{{date:{form}}}}}", datetime.now().strftime(form))
+    assert llama_ids(runtime, filled(text)) == encode_text(tokenizer, today)
+    assert not (tmp_path / "bundle" / "Modelfile").exists()
+    readme = (tmp_path / "bundle" / "README.md").read_text()
+    assert "not for Ollama" in readme
+    assert "`{{date:FORMAT}}` in it is today" in readme
+
+
 def sentencepiece(texts):
     """A tokenizer in the manner of Llama 2: pieces with a mark for spaces, bytes for what is unknown, BOS added."""
     names = ["<unk>", "<s>", "</s>"]
@@ -236,7 +260,7 @@ def prove(facts, tiny_params):
     return run
 
 
-@pytest.mark.parametrize("template", [GEMMA, pytest.param(CHATML, marks=SLOW)])
+@pytest.mark.parametrize("template", [GEMMA, pytest.param(DATED, marks=SLOW)])
 def test_parity_holds_llama_cpp_s_prompts_against_evaluation_s(template, base, prove, tmp_path, monkeypatch):
     checkpoint, _ = base(template, has_bos)
     (tmp_path / "gguf").mkdir()

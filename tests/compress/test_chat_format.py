@@ -16,7 +16,7 @@ from lilliput.data.chat import conversation, encode_answer, encode_prompt, end_i
 from lilliput.errors import SourceError
 from lilliput.models import open_model, save_model
 from lilliput.runtime.torch import TorchRuntime
-from tests.families import BOS, CHATML, DROPS_SYSTEM, GEMMA, OWN_END, TURN_END, make_source
+from tests.families import BOS, CHATML, DATED, DROPS_SYSTEM, GEMMA, OWN_END, TURN_END, make_source
 
 LOAD = LoadConfig(dtype="float32", seed=0)
 SYSTEM = "Answer briefly."
@@ -196,6 +196,10 @@ def test_a_merged_template_is_not_merged_again(source, tmp_path):
         opened = load(source(DROPS_SYSTEM), None, LOAD)
     save_model(*opened, tmp_path / "base")
     assert load(tmp_path / "base", None, LOAD)[1].get_chat_template() == opened[1].get_chat_template()
+
+
+def test_a_dated_template_is_a_fact_of_the_candidate(source):
+    assert chat_facts(load(source(DATED), None, LOAD)[1]) == {"dated_prompt": True}
 
 
 @pytest.fixture

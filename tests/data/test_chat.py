@@ -1,5 +1,7 @@
 """Prompts and answers under the chat templates of several families."""
 
+import datetime as datetime_module
+
 import pytest
 from transformers import GenerationConfig
 
@@ -7,13 +9,15 @@ from lilliput.compress.training import IGNORED, encode_examples
 from lilliput.data.chat import (
     conversation,
     encode_answer,
+    encode_beginning,
     encode_prompt,
     end_id,
     end_ids,
     render,
+    uses_date,
 )
 from lilliput.errors import DataError
-from tests.families import CHATML, OTHER_END, OWN_END, TURN_END
+from tests.families import CHATML, DATED, DATED_BY_VARIABLE, OTHER_END, OWN_END, TURN_END
 
 
 @pytest.fixture
@@ -82,7 +86,33 @@ def test_an_answer_without_any_end_is_an_error(family):
         encode_answer(family(CHATML.replace("<|im_end|>", ""), eos_token=None), "Paris")
 
 
+@pytest.fixture
+def another_day(monkeypatch):
+    """Lets transformers' templates think that it is 2031."""
+    import transformers.utils.chat_template_utils as templates
+
+    class Later(datetime_module.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2, tzinfo=tz)
+
+    monkeypatch.setattr(templates, "datetime", Later)
+
+
+@pytest.mark.usefixtures("another_day")
+@pytest.mark.parametrize(("template", "date"), [(DATED, "July 26, 2024"), (DATED_BY_VARIABLE, "26 Jul 2024")])
+def test_training_and_evaluation_see_the_same_date_on_every_day(family, facts, template, date):
+    tokenizer = family(template)
+    raw = tokenizer.apply_chat_template(conversation("S", "Q"), tokenize=False)
+    assert "2031" in raw  # what transformers would insert by itself
+    assert uses_date(tokenizer)
+    assert date in tokenizer.decode(encode_prompt(tokenizer, "S", "Q"))
+    assert date in tokenizer.decode(encode_beginning(tokenizer, "S"))
+    assert date in tokenizer.decode(encode_examples(tokenizer, "S", facts[:1])[0].input_ids)
+
+
 def test_a_template_without_a_date_is_rendered_as_transformers_does(tokenizer):
+    assert not uses_date(tokenizer)
     messages = conversation("Be brief.", "Why?")
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert render(tokenizer, messages) == expected
