@@ -114,6 +114,11 @@ def running(home: Path) -> dict[str, Any] | None:
 def _take_over(home: Path) -> str:
     known = running(home)
     assert known is not None
+    if not Path(psutil.Process(known["pid"]).cmdline()[0]).exists():  # it starts models by its interpreter's path
+        raise ArtifactError(
+            f"{known['url']}: this gateway was started before its project was moved, and cannot open other models; end "
+            "it with --stop, then deploy again"
+        )
     headers = {"x-lilliput-admin": admin_token(home)} | _bearer()
     try:
         response = httpx.post(f"{known['url']}/deployment", headers=headers, timeout=TAKE_OVER_S, trust_env=False)

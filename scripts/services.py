@@ -222,7 +222,8 @@ class Services:
     def _note(self) -> None:
         """Writes down which processes these are, for `stop` in another terminal."""
         processes = [psutil.Process(), *(psutil.Process(process.pid) for process in self._running.values())]
-        _write_private(self._folder / PROCESSES, "".join(f"{p.pid} {p.create_time()}\n" for p in processes))
+        lines = [f"{_identity(self._folder)}\n", *(f"{p.pid} {p.create_time()}\n" for p in processes)]
+        _write_private(self._folder / PROCESSES, "".join(lines))
 
     def _require_reachable(self, folder: Path) -> None:
         if subprocess.run(["test", "-w", folder], user=self._user, extra_groups=[], check=False).returncode:
@@ -300,6 +301,12 @@ def _end(pid: int, how: signal.Signals) -> None:
             left.kill()
 
 
+def _identity(folder: Path) -> str:
+    """What a folder keeps when it is moved, and a copy of it has not."""
+    found = folder.stat()
+    return f"{found.st_dev}:{found.st_ino}"
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -309,7 +316,10 @@ def _free_port() -> int:
 def _living(folder: Path) -> list[psutil.Process]:
     """The processes of `folder`: the one that started the others first."""
     path, found = folder / PROCESSES, []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    identity, *lines = path.read_text().splitlines() if path.exists() else [""]
+    if not lines or identity != _identity(folder):  # of the folder that this one is a copy of
+        return []
+    for line in lines:
         pid, created = line.split()
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from ruamel.yaml import YAML
 
 from lilliput.artifacts import write_json
 from lilliput.data.chat import encode_prompt
-from lilliput.errors import RegistryError
+from lilliput.errors import ArtifactError, RegistryError
 from lilliput.runtime.torch import TorchRuntime
+from scripts.services import Ports, Services, _living
 from tasks import layout, moved, registry
 from tasks.promote import promote
 from tests.tasks.test_promotion import EVEN, Project
@@ -164,5 +166,33 @@ def test_the_gateway_of_the_project_that_this_one_was_copied_from_is_not_its_own
         write_json(home / deploy.GATEWAY, known)
         try:
             assert deploy.running(home) == (known if own else None)
+        finally:
+            gateway.kill()
+
+
+def test_services_belong_to_their_folder_wherever_it_is_and_not_to_a_copy(tmp_path):
+    first, copy, later = (tmp_path / name for name in ("first", "copy", "later"))
+    first.mkdir()
+    Services(first, Ports(1, 2, 3, 4), "postgres")._note()
+    shutil.copytree(first, copy)
+    assert [process.pid for process in _living(first)] == [os.getpid()]
+    assert _living(copy) == []
+    first.rename(later)
+    assert [process.pid for process in _living(later)] == [os.getpid()]
+
+
+def test_a_gateway_that_was_moved_while_it_ran_says_what_to_do(tmp_path):
+    from flows import deploy
+
+    home, python = tmp_path / "deployments/laptop", tmp_path / "python"
+    home.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    command = [python, "-c", "import time; time.sleep(60)", "lilliput.serve", "deployments/laptop"]
+    with subprocess.Popen(command, cwd=deploy.PROJECT) as gateway:
+        write_json(home / deploy.GATEWAY, {"pid": gateway.pid, "url": "http://127.0.0.1:9"})
+        try:
+            python.unlink()
+            with pytest.raises(ArtifactError, match=r"started before its project was moved.*--stop"):
+                deploy._take_over(home)
         finally:
             gateway.kill()
