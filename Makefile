@@ -44,7 +44,7 @@ bench: $(INSTALLED)  ## against peers, each in an environment of its own under .
 	@$(BIN)/python -m benchmarks
 
 repro: $(INSTALLED)  ## the same work by DVC alone, without Prefect
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
 
 plan: $(INSTALLED)  ## what a run would do, and its predicted time and memory
 	@$(BIN)/python -m flows.democratize --plan

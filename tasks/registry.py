@@ -42,6 +42,7 @@ _REMEDIES = {
     "RESOURCE_DOES_NOT_EXIST": "Something was deleted there after it was registered. "
     "`dvc repro -f -s register promote` registers the candidates again",
     "ENDPOINT_NOT_FOUND": "Another program answers at this address, or an older MLflow; correct MLFLOW_TRACKING_URI",
+    "failed with error code 4": "Another program than MLflow answers at this address; correct MLFLOW_TRACKING_URI",
     "not in a valid JSON format": "Another program than MLflow answers at this address; correct MLFLOW_TRACKING_URI",
     "database schema": "Another version of MLflow has written this database. If a newer one, use that version; if an "
     "older one, make a copy of the database and run `mlflow db upgrade` with its address",

@@ -54,6 +54,7 @@ def server(status: int):
             self.rfile.read(int(self.headers.get("content-length") or 0))
             self.send_response(status)
             self.end_headers()
+            self.wfile.write(b"<html>a page</html>")
 
         do_POST = do_GET
 
@@ -109,7 +110,7 @@ def test_trying_ends_after_two_minutes_where_nobody_says_otherwise(monkeypatch, 
     assert (1 + MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()) * MLFLOW_HTTP_REQUEST_TIMEOUT.get() <= 120
 
 
-@pytest.mark.parametrize("status", [401, 404])
+@pytest.mark.parametrize("status", [200, 401, 404, 405])
 def test_a_server_that_refuses_or_is_none_is_not_tried_again(project, right, monkeypatch, status):
     with server(status) as port:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
