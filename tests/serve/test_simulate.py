@@ -86,6 +86,9 @@ class Careful:
     def after(self, question, token_logprobs, conditions):
         raise AssertionError("it has decided before")
 
+    def rule(self, question, conditions):
+        return self.before(question, conditions).reason
+
 
 def test_a_summary_by_hand():
     phone = Phone(battery_wh=1.0, watts_per_core=0.0, background_watts=0.5)
@@ -137,6 +140,7 @@ def test_each_question_may_have_a_router_of_its_own():
     assert router.before("a", Conditions("wifi")).place == "device"
     assert router.before("b", Conditions("wifi")) is None
     assert router.after("b", [-5.0], Conditions("wifi")).place == "server"
+    assert [router.rule(question, Conditions("wifi")) for question in "ab"] == ["device", "confidence 0.5"]
 
 
 @pytest.mark.parametrize("router", [Threshold(0.5), Careful()], ids=["after", "before"])
