@@ -21,12 +21,13 @@ from lilliput.config import (
     Params,
     PruneConfig,
     QuantisationConfig,
+    Section,
     SparseConfig,
     SparsifyConfig,
     TrainingConfig,
 )
 from lilliput.errors import ConfigError, StrategyError
-from lilliput.shape import linear_inputs, pruned
+from lilliput.shape import GROUP_SIZES, expert_numbers, fitting_group_sizes, linear_inputs, pruned
 
 ROOT = "source"
 MIXTURES = {"moe", "experts"}  # strategies that make a mixture of experts
@@ -72,9 +73,21 @@ def _unknown_parents(params: Params) -> Iterable[str]:
         yield f"candidates.{ROOT}: this name is taken by the source model; rename the candidate"
     for name, spec in params.candidates.items():
         if spec.parent not in known:
-            close = difflib.get_close_matches(spec.parent, known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+            possible = _possible_parents(params, name)
+            close = difflib.get_close_matches(spec.parent, possible, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"name one of: {', '.join(possible)}"
             yield f"candidates.{name}.from: unknown parent `{spec.parent}`; {hint}"
+
+
+def _possible_parents(params: Params, candidate: str) -> list[str]:
+    """The source for `load`; for others every candidate that is not made from `candidate` itself."""
+    if params.candidates[candidate].apply == "load":
+        return [ROOT]
+    made_from, found = {candidate}, True
+    while found:
+        found = {name for name, spec in params.candidates.items() if spec.parent in made_from} - made_from
+        made_from |= found
+    return [name for name in params.candidates if name not in made_from]
 
 
 def _cycles(params: Params) -> Iterable[str]:
@@ -162,12 +175,18 @@ def _bad_caching(params: Params) -> Iterable[str]:
 def _bad_compiles(params: Params) -> Iterable[str]:
     for name, spec in params.compile.items():
         if spec.candidate not in params.candidates:
-            yield f"compile.{name}: unknown candidate `{spec.candidate}`; name one of: {', '.join(params.candidates)}"
+            held = [other for other in params.candidates if _can_hold(params, spec, other)]
+            remedy = f"name one of: {', '.join(held)}" if held else "remove it: this target holds no candidate"
+            yield f"compile.{name}: unknown candidate `{spec.candidate}`; {remedy}"
             continue
         if name != f"{spec.candidate}-{spec.target}":
             yield f"compile.{name}: call it `{spec.candidate}-{spec.target}`, which is where its files will lie"
         if problem := _unheld(params, spec):
             yield f"compile.{name}: {problem}"
+
+
+def _can_hold(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget, candidate: str) -> bool:
+    return _unheld(params, spec.model_copy(update={"candidate": candidate})) is None
 
 
 def _unheld(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
@@ -181,6 +200,11 @@ def _unheld(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> s
         return "ONNX Runtime's builder does not take mixtures of experts; compile it for gguf"
     if isinstance(config, LoraConfig) and not config.merge:
         return "its LoRA adapter is kept apart (merge: false), so it would be left out; set merge: true"
+    return _unheld_by(config, spec)
+
+
+def _unheld_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
+    """Why the target cannot hold what `config` makes."""
     if not isinstance(config, QuantisationConfig):
         return "only a quantised candidate has AutoGPTQ's format" if isinstance(spec, AutogptqTarget) else None
     if isinstance(config, GptqConfig) and config.act_order and not isinstance(spec, AutogptqTarget):
@@ -189,10 +213,26 @@ def _unheld(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> s
         return "ONNX Runtime's builder takes 4 or 8 bits, and the same for all layers"
     if isinstance(spec, GgufTarget):
         if config.group_size % 32:
-            return f"group_size {config.group_size}: GGUF's blocks hold 32 weights; quantise in groups of 32"
+            return (
+                f"group_size {config.group_size}: GGUF's blocks hold 32 weights; choose "
+                f"{', '.join(str(size) for size in GROUP_SIZES if not size % 32)}"
+            )
         if 8 in config.widths and not config.symmetric:
             return "GGUF has no type for 8-bit codes with a zero of their own; set symmetric: true"
     return None
+
+
+def _group_size_remedy(params: Params, name: str, config: QuantisationConfig, sizes: tuple[int, ...]) -> str:
+    """Group sizes that divide the layers and that every target of the candidate holds."""
+    targets = [spec for spec in params.compile.values() if spec.candidate == name]
+    fitting = [
+        size
+        for size in fitting_group_sizes(sizes)
+        if not any(_unheld_by(config.model_copy(update={"group_size": size}), spec) for spec in targets)
+    ]
+    if fitting:
+        return f"choose {', '.join(map(str, fitting))}"
+    return "no group size that it may have does; remove this candidate, or quantise one with other widths"
 
 
 def _merges(params: Params, candidate: str) -> bool:
@@ -284,17 +324,17 @@ def _unshared(params: Params, name: str, model_config: Any) -> Iterable[str]:
     if isinstance(config, MoeConfig) and model_config.intermediate_size % (config.experts + config.shared):
         yield (
             f"candidates.{name}: {config.experts} experts and {config.shared} shared ones do not divide the "
-            f"{model_config.intermediate_size} neurons of a layer; choose numbers whose sum does"
+            f"{model_config.intermediate_size} neurons of a layer; "
+            f"{expert_numbers(model_config.intermediate_size, config)}"
         )
 
 
 def _indivisible(params: Params, name: str, sizes: tuple[int, ...]) -> Iterable[str]:
     config, listed = params.strategy_config(name), ", ".join(map(str, sizes))
     if isinstance(config, QuantisationConfig) and any(size % config.group_size for size in sizes):
-        fitting = [str(size) for size in (128, 64, 32, 16, 8) if not any(inputs % size for inputs in sizes)]
         yield (
             f"candidates.{name}: group_size {config.group_size} does not divide the layers' input sizes {listed}; "
-            f"choose {', '.join(fitting) or 'a common divisor'}"
+            f"{_group_size_remedy(params, name, config, sizes)}"
         )
     if isinstance(config, SparsifyConfig) and config.pattern == "2:4" and any(size % 4 for size in sizes):
         yield f"candidates.{name}: pattern 2:4 needs inputs in fours, but layers have {listed}; choose unstructured"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
-from lilliput.config import PruneConfig
+from lilliput.config import MoeConfig, PruneAmount, PruneConfig, QuantisationConfig
 from lilliput.errors import StrategyError
 
 _UNITS = {
@@ -20,6 +20,29 @@ _UNITS = {
     "hidden": "hidden channels",
 }
 _WIDTHS = {"neurons", "hidden"}  # what the groups of a quantisation have to divide
+_OTHER_METHODS = ("block_influence", "neurons", "kv_groups", "query_heads", "hidden")
+_MOST_SHOWN = 8
+GROUP_SIZES: tuple[int, ...] = get_args(QuantisationConfig.model_fields["group_size"].annotation)
+
+
+def fitting_group_sizes(sizes: Iterable[int]) -> list[int]:
+    """The group sizes that settings accept and that divide all of `sizes`, the largest first."""
+    inputs = set(sizes)
+    return [group for group in sorted(GROUP_SIZES, reverse=True) if not any(size % group for size in inputs)]
+
+
+def expert_numbers(neurons: int, config: MoeConfig) -> str:
+    """The numbers of experts and shared ones nearest to those of `config` that divide `neurons`, as advice."""
+    sums = [parts for parts in range(config.active + 2, neurons + 1) if not neurons % parts]
+    if not sums:
+        return f"no numbers do beside `active: {config.active}`; lower it, or remove this candidate"
+
+    def split(parts: int) -> tuple[int, int]:
+        shared = min(config.shared, parts - max(2, config.active + 1))
+        return parts - shared, shared
+
+    near = sorted(sums, key=lambda parts: abs(parts - config.experts - config.shared))[:3]
+    return "choose " + " or ".join("`experts: {}` with `shared: {}`".format(*split(parts)) for parts in near)
 
 
 def head_dim(config: Any) -> int:
@@ -102,6 +125,17 @@ def pruned(config: Any, settings: PruneConfig, weight_bytes: int) -> Any:
     Raises:
         StrategyError: the amount cannot be had: nothing would go or remain, or no size of this architecture fits.
     """
+    before, after, possible = _before_and_after(config, settings, weight_bytes)
+    if after not in possible:
+        raise StrategyError(
+            f"strategies.prune.amount: {settings.amount.by} {settings.amount.value:g} leaves {max(after, 0)} of "
+            f"{before} {_UNITS[settings.method]}; {_remedy(config, settings, weight_bytes, possible)}"
+        )
+    return resized(config, settings.method, after)
+
+
+def _before_and_after(config: Any, settings: PruneConfig, weight_bytes: int) -> tuple[int, int, list[int]]:
+    """Units now and after pruning, which may be impossible, and the possible numbers."""
     method, amount = settings.method, settings.amount
     before, possible = size(config, method), _smaller_sizes(config, settings)
     if amount.by == "removed_count":
@@ -113,23 +147,17 @@ def pruned(config: Any, settings: PruneConfig, weight_bytes: int) -> Any:
         fitting = bisect_right(possible, limit, key=lambda units: cost(resized(config, method, units)))
         within = cost(config) <= limit
         after = before if within else possible[fitting - 1] if fitting else 0
-    if after not in possible:
-        raise StrategyError(
-            f"strategies.prune.amount: {amount.by} {amount.value:g} leaves {max(after, 0)} of {before} "
-            f"{_UNITS[method]}; {_remedy(possible, settings)}"
-        )
-    return resized(config, method, after)
+    return before, after, possible
 
 
 def _cost_and_limit(config: Any, settings: PruneConfig, weight_bytes: int) -> tuple[Callable[[Any], int], float]:
     """What an amount of the kind `kept_…` counts, and how much of it may remain."""
-    match settings.amount.by:
-        case "kept_mib":
-            return parameters, settings.amount.value * 2**20 / weight_bytes
-        case "kept_latency_estimate":
-            return weights_read_per_token, settings.amount.value * weights_read_per_token(config)
-        case _:
-            return parameters, settings.amount.value * parameters(config)
+    cost, value = _cost(settings.amount.by), settings.amount.value
+    return cost, value * 2**20 / weight_bytes if settings.amount.by == "kept_mib" else value * cost(config)
+
+
+def _cost(by: str) -> Callable[[Any], int]:
+    return weights_read_per_token if by == "kept_latency_estimate" else parameters
 
 
 def _smaller_sizes(config: Any, settings: PruneConfig) -> list[int]:
@@ -149,9 +177,44 @@ def _is_valid(config: Any) -> bool:
     return True
 
 
-def _remedy(possible: list[int], settings: PruneConfig) -> str:
-    rounding = f" a smaller `multiple` than {settings.multiple}," if settings.method in _WIDTHS else ""
-    if not possible:
-        return f"this architecture takes no smaller number; choose{rounding} another method"
-    numbers = possible if len(possible) <= 8 else [*possible[:3], "…", *possible[-4:]]
-    return f"choose{rounding} another amount, or one that leaves {', '.join(map(str, numbers))}"
+def _remedy(config: Any, settings: PruneConfig, weight_bytes: int, possible: Sequence[int]) -> str:
+    """Settings that `pruned` accepts instead, the nearest to `settings` first."""
+    shown = possible if len(possible) <= _MOST_SHOWN else [*possible[:3], *possible[-4:]]
+    values = {units: value for units in shown if (value := _value_that_leaves(config, settings, weight_bytes, units))}
+    if values:
+        listed = ", ".join(f"`value: {value}` (leaves {units})" for units, value in values.items())
+        return f"choose {listed}" if len(shown) == len(possible) else f"choose, among others, {listed}"
+    for other in _OTHER_METHODS:
+        trial = settings.model_copy(update={"method": other})
+        for units in reversed(_smaller_sizes(config, trial)):
+            amount = f"{{by: removed_count, value: {size(config, other) - units}}}"
+            return f"this architecture takes no smaller number; choose `method: {other}` with `amount: {amount}`"
+    return f"no method can make this model smaller with `multiple: {settings.multiple}`; remove this candidate"
+
+
+def _value_that_leaves(config: Any, settings: PruneConfig, weight_bytes: int, units: int) -> float | None:
+    """An amount of the same kind that leaves so many `units`, in as few digits as do; None if there is none."""
+    before, by = size(config, settings.method), settings.amount.by
+    if by == "removed_count":
+        return before - units
+    if by == "removed_share":
+        exact = 1.0 - units / before
+    else:
+        kept = _cost(by)(resized(config, settings.method, units))
+        exact = kept * weight_bytes / 2**20 if by == "kept_mib" else kept / _cost(by)(config)
+    for digits in (3, 6, 17):
+        # Up in the last digit, for what is kept is at most that.
+        value = float(f"{exact * (1.0 if by == 'removed_share' else 1.0 + 0.5 * 10.0 ** (1 - digits)):.{digits}g}")
+        if _leaves(config, settings, weight_bytes, value) == units:
+            return value
+    return None
+
+
+def _leaves(config: Any, settings: PruneConfig, weight_bytes: int, value: float) -> int | None:
+    """How many units `pruned` leaves with this `value`; None where it refuses."""
+    try:
+        amount = PruneAmount(by=settings.amount.by, value=value)
+    except ValueError:
+        return None
+    _, after, possible = _before_and_after(config, settings.model_copy(update={"amount": amount}), weight_bytes)
+    return after if after in possible else None

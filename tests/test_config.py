@@ -97,10 +97,10 @@ def test_bad_override_is_refused_at_the_candidate(raw, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        ({"teacher_logits": "stored", "divergence": "reverse_kl"}, "set `divergence: forward_kl`"),
-        ({"teacher_logits": "stored", "divergence": "jensen_shannon"}, "set `divergence: forward_kl`"),
-        ({"teacher_logits": "stored", "on_policy_share": 0.5}, "set `teacher_logits: live`"),
-        ({"teacher_logits": "stored", "hidden_weight": 0.5}, "set `teacher_logits: live`"),
+        ({"teacher_logits": "stored", "divergence": "reverse_kl"}, "`divergence: forward_kl`"),
+        ({"teacher_logits": "stored", "divergence": "jensen_shannon"}, "`divergence: forward_kl`"),
+        ({"teacher_logits": "stored", "on_policy_share": 0.5}, "`teacher_logits: live`"),
+        ({"teacher_logits": "stored", "hidden_weight": 0.5}, "`teacher_logits: live`"),
         ({"on_policy_share": 0.5, "kl_weight": 0.0}, "raise `kl_weight`"),
     ],
 )

@@ -73,11 +73,16 @@ def test_what_is_kept_is_the_most_that_the_target_allows(method, sizes, by, valu
 @pytest.mark.parametrize(
     ("method", "by", "value", "message"),
     [
-        ("block_influence", "removed_count", 3, "leaves 0 of 3 layers; choose another amount, or one that leaves 1, 2"),
+        (
+            "block_influence",
+            "removed_count",
+            3,
+            "leaves 0 of 3 layers; choose `value: 2` .leaves 1., `value: 1` .leaves 2.",
+        ),
         ("block_influence", "removed_count", 9, "leaves 0 of 3 layers"),
-        ("neurons", "removed_share", 0.02, "leaves 64 of 64 neurons a layer; choose a smaller `multiple` than 4"),
+        ("neurons", "removed_share", 0.02, "leaves 64 of 64 neurons a layer; choose, among others, `value: 0.938`"),
         ("neurons", "removed_count", 3, "leaves 61 of 64 neurons"),
-        ("hidden", "removed_count", 8, "leaves 40 of 48 hidden channels.*leaves 12, 24, 36$"),
+        ("hidden", "removed_count", 8, "leaves 40 of 48 hidden channels.*leaves 12.*leaves 24.*leaves 36.$"),
         ("neurons", "kept_parameters", 0.1, "leaves 0 of 64 neurons"),
         ("neurons", "kept_mib", 100, "leaves 64 of 64 neurons"),
     ],

@@ -34,6 +34,7 @@ from lilliput.config import MoeConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import Opened, decoder_layers
+from lilliput.shape import expert_numbers
 
 ROUTER_LOGIT_RMS = 1e-3  # an expert then weighs 1 ± 0.0005, and float32 still tells a thousandth of this apart
 RIDGE = 1e-2  # of the mean diagonal of XᵀX
@@ -147,7 +148,7 @@ def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
     if neurons % parts:
         raise StrategyError(
             f"strategies.moe: {config.experts} experts and {config.shared} shared ones do not divide the {neurons} "
-            "neurons of a layer; choose other numbers"
+            f"neurons of a layer; {expert_numbers(neurons, config)}"
         )
     # GLM-4 itself rotates half of a head.
     kept["rope_parameters"] = kept["rope_parameters"] | {"partial_rotary_factor": 1.0}

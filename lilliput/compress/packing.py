@@ -26,6 +26,7 @@ from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.perplexity import counted, perplexity
 from lilliput.models import decoder_layers, dequantise, open_model, parameter_count, stored_dtype
+from lilliput.shape import fitting_group_sizes
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None
         )
     sizes = {linear.in_features for linear in linears(model).values()}
     if bad := sorted(size for size in sizes if size % config.group_size):
-        fitting = [size for size in (128, 64, 32, 16) if not any(inputs % size for inputs in sizes)]
+        fitting = ", ".join(map(str, fitting_group_sizes(sizes)))
+        remedy = f"choose one of {fitting}" if fitting else "no group size does, so leave this model in float"
         raise StrategyError(
             f"group_size: {config.group_size} does not divide the layers' input sizes "
-            f"{', '.join(map(str, bad))}; choose one of {', '.join(map(str, fitting)) or 'their common divisors'}"
+            f"{', '.join(map(str, bad))}; {remedy}"
         )
 
 

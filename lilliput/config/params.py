@@ -53,7 +53,9 @@ class Params(Section):
         for name, serving in self.serving.items():
             place = f"serving.{name}"
             if name not in self.devices:
-                raise ValueError(f"{place}: no such device; name one of {', '.join(self.devices)}")
+                able = [device for device, config in self.devices.items() if config.target == "gguf"]
+                remedy = f"name one of {', '.join(able)}" if able else "add one with `target: gguf` under `devices`"
+                raise ValueError(f"{place}: no such device; {remedy}")
             if self.devices[name].target != "gguf":
                 raise ValueError(f"{place}: llama.cpp serves it; set `target: gguf` under devices.{name}")
             if serving.link not in self.links:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.events import AliasEvent
@@ -125,16 +126,25 @@ def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[Section]) -> str:
-    known = _known_keys(model)
+    known = sorted({key for section in _sections_at(location[:-1], model) for key in _keys(section)})
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 
-def _known_keys(model: type[BaseModel]) -> list[str]:
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(field.alias or name)
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys += _known_keys(part)
-    return keys
+def _sections_at(location: tuple[int | str, ...], model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The kinds of section that may be at `location`, whose parts may also be map keys, list places or union tags."""
+    found = [model]
+    for part in location:
+        inside = [field for section in found for key, field in _keys(section).items() if key == part]
+        found = [section for field in inside for section in _sections_in(field.annotation)] or found
+    return found
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
+
+
+def _keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in section.model_fields.items()}

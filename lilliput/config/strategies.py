@@ -113,9 +113,12 @@ class PruneAmount(Section):
     @model_validator(mode="after")
     def _value_is_of_its_kind(self) -> PruneAmount:
         if self.by == "removed_count" and self.value != int(self.value):
-            raise ValueError("`by: removed_count` takes a whole number; for a share choose `by: removed_share`")
+            share = " or, for a share, `by: removed_share`" if self.value < 1 else ""
+            whole = max(1, round(self.value))
+            raise ValueError(f"`by: removed_count` takes a whole number; choose `value: {whole}`{share}")
         if self.by not in {"removed_count", "kept_mib"} and self.value >= 1:
-            raise ValueError(f"`by: {self.by}` takes a share between 0 and 1; for a number choose `by: removed_count`")
+            number = " or, for a number, `by: removed_count`" if self.value == int(self.value) else ""
+            raise ValueError(f"`by: {self.by}` takes a share between 0 and 1; choose `value: 0.5`, say{number}")
         return self
 
 
@@ -163,10 +166,17 @@ class SparsifyConfig(SparseConfig):
 
     @model_validator(mode="after")
     def _pattern_fits(self) -> SparsifyConfig:
-        if self.pattern == "2:4" and self.sparsity != 0.5:
-            raise ValueError("the pattern 2:4 is a sparsity of 0.5; set `sparsity: 0.5` or `pattern: unstructured`")
-        if self.pattern == "2:4" and self.block_size % 4:
-            raise ValueError("the pattern 2:4 needs a `block_size` in fours")
+        if self.pattern != "2:4":
+            return self
+        wrong = {"sparsity": 0.5} if self.sparsity != 0.5 else {}
+        if self.block_size % 4:
+            wrong["block_size"] = self.block_size // 4 * 4 + 4
+        if wrong:
+            remedy = " and ".join(f"`{key}: {value}`" for key, value in wrong.items())
+            raise ValueError(
+                "the pattern 2:4 is a sparsity of 0.5 in blocks of a multiple of 4 columns; choose "
+                f"{remedy}, or `pattern: unstructured`"
+            )
         return self
 
 
@@ -195,15 +205,12 @@ class DistillConfig(TrainingConfig):
     @model_validator(mode="after")
     def _stored_logits_suffice(self) -> DistillConfig:
         if self.teacher_logits == "stored":
-            if self.divergence != "forward_kl":
+            needed = {"divergence": "forward_kl", "on_policy_share": 0.0, "hidden_weight": 0.0}
+            if wrong := {key: value for key, value in needed.items() if getattr(self, key) != value}:
+                remedy = " and ".join(f"`{key}: {value}`" for key, value in wrong.items())
                 raise ValueError(
-                    f"{self.divergence} needs the teacher's whole distribution; "
-                    "set `divergence: forward_kl` or `teacher_logits: live`"
-                )
-            if self.on_policy_share or self.hidden_weight:
-                raise ValueError(
-                    "stored logits know neither the student's own answers nor hidden states; "
-                    "set `teacher_logits: live`, or `on_policy_share` and `hidden_weight` to 0"
+                    "stored logits have neither the teacher's whole distribution nor the student's own answers nor "
+                    f"hidden states; choose `teacher_logits: live`, or {remedy}"
                 )
         if self.on_policy_share and not self.kl_weight:
             raise ValueError("the student's own answers have no labels to learn from; raise `kl_weight` above 0")
@@ -291,7 +298,10 @@ class MoeConfig(Section):
     @model_validator(mode="after")
     def _some_are_idle(self) -> MoeConfig:
         if self.active >= self.experts:
-            raise ValueError(f"`active` {self.active} of {self.experts} `experts` leaves none idle; lower `active`")
+            raise ValueError(
+                f"`active` {self.active} of {self.experts} `experts` leaves none idle; "
+                f"choose `active: {self.experts - 1}` or less"
+            )
         return self
 
 
@@ -317,7 +327,10 @@ class ExpertsConfig(TrainingConfig):
     @model_validator(mode="after")
     def _some_are_idle(self) -> ExpertsConfig:
         if self.active >= self.experts:
-            raise ValueError(f"`active` {self.active} of {self.experts} `experts` leaves none idle; lower `active`")
+            raise ValueError(
+                f"`active` {self.active} of {self.experts} `experts` leaves none idle; "
+                f"choose `active: {self.experts - 1}` or less"
+            )
         return self
 
     @property

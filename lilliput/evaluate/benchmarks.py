@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -176,10 +177,21 @@ def _task_files() -> Iterable[Path]:
     return sorted(_task_folder().glob("**/*.yaml"))
 
 
+def _task_names() -> set[str]:
+    """The tasks that the harness defines, without templates and without those that are of another kind."""
+    names = set[str]()
+    for file in _task_files():
+        text = file.read_text(encoding="utf-8")
+        kind = re.search(r"^output_type: *(\w+)", text, re.MULTILINE)
+        if kind is None or kind[1] in SUPPORTED:
+            names |= set(re.findall(r"^task: ([\w./-]+)$", text, re.MULTILINE))
+    return names
+
+
 def _problem(config: BenchmarkConfig, root: Path) -> str | None:
     place = f"evaluation.benchmarks: {config.task}"
     if not _definition(config.task, root):
-        close = difflib.get_close_matches(config.task, {path.stem for path in _task_files()}, n=3)
+        close = difflib.get_close_matches(config.task, _task_names(), n=3)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         return f"{place}: no such task or task file; {hint}`lm_eval ls tasks` lists all"
     if config.file is None:

@@ -146,5 +146,5 @@ def test_zeros_survive_the_checkpoint_and_the_same_inputs_give_the_same_bytes(ch
 def test_the_pattern_needs_half_and_blocks_in_fours():
     with pytest.raises(ValueError, match=r"2:4 is a sparsity of 0\.5"):
         config(pattern="2:4", sparsity=0.6)
-    with pytest.raises(ValueError, match="`block_size` in fours"):
+    with pytest.raises(ValueError, match="choose `block_size: "):
         config(pattern="2:4", block_size=6)
