@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.artifacts import ADAPTER
@@ -36,6 +37,7 @@ from lilliput.resident import give_back_memory
 from lilliput.untrusted import require_harmless
 
 PROBE_TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen; iron is a metal, and so is gold."
+ROPE_TYPES = sorted(ROPE_INIT_FUNCTIONS)
 SOURCE_FORMATS = (
     "safetensors in float32, bfloat16 or float16, safetensors in AutoGPTQ's format (quant_method `gptq`), and GGUF "
     "(source.file)"
@@ -295,6 +297,14 @@ def probe_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
     return model(input_ids=ids.to(where)).logits[0].float().cpu()
 
 
+def _require_finite_logits(logits: torch.Tensor, directory: Path) -> None:
+    if not torch.isfinite(logits).all():
+        raise ArtifactError(
+            f"{directory}: the model computes logits that are NaN or infinite, though its weights are finite: some are "
+            "too large; lower the learning rate of its training, or choose another parent"
+        )
+
+
 def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: float) -> float:
     """The largest logit difference between the model in memory and `directory` reopened in a fresh process.
 
@@ -304,8 +314,9 @@ def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: floa
         tolerance: largest absolute difference allowed, in logits.
 
     Raises:
-        ArtifactError: the checkpoint does not open by itself, or is another model.
+        ArtifactError: the checkpoint does not open by itself, is another model, or computes no finite logits.
     """
+    _require_finite_logits(expected_logits, directory)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "reloaded.safetensors")
         command = [sys.executable, "-m", "lilliput.models", str(directory), str(path)]
@@ -325,24 +336,62 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
     """The float checkpoint in `directory`, in float32, every weight of it read from its files.
 
     Raises:
-        ArtifactError: weights are missing, which transformers would draw at random.
+        ArtifactError: weights are missing, which transformers would draw at random, or the files hold weights that the
+            model has no place for, which it would drop.
     """
     opened: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
-    model, told = opened
-    if missing := sorted(told["missing_keys"]):
+    model, loading = opened
+    if missing := sorted(loading["missing_keys"]):
         raise ArtifactError(
             f"{directory}: {len(missing)} weights are missing, {missing[0]} among them; fetch or make it again"
         )
+    if unused := sorted(loading["unexpected_keys"]):
+        raise ArtifactError(
+            f"{directory}: {len(unused)} weights have no place in {type(model).__name__} as config.json describes it, "
+            f"{unused[0]} among them; without them it would be another model: correct config.json (layers, biases)"
+        )
     return model
+
+
+def require_consistent(directory: Path, config: PretrainedConfig) -> None:
+    """Rejects a config.json that says two things, of which transformers would take one without a message.
+
+    Raises:
+        SourceError: the architecture is not that of the model type, the rotary embeddings are described twice and
+            differently, or are of a type without a formula.
+    """
+    file = directory / "config.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    opened = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = raw.get("architectures") or []
+    if opened and named and opened not in named:
+        raise SourceError(
+            f"{file}: model_type {config.model_type} is opened as {opened}, but architectures names "
+            f"{', '.join(named)}; correct the one that is wrong"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    if unknown := [part["rope_type"] for part in layers if part.get("rope_type") not in (None, "default", *ROPE_TYPES)]:
+        raise SourceError(f"{file}: RoPE of type `{unknown[0]}` is unknown; known are default, {', '.join(ROPE_TYPES)}")
+    if parameters := raw.get("rope_parameters"):
+        old = {"rope_type" if key == "type" else key: value for key, value in (raw.get("rope_scaling") or {}).items()}
+        base = raw.get("rope_theta")
+        old |= {"rope_theta": base} if base is not None and "rope_theta" in parameters else {}
+        for key, value in old.items():
+            if parameters.get(key) != value:
+                raise SourceError(
+                    f"{file}: {key} is {value!r} in the old form (rope_theta, rope_scaling) and "
+                    f"{parameters.get(key)!r} in rope_parameters; remove the form that is wrong"
+                )
 
 
 def open_dequantised(directory: Path) -> PreTrainedModel:
     """The GPTQ checkpoint in `directory` as a float32 model, whose configuration knows of no quantisation."""
     model = _dequantised(directory)
     vars(model.config).pop("quantization_config", None)
-    for trace in ("is_quantized", "hf_quantizer", "quantization_method"):
+    for trace in ("is_quantized", "hf_quantizer", "quantization_method", "hf_device_map"):
         if hasattr(model, trace):
             delattr(model, trace)
     return model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import torch
+
 from lilliput.artifacts import (
     Manifest,
     file_sha256,
@@ -30,7 +32,15 @@ from lilliput.config import (
 )
 from lilliput.data.corpus import read_corpus
 from lilliput.graph import check_shape, require_gpu
-from lilliput.models import open_model, parameter_count, probe_logits, prove_reload, read_config, save_model
+from lilliput.models import (
+    open_model,
+    parameter_count,
+    probe_logits,
+    prove_reload,
+    read_config,
+    require_finite,
+    save_model,
+)
 from tasks import layout
 from tasks.cost import measured
 from tasks.fit import require_memory
@@ -130,6 +140,9 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
 
 def _write(result: Result, directory: Path) -> float:
     if result.save:
+        require_finite(
+            result.model, torch.float32, f"{directory}: not written", "quantise to more bits, or raise damp_percent"
+        )
         result.save(directory)
     else:
         save_model(result.model, result.tokenizer, directory)  # rounds the weights in place to what is stored

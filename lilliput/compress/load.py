@@ -22,6 +22,7 @@ from lilliput.models import (
     opening,
     random_model,
     require_causal_lm,
+    require_consistent,
     require_finite,
     require_known_format,
 )
@@ -51,40 +52,46 @@ def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Result:
             gguf_config(header) if header else AutoConfig.from_pretrained(source_dir, trust_remote_code=False)
         )
         require_causal_lm(source_config, str(source_dir))
+        if not header:
+            require_consistent(source_dir, source_config)
         tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)
-        model, checks = _opened(source_dir, header, source_config, tokenizer, config)
+        model = _opened(source_dir, header, source_config, config, len(tokenizer))
+        dtype = getattr(torch, config.dtype)
+        _require_finite(model, dtype, source_dir)
+        model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
         model = name_end_tokens(model, tokenizer)
-    dtype = getattr(torch, config.dtype)
+        checks: dict[str, Any] = {}
+        if header and not config.rehearsal:
+            checks["agreement_with_llama_cpp"] = _agreement(header, model, tokenizer)
+    facts = {"rehearsal": config.rehearsal is not None} | chat_facts(tokenizer)
+    return Result(model.eval(), tokenizer, facts=facts, checks=checks)
+
+
+def _opened(
+    source_dir: Path, header: Header | None, source_config: PretrainedConfig, config: LoadConfig, vocabulary: int
+) -> PreTrainedModel:
+    if config.rehearsal:
+        return random_model(_reshape(source_config, config.rehearsal, vocabulary), config.seed)
+    if header:
+        return open_gguf(header, source_config)
+    model = open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors(source_dir)
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is not None and output.weight is not table.weight:
+        model.config.tie_word_embeddings = False  # the weights decide, as in transformers; runtimes go by the flag
+    return model
+
+
+def _require_finite(model: PreTrainedModel, dtype: torch.dtype, source_dir: Path) -> None:
     try:
         require_finite(model, dtype, str(source_dir), "the source is damaged: choose another revision or release of it")
     except ArtifactError as error:
         raise SourceError(str(error)) from None
-    model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
-    return Result(
-        model.eval(),
-        tokenizer,
-        facts={"rehearsal": config.rehearsal is not None} | chat_facts(tokenizer),
-        checks=checks,
-    )
 
 
-def _opened(
-    source_dir: Path,
-    header: Header | None,
-    source_config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    config: LoadConfig,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and how far it agrees with llama.cpp where it comes from a GGUF file."""
-    if config.rehearsal:
-        return random_model(_reshape(source_config, config.rehearsal, len(tokenizer)), config.seed), {}
-    if header:
-        ids = probe_ids(tokenizer, header.settings["context_length"])
-        # Before the model is opened: two copies of it need not be in memory at once.
-        predictions = llama_cpp_predictions(header.file, ids)
-        model = open_gguf(header, source_config)
-        return model, {"agreement_with_llama_cpp": require_same_model(header, model, ids, predictions)}
-    return open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors(source_dir), {}
+def _agreement(header: Header, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How far `model` agrees with llama.cpp running the file it comes from."""
+    ids = probe_ids(tokenizer, header.settings["context_length"])
+    return require_same_model(header, model, ids, llama_cpp_predictions(header.file, ids))
 
 
 def _reshape(config, shape: RehearsalShape, vocabulary: int):  # noqa: ANN001, ANN202 - any PretrainedConfig

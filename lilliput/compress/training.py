@@ -8,6 +8,7 @@ for rounding. Every process has the trained weights afterwards.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import tempfile
@@ -320,7 +321,7 @@ def train(
         The curves `loss` and, with validation, `validation_loss`: (step, nats).
 
     Raises:
-        FloatingPointError: the loss is no longer a number.
+        StrategyError: the loss is NaN or infinite.
         StrategyError: the processes cannot share the batches, or FSDP is asked for what it cannot do here.
     """
     _require_shareable(config)
@@ -343,8 +344,8 @@ def train(
     if sharded():
         _gather(learner, model)
     curve = _curve(trainer.state, "loss")
-    if any(value != value for _, value in curve):
-        raise FloatingPointError("the training loss is no longer a number; lower learning_rate")
+    if not all(math.isfinite(value) for _, value in curve):
+        raise StrategyError("the training diverged: its loss is NaN or infinite; lower learning_rate")
     return {"loss": curve} | ({"validation_loss": _curve(trainer.state, "eval_loss")} if validation else {})
 
 

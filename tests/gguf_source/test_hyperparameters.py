@@ -183,4 +183,4 @@ def test_another_model_than_llama_cpp_runs_is_refused(write):
 def test_a_file_that_llama_cpp_does_not_run_is_not_taken_unchecked(write):
     _, file = write(extra={"blk.0.attn_q.weight": np.ones((64, 64))[:, :32]})
     with pytest.raises(SourceError, match=r"llama\.cpp does not run this file, so .* cannot be checked"):
-        load(file.parent, file.name, LOAD)
+        llama_cpp_predictions(file, range(20))
