@@ -29,6 +29,10 @@ def source(checkpoint, tmp_path):
     )
 
 
+def opened_by(result):
+    return result.model, result.tokenizer
+
+
 def reopened(opened, folder):
     """A loaded model as later stages see it."""
     save_model(*opened, folder)
@@ -50,7 +54,7 @@ def test_a_pad_token_beyond_the_table_is_removed(source, facts, tmp_path):
     folder = source(CHATML, lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}))
     assert AutoTokenizer.from_pretrained(folder).pad_token_id == 49152
     with pytest.warns(UserWarning, match=r"1 added tokens have no row in the embedding table of 49152 rows.*\[PAD\]"):
-        opened = load(folder, None, LOAD)
+        opened = opened_by(load(folder, None, LOAD))
     model, tokenizer = reopened(opened, tmp_path / "base")
     assert max(tokenizer.get_vocab().values()) == 49151
     assert tokenizer.pad_token != "[PAD]"
@@ -65,7 +69,7 @@ def test_all_added_tokens_beyond_the_table_are_removed_and_the_rest_stays(source
 
     folder = source(CHATML, add)
     with pytest.warns(UserWarning, match="3 added tokens"):
-        opened = load(folder, None, LOAD)
+        opened = opened_by(load(folder, None, LOAD))
     _, tokenizer = reopened(opened, tmp_path / "base")
     own = AutoTokenizer.from_pretrained(checkpoint)
     assert tokenizer.get_vocab() == own.get_vocab()
@@ -78,7 +82,7 @@ def test_all_added_tokens_beyond_the_table_are_removed_and_the_rest_stays(source
 def test_an_eos_token_beyond_the_table_is_replaced_by_the_token_that_closes_a_turn(source, facts, tmp_path):
     folder = source(OWN_END, lambda tokenizer: tokenizer.add_special_tokens({"eos_token": "<|never|>"}))
     with pytest.warns(UserWarning, match=r"<\|never\|>|no EOS token"):
-        opened = load(folder, None, LOAD)
+        opened = opened_by(load(folder, None, LOAD))
     model, tokenizer = reopened(opened, tmp_path / "base")
     assert tokenizer.eos_token == TURN_END
     passes_every_stage(model, tokenizer, facts)
@@ -126,7 +130,7 @@ def test_a_tokenizer_without_eos_and_pad_gets_the_token_that_closes_a_turn(sourc
     folder = source(OWN_END, no_names, {"eos_token_id": None, "pad_token_id": None})
     assert AutoTokenizer.from_pretrained(folder).eos_token is None
     with pytest.warns(UserWarning, match=f"names no EOS token; {TURN_END} is used"):
-        opened = load(folder, None, LOAD)
+        opened = opened_by(load(folder, None, LOAD))
     model, tokenizer = reopened(opened, tmp_path / "base")
     assert tokenizer.eos_token == TURN_END
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -144,18 +148,18 @@ def test_the_saved_generation_config_names_every_end_token(source, tmp_path):
         lambda tokenizer: setattr(tokenizer, "eos_token", "<|endoftext|>"),
         {"eos_token_id": [0, 16, 60000], "pad_token_id": 49152},
     )
-    model, tokenizer = load(folder, None, LOAD)
+    model, tokenizer = opened_by(load(folder, None, LOAD))
     save_model(model, tokenizer, tmp_path / "base")
     found = GenerationConfig.from_pretrained(tmp_path / "base")
     turn_end = tokenizer.convert_tokens_to_ids(TURN_END)
     assert found.eos_token_id == sorted([0, 16, turn_end])  # 60000 is no token
     assert found.pad_token_id == turn_end
-    again = load(tmp_path / "base", None, LOAD)[0]
+    again = load(tmp_path / "base", None, LOAD).model
     assert again.generation_config.eos_token_id == found.eos_token_id
 
 
 def test_the_built_in_model_is_loaded_as_it_is(checkpoint, tmp_path):
-    model, tokenizer = load(checkpoint, None, LOAD)
+    model, tokenizer = opened_by(load(checkpoint, None, LOAD))
     save_model(model, tokenizer, tmp_path / "base")
     for path in checkpoint.iterdir():
         assert (tmp_path / "base" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -167,7 +171,7 @@ def test_a_system_prompt_that_the_template_does_not_take_is_put_into_the_first_u
     source, facts, tmp_path, template, reason
 ):
     with pytest.warns(UserWarning, match=f"the chat template {reason} the system prompt"):
-        opened = load(source(template, lambda t: setattr(t, "bos_token", BOS)), None, LOAD)
+        opened = opened_by(load(source(template, lambda t: setattr(t, "bos_token", BOS)), None, LOAD))
     model, tokenizer = reopened(opened, tmp_path / "base")
     text = tokenizer.decode(encode_prompt(tokenizer, SYSTEM, "Why?"))
     assert f"user\n{SYSTEM}\n\nWhy?" in text
@@ -183,7 +187,7 @@ def test_without_a_system_prompt_the_template_is_the_model_s_own(source):
     folder = source("\n" + GEMMA, lambda t: setattr(t, "bos_token", BOS))
     own = AutoTokenizer.from_pretrained(folder)
     with pytest.warns(UserWarning, match="rejects the system prompt"):
-        tokenizer = load(folder, None, LOAD)[1]
+        tokenizer = load(folder, None, LOAD).tokenizer
     for messages in (
         [{"role": "user", "content": "Why?"}],
         [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
@@ -193,13 +197,13 @@ def test_without_a_system_prompt_the_template_is_the_model_s_own(source):
 
 def test_a_merged_template_is_not_merged_again(source, tmp_path):
     with pytest.warns(UserWarning, match="drops"):
-        opened = load(source(DROPS_SYSTEM), None, LOAD)
+        opened = opened_by(load(source(DROPS_SYSTEM), None, LOAD))
     save_model(*opened, tmp_path / "base")
-    assert load(tmp_path / "base", None, LOAD)[1].get_chat_template() == opened[1].get_chat_template()
+    assert load(tmp_path / "base", None, LOAD).tokenizer.get_chat_template() == opened[1].get_chat_template()
 
 
 def test_a_dated_template_is_a_fact_of_the_candidate(source):
-    assert chat_facts(load(source(DATED), None, LOAD)[1]) == {"dated_prompt": True}
+    assert chat_facts(load(source(DATED), None, LOAD).tokenizer) == {"dated_prompt": True}
 
 
 @pytest.fixture
@@ -265,7 +269,7 @@ def test_every_end_token_ends_an_answer_of_the_reference_runtime(source, facts, 
     folder = source(
         OWN_END, lambda t: setattr(t, "eos_token", "<|endoftext|>"), {"eos_token_id": [49151]}
     )  # no end-of-turn token among them
-    model, tokenizer = reopened(load(folder, None, LOAD), tmp_path / "base")
+    model, tokenizer = reopened(opened_by(load(folder, None, LOAD)), tmp_path / "base")
     runtime = TorchRuntime(model, tokenizer, 2)
     prompt = encode_prompt(tokenizer, SYSTEM, facts[0].question)
     free = list(TorchRuntime(model, tokenizer, 2).stream(prompt, 3))

@@ -14,7 +14,11 @@ from lilliput.compile.gguf import FILE, compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.models import random_model, save_model
 
-WORDS = [*map(chr, range(33, 127)), *map(chr, range(256, 458)), "ab", "cd", "<s>", "</s>"]  # byte level, no more
+# Byte-level BPE writes each byte as one character: printable ones as they are, the others from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = [*map(chr, _PRINTABLE), *map(chr, range(256, 512 - len(_PRINTABLE)))]
+WORDS = [*_BYTES, *(f"unused-{number}" for number in range(40)), "ab", "cd", "<s>", "</s>"]
+CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
 
 
 def perturbed(config: Any) -> Any:
@@ -76,6 +80,7 @@ def write_gguf(file: Path, model: Any, architecture: str, settings: dict[str, An
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(298)
     writer.add_eos_token_id(299)
+    writer.add_chat_template(CHAT_TEMPLATE)
     for name, tensor in (_tensors(model, architecture) | extra).items():
         if tensor is not None:
             writer.add_tensor(name, np.asarray(tensor, dtype=np.float32))
