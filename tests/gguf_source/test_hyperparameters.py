@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
+from lilliput.compress import load as load_module
 from lilliput.compress.load import load
 from lilliput.config import LoadConfig
 from lilliput.errors import SourceError
@@ -161,9 +162,11 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_a_loaded_source_agrees_with_llama_cpp(architecture, write):
+def test_a_loaded_source_agrees_with_llama_cpp(architecture, write, monkeypatch):
     settings, config = FAMILIES[architecture]
     _, file = write(settings, architecture=architecture, config=config)
+    # The file's vocabulary is byte-level whatever its architecture, which is not Gemma's kind.
+    monkeypatch.setattr(load_module, "checked_tokenizer", lambda tokenizer, *_: tokenizer)
     record = load(file.parent, file.name, LOAD).checks["agreement_with_llama_cpp"]
     assert record["positions"] == 64
     assert record["same_argmax"]["value"] >= 0.97
