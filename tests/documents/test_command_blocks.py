@@ -237,6 +237,8 @@ def story(tokenizer, tmp_path_factory) -> Iterator[Story]:
     del tokenizer  # skips where the wheels cannot be had
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and shutil.which("initdb") is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    if _is_there("http://127.0.0.1:8080/health"):
+        pytest.fail("a gateway serves on port 8080 already, which the documents name; stop it first")
     clone = copy_project(tmp_path_factory.mktemp("documents"))
     shutil.copyfile(PROJECT / "examples" / "tiny.yaml", clone.folder / "params.yaml")
     (clone.folder / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
@@ -259,6 +261,7 @@ def story(tokenizer, tmp_path_factory) -> Iterator[Story]:
     services = Path(tempfile.mkdtemp(prefix="lilliput-documents-"))
     services.chmod(0o711)  # pytest's own folders are closed to the user who runs PostgreSQL
     yield Story(clone, prefect_port, services)
+    clone.run("python", "-m", "flows.deploy", "phone-4gb", "--stop")
     shutil.rmtree(services)
 
 
