@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 import lilliput.config
 import lilliput.search
+import lilliput.serve.simulate
 from lilliput.config import load_params
 from lilliput.config.section import Section
 from lilliput.errors import ConfigError
@@ -47,7 +48,7 @@ def is_number(annotation: Any) -> bool:
 
 
 def numbers() -> dict[str, FieldInfo]:
-    assert lilliput.config and lilliput.search  # which define the sections
+    assert lilliput.config and lilliput.search and lilliput.serve.simulate  # which define the sections
     return {
         f"{section.__name__}.{name}": field
         for section in sections()

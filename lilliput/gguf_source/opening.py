@@ -40,21 +40,34 @@ def open_gguf(header: Header, config: PretrainedConfig) -> PreTrainedModel:
         SourceError: a tensor of the file has no place in the model, a weight of the model is not in the file, or the
             rotary frequencies are not the file's. Errors of transformers' reader pass through.
     """
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        header.file.parent,
-        config=config,
-        gguf_file=header.file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    model, loading = opened
+    model, loading = _read(header, config)
     _require_no_rest("weights that the file does not hold", sorted(loading["missing_keys"]), header, model)
     unused = sorted(loading["unexpected_keys"]) or _unused(header, model)
     _require_no_rest("tensors that the model has no place for", unused, header, model)
     _require_frequencies(header, model)
     return model
+
+
+def _read(header: Header, config: PretrainedConfig) -> Any:
+    """The model and what transformers reports of its loading."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            header.file.parent,
+            config=config,
+            gguf_file=header.file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        # Models that rotate whole heads: how they fail depends on whether GPTQModel, which patches them, is imported.
+        if header.settings.get("rope.dimension_count", head_size(header)) == head_size(header):
+            raise
+        raise SourceError(
+            f"{header.file}: transformers does not open a {header.architecture} model that rotates part of a head "
+            f"(rope.dimension_count): {error}; {USE_SAFETENSORS}"
+        ) from error
 
 
 def _require_no_rest(what: str, names: list[str], header: Header, model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from lilliput.config import LinkConfig, Section
-from lilliput.config.section import LinkName
+from lilliput.config.section import LinkName, NotNegativeFloat
 from lilliput.errors import DataError
 from lilliput.serve.links import Request, active_j, latency_s, tail_j
 from lilliput.serve.router import Conditions, Decision, Router
@@ -40,7 +40,7 @@ class Event(Section):
         charging: whether the battery is being charged then.
     """
 
-    at_s: float
+    at_s: NotNegativeFloat
     id: str
     link: LinkName
     charging: bool = False

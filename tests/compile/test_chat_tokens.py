@@ -84,7 +84,8 @@ def base(padded, tmp_path, monkeypatch, recwarn):
 
     def make(template, edit=lambda tokenizer: None, generation=None):
         source = make_source(padded, tmp_path / "source", template, edit, generation)
-        save_model(*load(source, None, LoadConfig(dtype="float32", seed=0)), tmp_path / "base")
+        loaded = load(source, None, LoadConfig(dtype="float32", seed=0))
+        save_model(loaded.model, loaded.tokenizer, tmp_path / "base")
         recwarn.clear()  # that a system prompt is merged is tested elsewhere
         return tmp_path / "base", AutoTokenizer.from_pretrained(tmp_path / "base")
 
@@ -255,7 +256,7 @@ def test_a_sentencepiece_vocabulary_makes_the_same_tokens_in_llama_cpp(facts, tm
 def prove(facts, tiny_params):
     def run(folder, checkpoint):
         config = tiny_params.parity.model_copy(update={"questions": 4})
-        return prove_parity("gguf", folder, checkpoint, facts, {}, SYSTEM, config, tiny_params.evaluation)
+        return prove_parity("gguf", folder, checkpoint, facts, {}, SYSTEM, config)
 
     return run
 

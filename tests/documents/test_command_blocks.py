@@ -61,6 +61,7 @@ SERVERS = {
 REPLACED = {
     "--trials 20 --minutes 120": "--trials 1 --minutes 5",
     "--trials 40 --minutes 480": "--trials 1 --minutes 5",
+    "--runner dask --workers 2": "--runner dask --workers 2 --trials 2",
     "--host 0.0.0.0": "--host 127.0.0.1",
     "LILLIPUT_TOKEN=…": "LILLIPUT_TOKEN=a-token-of-this-test",
     "export HF_TOKEN=…": "export HF_TOKEN=",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lilliput import devices, redaction
 from lilliput.artifacts import write_json
@@ -164,7 +165,7 @@ def test_processes_that_open_models_are_given_no_secrets(canaries, monkeypatch, 
     starts = (
         lambda: devices.run_on_device(devices.Job("gguf", "x", 1, 1), memory_bytes=None, deadline_s=1.0),
         lambda: LlamaServer(Serving("x", 1, 1)),
-        lambda: prove_reload(tmp_path, None, 0.0),
+        lambda: prove_reload(tmp_path, torch.zeros(1), 0.0),
         lambda: onnx._run(["x"], tmp_path, 1.0),
     )
     for start in starts:
