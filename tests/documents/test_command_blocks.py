@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from tests.documents.reading import DOCUMENTS, PROJECT, Block, blocks
-from tests.flows.conftest import Clone, copy_project
+from tests.flows.conftest import Clone, ask_prefect, copy_project
 
 pytestmark = [pytest.mark.documents, pytest.mark.timeout(3600)]
 
@@ -149,11 +149,11 @@ class Story:
 
     def _wait_for_flow_runs(self) -> None:
         """Waits until the worker has done what the block asked for, and checks that every run completed."""
-        api = f"http://127.0.0.1:{self.prefect_port}/api/flow_runs/count"
+        api = f"http://127.0.0.1:{self.prefect_port}/api"
 
         def count(*states: str) -> int:
             wanted = {"flow_runs": {"state": {"type": {"any_": states}}}}
-            return httpx.post(api, json=wanted, timeout=60, trust_env=False).raise_for_status().json()
+            return ask_prefect(api, "/flow_runs/count", wanted)
 
         deadline = time.monotonic() + 1500
         while count("SCHEDULED", "PENDING", "RUNNING"):

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
@@ -88,6 +90,14 @@ def copy_project(folder: Path) -> Clone:
     for arguments in (["init", "-q"], ["add", "-A"], [*git[1:], "commit", "-qm", "clone"]):
         assert subprocess.run(["git", *arguments], cwd=folder, check=False).returncode == 0
     return clone
+
+
+def ask_prefect(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The answer of Prefect's server to a POST; a server started from the project's folder asks for a CSRF token."""
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        token = client.get(f"{api}/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
+        headers = {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token}
+        return client.post(f"{api}{path}", json=body or {}, headers=headers).raise_for_status().json()
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ import urllib.request
 
 import pytest
 
+from tests.flows.conftest import ask_prefect
+
 STAGES = {
     "source",
     "data",
@@ -181,7 +183,7 @@ def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
     untouched = (other_bits.folder / "metrics" / "base.json").read_bytes()
     done = other_bits.run("prefect", "deployment", "run", "democratize/local", "--watch", PREFECT_API_URL=server)
     assert done.returncode == 0, done.stdout + done.stderr
-    tasks = _post(f"{server}/task_runs/filter")
+    tasks = ask_prefect(server, "/task_runs/filter")
     assert {task["name"]: task["state_name"] for task in tasks}["base: load on source"] == "Cached"
     assert {task["name"] for task in tasks if task["state_name"] == "Completed"} == {
         "small: gptq on base",
@@ -193,7 +195,7 @@ def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
         "bundle: what each device is given",
         "report: report and plots",
     }
-    artifacts = {artifact["key"]: artifact for artifact in _post(f"{server}/artifacts/latest/filter")}
+    artifacts = {artifact["key"]: artifact for artifact in ask_prefect(server, "/artifacts/latest/filter")}
     rows = json.loads(artifacts["candidates"]["data"])
     assert [row["candidate"] for row in rows] == ["base", "small"]
     assert "report/index.html" in artifacts["next"]["data"]
@@ -201,12 +203,6 @@ def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
     manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
     assert manifest["config"]["bits"] == 8
     assert status(other_bits) == "Data and pipelines are up to date."
-
-
-def _post(url: str) -> list[dict]:
-    request = urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
 
 
 @pytest.mark.slow
