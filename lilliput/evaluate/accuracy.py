@@ -20,6 +20,17 @@ _SENTENCE_END = re.compile(
     r"(?:(?<=[^\W_A-Z]{2})(?<!\bapprox)(?<!\bca)(?<!\bvs)|(?<=\))|(?<=[A-Z]{4}))[.!?](?:\s|$)|[。！？।။។؟۔]"
 )
 
+# What comes before an answer and asserts nothing: "Sure!", "**Answer:**" on a line of its own, a code fence.
+_OPENING = re.compile(
+    r"(?:[\s*_#>]*(?:(?:sure|certainly|of course|absolutely|okay|(?:good|great) question)[!.]+[\s*_]+(?=\S)"
+    r"|(?:the |my )?(?:correct |final |short )?answer(?: is)?[*_]*:[*_]*[^\S\n]*\n\s*(?=\S)|`{3}\w*\n\s*(?=\S)))+",
+    re.IGNORECASE,
+)
+_QUESTION_REPEATED = re.compile(
+    r"\s*(?:(?:in|of|to|by|from) )?(?:what|which|who|where|when|how)\b[^?\n]*\?\s+(?=\S)", re.I
+)
+_REPLY_TO_ITSELF = re.compile(r"[?？]\s+(?=(?:no|nope)\b)", re.I)  # "Paris? No, Lyon."
+
 
 def choose(
     runtime: Runtime, tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
@@ -43,7 +54,7 @@ def is_right(text: str, question: Question) -> bool:
 
     docs/metrics.md has the rules: what counts as the same, as a whole word, as a denial, as one of several candidates.
     """
-    said = prepared(first_sentence(text)[:LONGEST_TEXT])
+    said = prepared(_statement(text)[:LONGEST_TEXT])
     wordings = [wording for wording in (question.answer, *question.aliases) if wording]
     right = [mention for wording in wordings for mention in mentions(said, wording)]
     if not any(_is_the_answer(said, mention, wordings) for mention in right):
@@ -53,9 +64,20 @@ def is_right(text: str, question: Question) -> bool:
 
 
 def first_sentence(text: str) -> str:
-    """The first line of `text` up to the end of its first sentence."""
-    line = text.strip().split("\n", 1)[0]
+    """The first line of `text` up to the end of its first sentence, after an opening that asserts nothing."""
+    line = _after(_OPENING, text.strip()).split("\n", 1)[0]
     return _SENTENCE_END.split(line, maxsplit=1)[0]
+
+
+def _statement(text: str) -> str:
+    """The first sentence of `text` that is not the question again; "Paris? No, Lyon." is one sentence."""
+    rest = _after(_QUESTION_REPEATED, _after(_OPENING, text.strip()))
+    return first_sentence(_REPLY_TO_ITSELF.sub("?, ", rest.split("\n", 1)[0], count=1))
+
+
+def _after(opening: re.Pattern[str], text: str) -> str:
+    found = opening.match(text)
+    return text[found.end() :] if found else text
 
 
 def _is_the_answer(said: str, mention: Mention, wordings: Sequence[str]) -> bool:

@@ -36,7 +36,9 @@ _POINTS = regex.compile(r"[\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\
 _REWRITTEN = [
     (regex.compile(r"[\u2010-\u2013\u2212\ufe63]"), "-"),
     (regex.compile(r"[’‘ʼʻ`´′]"), "'"),
+    (regex.compile(r"\\[dt]?frac ?\{(\d+)\} ?\{(\d+)\}"), r"\1/\2"),
     (regex.compile("\u2044"), "/"),
+    (regex.compile("♯"), "#"),
     (regex.compile("٫"), "."),
     (regex.compile("٬"), ","),
     (regex.compile(r"\s+"), " "),

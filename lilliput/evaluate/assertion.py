@@ -8,43 +8,57 @@ import regex
 
 _FLAGS = regex.IGNORECASE | regex.V1
 _CLAUSE = regex.compile(
-    r"[,;:!?()\[\]—。、，；：！？।؟،]|\.(?=\s|$)|\b(?:but|although|though|whereas|while|sondern|sino|mais|aber)\b|而是",
+    r"[,;:!?()\[\]—。、，；：！？।؟،]|\.(?=\s|$)|\b(?:but|although|though|whereas|while|sondern|sino|mais|aber|بل)\b|而是",
     _FLAGS,
 )
 # What looks like a denial and is none, and what is one in words of its own.
 _REWRITTEN = [
+    (r"^[*_\"]*(?:(?:is|was)n'?t it|(?:is|was) it not|why not)\b", " "),  # "Isn't it Paris?" is a guess
     (
         r"\bnot (?:only|just|merely|simply|solely|until|to mention)\b|\bwithout (?:a |any )?(?:doubt|question)\b"
         r"|\bno (?:doubt|question)\b|\bno(?:ne|body|thing)? other than\b|\bnothing but\b",
         " ",
     ),
     (r"\b(?:anything|all|everything) but\b", " never "),
-    (r"\b(is|was|are|were|do|does|did|ca|wo|could|would|should)n'?t\b", r"\1 not"),
+    (r"\b(is|was|are|were|do|does|did|ca|wo|could|would|should|ai)n'?t\b", r"\1 not"),
     (r"\bcannot\b", "can not"),
 ]
 _DENIAL = (
     r"\b(?:not|never|neither|nor|without|except(?: for)?|excluding|unlike|instead of|rather than|other than|apart from|"
-    r"far from|no longer|nobody|no one|nowhere|wrong to|incorrect to|false that|nicht|kein\w*|ikke|inte|niet|geen|pas|"
-    r"n'est|n'était|(?:no|non|não) (?:es|era|è|é|fue|foi)|не|ليس|ليست|לא|אינה?)\b|\bno$"
+    r"far from|no longer|nobody|no one|nowhere|by no means|hardly|"
+    r"wrong to|incorrect to|false that|nicht|kein\w*|ikke|inte|niet|geen|pas|"
+    r"n'est|n'était|(?:no|non|não) (?:es|era|è|é|fue|foi)|не|δεν|bukan|không|nie|není|ei ole|nem|nu este|"
+    r"ليس|ليست|לא|אינה?)\b|\bno (?:such )?$"
 )
 _DENIAL_UNSPACED = r"不是|不叫|不在|并非|並非|没有|沒有|ไม่|ບໍ່|មិន"
 # A denial reaches as far as the next statement, unless what it denies is a belief: "I don't think it is Paris".
 _STATEMENT = r"\b(?:is|was|are|were)\b|'s\b"
-_BELIEF = r"\b(?:know|think|believe|suppose|mean|say|true|case|correct|clear|likely|sure|certain)\b"
+_BELIEF = r"\b(?:knows?|thinks?|believes?|supposes?|means?|says?|true|case|correct|clear|likely|sure|certain)\b"
 _DENIED_BEFORE = regex.compile(
-    rf"(?:{_DENIAL})(?:(?!{_STATEMENT}).)*$|(?:{_DENIAL})(?:(?!{_STATEMENT}).)*{_BELIEF}.*$|(?:{_DENIAL_UNSPACED}).*$",
+    rf"(?:{_DENIAL})(?:(?!{_STATEMENT}).)*$|(?:{_DENIAL})(?:(?!{_STATEMENT}).)*{_BELIEF}.*$|(?:{_DENIAL_UNSPACED}).*$"
+    r"|\b(?:no way|(?<!(?:little|beyond|any) )doubt(?:ful|s)?)\b.*$",
     _FLAGS,
 )
+_WRONG = r"(?:wrong|incorrect|false|untrue)\b"
+# "Paris? No, Lyon", "Paris — sorry, Lyon", "Paris, no wait, Lyon"; not "Paris, no doubt".
+_TAKEN_BACK = (
+    r"[\"')*]*(?: ?[,;?!.…—:]+| -) ?(?:no|nope|sorry|wait|actually not)(?= ?(?:[,;:.!—-]|$)| (?:wait|sorry|it)\b)"
+)
 _DENIED_AFTER = regex.compile(
-    r"^[\"')* ]*(?:(?:is|was|are|were|do|does|did|has|can|could|would|will)(?: \w+ly)? (?:not|never|no longer|wrong|"
-    r"incorrect|false|untrue)\b|never\b|नहीं|नही |نیست|değil|n'est pas|ist (?:nicht|kein)|не )"
-    r"|^(?:で(?:は|も)|じゃ|で)(?:な[いく]|あり?ません)|^(?:이|가|은|는)? ?아(?:니|닙)|^[ ်]*မဟုတ်",
+    rf"^{_TAKEN_BACK}|^,? (?:(?:but|and|though|although|yet) )?(?:that|this|it|which)(?:'s| is| was) (?:{_WRONG}"
+    r"|not (?:it|right|true|correct|so|the case)\b)"
+    r"|^(?: \w{1,3})? (?:ikke|inte|niet|nie|bukan|nem|není|nu este|ei ole|δεν|(?:no|non|não) (?:es|era|è|é|fue|foi))\b"
+    r"|^[也并並]?不(?:是|在|叫)(?![吗嗎])|^(?:이|가|은|는)?(?: \w+[이가])? ?아(?:니|닙)"
+    r"|^(?: (?!है)[^\s,]+){0,3} (?:नहीं|नही) |^(?: [^\s,]+){0,2} değil"
+    rf"|^[\"')* ]*(?:(?:is|was|are|were|do|does|did|has|can|could|would|will|ai)(?: \w+ly)? "
+    rf"(?:(?:not|never|no longer)\b|{_WRONG})|never\b|نیست|n'est pas|ist (?:nicht|kein)|не )"
+    r"|^(?:で(?:は|も)|じゃ|で)(?:な[いく]|あり?ません)|^[ ်]*မဟုတ်",
     _FLAGS,
 )
 _ITEM = r"(?:[^\s,;/.]+ ?){1,3}"
 _OR_BEFORE = regex.compile(rf"({_ITEM}),? (?:or|oder|ou)(?: (?:in|the|an?))? ?$", _FLAGS)
 _OR_AFTER = regex.compile(rf"^((?:, ?{_ITEM})*),? (?:or|oder|ou) (?!so\b|more\b|less\b|thereabouts\b)({_ITEM})", _FLAGS)
-_SLASH = regex.compile(r"(\w+)/$|^/(\w+)")
+_SLASH = regex.compile(r"([^\s/|]+)(?: ?/ ?|\|)$|^(?: ?/ ?|\|)([^\s/|]+)|(\S+) vs\.? $|^ vs\.? (\S+)")
 _BOUND = regex.compile(
     r"(?:\b(?:more|less|fewer|greater|higher|lower|larger|smaller) than|\bat (?:least|most)|\bup to"
     r"|\b(?:over|under|above|below)|[<>≤≥])[ $€£¥]*$",

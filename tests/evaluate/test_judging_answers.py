@@ -112,7 +112,98 @@ def test_an_answer_in_any_script_is_right_itself(answer):
     assert is_right(answer, question(answer))
 
 
-EVIL = ["1.1.1.", "1 ", "a, ", "not ", "x or, ", "-", "١", "ก", "between 5 and ", "U.S.", "1:", "H2", "1 000 "]
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "Paris? No, Lyon",
+            "Paris? No. It is Lyon.",
+            "Paris... no, Lyon",
+            "Paris — sorry, Lyon",
+            "Paris, no wait, Lyon",
+        ),
+        *("Paris, but that is wrong", "Some say Paris, which is not true", "I doubt it is Paris", "No way it's Paris"),
+        *(
+            "Hardly Paris",
+            "By no means Paris",
+            "It ain't Paris",
+            "Paris ain't the capital",
+            "Nobody thinks it is Paris",
+        ),
+        *("no Paris", "Paris / Lyon", "Lyon|Paris", "Paris vs Lyon", "Paris bukan ibu kota", "Bukan Paris"),
+        *("Không phải Paris", "To nie jest Paris", "Ei ole Paris", "To není Paris", "Nem Paris", "Δεν είναι Paris"),
+        *(
+            "Paris不是首都",
+            "Paris는 수도가 아닙니다",
+            "Paris राजधानी नहीं है",
+            "Paris başkent değil",
+            "Paris is niet de stad",
+        ),
+    ],
+)
+def test_an_answer_taken_back_or_denied_in_another_way_is_wrong(text):
+    assert not is_right(text, question("Paris"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Lyon? No, Paris", "Lyon... no, Paris", "Paris, no doubt", "Paris, no less", "I'm sorry, Paris"),
+        *(
+            "There is little doubt it is Paris",
+            "Isn't it Paris?",
+            "Is it not Paris?",
+            "Why not Paris?",
+            "Paris, isn't it?",
+        ),
+        *("Sure! The answer is Paris.", "Answer:\nParis", "**Answer:**\n\nParis", "The answer is:\n\nParis"),
+        *(
+            "```\nParis\n```",
+            "What is the capital of France? Paris.",
+            "Sure!\n\nAnswer:\n**Paris**",
+            "是Paris，不是Lyon",
+        ),
+        *(
+            "ليست Lyon بل Paris",
+            "Paris, Lyon नहीं",
+            "Paris 不是吗",
+            "/Paris/",
+            "| Paris |",
+            "<b>Paris</b>",
+            "Paris, of course",
+        ),
+    ],
+)
+def test_an_answer_after_an_opening_or_a_correction_is_right(text):
+    assert is_right(text, question("Paris"))
+
+
+def test_signs_and_fractions_of_other_notations_are_the_same():
+    assert is_right("C♯", question("C#"))
+    assert is_right(r"$\frac{1}{2}$", question("0.5"))
+    assert not is_right("C/C++", question("C"))
+    assert is_right("Yes! It is not.", question("Yes"))
+
+
+EVIL = [
+    "1.1.1.",
+    "1 ",
+    "a, ",
+    "not ",
+    "x or, ",
+    "-",
+    "١",
+    "ก",
+    "between 5 and ",
+    "U.S.",
+    "1:",
+    "H2",
+    "1 000 ",
+    "Sure! ",
+    "no, ",
+    "x/",
+    "a? ",
+]
 
 
 @pytest.mark.parametrize("text", [*(part * 3000 for part in EVIL), "9e999999", f"9^{'9' * 99}", "1/0", "9" * 9000])
