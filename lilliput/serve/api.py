@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -87,6 +88,7 @@ def _looking_after(app: App) -> APIRouter:
     """What those who run it look at."""
     routes, gateway = APIRouter(), app.gateway
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> Response:
         ok = await gateway.service.device.healthy()
@@ -124,11 +126,14 @@ def _listing(app: App) -> APIRouter:
     """The models of OpenAI's API: the one that is served."""
     routes, gateway = APIRouter(prefix="/v1"), app.gateway
 
+    @routes.head("/models", include_in_schema=False)
+    @routes.get("/models/", include_in_schema=False)
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         name = gateway.service.model.name
         return {"object": "list", "data": [_model(name)]}
 
+    @routes.head("/models/{name:path}", include_in_schema=False)
     @routes.get("/models/{name:path}")
     async def model(name: str) -> Response:
         known = gateway.service.model.name
@@ -278,12 +283,26 @@ def _error(
     return JSONResponse(problem(message, kind, param=param), status, dict(headers or {}))
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
-    return _error(400, message, "invalid_request_error", param=str(first["loc"][1]) if len(first["loc"]) > 1 else None)
+    fault = _clearest(error.errors())
+    message, place = fault["msg"].removeprefix("Value error, "), fault["loc"]
+    if fault["type"] == "json_invalid":
+        return _error(400, f"body: not JSON, from character {place[-1]} on", "invalid_request_error")
+    if len(place) == 1 and "json" not in request.headers.get("content-type", ""):
+        return _error(400, "body: send JSON, with Content-Type: application/json", "invalid_request_error")
+    if len(place) == 1:  # of the whole body: the message names the field
+        field = re.match(r"(\w+)(?:, \w+)*: ", message)
+        return _error(400, message if field else f"body: {message}", "invalid_request_error", param=field and field[1])
+    # Names of a field's alternative types ("constrained-str") are of no use to a client.
+    named = [str(part) for part in place[1:] if place[0] != "body" or str(part).replace("_", "").isalnum()]
+    return _error(400, f"{'.'.join(named)}: {message}", "invalid_request_error", param=str(place[1]))
+
+
+def _clearest(faults: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of the first field's faults, one for each alternative type, the innermost: "'image_url' … does not match …"."""
+    of_field = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
+    return max(of_field, key=lambda fault: (len(fault["loc"]), fault["type"] not in {"string_type", "list_type"}))
 
 
 async def _other(_: Request, error: Exception) -> Response:

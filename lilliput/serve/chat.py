@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lilliput.serve.control_tokens import ControlTokens
 from lilliput.serve.schema_limits import check_schema
@@ -117,7 +117,7 @@ class Chat(BaseModel):
     frequency_penalty: Annotated[float | None, Field(ge=-2.0, le=2.0)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2.0, le=2.0)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Annotated[str, Field(min_length=1, max_length=256)] | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Annotated[str, Field(max_length=256)] | Annotated[list[str], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -129,6 +129,12 @@ class Chat(BaseModel):
         if isinstance(raw, Mapping) and (asked := _asks_for_more(raw)):
             raise ValueError(f"{', '.join(asked)}: not supported; the answer is text alone")
         return raw
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_at_text(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        """None for empty texts alone: they stop nothing."""
+        return ([text for text in stop if text] if isinstance(stop, list) else stop) or None
 
     @model_validator(mode="after")
     def _asks_for_probabilities_first(self) -> Chat:

@@ -130,8 +130,8 @@ async def refuse(send: Send, status: int, message: str, kind: str, headers: Mapp
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, in small letters and without its port."""
+    """The name in a Host header, in small letters, without its port and the dot of a full name ("localhost.")."""
     name = header.strip().lower()
     if name.startswith("["):
         return name[1:].partition("]")[0]
-    return name.rpartition(":")[0] if ":" in name else name
+    return (name.rpartition(":")[0] if ":" in name else name).removesuffix(".")

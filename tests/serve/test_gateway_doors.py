@@ -85,7 +85,16 @@ def test_beyond_loopback_a_token_is_asked():
 
 def test_without_a_token_no_other_name_leads_in():
     assert ask(app(Paper()), ASK, headers={"Host": "evil.example:8080"})[0].status_code == 421
-    for host in ("127.0.0.1:8080", "[::1]:8080", "localhost", "LocalHost", "LOCALHOST:8080"):
+    assert ask(app(Paper()), ASK, headers={"Host": "localhost.evil.example."})[0].status_code == 421
+    for host in (
+        "127.0.0.1:8080",
+        "[::1]:8080",
+        "localhost",
+        "LocalHost",
+        "LOCALHOST:8080",
+        "localhost.",
+        "localhost.:80",
+    ):
         assert ask(app(Paper()), ASK, headers={"Host": host})[0].status_code == 200
 
 

@@ -1,19 +1,22 @@
 """Requests and answers held against the types of OpenAI's own client: every nullable field, every kind of answer."""
 
+import asyncio
 import typing
 
+import httpx
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, completion_create_params
 from openai.types.chat.chat_completion_assistant_message_param import ChatCompletionAssistantMessageParam
 from openai.types.model import Model
 from openai.types.shared.error_object import ErrorObject
-from paper import ASK, MODEL, PROMPT_TOKENS, ByLength, Paper, app, ask, completion, pieces, said
+from paper import ASK, MODEL, PROMPT_TOKENS, ByLength, Paper, app, ask, client, completion, pieces, said, served
 from pydantic import TypeAdapter
 
 from lilliput.serve.cache import AnswerCache
 from lilliput.serve.router import Always, Threshold
 
 BASE = ASK | {"model": "pocket"}
+IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
 ALTERNATIVES = [{"token": token, "logprob": -0.1, "bytes": [76], "id": 7} for token in ("Lima", "Cusco")]
 
 
@@ -95,10 +98,10 @@ def test_what_asks_for_no_more_than_text_is_answered(more):
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"tool_choice": "required"}, None),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None),
-        ({"modalities": ["text", "audio"]}, None),
-        ({"top_logprobs": 2}, None),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"top_logprobs": 2}, "top_logprobs"),
         ({"messages": [{"role": "user", "content": None}]}, "messages"),
         ({"messages": [{"role": "system", "content": [{"type": "refusal", "refusal": "x"}]}]}, "messages"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "messages"),
@@ -112,6 +115,58 @@ def test_what_cannot_be_served_names_the_field_in_an_error_of_the_client_s_type(
     assert response.status_code == 400
     error = strictly(ErrorObject, response.json()["error"])
     assert (error.type, error.param) == ("invalid_request_error", param)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (IMAGE, "messages.0.content.0: Input tag 'image_url' found"),
+        ([], "messages.0.content: List should have at least 1 item"),
+        ("x" * 32769, "messages.0.content: String should have at most 32768 characters"),
+        (5, "messages.0.content: Input should be a valid string"),
+    ],
+    ids=lambda value: "",
+)
+def test_an_error_in_a_field_of_several_types_is_that_of_the_type_which_was_sent(content, message):
+    [response] = ask(app(Paper()), {"messages": [{"role": "user", "content": content}]})
+    assert response.json()["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("body", "sent_as", "message"),
+    [
+        (b'{"messages":', "application/json", "body: not JSON, from character 12 on"),
+        (b'{"messages":[{"role":"user","content":"x"}]}', "text/plain", "body: send JSON, with Content-Type:"),
+    ],
+)
+def test_a_body_that_is_no_json_is_no_field_s_fault(body, sent_as, message):
+    async def run():
+        async with client(app(Paper())) as http:
+            return await http.post("/v1/chat/completions", content=body, headers={"Content-Type": sent_as})
+
+    response = asyncio.run(run())
+    error = strictly(ErrorObject, response.json()["error"])
+    assert (response.status_code, error.param) == (400, None)
+    assert error.message.startswith(message)
+
+
+def test_empty_stop_texts_stop_nothing_and_leave_the_answer_cacheable(tmp_path):
+    cache, paper = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10), Paper()
+    bodies = [BASE | {"stop": stop} for stop in ("", [], [""], None)]
+    responses = ask(app(paper, cache=cache), *bodies)
+    assert [response.status_code for response in responses] == [200] * 4
+    assert ["stop" in asked for asked in paper.asked["device"]] == [False]
+    ask(app(paper), BASE | {"stop": ["", "x"]})
+    assert paper.asked["device"][-1]["stop"] == ["x"]
+
+
+def test_head_and_a_final_slash_reach_the_models():
+    with served(app(Paper())) as url, httpx.Client(base_url=url) as http:
+        for path in ("/health", "/v1/models", "/v1/models/pocket"):
+            response = http.head(path)
+            assert (response.status_code, response.content) == (200, b"")
+        assert http.head("/v1/models/gpt-4").status_code == 404
+        assert http.get("/v1/models/").json() == http.get("/v1/models").json()
 
 
 def test_a_seed_is_one_that_llama_cpp_does_not_draw_itself():
@@ -133,8 +188,6 @@ def test_models_are_the_client_s_and_an_unknown_one_is_not_found():
 
 def by_all(tmp_path, body):
     """The responses to `body` by device, server, a first look, a fallback, and twice by the cache."""
-    import httpx
-
     cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, -2.0, 10)
     cached = app(Paper(), cache=cache)
     other = {"messages": [{"role": "user", "content": "Which city is the capital of Peru?"}]}
