@@ -1,8 +1,8 @@
 """Runs of a deployment wait for each other; runs from a command line are refused where another run is at work.
 
-Not by the deployment's `concurrency_limit`: Prefect's server keeps the lease of such a limit in memory, and its client
-ends a run whose lease it cannot renew. A server that restarts would end the night's work. The lock of the folder is the
-system's: it outlives the server and is free as soon as its holder is gone.
+Not by the deployment's `concurrency_limit`: by default Prefect's server keeps the lease of such a limit in memory, and
+its client ends a run whose lease it cannot renew. A server that restarts would end the night's work. The lock of the
+folder is the system's: it outlives the server and is free as soon as its holder is gone.
 """
 
 from __future__ import annotations
