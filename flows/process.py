@@ -159,7 +159,7 @@ def _explain(stage: Stage, code: int, folder: Path, log_before: tuple[int, int] 
 
 
 def _version(log: Path) -> tuple[int, int] | None:
-    """Changes when `log` is written; None if it is not there."""
+    """Modification time (ns) and size (bytes) of `log`; None if there is no such file."""
     try:
         found = log.stat()
     except FileNotFoundError:

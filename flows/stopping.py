@@ -51,10 +51,12 @@ def run_flow(work: Flow[..., Any], *arguments: object, stopped: str) -> State:
         fail(stopped, EXIT_TERMINATED if isinstance(interrupt, _Terminated) else EXIT_STOPPED)
     except httpx.HTTPError as error:
         address = PREFECT_API_URL.value()
-        way = f"with that server or, once you {source_of_address(address)[1]}, one" if address else "with a server"
+        remedy = "run the same command again, which continues from here"
+        if address:
+            source, removal = source_of_address(address)
+            remedy = f"start it again, or {removal} ({source}) to use a server of the run's own; then {remedy}"
         fail(
-            f"Prefect's server {address or 'of this run'} is gone ({error}); what was made is recorded: the same "
-            f"command goes on from here, {way} of its own",
+            f"Prefect's server {address or 'of this run'} is gone ({error}); what was made is recorded: {remedy}",
             EXIT_REFUSED,
         )
 

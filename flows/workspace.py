@@ -55,7 +55,7 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
     """Brings the code and the parameters in `folder` up to date; models and results there stay as they are.
 
     Raises:
-        BusyError: a run is at work there, and its code and parameters are not pulled from under it.
+        BusyError: a run is at work there, and its code and parameters must not change.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):

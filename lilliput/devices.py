@@ -39,7 +39,7 @@ class Job:
         predict: ids of a text of which every token from `predict_from` on is predicted.
         predict_from: place of the first token that is predicted.
         score: prompts, and the continuations of each whose likelihood is asked.
-        chats: messages of which each target's own chat server makes a prompt (gguf alone).
+        chats: conversations, each encoded by the target's own chat server (only gguf).
         answer: prompts that are answered one by one, timed.
         max_tokens: of an answer.
         most_seconds: after which no further answer is begun, if `fewest` were.

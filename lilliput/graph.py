@@ -232,7 +232,7 @@ def _group_size_remedy(params: Params, name: str, config: QuantisationConfig, si
     ]
     if fitting:
         return f"choose {', '.join(map(str, fitting))}"
-    return "no group size that it may have does; remove this candidate, or quantise one with other widths"
+    return "no supported group size fits; remove this candidate, or quantise one with other widths"
 
 
 def _merges(params: Params, candidate: str) -> bool:

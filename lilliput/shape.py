@@ -35,7 +35,7 @@ def expert_numbers(neurons: int, config: MoeConfig) -> str:
     """The numbers of experts and shared ones nearest to those of `config` that divide `neurons`, as advice."""
     sums = [parts for parts in range(config.active + 2, neurons + 1) if not neurons % parts]
     if not sums:
-        return f"no numbers do beside `active: {config.active}`; lower it, or remove this candidate"
+        return f"no number of experts fits `active: {config.active}`; lower it, or remove this candidate"
 
     def split(parts: int) -> tuple[int, int]:
         shared = min(config.shared, parts - max(2, config.active + 1))

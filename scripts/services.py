@@ -302,7 +302,7 @@ def _end(pid: int, how: signal.Signals) -> None:
 
 
 def _identity(folder: Path) -> str:
-    """What a folder keeps when it is moved, and a copy of it has not."""
+    """Device and inode of `folder`, which stay when it is moved and differ in a copy."""
     found = folder.stat()
     return f"{found.st_dev}:{found.st_ino}"
 

@@ -81,7 +81,7 @@ def _open_log(path: Path) -> _WithoutSecrets:
         return _WithoutSecrets(path.open("wb", buffering=0), encoding="utf-8", write_through=True)
     except OSError as error:
         raise ConfigError(
-            f"{path}: the log cannot be written ({error.strerror}); remove it, or make it yours"
+            f"{path}: the log cannot be written ({error.strerror}); remove it, or make it writable for this user"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""Makes the addresses in MLflow's SQLite store follow the store when its folder was moved or copied.
+"""Updates the paths in MLflow's SQLite store after its folder was moved or copied.
 
-MLflow writes the absolute path of the artefacts into each experiment, run and model version, also where it was given a
-relative one. So after a move it would go on reading and writing in the old folder.
+MLflow writes the absolute path of the artefacts into each experiment, run and model version, even if it was given a
+relative one. Without an update it would continue to read and write in the old folder.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _FOLDER_TAGS = "(key = 'lilliput.artifact' OR key LIKE 'lilliput.compiled.%')"
 
 
 def follow(database: Path = layout.MLRUNS / "mlflow.db") -> None:
-    """Rewrites the addresses in `database` if its folder is not where they lead, and prints one line about it.
+    """Rewrites the paths in `database` if they lead to another folder than its own, and prints one line about it.
 
-    Does nothing where there is no store. The folder that the addresses led to is neither read nor written.
+    Does nothing where there is no store. The folder that the paths led to is neither read nor written.
 
     Raises:
         RegistryError: the store was moved and cannot be written.

@@ -204,7 +204,7 @@ class _CarriesCodes(_Converter):
         self._rank_tokens()
 
     def _rank_tokens(self) -> None:
-        """Scores by the order of merges for a SentencePiece vocabulary, which the converter gives one score for all.
+        """Writes scores by the order of merges for a SentencePiece vocabulary, all of which the converter scores alike.
 
         llama.cpp joins pieces by the score of what they make, so equal scores make other tokens than the checkpoint's.
         """
@@ -219,7 +219,7 @@ class _CarriesCodes(_Converter):
         self.gguf_writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in texts])
 
     def _name_special_tokens(self) -> None:
-        """The tokens that end an answer, and none that llama.cpp or Ollama would add to a prompt.
+        """Writes which tokens end an answer, and that llama.cpp and Ollama add none to a prompt.
 
         The chat template writes the BOS token by itself where the model wants one, as in training and evaluation.
         """

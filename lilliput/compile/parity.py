@@ -95,7 +95,8 @@ def _require_same_prompts(tokenizer: PreTrainedTokenizerBase, job: Job, outcome:
             raise CompileError(
                 f"{job.folder}: {job.target} encodes the prompt of {messages[-1]['content']!r} differently from token "
                 f"{place} on: {tokenizer.decode(found[place : place + 8])!r}, where evaluation had "
-                f"{tokenizer.decode(expected[place : place + 8])!r}; this tokenizer cannot be carried over"
+                f"{tokenizer.decode(expected[place : place + 8])!r}; remove this target, or "
+                "choose a model with another tokenizer"
             )
 
 

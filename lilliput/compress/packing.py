@@ -85,7 +85,7 @@ def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None
     sizes = {linear.in_features for linear in linears(model).values()}
     if bad := sorted(size for size in sizes if size % config.group_size):
         fitting = ", ".join(map(str, fitting_group_sizes(sizes)))
-        remedy = f"choose one of {fitting}" if fitting else "no group size does, so leave this model in float"
+        remedy = f"choose one of {fitting}" if fitting else "no supported group size fits, so leave this model in float"
         raise StrategyError(
             f"group_size: {config.group_size} does not divide the layers' input sizes "
             f"{', '.join(map(str, bad))}; {remedy}"

@@ -118,7 +118,9 @@ class PruneAmount(Section):
             raise ValueError(f"`by: removed_count` takes a whole number; choose `value: {whole}`{share}")
         if self.by not in {"removed_count", "kept_mib"} and self.value >= 1:
             number = " or, for a number, `by: removed_count`" if self.value == int(self.value) else ""
-            raise ValueError(f"`by: {self.by}` takes a share between 0 and 1; choose `value: 0.5`, say{number}")
+            raise ValueError(
+                f"`by: {self.by}` takes a share between 0 and 1; choose, for example, `value: 0.5`{number}"
+            )
         return self
 
 

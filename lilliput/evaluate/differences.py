@@ -66,7 +66,7 @@ def compare_shares(before: Sequence[bool], after: Sequence[bool]) -> Comparison:
 
 
 def compare_means(before: Sequence[float], after: Sequence[float]) -> Comparison | None:
-    """The mean of the paired differences with Student's t: its test and its interval; None for less than two pairs."""
+    """The mean of the paired differences with Student's t: its test and its interval; None for fewer than two pairs."""
     differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     n = len(differences)
     if n < 2:  # nothing tells how much pairs vary

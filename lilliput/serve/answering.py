@@ -36,11 +36,11 @@ _CACHE_FAILS = (ArtifactError, sqlite3.Error, OSError)  # damaged, locked for to
 
 @dataclass(frozen=True)
 class Limits:
-    """What the gateway takes upon itself.
+    """Limits on requests and answers.
 
     Attributes:
         body_bytes: of a request.
-        max_tokens: of an answer; asking for more is cut to it.
+        max_tokens: of an answer; a request for more gets this many.
         waiting: requests that may wait for a slot; beyond that 503 with Retry-After.
         requests_per_minute: of one client; beyond that 429 with Retry-After.
     """
@@ -87,7 +87,7 @@ class Unavailable(Unanswered):
 
 
 class Computation:
-    """Makes the answer to one request.
+    """Computes the answer to one request.
 
     Args:
         service: that answers.

@@ -26,7 +26,7 @@ class Flights:
         """A share in the computation under `key`, which `start` makes if there is none.
 
         Args:
-            key: equal for requests that may share an answer; None for one that shares with nobody.
+            key: equal for requests that may share an answer; None for a request that does not share.
             start: makes the computation.
         """
         if key is None:
