@@ -98,9 +98,11 @@ def _deploy(device: str, action: Action, host: str, port: int, params_file: Path
 
 
 def running(home: Path) -> dict[str, Any] | None:
-    """What is known of the gateway's process in `home`; None if there is none."""
+    """What is known of the gateway's process in `home`; None if there is none, or it has no address yet."""
     try:
         known = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
+        if known["url"] is None:
+            return None
         process = psutil.Process(known["pid"])
         command, folder = process.cmdline(), Path(process.cwd())
     except (FileNotFoundError, ValueError, psutil.Error):
@@ -144,7 +146,7 @@ def _start(home: Path, host: str, port: int) -> str:
     deadline = time.monotonic() + START_S
     try:
         while process.poll() is None and time.monotonic() < deadline:
-            if known := running(home):
+            if (known := running(home)) and known["pid"] == process.pid:  # not one that was started otherwise
                 return known["url"]
             time.sleep(0.1)
     except BaseException:  # Ctrl-C among them

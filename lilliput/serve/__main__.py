@@ -11,17 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 import uvicorn
 
-from lilliput.artifacts import write_json
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.api import Admin, App
-from lilliput.serve.deployment import GATEWAY, admin_token, read_current
+from lilliput.serve.deployment import Deployment, admin_token, read_current
 from lilliput.serve.doors import LOOPBACK
 from lilliput.serve.gateway import Gateway
 from lilliput.serve.opening import open_service
+from lilliput.serve.ownership import announce, owning
 from lilliput.serve.page import page_routes
 from lilliput.serve.service import Service
 
@@ -60,10 +59,19 @@ class Serving:
                 await asyncio.sleep(RESTART_S)
 
     def _open(self) -> Service:
-        deployment = read_current(self._home)
-        if deployment is None:
-            raise ArtifactError(f"{self._home}: nothing is deployed here; run `python -m flows.deploy <device>`")
-        return open_service(deployment, self._home)
+        return open_service(deployed_in(self._home), self._home)
+
+
+def deployed_in(home: Path) -> Deployment:
+    """The deployment that `home` holds.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    deployment = read_current(home)
+    if deployment is None:
+        raise ArtifactError(f"{home}: nothing is deployed here; run `python -m flows.deploy <device>`")
+    return deployment
 
 
 def serve(home: Path, host: str, port: int) -> None:
@@ -71,6 +79,7 @@ def serve(home: Path, host: str, port: int) -> None:
 
     Raises:
         ConfigError: a host beyond loopback without a token.
+        BusyError: another gateway serves `home`.
         LilliputError: what is deployed does not open.
     """
     token = os.environ.get(TOKEN) or None
@@ -78,6 +87,12 @@ def serve(home: Path, host: str, port: int) -> None:
         raise ConfigError(
             f"--host {host}: beyond loopback a bearer token is required; set {TOKEN}, or stay on 127.0.0.1"
         )
+    deployed_in(home)  # before the lock, which makes its folder
+    with owning(home):
+        _serve(home, host, port, token)
+
+
+def _serve(home: Path, host: str, port: int, token: str | None) -> None:
     serving = Serving(home)
     app = App(serving.gateway, token, Admin(admin_token(home), serving.take_over), page_routes())
     config = uvicorn.Config(
@@ -90,10 +105,7 @@ def serve(home: Path, host: str, port: int) -> None:
         timeout_keep_alive=60,  # five seconds, the default, cut clients short that come again after as many
         timeout_graceful_shutdown=30,
     )
-    try:
-        asyncio.run(_run(uvicorn.Server(config), serving, home))
-    finally:
-        (home / GATEWAY).unlink(missing_ok=True)
+    asyncio.run(_run(uvicorn.Server(config), serving, home))
 
 
 async def _run(server: uvicorn.Server, serving: Serving, home: Path) -> None:
@@ -103,8 +115,7 @@ async def _run(server: uvicorn.Server, serving: Serving, home: Path) -> None:
     if server.started:
         host, port = server.servers[0].sockets[0].getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        process = psutil.Process()
-        write_json(home / GATEWAY, {"url": address, "pid": process.pid, "started": process.create_time()})
+        announce(home, address)
         print(json.dumps({"url": address}), flush=True)
     watch = asyncio.create_task(serving.watch())
     try:

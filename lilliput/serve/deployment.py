@@ -6,7 +6,8 @@ deployments/<device>/
 ├── routers/<sha256>/             what was fitted for them
 ├── answers.db                    the answer cache, which survives restarts
 ├── admin-token                   for who may have another champion taken over
-└── gateway.json, gateway.log     the process that serves
+├── gateway.json, gateway.log     the process that serves
+└── gateway.lock                  held by that process: a folder has one gateway
 """
 
 from __future__ import annotations

@@ -245,6 +245,27 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
 
 
 @pytest.mark.slow
+def test_a_second_gateway_of_a_folder_is_refused_and_the_first_one_can_be_ended(models, deployment, tmp_path):
+    from flows import deploy as flow
+
+    folder, sha256 = models[0]
+    home = tmp_path / "phone-4gb"
+    keep(folder, home, sha256)
+    nothing = {"cache": deployment("x", "0" * 64).serving.cache.model_copy(update={"capacity": 0})}
+    deploy(deployment("first", sha256, policy="device", **nothing), home)
+    url = flow._start(home, "127.0.0.1", 0)
+    try:
+        first = flow.running(home)["pid"]
+        with pytest.raises(ArtifactError, match=rf"another gateway serves this folder \(process {first}, {url}\)"):
+            flow._start(home, "127.0.0.1", 0)
+        assert flow.status(home)["pid"] == first
+    finally:
+        ended = flow.stop(home)
+    assert ended == f"{url} is served no more"
+    assert not psutil.pid_exists(first)
+
+
+@pytest.mark.slow
 def test_a_gateway_that_cannot_start_says_why(tmp_path):
     from flows import deploy as flow
 
