@@ -43,12 +43,14 @@ class Limits:
         max_tokens: of an answer; a request for more gets this many.
         waiting: requests that may wait for a slot; beyond that 503 with Retry-After.
         requests_per_minute: of one client; beyond that 429 with Retry-After.
+        write_s: within which a client reads what a stream has sent it; else the stream ends.
     """
 
     body_bytes: int = 64 * 1024
     max_tokens: int = 256
     waiting: int = 64
     requests_per_minute: int = 6000
+    write_s: float = 60.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import re
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -17,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lilliput.errors import LilliputError
 from lilliput.serve.answering import Caching, Overloaded, Unanswered, Unavailable
@@ -28,6 +29,7 @@ from lilliput.serve.gateway import Gateway, Reply, told
 from lilliput.serve.router import Conditions
 
 Result = TypeVar("Result")
+log = logging.getLogger("lilliput.gateway")
 GONE = 499  # the client; nobody reads this
 RESTART_S = 5  # what starting a model again takes, roughly
 
@@ -168,7 +170,7 @@ def _chatting(app: App) -> APIRouter:
         if reply is None:
             return Response(status_code=GONE)
         if reply.chunks is not None:
-            return _Stream(reply)
+            return _Stream(reply, gateway.limits.write_s)
         await reply.close()
         return JSONResponse(reply.body, headers=_headers(reply))
 
@@ -195,16 +197,28 @@ def _deploying(app: App) -> APIRouter | None:
 
 
 class _Stream(StreamingResponse):
-    """A reply in pieces; what it holds is given back however it ends."""
+    """A reply in pieces; what it holds is given back however it ends.
 
-    def __init__(self, reply: Reply) -> None:
+    Args:
+        reply: the reply.
+        write_s: how long one write may wait for the client; uvicorn and starlette wait as long as it is connected.
+    """
+
+    def __init__(self, reply: Reply, write_s: float) -> None:
         super().__init__(_events(reply), media_type="text/event-stream", headers=_headers(reply))
-        self._reply = reply
+        self._reply, self._write_s = reply, write_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
+
+        async def in_time(message: Message) -> None:
+            async with asyncio.timeout(self._write_s):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, in_time)
+        except TimeoutError:  # of a write: _events reports every other error to the client
+            log.warning("a stream is ended: its client has read nothing for %g s", self._write_s)
         finally:
             await self._reply.close()
 
