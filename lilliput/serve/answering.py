@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Answered:
 
 
 class Overloaded(Exception):
-    """Too many requests wait for the device."""
+    """Too many requests wait for the device or the edge server."""
 
 
 class Unanswered(Exception):
@@ -112,7 +113,7 @@ class Computation:
         """The answer; in pieces if the request asks for a stream and a model answers at once.
 
         Raises:
-            Overloaded: too many wait for the device.
+            Overloaded: too many wait for the device or the edge server.
             Unanswered: neither device nor server gave a usable answer.
             Unavailable: likewise, because the device's process is not running.
             EndRefused: the request is at fault.
@@ -155,23 +156,26 @@ class Computation:
         if edge is None:
             raise EndFailed("is not there")
         request = self._request(edge)
-        self.spent.up_bytes += len(json.dumps(request))
         if self._chat.stream:
             chunks = self._edge_chunks(edge, request)
             return await _begun("server", decision, self._stored_at_end("server", chunks) if store else chunks)
-        with self.spent.on_edge():
-            body = await edge.ask(request) | {"model": str(self._service.setting.edge)}
+        async with self._edge_slot(edge) as left_s:
+            with self.spent.on_edge():
+                self.spent.up_bytes += len(json.dumps(request))
+                body = await edge.ask(request, left_s) | {"model": str(self._service.setting.edge)}
         self.spent.down_bytes += len(json.dumps(body))
         if store:
             await self._store("server", body)
         return Answered("server", decision, body)
 
     async def _edge_chunks(self, edge: End, request: Mapping[str, Any]) -> Chunks:
-        with self.spent.on_edge():
-            async with aclosing(edge.stream(request)) as chunks:
-                async for chunk in chunks:
-                    self.spent.down_bytes += len(json.dumps(chunk))
-                    yield chunk | {"model": str(self._service.setting.edge)}
+        async with self._edge_slot(edge) as left_s:
+            with self.spent.on_edge():
+                self.spent.up_bytes += len(json.dumps(request))
+                async with aclosing(edge.stream(request, left_s)) as chunks:
+                    async for chunk in chunks:
+                        self.spent.down_bytes += len(json.dumps(chunk))
+                        yield chunk | {"model": str(self._service.setting.edge)}
 
     async def _from_device(self, decision: Decision, looked: dict[str, Any] | None, *, store: bool = True) -> Answered:
         if looked is None and self._chat.stream:
@@ -184,7 +188,7 @@ class Computation:
 
     async def _whole_from_device(self, *, look: bool = False) -> dict[str, Any]:
         device, request = self._service.device, self._request(self._service.device, look=look)
-        async with self._slot():
+        async with self._slot(self._service.free):
             with self.spent.on_device(device.clock):
                 try:
                     return await device.ask(request) | {"model": self._service.model.name}  # not where its file is
@@ -193,7 +197,7 @@ class Computation:
 
     async def _device_chunks(self) -> Chunks:
         device, request = self._service.device, self._request(self._service.device)
-        async with self._slot():
+        async with self._slot(self._service.free):
             with self.spent.on_device(device.clock):
                 try:
                     async with aclosing(device.stream(request)) as chunks:
@@ -203,20 +207,40 @@ class Computation:
                     raise _no_device(error) from None
 
     @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """A turn on the device; given back when the answer is there or nobody waits for it any more."""
+    async def _slot(self, free: asyncio.Semaphore, wait_s: float | None = None) -> AsyncIterator[None]:
+        """A turn on an end; given back when the answer is there or nobody waits for it any more.
+
+        Raises:
+            Overloaded: too many requests wait already.
+            EndFailed: no turn within `wait_s`.
+        """
         service = self._service
-        if service.free.locked() and service.waiting >= self._limits.waiting:
+        if free.locked() and service.waiting >= self._limits.waiting:
             raise Overloaded
         service.waiting += 1
         try:
-            await service.free.acquire()
+            async with asyncio.timeout(wait_s):
+                await free.acquire()
+        except TimeoutError:
+            raise EndFailed(f"was busy for {wait_s:g} s") from None
         finally:
             service.waiting -= 1
         try:
             yield
         finally:
-            service.free.release()
+            free.release()
+
+    @asynccontextmanager
+    async def _edge_slot(self, edge: End) -> AsyncIterator[float]:
+        """A turn on the edge server; the seconds of its deadline that are left after waiting."""
+        free, began = self._service.edge_free, time.monotonic()
+        if free is None:
+            yield edge.timeout_s
+            return
+        if not edge.up:
+            raise EndFailed("was down")  # without waiting for those that find that out
+        async with self._slot(free, edge.timeout_s):
+            yield edge.timeout_s - (time.monotonic() - began)
 
     def _request(self, end: End, *, look: bool = False) -> dict[str, Any]:
         system_prompt = self._service.model.system_prompt

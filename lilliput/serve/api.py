@@ -258,7 +258,9 @@ async def _gone(request: Request) -> None:
 def _failure(error: Overloaded | Unanswered | EndRefused) -> JSONResponse:
     """The response to a request that got no answer."""
     if isinstance(error, Overloaded):
-        return _error(503, "too many requests wait for the device", "overloaded", {"Retry-After": "1"})
+        return _error(
+            503, "too many requests wait for the device or the edge server", "overloaded", {"Retry-After": "1"}
+        )
     if isinstance(error, EndRefused):
         return _error(400, str(error), "invalid_request_error")
     if isinstance(error, Unavailable):

@@ -50,7 +50,8 @@ class End:
 
     Args:
         url: of it, without `/v1`.
-        timeout_s: after which an answer is given up, a stream's last word included.
+        timeout_s: after which an answer is given up. A stream that has begun has as long again for the rest: its client
+            can no longer be given another answer.
         model: as the server calls it, where it serves several.
         key: that it asks for.
         breaker: leaves a failing end alone for a while; None to try each time.
@@ -75,7 +76,7 @@ class End:
     ) -> None:
         self.model, self.breaker, self.clock = model, breaker, clock
         self._running, self.control_tokens = running, control_tokens
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._chat, self._count, self._health = (
             httpx.URL(url.rstrip("/") + path)
             for path in ("/v1/chat/completions", "/v1/chat/completions/input_tokens", "/health")
@@ -101,8 +102,12 @@ class End:
         """Whether it is not left alone at present."""
         return self.breaker is None or self.breaker.closed
 
-    async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    async def ask(self, request: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
         """The chat completion to `request`.
+
+        Args:
+            request: as OpenAI's API has it.
+            timeout_s: what is left of the end's own, if some of it has been spent on waiting.
 
         Raises:
             EndDown: its process is not running.
@@ -110,12 +115,16 @@ class End:
             EndRefused: the request is at fault.
         """
         with self._judged():
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self.timeout_s if timeout_s is None else timeout_s):
                 async with self._post(dict(request) | {"stream": False}) as response:
                     return as_completion(json.loads(await _read(response)))
 
-    async def stream(self, request: Mapping[str, Any]) -> Chunks:
+    async def stream(self, request: Mapping[str, Any], timeout_s: float | None = None) -> Chunks:
         """The chunks of the answer to `request`, as they come, the last with its usage; closing it ends the request.
+
+        Args:
+            request: as OpenAI's API has it.
+            timeout_s: until the first chunk: what is left of the end's own, if some of it has been spent on waiting.
 
         Raises:
             EndFailed: it is down, slow or lying; perhaps in the midst of an answer.
@@ -124,7 +133,7 @@ class End:
         told: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
         # A task of its own: who reads the answer may change on the way, and a deadline belongs to one task.
         streamed = dict(request) | {"stream": True, "stream_options": {"include_usage": True}}
-        pump = asyncio.create_task(self._pump(streamed, told))
+        pump = asyncio.create_task(self._pump(streamed, told, self.timeout_s if timeout_s is None else timeout_s))
         try:
             while (chunk := await told.get()) is not None:
                 if isinstance(chunk, Exception):
@@ -134,15 +143,21 @@ class End:
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
 
-    async def _pump(self, request: Mapping[str, Any], told: asyncio.Queue[dict[str, Any] | Exception | None]) -> None:
+    async def _pump(
+        self, request: Mapping[str, Any], told: asyncio.Queue[dict[str, Any] | Exception | None], timeout_s: float
+    ) -> None:
+        begun = False
         try:
             with self._judged():
                 async with (
-                    asyncio.timeout(self._timeout_s),
+                    asyncio.timeout(timeout_s) as deadline,
                     self._post(request) as response,
                     aclosing(as_chunks_of(_chunks(response))) as chunks,
                 ):
                     async for chunk in chunks:
+                        if not begun:
+                            begun = True
+                            deadline.reschedule(asyncio.get_running_loop().time() + self.timeout_s)
                         told.put_nowait(chunk)
             told.put_nowait(None)
         except (EndFailed, EndRefused) as error:
@@ -159,7 +174,7 @@ class End:
             return None
 
     def _post(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
-        return self._asked("POST", self._chat, self._timeout_s, json.dumps(dict(request)))
+        return self._asked("POST", self._chat, self.timeout_s, json.dumps(dict(request)))
 
     @asynccontextmanager
     async def _asked(

@@ -84,7 +84,9 @@ class Gateway:
         self._joules = Counter(
             "lilliput_device_joules", "Energy of the device, estimated", ["place"], registry=self.registry
         )
-        waiting = Gauge("lilliput_waiting", "Requests that wait for the device", registry=self.registry)
+        waiting = Gauge(
+            "lilliput_waiting", "Requests that wait for the device or the edge server", registry=self.registry
+        )
         waiting.set_function(lambda: self.service.waiting)
 
     async def close(self) -> None:
@@ -108,7 +110,7 @@ class Gateway:
             caching: what the request allows the answer cache; everything if None.
 
         Raises:
-            Overloaded: too many wait for the device.
+            Overloaded: too many wait for the device or the edge server.
             Unanswered: neither device nor server gave a usable answer.
             EndRefused: the request is at fault.
         """

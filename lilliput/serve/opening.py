@@ -59,6 +59,7 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             _edge(deployment, server),
             router,
             cache,
+            edge_slots=serving.edge.slots if server else None,
             running=lambda: device.running and (server is None or server.running),
             stop=started.pop_all().close,
         )

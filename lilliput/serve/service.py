@@ -57,6 +57,7 @@ class Service:
         router: made for these two.
         cache: answers that these two gave before; None for none.
         slots: of the device.
+        edge_slots: of the edge server; None where it is elsewhere, and keeps its own queue.
         running: whether what was started for it is there.
         stop: ends what was started for it.
     """
@@ -69,14 +70,17 @@ class Service:
     router: Router
     cache: AnswerCache | None = None
     slots: int = 1
+    edge_slots: int | None = None
     running: Callable[[], bool] = lambda: True
     stop: Callable[[], None] = lambda: None
     waiting: int = 0
     under_way: int = 0
     free: asyncio.Semaphore = field(init=False)
+    edge_free: asyncio.Semaphore | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.free = asyncio.Semaphore(self.slots)
+        self.edge_free = None if self.edge_slots is None else asyncio.Semaphore(self.edge_slots)
 
     def left(self) -> None:
         """A request is at its end."""
