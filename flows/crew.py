@@ -56,6 +56,11 @@ def run_stage(stage: Stage, site: Site) -> State:
         raise  # Prefect tries again
     except StageError as error:
         return Failed(message=str(error))
+    if missing := [path for path in stage.outputs if not (site.folder / path).exists()]:
+        return Failed(
+            message=f"{stage.name} ended without an error, but {', '.join(missing)} does not exist in {site.folder}: "
+            "another program removed it (`dvc repro` beside a run does); the same command makes it again"
+        )
     return Completed(message=f"{stage.name}: done")
 
 

@@ -41,12 +41,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of dvc.yaml: its name (`compress@lora`), its command, its one-line description and what it needs."""
+    """A stage of dvc.yaml: its name (`compress@lora`), command and one-line description, what it needs and writes."""
 
     name: str
     command: str
     description: str
     needs: tuple[str, ...] = ()  # stages, directly
+    outputs: tuple[str, ...] = ()  # paths in the folder of dvc.yaml
 
     @property
     def candidate(self) -> str | None:
@@ -91,7 +92,7 @@ class Lineage:
         declared = {stage: number for number, stage in enumerate(self._repo.index.stages)}
         order = networkx.lexicographical_topological_sort(self._graph.reverse(), key=declared.__getitem__)
         wanted = self._needed_for(only) if only else set(self._graph)
-        return [Stage(s.name, s.cmd, s.desc or "", self._needs(s)) for s in order if s in wanted]
+        return [Stage(s.name, s.cmd, s.desc or "", self._needs(s), _outputs(s)) for s in order if s in wanted]
 
     def upstream(self, name: str) -> set[str]:
         """The names of all stages `name` needs, directly or not."""
@@ -222,6 +223,10 @@ class Lineage:
         nodes = [node for node in self._graph if node.name in targets]
         needed = set(nodes).union(*(networkx.descendants(self._graph, node) for node in nodes))
         return needed | {node for node in self._graph if node.name == "register"}
+
+
+def _outputs(node: Any) -> tuple[str, ...]:
+    return tuple(out.def_path for out in node.outs)
 
 
 class _WholeFiles(LocalFileSystem):

@@ -30,13 +30,15 @@ _MLFLOW = "http://127.0.0.1:5000"
 
 
 def candidate_rows(folder: Path) -> list[dict[str, str]]:
-    """One row a registered candidate: the four metrics as `value ± half interval`, size, and whose champion it is."""
+    """One row a registered candidate: the four metrics as `value ± half interval`, size, and whose champion it is.
+
+    A candidate whose record is missing has no row; the flow fails with the stage that has to write it.
+    """
     params, registered = load_params(folder / layout.PARAMS), _read(folder / layout.REGISTRY)
     champions = _champions(folder)
     rows = []
     for name in topological_order(params):
-        if name in registered:
-            record = _read(folder / layout.metrics(name))
+        if name in registered and (record := _read(folder / layout.metrics(name))):
             rows.append({"candidate": name, **_figures(record), "champion of": ", ".join(champions.get(name, []))})
     return rows
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.crew import environment_of_stages, require_runner
+from flows.crew import environment_of_stages, require_runner, run_stage
 from flows.lineage import Stage
 from flows.process import Site, run_process, sign_of_life
 from lilliput.errors import ConfigError, StageError
@@ -252,6 +252,18 @@ def test_a_worker_that_does_not_see_the_folder_says_so_and_starts_nothing(tmp_pa
     with pytest.raises(StageError, match=r"data: the worker on .* is not shared with this machine under the same path"):
         run_process(stage, Site(tmp_path, tmp_path / ".flow-0.alive"))
     assert not (tmp_path / "began").exists()
+
+
+def test_a_stage_whose_output_was_removed_while_it_ran_has_failed(tmp_path):
+    writes = "python -c \"open('model', 'w'); open('cost.json', 'w')\""
+    removes = "python -c \"import os; open('model', 'w'); open('cost.json', 'w'); os.unlink('model')\""
+    outputs = ("model", "cost.json")
+    with sign_of_life(tmp_path) as sign:
+        whole = run_stage.fn(Stage("data", writes, "", outputs=outputs), Site(tmp_path, sign))
+        robbed = run_stage.fn(Stage("data", removes, "", outputs=outputs), Site(tmp_path, sign))
+    assert whole.is_completed()
+    assert robbed.is_failed()
+    assert f"model does not exist in {tmp_path}" in robbed.message
 
 
 def test_the_log_of_an_earlier_run_does_not_explain_a_failure(tmp_path):

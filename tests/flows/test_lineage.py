@@ -13,7 +13,10 @@ import pytest
 from dvc.repo import Repo
 
 from flows.lineage import Lineage
+from lilliput.config import load_params
 from lilliput.errors import ConfigError, StageError
+from lilliput.graph import topological_order
+from tests.flows.conftest import PROJECT
 from tests.killing import fill, killed_at
 
 PIPELINE = """\
@@ -275,3 +278,24 @@ def test_a_record_that_finds_no_room_leaves_the_old_one_and_comes_after_some_is_
     (small_disk / "filler").unlink()
     commit("make")
     assert changes("make") == []
+
+
+def test_stages_name_their_outputs(folder):
+    with lineage() as opened:
+        assert {stage.name: stage.outputs for stage in opened.stages()} == {
+            "make": ("model", "cost.json"),
+            "use": ("answers",),
+        }
+
+
+def test_a_registered_candidate_whose_record_was_removed_has_no_row(tmp_path):
+    from flows.show import candidate_rows
+
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    first, second = topological_order(load_params(tmp_path / "params.yaml"))[:2]
+    (tmp_path / "registry.json").write_text(json.dumps({first: {}, second: {}}))
+    (tmp_path / "metrics").mkdir()
+    names = ("accuracy_choice", "accuracy_free", "hallucination_rate", "energy_per_query_j", "accessibility")
+    record = dict.fromkeys(names) | {"size_bytes": 2**20}
+    (tmp_path / "metrics" / f"{second}.json").write_text(json.dumps(record))
+    assert [row["candidate"] for row in candidate_rows(tmp_path)] == [second]
