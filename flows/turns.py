@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @contextmanager
 def turn_in(folder: Path) -> Iterator[None]:
-    """`alone_in(folder)`, once it is free if a deployment started this run.
+    """Holds `alone_in(folder)`; a run of a deployment waits for it until the folder is free.
 
     Raises:
         BusyError: another run holds it, and no deployment started this one.
@@ -40,7 +40,7 @@ def turn_in(folder: Path) -> Iterator[None]:
 
 
 def when_free(enter: Callable[[], T]) -> T:
-    """What `enter` returns; a run of a deployment tries until its folder is free, and is `Waiting` meanwhile.
+    """The result of `enter`; a run of a deployment tries until its folder is free, and is `Waiting` meanwhile.
 
     Raises:
         BusyError: by `enter`, in a run that no deployment started.

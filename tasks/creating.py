@@ -91,7 +91,7 @@ def ensure_model(client: MlflowClient) -> None:
 
 
 def registered_model(client: MlflowClient) -> RegisteredModel | None:
-    """The registered model. Not by its name: MLflow's store then reads all of its versions to tell the latest."""
+    """The registered model, if any. By a search: to get it by name, MLflow reads all versions to find the latest."""
     found = client.search_registered_models(f"name = '{MODEL}'", max_results=1)
     return found[0] if found else None
 

@@ -101,7 +101,7 @@ def _loopback_hosts(environment: Environment) -> list[str]:
 
 
 def provide_home(project: Path, environment: Environment = os.environ) -> None:
-    """Names folders that can be written to where the home folder cannot: containers and services often have none.
+    """Sets variables to folders that can be written to where the home folder cannot, as in containers and services.
 
     HOME is replaced only where it is no folder at all: a read-only one may hold credentials and settings, so only
     caches and Prefect's database move out of it. A variable that is set already is left alone.
@@ -156,7 +156,7 @@ def _use(named: dict[str, Path], environment: Environment) -> None:
 
 
 def _name_user(environment: Environment) -> None:
-    """DVC and torch ask for the user's name, and fail where the user has no entry in /etc/passwd."""
+    """Sets USER for a user without an entry in /etc/passwd: DVC and torch ask for the name and fail without one."""
     try:
         getpass.getuser()
     except (KeyError, OSError):

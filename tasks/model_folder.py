@@ -64,7 +64,7 @@ def add_model(client: MlflowClient, version: str, params: Params, name: str) -> 
 
 
 def describe(params: Params, name: str) -> dict[str, Any]:
-    """What tasks/answering.py has to know: the forms of `name` by sha256, and how the model is asked."""
+    """The configuration of tasks/answering.py: the forms of `name` by sha256, and how the model is asked."""
     compiled = {
         config.target: layout.compiled(name, config.target)
         for key, config in params.compile.items()

@@ -1,4 +1,4 @@
-"""The address of MLflow's store: which one is used, whether MLflow 3.17 can use it, and the making of the embedded one.
+"""The address of MLflow's store: which one is used, whether MLflow 3.17 can use it, and creation of the embedded one.
 
 Problems with an address are reported before MLflow opens it: for a file that cannot be opened it would try for 100 s.
 """
@@ -80,7 +80,7 @@ def prepare(address: str) -> None:
                 _make(database)
     except Timeout:
         raise ConfigError(
-            f"{database}: another process has been making this store for {_PATIENCE_S:g} s; wait for it and try again"
+            f"{database}: another process has been creating this store for {_PATIENCE_S:g} s; wait for it and try again"
         ) from None
 
 
@@ -123,7 +123,7 @@ def _require_writable(database: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made for MLflow's store ({error.strerror}); {_REMEDY}") from None
+        raise ConfigError(f"{folder}: cannot be created for MLflow's store ({error.strerror}); {_REMEDY}") from None
     for path, what in ((folder, "the folder of MLflow's store"), (database, "MLflow's store")):
         if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
             raise ConfigError(f"{path}: {what} cannot be written by this user; change its permissions, or {_REMEDY}")

@@ -1,6 +1,6 @@
 """Checks a source's tokenizer and chat template before its weights are opened, and repairs what has one remedy.
 
-What is repaired is stored in the checkpoint, so that training, evaluation, llama.cpp and every other reader of the
+Repairs are stored in the checkpoint, so that training, evaluation, llama.cpp and every other reader of the
 checkpoint see the same prompt.
 """
 
@@ -35,7 +35,7 @@ _MERGE_SYSTEM = (
 def checked_tokenizer(
     tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, place: Path
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer as later stages need it; what was changed is a warning.
+    """The tokenizer as later stages need it; each change is reported as a warning.
 
     - A template that rejects or drops the system prompt is extended to put it into the first user turn.
     - Tokens without a row in the embedding table are removed.
@@ -83,7 +83,7 @@ def name_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def chat_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a reader of the checkpoint should know about its template; empty where there is nothing unusual."""
+    """Unusual facts about the chat template, for readers of the checkpoint; empty if there are none."""
     merged = tokenizer.get_chat_template().startswith(_MERGE_SYSTEM)
     facts = {"system_prompt": "in the first user turn: the model's own template takes none"} if merged else {}
     return facts | ({"dated_prompt": True} if uses_date(tokenizer) else {})
@@ -144,7 +144,7 @@ def _within_table(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase) -> Iterable[int]:
-    """Ids that prompts, answers and plain texts are made of whatever is asked."""
+    """Ids that prompts, answers and plain texts hold, whatever the question is."""
     yield from encode_text(tokenizer, render(tokenizer, conversation(_SYSTEM, _QUESTION)))
     yield from encode_text(tokenizer, render(tokenizer, conversation(_SYSTEM, _QUESTION, _ANSWER)))
     yield from cast("list[int]", tokenizer(_QUESTION)["input_ids"])  # with what the tokenizer adds around a text

@@ -201,7 +201,7 @@ def _same_word(wanted: Token, said: Token, alone: bool, symbolic: bool) -> bool:
 
 
 def _case_matters(word: str) -> bool:
-    """Of symbols: up to two letters (Pa, CO, mW), with a digit or sign (H2O, C++), a unit (kWh), WHO beside "who"."""
+    """Whether a symbol's case matters: up to two letters (Pa), a digit or sign (H2O, C++), a unit (kWh), or WHO."""
     letters = regex.sub(r"[^\p{L}]", "", word)
     if letters.islower() or not letters.isascii():
         return False

@@ -111,7 +111,7 @@ def _tango(gained: int, lost: int, n: int) -> tuple[float, float]:
 
 
 def _agreeing(low: float, high: float, p_value: float) -> tuple[float, float]:
-    """The interval, which holds zero exactly where `p_value` shows no difference."""
+    """The interval, adjusted to hold zero exactly where `p_value` shows no difference."""
     if p_value >= SIGNIFICANCE:
         return min(low, 0.0), max(high, 0.0)
     if low <= 0.0 <= high:  # by rounding alone: the nearer end is zero up to the last digits

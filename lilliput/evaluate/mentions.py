@@ -24,7 +24,7 @@ _UNIT_AFTER = re.compile(r"\s?[\w%°/]")
 
 @dataclass(frozen=True)
 class Mention:
-    """From where to where a prepared text names something, and whether that is a number."""
+    """Start and end of a name in a prepared text, and whether it is a number."""
 
     start: int
     end: int
@@ -65,7 +65,7 @@ def _is_run(said: str, wanted: Sequence[Token], found: Sequence[Token], alone: b
 
 
 def _is_whole(said: str, found: Sequence[Token]) -> bool:
-    """Whether what was `found` is no part of a longer word, formula or number."""
+    """Whether `found` is not part of a longer word, formula or number."""
     first, last = found[0], found[-1]
     before, after = said[: first.start], said[last.end :]
     if "character" in {first.kind, last.kind}:
@@ -80,7 +80,7 @@ def _is_whole(said: str, found: Sequence[Token]) -> bool:
 
 
 def _compared(text: str) -> list[Token]:
-    """The tokens of `text` but for punctuation and a leading article; the letter in "A-ha" is none."""
+    """The tokens of `text` without punctuation and a leading article; the letter in "A-ha" is not an article."""
     found = tokens(text)
     article = len(found) > 1 and found[0].written.lower() in {"the", "a", "an"} and found[0].end < found[1].start
     return [token for token in found[article:] if token.kind != "mark"]

@@ -1,4 +1,4 @@
-"""Opens a GGUF file as a transformers model, every tensor of it taken and every weight of the model read from it."""
+"""Opens a GGUF file as a transformers model; every tensor must have a place, every weight must be in the file."""
 
 from __future__ import annotations
 

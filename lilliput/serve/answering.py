@@ -69,7 +69,7 @@ class Caching:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer as it was made: whole (`body`), or piece by piece (`chunks`), of which the first is there."""
+    """An answer: whole (`body`), or in pieces (`chunks`), of which the first has arrived."""
 
     place: Place | Literal["cache"]
     decision: Decision
@@ -142,7 +142,7 @@ class Computation:
         return await self._from_device(decision, looked)
 
     async def _instead_of_device(self, error: Unanswered) -> Answered:
-        """The edge server's answer where the device has none, if the router sends anything there; it is not stored."""
+        """The edge server's answer in place of the device's, if the router may send requests there; not stored."""
         rule = self._service.router.rule(self._chat.question, self._conditions)
         if self._edge_failed or self._service.edge is None or rule == "device":
             raise error
@@ -285,14 +285,14 @@ class Computation:
         return hit if decision is None or decision.place == hit.answer.place else None
 
     async def _usage_of_hit(self, hit: Hit) -> Usage | None:
-        """Token counts of an answer found; the prompt is counted by the device's model if it is worded otherwise."""
+        """Token counts of a cached answer; the device's model counts a prompt in another wording."""
         prompt_tokens = hit.answer.prompt_tokens
         if hit.question != self._chat.question:
             prompt_tokens = await self._service.device.count_prompt(self._request(self._service.device))
         return None if prompt_tokens is None else Usage(prompt_tokens, hit.answer.completion_tokens)
 
     async def _stored_at_end(self, place: Place, chunks: Chunks) -> Chunks:
-        """`chunks`, closed with this; the answer that they add up to is stored once they are at their end."""
+        """Passes `chunks` on, and stores the answer that they add up to after the last one."""
         seen = []
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -320,7 +320,7 @@ def _no_device(error: EndFailed) -> Unanswered:
 
 
 async def _begun(place: Place, decision: Decision, chunks: Chunks) -> Answered:
-    """An answer in `chunks`, of which the first is there: what fails before can still be answered by another."""
+    """An answer in `chunks`, once the first has arrived: until then another backend can still answer."""
     first = await anext(chunks)
 
     async def all_of_them() -> Chunks:

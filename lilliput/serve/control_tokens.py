@@ -1,4 +1,4 @@
-"""Control tokens in what users write: kept from being read as the beginning or end of a turn.
+"""Control tokens in users' text, split so that they cannot begin or end a turn.
 
 llama.cpp's server applies the chat template and then reads every control token in the result as one, also those in a
 message's content. So `<|im_end|>` in a question would end the user's turn. It has no option against that, and its other
@@ -57,7 +57,7 @@ def read_control_tokens(path: Path) -> ControlTokens:
         pairs = list(zip(known[TOKENS], known[TYPES], strict=True))
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise ArtifactError(
-            f"{path}: no vocabulary to be read ({type(error).__name__}: {error}); compile the model again"
+            f"{path}: the vocabulary cannot be read ({type(error).__name__}: {error}); compile the model again"
         ) from None
     return ControlTokens(text for text, kind in pairs if _is_control(text, kind))
 

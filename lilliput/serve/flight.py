@@ -17,7 +17,7 @@ from lilliput.serve.costs import Spent
 
 
 class Flights:
-    """The computations under way that other requests may join."""
+    """Computations in progress, which other requests may join."""
 
     def __init__(self) -> None:
         self._flights: dict[Hashable, Flight] = {}
@@ -77,7 +77,7 @@ class Flight:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def settle(self, share: Share) -> bool:
-        """Whether `share` pays for the computation: the first one that has not left, and once."""
+        """Whether `share` pays for the computation: only the first one that has not left, and only once."""
         pays = not self._paid and self._shares[0] is share
         self._paid = self._paid or pays
         return pays
@@ -156,7 +156,7 @@ class Share:
         return self._flight.settle(self)
 
     async def leave(self) -> None:
-        """Gives the share back. Has to be called."""
+        """Gives the share back; must be called."""
         await self._flight.leave(self)
 
     async def answered(self) -> Answered:

@@ -18,7 +18,7 @@ _PROPERTIES = ("properties", "patternProperties", "required", "$defs", "definiti
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Accepts a schema that llama.cpp reads in little time.
+    """Rejects a schema that llama.cpp would take long to read.
 
     Raises:
         ValueError: it is too large, too deep, or has too many alternatives or properties, or leads elsewhere.

@@ -127,7 +127,7 @@ def test_texts_that_overlap_or_nest_are_all_split():
 def test_a_file_without_a_vocabulary_is_refused_by_name(tmp_path, content):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"model\.gguf: no vocabulary to be read .*compile the model again"):
+    with pytest.raises(ArtifactError, match=r"model\.gguf: the vocabulary cannot be read .*compile the model again"):
         read_control_tokens(path)
 
 

@@ -62,7 +62,7 @@ def test_files_that_are_no_database_are_refused_before_mlflow_tries_for_minutes(
     for name, message in {
         "text.db": "text.db: not an SQLite database",
         "folder.db": "folder.db: a folder, where",
-        "text.db/deeper/mlflow.db": "text.db/deeper: cannot be made",
+        "text.db/deeper/mlflow.db": "text.db/deeper: cannot be created",
     }.items():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/{name}")
         with pytest.raises(ConfigError, match=message):
