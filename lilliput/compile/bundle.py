@@ -7,12 +7,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import Manifest, seal, write_json, write_text
-from lilliput.data.chat import conversation, end_ids, read_generation_config, render, uses_date
+from lilliput.data.chat import (
+    PINNED_DATE,
+    conversation,
+    date_can_follow,
+    end_ids,
+    read_generation_config,
+    render,
+    uses_date,
+)
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 _START = {
@@ -32,6 +40,11 @@ _NEEDS = {
 _OLLAMA = {
     False: "; for Ollama: `ollama create {name} -f Modelfile`",
     True: "; not for Ollama, whose templates cannot format today's date as this model's chat template does",
+}
+_DATED = {
+    "none": "",
+    "today": "; `{{date:FORMAT}}` in it is today in that strftime format",
+    "pinned": f"; the date in it is that of evaluation, {PINNED_DATE:%Y-%m-%d}: the chat template computes with dates",
 }
 
 
@@ -74,14 +87,14 @@ def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manif
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    template, dated = chat_template(tokenizer), uses_date(tokenizer)
+    template, dated = chat_template(tokenizer), _date(tokenizer)
     sampling = {"temperature": 0.0, "max_new_tokens": use.max_new_tokens}
     write_json(folder / "prompt.json", {"system": use.system_prompt, "template": template, "sampling": sampling})
     target = manifest.strategy
-    if target == "gguf" and not dated:
+    if target == "gguf" and dated != "today":
         ends = end_ids(tokenizer, read_generation_config(checkpoint))
         write_text(folder / "Modelfile", _modelfile(template, tokenizer.convert_ids_to_tokens(ends), use))
-    write_text(folder / "README.md", _readme(manifest, use, dated=dated))
+    write_text(folder / "README.md", _readme(manifest, use, dated))
     return seal(
         folder,
         candidate=manifest.candidate,
@@ -97,9 +110,17 @@ def chat_template(tokenizer: Any) -> str:
     """The text of the model's whole prompt, special tokens included, with `{{system}}` and `{{question}}` in it.
 
     Where the chat template inserts today's date there is `{{date:FORMAT}}`, FORMAT being one of strftime: the bundle is
-    used on another day than it was made.
+    used on another day than it was made. A template that computes with the date gets the date of evaluation.
     """
-    return render(tokenizer, conversation("{{system}}", "{{question}}"), date=None)
+    date = PINNED_DATE if _date(tokenizer) == "pinned" else None
+    return render(tokenizer, conversation("{{system}}", "{{question}}"), date=date)
+
+
+def _date(tokenizer: Any) -> Literal["none", "today", "pinned"]:
+    """The date in the prompt of a bundle."""
+    if not uses_date(tokenizer):
+        return "none"
+    return "today" if date_can_follow(tokenizer) else "pinned"
 
 
 def _modelfile(template: str, stops: Sequence[str], use: Use) -> str:
@@ -113,9 +134,11 @@ def _modelfile(template: str, stops: Sequence[str], use: Use) -> str:
     return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in settings)]) + "\n"
 
 
-def _readme(manifest: Manifest, use: Use, *, dated: bool) -> str:
+def _readme(manifest: Manifest, use: Use, dated: Literal["none", "today", "pinned"]) -> str:
     target = manifest.strategy
-    needs = (_NEEDS[target] + (_OLLAMA[dated] if target == "gguf" else "")).format(name=manifest.config["candidate"])
+    needs = (_NEEDS[target] + (_OLLAMA[dated == "today"] if target == "gguf" else "")).format(
+        name=manifest.config["candidate"]
+    )
     start = _START[target].replace("CONTEXT", str(use.context_tokens)).replace("THREADS", str(use.threads))
     return (
         f"# {manifest.candidate} for {use.device}\n\n"
@@ -123,7 +146,7 @@ def _readme(manifest: Manifest, use: Use, *, dated: bool) -> str:
         f"2. Start: `{start}`\n"
         f"3. Ask with this system line: {json.dumps(use.system_prompt, ensure_ascii=False)}; "
         "prompt.json has the whole prompt with its special tokens, so tokenise it without adding any"
-        f"{'; `{{date:FORMAT}}` in it is today in that strftime format' if dated else ''}.\n"
+        f"{_DATED[dated]}.\n"
         f"4. Answers were measured greedy, with up to {use.max_new_tokens} new tokens; "
         "parity.json says how near it is to its checkpoint.\n"
         f"5. Licence of the model: {use.licence or 'not named in params.yaml (source.licence); see its publisher'}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -63,6 +64,17 @@ def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template inserts today's date."""
     messages = conversation("system", _PROBE_QUESTION)
     return render(tokenizer, messages) != render(tokenizer, messages, date=None)
+
+
+def date_can_follow(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the dates can be filled in after the template was rendered: not where it computes with them."""
+    messages = conversation("system", _PROBE_QUESTION)
+    later = render(tokenizer, messages, date=None)
+    return all(
+        re.sub(r"\{\{date:(.*?)\}\}", lambda found, date=date: date.strftime(found[1]), later)
+        == render(tokenizer, messages, date=date)
+        for date in (PINNED_DATE, datetime(2031, 1, 5, 21, 42, 7))
+    )
 
 
 def conversation(system_prompt: str, question: str, answer: str | None = None) -> list[dict[str, str]]:

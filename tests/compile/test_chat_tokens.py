@@ -208,6 +208,17 @@ def test_a_bundle_leaves_today_s_date_to_the_runtime(template, form, base, tmp_p
     assert "`{{date:FORMAT}}` in it is today" in readme
 
 
+def test_a_bundle_has_the_date_of_evaluation_where_the_template_computes_with_dates(base, tmp_path):
+    checkpoint, tokenizer = base("{{ strftime_now('%b') | upper }} " + CHATML)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    prompt = bundled(checkpoint, tmp_path / "gguf", "gguf", tmp_path / "bundle")
+    assert filled(prompt["template"]) == render(tokenizer, conversation(SYSTEM, QUESTION))
+    assert prompt["template"].startswith("JUL <|im_start|>")
+    assert "JUL <|im_start|>" in (tmp_path / "bundle" / "Modelfile").read_text()
+    assert "the date in it is that of evaluation, 2024-07-26" in (tmp_path / "bundle" / "README.md").read_text()
+
+
 def sentencepiece(texts):
     """A tokenizer in the manner of Llama 2: pieces with a mark for spaces, bytes for what is unknown, BOS added."""
     names = ["<unk>", "<s>", "</s>"]

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 from lilliput.compress.training import IGNORED, encode_examples
 from lilliput.data.chat import (
     conversation,
+    date_can_follow,
     encode_answer,
     encode_beginning,
     encode_prompt,
@@ -109,6 +110,23 @@ def test_training_and_evaluation_see_the_same_date_on_every_day(family, facts, t
     assert date in tokenizer.decode(encode_prompt(tokenizer, "S", "Q"))
     assert date in tokenizer.decode(encode_beginning(tokenizer, "S"))
     assert date in tokenizer.decode(encode_examples(tokenizer, "S", facts[:1])[0].input_ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "follows"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", True),
+        ("{{ 'x' + strftime_now(format='%Y-%m-%d') }}", True),
+        ("{{ strftime_now('%A')[:3] }}", False),
+        ("{{ strftime_now('%b') | upper }}", False),
+        ("{{ strftime_now('%d %b').split(' ')[1] }}", False),
+        ("{% if strftime_now('%Y') | int > 2023 %}new{% endif %}", False),
+    ],
+)
+def test_a_date_that_the_template_computes_with_cannot_be_filled_in_later(family, text, follows):
+    tokenizer = family(text + CHATML)
+    assert uses_date(tokenizer)
+    assert date_can_follow(tokenizer) == follows
 
 
 def test_a_template_without_a_date_is_rendered_as_transformers_does(tokenizer):
