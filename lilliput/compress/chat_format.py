@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreT
 from lilliput.data.chat import conversation, encode_text, end_id, end_ids, render, turn_end_id, uses_date
 from lilliput.errors import SourceError
 
-_SYSTEM, _QUESTION, _ANSWER = "lilliput-system", "lilliput-question", "lilliput-answer"
+_SYSTEM, _QUESTION, _ANSWER = "Lilliput-System", "Lilliput-Question", "Lilliput-Answer"
 _TEXTS = ("Zürich", "Ω", "東京", "🙂", "~")  # what questions may hold
 
 # Gemma's own template joins the two in this way. The expression at the end keeps a line break that the model's
@@ -38,6 +38,7 @@ def checked_tokenizer(
     """The tokenizer as later stages need it; each change is reported as a warning.
 
     - A template that rejects or drops the system prompt is extended to put it into the first user turn.
+    - A template that never writes the header of the assistant's turn is extended to write it at the end of a prompt.
     - Tokens without a row in the embedding table are removed.
     - A tokenizer without EOS gets the token with which the template closes an assistant's turn.
 
@@ -57,6 +58,7 @@ def checked_tokenizer(
         )
     _take_system_prompt(tokenizer, place)
     _require_chat(tokenizer, place)
+    _write_answer_header(tokenizer, place)
     tokenizer = _within_table(tokenizer, config, place)
     _require_text(tokenizer, place)
     if tokenizer.eos_token_id is None:
@@ -97,6 +99,8 @@ def _take_system_prompt(tokenizer: PreTrainedTokenizerBase, place: Path) -> None
     alone = _rendered(tokenizer, conversation(_SYSTEM, _QUESTION)[1:])
     if isinstance(alone, Exception):
         raise _template_error(alone, place)
+    if _QUESTION not in alone:  # it drops or changes more than that, and is rejected
+        return
     reason = "drops the system prompt" if isinstance(found, str) else f"rejects the system prompt ({_line(found)})"
     tokenizer.chat_template = _MERGE_SYSTEM + tokenizer.get_chat_template()
     warnings.warn(f"{place}: the chat template {reason}; it is put into the first user turn", stacklevel=2)
@@ -110,14 +114,33 @@ def _require_chat(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
             raise _template_error(text, place)
         if lost := [message["role"] for message in messages if message["content"] not in text]:
             raise SourceError(
-                f"{place}: the chat template leaves out what the {' and the '.join(lost)} says; correct "
-                "`chat_template` in its tokenizer_config.json"
+                f"{place}: the chat template leaves out what the {' and the '.join(lost)} says, or "
+                "changes it; correct `chat_template` in its tokenizer_config.json"
             )
     if turn_end_id(tokenizer) is None and tokenizer.eos_token_id is None:
         raise SourceError(
             f"{place}: the chat template closes an assistant's turn with no special token and the tokenizer names no "
             "EOS token, so an answer would never end; name `eos_token` in its tokenizer_config.json"
         )
+
+
+def _write_answer_header(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    """Extends a template that ignores `add_generation_prompt`: the model would have to write its own header first."""
+    prompt, whole = conversation(_SYSTEM, _QUESTION), conversation(_SYSTEM, _QUESTION, _ANSWER)
+    asked, answered = render(tokenizer, prompt), render(tokenizer, whole, answer_follows=False)
+    if asked != render(tokenizer, prompt, answer_follows=False) or not answered.startswith(asked):
+        return
+    header = answered[len(asked) : answered.index(_ANSWER)]
+    if not header.strip():
+        return
+    # Jinja drops a line break at the template's end, which is no longer the end.
+    own = tokenizer.get_chat_template().removesuffix("\n")
+    written = json.dumps(header, ensure_ascii=False)
+    tokenizer.chat_template = f"{own}{{% if add_generation_prompt %}}{{{{ {written} }}}}{{% endif %}}"
+    warnings.warn(
+        f"{place}: the chat template does not begin the assistant's turn; {header!r} is put at the end of prompts",
+        stacklevel=2,
+    )
 
 
 def _within_table(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, place: Path) -> PreTrainedTokenizerBase:

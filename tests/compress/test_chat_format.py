@@ -195,6 +195,31 @@ def test_without_a_system_prompt_the_template_is_the_model_s_own(source):
         assert render(tokenizer, messages) == render(own, messages)
 
 
+HEADLESS = CHATML.partition("{% if add_generation_prompt")[0]
+
+
+@pytest.mark.parametrize("template", [HEADLESS, HEADLESS + "\n"])
+def test_a_template_that_does_not_begin_the_answer_is_extended(source, facts, tmp_path, template):
+    with pytest.warns(UserWarning, match=r"does not begin the assistant's turn; '<\|im_start\|>assistant\\n' is put"):
+        opened = opened_by(load(source(template), None, LOAD))
+    model, tokenizer = reopened(opened, tmp_path / "base")
+    prompt = render(tokenizer, conversation(SYSTEM, "Why?"))
+    whole = render(tokenizer, conversation(SYSTEM, "Why?", "So."), answer_follows=False)
+    assert prompt == whole.partition("So.")[0]
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert "assistant" not in render(tokenizer, conversation(SYSTEM, "Why?"), answer_follows=False)
+    assert load(tmp_path / "base", None, LOAD).tokenizer.get_chat_template() == tokenizer.get_chat_template()
+    passes_every_stage(model, tokenizer, facts)
+
+
+def test_a_template_whose_prompt_ends_before_a_space_is_the_model_s_own(source):
+    spaced = (
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|im_end|>"
+        "{% else %}[{{ m.role }}] {{ m.content }} [/]{% endif %}{% endfor %}"
+    )
+    assert load(source(spaced), None, LOAD).tokenizer.get_chat_template() == spaced
+
+
 def test_a_merged_template_is_not_merged_again(source, tmp_path):
     with pytest.warns(UserWarning, match="drops"):
         opened = opened_by(load(source(DROPS_SYSTEM), None, LOAD))
@@ -233,6 +258,7 @@ def unopened(monkeypatch):
             "TemplateError: no answers",
         ),
         ("<|im_start|>{{ messages[0]['content'] }}<|im_end|>", "leaves out what the user says"),
+        (CHATML.replace("['content']", "['content'] | lower"), "or changes it"),
         (
             "{% for message in messages[:2] %}{{ message['content'] }}<|im_end|>{% endfor %}",
             "leaves out what the assistant says",
