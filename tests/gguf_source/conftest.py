@@ -19,6 +19,7 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = [*map(chr, _PRINTABLE), *map(chr, range(256, 512 - len(_PRINTABLE)))]
 WORDS = [*_BYTES, *(f"unused-{number}" for number in range(40)), "ab", "cd", "<s>", "</s>"]
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+CHAT_TEMPLATE += "{% if add_generation_prompt %}<s>{% endif %}"
 
 
 def perturbed(config: Any) -> Any:
