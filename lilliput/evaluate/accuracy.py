@@ -29,6 +29,8 @@ _OPENING = re.compile(
 _QUESTION_REPEATED = re.compile(
     r"\s*(?:(?:in|of|to|by|from) )?(?:what|which|who|where|when|how)\b[^?\n]*\?\s+(?=\S)", re.I
 )
+_ASKS = re.compile(r"\W*(?:what|which|who|where|when|how)\b", re.IGNORECASE)
+_NUMERO = re.compile(r"\bNo $")  # "No 5"
 _REPLY_TO_ITSELF = re.compile(r"[?？]\s+(?=(?:no|nope)\b)", re.I)  # "Paris? No, Lyon."
 
 
@@ -54,8 +56,8 @@ def is_right(text: str, question: Question) -> bool:
 
     docs/metrics.md has the rules: what counts as the same, as a whole word, as a denial, as one of several candidates.
     """
-    said = prepared(_statement(text)[:LONGEST_TEXT])
     wordings = [wording for wording in (question.answer, *question.aliases) if wording]
+    said = prepared(_statement(text, wordings)[:LONGEST_TEXT])
     right = [mention for wording in wordings for mention in mentions(said, wording)]
     if not any(_is_the_answer(said, mention, wordings) for mention in right):
         return False
@@ -69,9 +71,11 @@ def first_sentence(text: str) -> str:
     return _SENTENCE_END.split(line, maxsplit=1)[0]
 
 
-def _statement(text: str) -> str:
+def _statement(text: str, wordings: Sequence[str]) -> str:
     """The first sentence of `text` that is not the question again; "Paris? No, Lyon." is one sentence."""
-    rest = _after(_QUESTION_REPEATED, _after(_OPENING, text.strip()))
+    rest = _after(_OPENING, text.strip())
+    if not any(map(_ASKS.match, wordings)):  # an answer may be a question: "Where Is My Mind?"
+        rest = _after(_QUESTION_REPEATED, rest)
     return first_sentence(_REPLY_TO_ITSELF.sub("?, ", rest.split("\n", 1)[0], count=1))
 
 
@@ -82,6 +86,8 @@ def _after(opening: re.Pattern[str], text: str) -> str:
 
 def _is_the_answer(said: str, mention: Mention, wordings: Sequence[str]) -> bool:
     before, after = said[: mention.start], said[mention.end :]
+    if mention.is_number:
+        before = _NUMERO.sub("", before)
     if denied(before, after) or (mention.is_number and is_bound(before)):
         return False
     return not one_of_several(before, after, lambda other: any(mentions(other, right) for right in wordings))

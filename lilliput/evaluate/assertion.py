@@ -46,7 +46,7 @@ _TAKEN_BACK = (
 )
 _DENIED_AFTER = regex.compile(
     rf"^{_TAKEN_BACK}|^,? (?:(?:but|and|though|although|yet) )?(?:that|this|it|which)(?:'s| is| was) (?:{_WRONG}"
-    r"|not (?:it|right|true|correct|so|the case)\b)"
+    r"|not (?:it|right|true|correct|so|the case)\b(?! (?:for|in)\b))"
     r"|^(?: \w{1,3})? (?:ikke|inte|niet|nie|bukan|nem|není|nu este|ei ole|δεν|(?:no|non|não) (?:es|era|è|é|fue|foi))\b"
     r"|^[也并並]?不(?:是|在|叫)(?![吗嗎])|^(?:이|가|은|는)?(?: \w+[이가])? ?아(?:니|닙)"
     r"|^(?: (?!है)[^\s,]+){0,3} (?:नहीं|नही) |^(?: [^\s,]+){0,2} değil"

@@ -183,6 +183,12 @@ def test_signs_and_fractions_of_other_notations_are_the_same():
     assert is_right(r"$\frac{1}{2}$", question("0.5"))
     assert not is_right("C/C++", question("C"))
     assert is_right("Yes! It is not.", question("Yes"))
+    assert is_right("No 5", question("5"))
+
+
+def test_an_answer_that_is_a_question_itself_is_read():
+    assert is_right("Where Is My Mind? It is by the Pixies.", question("Where Is My Mind?"))
+    assert is_right("Who Framed Roger Rabbit? (1988)", question("Who Framed Roger Rabbit?"))
 
 
 EVIL = [
