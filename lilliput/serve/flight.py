@@ -74,7 +74,7 @@ class Flight:
         if not self._shares and not self._ended:
             self._ended = True
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.wait({self._task})  # if this wait is cancelled, the computation still ends in order
 
     def settle(self, share: Share) -> bool:
         """Whether `share` pays for the computation: only the first one that has not left, and only once."""

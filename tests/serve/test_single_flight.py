@@ -6,7 +6,10 @@ import httpx
 import pytest
 from paper import ASK, MODEL, ByLength, Paper, app, ask, client, completion, pieces, said, text
 
+from lilliput.serve.answering import Answered
 from lilliput.serve.cache import AnswerCache
+from lilliput.serve.costs import Spent
+from lilliput.serve.flight import Flights
 from lilliput.serve.gateway import Limits
 from lilliput.serve.router import Always, Decision, Threshold
 
@@ -210,3 +213,38 @@ def test_a_computation_that_is_stopped_leaves_nobody_waiting(stream):
 
     response = asyncio.run(run())
     assert (response.status_code, response.json()["error"]["message"]) == (502, "the computation was stopped")
+
+
+class Endless:
+    """A computation whose stream takes a while to close."""
+
+    def __init__(self):
+        self.spent, self.closed = Spent(), False
+
+    async def run(self):
+        async def chunks():
+            try:
+                while True:
+                    yield {"choices": []}
+                    await asyncio.sleep(0.01)
+            finally:
+                await asyncio.sleep(0.05)
+                self.closed = True
+
+        return Answered("device", Decision("device", None, "x"), chunks=chunks())
+
+
+def test_a_request_that_is_cancelled_while_it_leaves_does_not_cut_the_closing_short():
+    async def run():
+        computation = Endless()
+        share = Flights().join("key", lambda: computation)
+        await share.answered()
+        leaving = asyncio.create_task(share.leave())
+        await asyncio.sleep(0.02)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        await asyncio.sleep(0.2)
+        return computation.closed
+
+    assert asyncio.run(run())
