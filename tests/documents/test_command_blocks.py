@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,8 @@ class Story:
                 stderr=stream,
                 start_new_session=True,
             )
+        # A shell notices when its programs end; here a thread does, or `services.py stop` would wait for a zombie.
+        threading.Thread(target=process.wait, daemon=True).start()
         self._servers.append(process)
         deadline = time.monotonic() + 300
         time.sleep(10)  # long enough for a wrong option or a missing setting to be refused
@@ -167,7 +170,7 @@ class Story:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(90)
+                process.wait(30)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
