@@ -50,7 +50,10 @@ REFUSED = {
     "python -m flows.promote --approve board": "waits for approval",
 }
 # What a message asks for before the next command makes sense.
-NEXT = {"python -m flows.promote --rollback phone-4gb": "dvc repro"}
+NEXT = {
+    "python -m flows.promote --rollback phone-4gb": "dvc repro",
+    "LILLIPUT_TOKEN=…": "python -m flows.deploy phone-4gb --stop",  # one gateway per folder
+}
 # Programs that go on until they are ended, and the address or file that is there once they are up.
 SERVERS = {
     "prefect server start": "http://127.0.0.1:{prefect}/api/health",
@@ -106,7 +109,8 @@ class Story:
 
     def _is_repeated(self, command: str) -> bool:
         bare = " ".join(command.partition(" #")[0].split())
-        repeated = bare in self.done and not bare.startswith("prefect")  # each block has a Prefect server of its own
+        # Each block has a Prefect server of its own, and a deployment may follow a promotion.
+        repeated = bare in self.done and not bare.startswith(("prefect", "python -m flows.deploy"))
         self.done.add(bare)
         return repeated
 
