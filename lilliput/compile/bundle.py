@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from lilliput.artifacts import Manifest, seal, write_json, write_text
+from lilliput.artifacts import TOKENIZER_FILES, Manifest, seal, write_json, write_text
 from lilliput.data.chat import (
     PINNED_DATE,
     conversation,
@@ -22,7 +22,6 @@ from lilliput.data.chat import (
     uses_date,
 )
 
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 _START = {
     "gguf": "llama-server -m model.gguf --jinja -c CONTEXT -t THREADS --temp 0",
     "onnx": (
@@ -82,7 +81,7 @@ def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manif
     for path in sorted(compiled.iterdir()):
         if path.name in manifest.files:
             shutil.copyfile(path, folder / path.name)
-    for pattern in _TOKENIZER:
+    for pattern in TOKENIZER_FILES:
         for path in checkpoint.glob(pattern):
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)

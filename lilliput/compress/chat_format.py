@@ -152,11 +152,12 @@ def _within_table(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
     if not beyond:
         return tokenizer
     added = cast("Any", tokenizer).added_tokens_decoder
-    needed = sorted(text for text in beyond if beyond[text] in {*_needed(tokenizer)} or beyond[text] not in added)
-    if needed:
+    needed = {*_needed(tokenizer)}
+    in_use = sorted(text for text, token in beyond.items() if token in needed or token not in added)
+    if in_use:
         raise SourceError(
-            f"{place}: {len(needed)} tokens that are in use have no row in the embedding table of {rows} rows, "
-            f"{needed[0]!r} ({beyond[needed[0]]}) among them; use the tokenizer that belongs to these weights"
+            f"{place}: {len(in_use)} tokens that are in use have no row in the embedding table of {rows} rows, "
+            f"{in_use[0]!r} ({beyond[in_use[0]]}) among them; use the tokenizer that belongs to these weights"
         )
     warnings.warn(
         f"{place}: {len(beyond)} added tokens have no row in the embedding table of {rows} rows and are removed: "

@@ -126,14 +126,14 @@ class TorchRuntime:
             ArtifactError: the model gives something that is no number.
         """
         cache, known = self._beginning(prompt)
-        ids = torch.tensor([list(prompt[known:])], device=self.device)
+        ids, ends = torch.tensor([list(prompt[known:])], device=self.device), self._end_ids()
         for _ in range(max_tokens):
             with torch.inference_mode():
                 logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
                 ids = self._checked(logits).argmax(-1, keepdim=True)
             token = int(ids)
             yield token
-            if token in self._end_ids():
+            if token in ends:
                 return
 
     @torch.inference_mode()

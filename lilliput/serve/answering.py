@@ -250,8 +250,6 @@ class Computation:
         looks = {"logprobs": True, "top_logprobs": max(1, self._chat.top_logprobs or 0)}
         return request | (looks if look or self._chat.logprobs else {})
 
-    # ---- the answer cache
-
     @property
     def _cache(self) -> AnswerCache | None:
         return self._service.cache if self._chat.cacheable else None

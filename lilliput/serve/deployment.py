@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lilliput.artifacts import MANIFEST, file_sha256, remove, verify, write_text, writing
+from lilliput.artifacts import MANIFEST, file_sha256, link_or_copy, remove, verify, write_text, writing
 from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingConfig
 from lilliput.errors import ArtifactError
 from lilliput.serve.routers import GGUF, ROUTER
@@ -98,7 +97,7 @@ def keep(compiled: Path, home: Path, sha256: str) -> None:
     with writing(target) as partial:
         for name in [*manifest.files, MANIFEST]:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(compiled / name, partial / name)
+            link_or_copy(compiled / name, partial / name)
 
 
 def keep_router(fitted: Path, home: Path) -> str:
@@ -191,10 +190,3 @@ def _read(path: Path) -> Deployment | None:
 
 def _write(path: Path, deployment: Deployment) -> None:
     write_text(path, deployment.model_dump_json(indent=2) + "\n")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
