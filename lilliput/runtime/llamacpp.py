@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import xllamacpp
 
 from lilliput.errors import ArtifactError
+from lilliput.runtime.loopback import require_key
 from lilliput.runtime.protocol import ByPrediction, Ids
 
 _engine: Any = xllamacpp  # compiled, and without types
@@ -37,7 +39,8 @@ class LlamaCppRuntime(ByPrediction):
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context_tokens, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.warmup, params.verbosity, params.cache_ram_mib, params.use_jinja = False, 0, 0, True
-        self._threads, self._file = threads, file
+        self._threads, self._file, self._key = threads, file, secrets.token_urlsafe(32)
+        require_key(params, self._key)
         try:
             self._server = _engine.Server(params)
         except Exception as error:  # its own class, without a name to import
@@ -95,7 +98,9 @@ class LlamaCppRuntime(ByPrediction):
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         import httpx  # not above: what a device does without would count as its memory
 
-        answer = httpx.post(f"{self._server.listening_address}{path}", json=body, timeout=60.0, trust_env=False)
+        bearer = {"Authorization": f"Bearer {self._key}"}
+        address = f"{self._server.listening_address}{path}"
+        answer = httpx.post(address, headers=bearer, json=body, timeout=60.0, trust_env=False)
         if answer.is_error:
             raise ArtifactError(f"{self._file}: llama.cpp: {path}: {answer.text[:300]}")
         return answer.json()

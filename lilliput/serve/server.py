@@ -22,6 +22,7 @@ import psutil
 
 from lilliput.errors import ArtifactError
 from lilliput.redaction import environment_without_secrets
+from lilliput.runtime.loopback import require_key
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,7 @@ def _serve(serving: Serving, key: str) -> None:
     params.n_ctx, params.n_parallel, params.n_gpu_layers = serving.context_tokens * serving.slots, serving.slots, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = serving.threads
     params.warmup, params.verbosity, params.use_jinja = False, 0, True
-    params.api_keys = [key]
-    # llama.cpp grants every origin; the name of a host that cannot exist (RFC 2606) grants none. "null" would not do:
-    # it is the origin of pages in a sandbox.
-    params.cors_origins, params.cors_credentials = "http://nobody.invalid", False
-    params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = params.ui = False
+    require_key(params, key)
     server = engine.Server(params)
     print(json.dumps({"url": server.listening_address}), flush=True)
     sys.stdin.read()  # until the other end is closed, whoever closed it
