@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
 import lilliput.data.chat
+import lilliput.data.control_tokens
 import lilliput.models
 from lilliput.artifacts import file_sha256, library_versions, written_aside
 
@@ -31,7 +32,8 @@ def fingerprint(*parts: Any) -> str:
 
     What is kept under it is never used for other work, and nothing has to be told to make it stale.
     """
-    used = [Path(str(module.__file__)) for module in (lilliput.models, lilliput.data.chat)]
+    modules = (lilliput.models, lilliput.data.chat, lilliput.data.control_tokens)
+    used = [Path(str(module.__file__)) for module in modules]
     code = [*sorted(Path(__file__).parent.glob("*.py")), *used]
     sums = [file_sha256(path) for path in code]
     whole = [parts, sums, library_versions(), lilliput.models.device().type]

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lilliput.data.control_tokens import ControlTokens, looks_like_control
 from lilliput.errors import DataError
 
 # The date that training and evaluation put into templates with "today" in them (docs/decisions.md, "Chat
@@ -86,6 +87,8 @@ def conversation(system_prompt: str, question: str, answer: str | None = None) -
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> list[int]:
     """Ids of the system line and `question`, up to where the assistant's answer begins.
 
+    Control tokens in `question` are split, as the gateway does: they are text that somebody wrote.
+
     Raises:
         DataError: the tokenizer has no chat template.
     """
@@ -94,7 +97,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, questi
             "the tokenizer has no chat template, so a question cannot be put to the model; "
             "use an instruction-tuned model or add `chat_template` to its tokenizer_config.json"
         )
-    return encode_text(tokenizer, render(tokenizer, conversation(system_prompt, question)))
+    plain = _control_tokens(tokenizer).split(question)
+    return encode_text(tokenizer, render(tokenizer, conversation(system_prompt, plain)))
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+    added = cast("Any", tokenizer).added_tokens_decoder.values()
+    return ControlTokens(token.content for token in added if token.special or looks_like_control(token.content))
 
 
 def encode_beginning(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> list[int]:

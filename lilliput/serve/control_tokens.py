@@ -1,48 +1,26 @@
-"""Control tokens in users' text, split so that they cannot begin or end a turn.
+"""The control tokens of a compiled model, read from its file.
 
 llama.cpp's server applies the chat template and then reads every control token in the result as one, also those in a
-message's content. So `<|im_end|>` in a question would end the user's turn. It has no option against that, and its other
-endpoints do not give answers of the chat API; so a word joiner, which is invisible, splits such texts.
+message's content. It has no option against that, and its other endpoints do not give answers of the chat API; so the
+gateway splits them.
 """
 
 from __future__ import annotations
 
 import mmap
-import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lilliput.data.control_tokens import ControlTokens, looks_like_control
 from lilliput.errors import ArtifactError
 
-WORD_JOINER = "\u2060"
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 _NORMAL, _BYTE = 1, 6  # gguf.TokenType: neither is found by its text
 _USER_DEFINED = 4  # found by its text, and often harmless: runs of spaces, say
-_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-
-
-class ControlTokens:
-    """The control tokens of a model.
-
-    Args:
-        texts: of the tokens.
-    """
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        found = sorted({text for text in texts if len(text) > 1}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, found))) if found else None
-
-    def split(self, text: str) -> str:
-        """`text`, with a word joiner after the first character of each control token."""
-        if self._pattern is None:
-            return text
-        while self._pattern.search(text):  # again, for what overlapped
-            text = self._pattern.sub(lambda match: match[0][0] + WORD_JOINER + match[0][1:], text)
-        return text
 
 
 def read_control_tokens(path: Path) -> ControlTokens:
@@ -65,7 +43,7 @@ def read_control_tokens(path: Path) -> ControlTokens:
 def _is_control(text: str, kind: int) -> bool:
     if kind in (_NORMAL, _BYTE):
         return False
-    return kind != _USER_DEFINED or _LIKE_CONTROL.fullmatch(text) is not None
+    return kind != _USER_DEFINED or looks_like_control(text)
 
 
 class _Metadata:

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
+from lilliput.data.control_tokens import ControlTokens
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.completions import Chunks, as_chunks_of, as_completion
-from lilliput.serve.control_tokens import ControlTokens
 from lilliput.serve.wire import Wire
 
 EDGE_KEY = "LILLIPUT_EDGE_KEY"  # the environment variable with the key of an edge server elsewhere

@@ -8,9 +8,10 @@ from paper import Paper, app, ask
 
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
+from lilliput.data.control_tokens import ControlTokens
 from lilliput.errors import ArtifactError
 from lilliput.serve.chat import Chat
-from lilliput.serve.control_tokens import ControlTokens, read_control_tokens
+from lilliput.serve.control_tokens import read_control_tokens
 from lilliput.serve.server import LlamaServer, Serving
 
 GEMMA = (
