@@ -88,16 +88,21 @@ class Story:
     def run(self, block: Block) -> None:
         """Runs the commands of `block` that have not been run before; ends the servers that they start.
 
+        A block of Prefect's commands that starts no server expects one to be up.
+
         Raises:
             AssertionError: a command ended with another exit code than the documents promise.
         """
         kept: list[str] = []
         try:
+            if _needs_prefect_server(block):
+                kept.append(f"export PREFECT_API_URL=http://127.0.0.1:{self.prefect_port}/api")
+                self._start(block.place, "prefect server start", SERVERS["prefect server start"])
             for command in block.commands:
                 written = self._as_run_here(command)
                 if _KEPT_FOR_THE_BLOCK.match(command):
                     kept.append(written)
-                elif not _starts_with(command, LEFT_OUT) and not self._is_repeated(command):
+                elif not _entry_for(command, LEFT_OUT) and not self._is_repeated(command):
                     self._run(block.place, command, "\n".join([*kept, written]))
             if any(command.startswith("prefect deployment run") for command in block.commands):
                 self._wait_for_flow_runs()
@@ -122,14 +127,14 @@ class Story:
     def _run(self, place: str, command: str, script: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {place}: {command}", flush=True)
         _add_second_champion(self, command)
-        if server := _starts_with(command, SERVERS):
+        if server := _entry_for(command, SERVERS):
             return self._start(place, script, SERVERS[server])
-        refusal = _starts_with(command, REFUSED)
+        refusal = _entry_for(command, REFUSED)
         done = self.clone.run("bash", "-euc", script, timeout_s=1500)
         said = f"{place}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == (2 if refusal else 0), said
         assert not refusal or REFUSED[refusal] in " ".join((done.stdout + done.stderr).split()), said
-        if following := _starts_with(command, NEXT):
+        if following := _entry_for(command, NEXT):
             self._run(place, NEXT[following], NEXT[following])
 
     def _start(self, place: str, script: str, sign: str | None) -> None:
@@ -181,36 +186,9 @@ class Story:
         self._servers.clear()
 
 
-@contextlib.contextmanager
-def _prefect_server(story: Story, block: Block) -> Iterator[None]:
-    """For a block that expects a server to be up already, as `client.env` names it."""
-    environment = story.clone.environment
-    needs = any(command.startswith(("prefect", "id=")) for command in block.commands)
-    if needs:
-        environment["PREFECT_HOME"] = str(story.clone.folder / "prefect" / block.place.replace(":", "-"))
-    if not needs or any(command.startswith("prefect server start") for command in block.commands):
-        yield
-        return
-    address = f"http://127.0.0.1:{story.prefect_port}/api"
-    server = subprocess.Popen(
-        ["prefect", "server", "start"],
-        cwd=story.clone.folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    environment["PREFECT_API_URL"] = address
-    try:
-        deadline = time.monotonic() + 180
-        while not _is_there(f"{address}/health"):
-            assert time.monotonic() < deadline, "Prefect's server did not start"
-            time.sleep(0.5)
-        yield
-    finally:
-        del environment["PREFECT_API_URL"]
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(90)
+def _needs_prefect_server(block: Block) -> bool:
+    asks = any(command.startswith(("prefect", "id=")) for command in block.commands)
+    return asks and not any(command.startswith("prefect server start") for command in block.commands)
 
 
 def _is_there(sign: str) -> bool:
@@ -228,7 +206,7 @@ def _add_second_champion(story: Story, command: str) -> None:
         story.clone.set_param("compile.pocket-gguf", {"candidate": "pocket", "target": "gguf"})
 
 
-def _starts_with(command: str, table: dict[str, str] | dict[str, str | None]) -> str | None:
+def _entry_for(command: str, table: dict[str, str] | dict[str, str | None]) -> str | None:
     """The entry of `table` that `command` is a case of."""
     return next((beginning for beginning in table if beginning in command), None)
 
@@ -284,8 +262,9 @@ def test_the_main_job_of_the_readme_runs(story):
     ids=lambda block: block.place,
 )
 def test_a_block_runs_as_written(story, block):
-    with _prefect_server(story, block):
-        story.run(block)
+    # No block knows what another one told its Prefect server.
+    story.clone.environment["PREFECT_HOME"] = str(story.clone.folder / "prefect" / block.place.replace(":", "-"))
+    story.run(block)
 
 
 def test_the_python_of_the_operations_page_runs(story):
