@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.result import Result
+from lilliput.compress.source_checks import require_consistent, require_known_format
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import Header, read_header
@@ -22,9 +23,7 @@ from lilliput.models import (
     opening,
     random_model,
     require_causal_lm,
-    require_consistent,
     require_finite,
-    require_known_format,
 )
 from lilliput.untrusted import require_harmless
 

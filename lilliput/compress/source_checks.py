@@ -1,0 +1,68 @@
+"""Checks a source's config.json before its weights are opened: that its format is supported, and that it is consistent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lilliput.errors import SourceError
+
+_ROPES = sorted(ROPE_INIT_FUNCTIONS)
+_FORMATS = (
+    "safetensors in float32, bfloat16 or float16, safetensors in AutoGPTQ's format (quant_method `gptq`), and GGUF "
+    "(source.file)"
+)
+
+
+def require_known_format(directory: Path) -> None:
+    """Rejects a checkpoint whose weights are quantised in a format that is not opened here, before it is read.
+
+    Raises:
+        SourceError: the format is neither plain float nor GPTQ; the supported formats are listed.
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    if method != "gptq":
+        raise SourceError(
+            f"{directory / 'config.json'}: weights quantised as `{method}` (quantization_config), which are not opened "
+            f"here; supported are {_FORMATS}. Choose the release of this model in one of them"
+        )
+
+
+def require_consistent(directory: Path, config: PretrainedConfig) -> None:
+    """Rejects a config.json that says two things, of which transformers would take one without a message.
+
+    Raises:
+        SourceError: the architecture is not that of the model type, the rotary embeddings are described twice and
+            differently, or are of a type without a formula.
+    """
+    file = directory / "config.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    opened = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = raw.get("architectures") or []
+    if opened and named and opened not in named:
+        raise SourceError(
+            f"{file}: model_type {config.model_type} is opened as {opened}, but architectures names "
+            f"{', '.join(named)}; correct the one that is wrong"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    if unknown := [part["rope_type"] for part in layers if part.get("rope_type") not in (None, "default", *_ROPES)]:
+        raise SourceError(f"{file}: RoPE of type `{unknown[0]}` is unknown; known are default, {', '.join(_ROPES)}")
+    if parameters := raw.get("rope_parameters"):
+        old = {"rope_type" if key == "type" else key: value for key, value in (raw.get("rope_scaling") or {}).items()}
+        base = raw.get("rope_theta")
+        old |= {"rope_theta": base} if base is not None and "rope_theta" in parameters else {}
+        for key, value in old.items():
+            if parameters.get(key) != value:
+                raise SourceError(
+                    f"{file}: {key} is {value!r} in the old form (rope_theta, rope_scaling) and "
+                    f"{parameters.get(key)!r} in rope_parameters; remove the form that is wrong"
+                )
