@@ -1,4 +1,4 @@
-"""Checks a source's config.json before its weights are opened: that its format is supported, and that it is consistent."""
+"""Checks a source's config.json before its weights are opened: supported format, no contradictions."""
 
 from __future__ import annotations
 

@@ -57,12 +57,13 @@ def is_right(text: str, question: Question) -> bool:
     docs/metrics.md has the rules: what counts as the same, as a whole word, as a denial, as one of several candidates.
     """
     wordings = [wording for wording in (question.answer, *question.aliases) if wording]
-    said = prepared(_statement(text, wordings)[:LONGEST_TEXT])
-    right = [mention for wording in wordings for mention in mentions(said, wording)]
-    if not any(_is_the_answer(said, mention, wordings) for mention in right):
+    statement = prepared(_statement(text, wordings)[:LONGEST_TEXT])
+    right = [mention for wording in wordings for mention in mentions(statement, wording)]
+    if not any(_is_the_answer(statement, mention, wordings) for mention in right):
         return False
     others = [choice for choice in question.choices if choice != question.answer]
-    return not any(_named_apart(said, mention, right) for other in others for mention in mentions(said, other))
+    named = (mention for other in others for mention in mentions(statement, other))
+    return not any(_named_apart(statement, mention, right) for mention in named)
 
 
 def first_sentence(text: str) -> str:
@@ -84,8 +85,8 @@ def _after(opening: re.Pattern[str], text: str) -> str:
     return text[found.end() :] if found else text
 
 
-def _is_the_answer(said: str, mention: Mention, wordings: Sequence[str]) -> bool:
-    before, after = said[: mention.start], said[mention.end :]
+def _is_the_answer(statement: str, mention: Mention, wordings: Sequence[str]) -> bool:
+    before, after = statement[: mention.start], statement[mention.end :]
     if mention.is_number:
         before = _NUMERO.sub("", before)
     if denied(before, after) or (mention.is_number and is_bound(before)):
@@ -93,7 +94,7 @@ def _is_the_answer(said: str, mention: Mention, wordings: Sequence[str]) -> bool
     return not one_of_several(before, after, lambda other: any(mentions(other, right) for right in wordings))
 
 
-def _named_apart(said: str, other: Mention, right: Sequence[Mention]) -> bool:
+def _named_apart(statement: str, other: Mention, right: Sequence[Mention]) -> bool:
     """Whether `other` is asserted outside of the right answer: "Guinea-Bissau" includes "Guinea"."""
     inside = any(mention.start <= other.start and other.end <= mention.end for mention in right)
-    return not inside and not denied(said[: other.start], said[other.end :])
+    return not inside and not denied(statement[: other.start], statement[other.end :])

@@ -123,28 +123,28 @@ def tokens(text: str) -> tuple[Token, ...]:
     return tuple(_token(match) for match in _TOKEN.finditer(text))
 
 
-def matches(wanted: Token, said: Token, *, alone: bool, symbolic: bool) -> bool:
-    """Whether `said` is the token `wanted` of a right answer.
+def matches(wanted: Token, found: Token, *, alone: bool, symbolic: bool) -> bool:
+    """Whether `found` is the token `wanted` of a right answer.
 
     Args:
         wanted: of the right answer.
-        said: of the text.
+        found: of the text.
         alone: whether the text says nothing else, so that careless case is no other word.
         symbolic: whether the answer is a symbol, or a figure with its unit, in which case may matter.
     """
-    if said.kind == "date":
-        return _is_in_date(wanted, said)
-    if wanted.kind != said.kind:
+    if found.kind == "date":
+        return _is_in_date(wanted, found)
+    if wanted.kind != found.kind:
         return False
     match wanted.kind:
         case "number":
-            return not wanted.values.isdisjoint(said.values)
+            return not wanted.values.isdisjoint(found.values)
         case "range":
-            return not wanted.values.isdisjoint(said.values) and not wanted.upper.isdisjoint(said.upper)
+            return not wanted.values.isdisjoint(found.values) and not wanted.upper.isdisjoint(found.upper)
         case "word":
-            return _same_word(wanted, said, alone, symbolic)
+            return _same_word(wanted, found, alone, symbolic)
         case _:
-            return wanted.written == said.written
+            return wanted.written == found.written
 
 
 def fold(word: str) -> str:
@@ -177,27 +177,27 @@ def _forms(written: str) -> frozenset[str]:
     return frozenset({whole, fold(regex.sub(r"'s?$", "", written)), _PARTICLES.sub("", whole)})
 
 
-def _is_in_date(wanted: Token, said: Token) -> bool:
-    assert said.date, "a date without a date"
+def _is_in_date(wanted: Token, found: Token) -> bool:
+    assert found.date, "a date without a date"
     match wanted.kind:
         case "date":
-            return wanted.date is not None and said.date.includes(wanted.date)
+            return wanted.date is not None and found.date.includes(wanted.date)
         case "number":
-            return said.date.year in wanted.values
+            return found.date.year in wanted.values
         case _:
-            return month_number(fold(wanted.written)) == said.date.month
+            return month_number(fold(wanted.written)) == found.date.month
 
 
-def _same_word(wanted: Token, said: Token, alone: bool, symbolic: bool) -> bool:
-    if fold(wanted.written) not in said.forms:
+def _same_word(wanted: Token, found: Token, alone: bool, symbolic: bool) -> bool:
+    if fold(wanted.written) not in found.forms:
         return False
-    if wanted.written in {said.written, regex.sub("'s$", "", said.written)}:
+    if wanted.written in {found.written, regex.sub("'s$", "", found.written)}:
         return True
     if not symbolic or not _case_matters(wanted.written):
         return True
     # Careless lower case ("fe", "h2o", "c++") is accepted where it is no other word: "in", "as", "us".
-    careless = alone or fold(said.written) not in FUNCTION_WORDS
-    return careless and said.written.islower() and regex.sub(r"[^\p{L}]", "", wanted.written)[0].isupper()
+    careless = alone or fold(found.written) not in FUNCTION_WORDS
+    return careless and found.written.islower() and regex.sub(r"[^\p{L}]", "", wanted.written)[0].isupper()
 
 
 def _case_matters(word: str) -> bool:

@@ -31,29 +31,29 @@ class Mention:
     is_number: bool
 
 
-def mentions(said: str, name: str) -> list[Mention]:
-    """Each place where `said`, which is prepared, names `name`."""
+def mentions(text: str, name: str) -> list[Mention]:
+    """Each place where `text`, which is prepared, names `name`."""
     wanted = _compared(name := prepared(name))
     if not wanted:  # nothing but punctuation, "-" say
-        return [Mention(0, len(said), is_number=False)] if said == name else []
+        return [Mention(0, len(text), is_number=False)] if text == name else []
     is_number = any(token.kind == "number" for token in wanted)
-    return [Mention(found[0].start, found[-1].end, is_number) for found in _runs(said, wanted)]
+    return [Mention(found[0].start, found[-1].end, is_number) for found in _runs(text, wanted)]
 
 
-def _runs(said: str, wanted: Sequence[Token]) -> Iterator[Sequence[Token]]:
-    words = [token for token in tokens(said) if token.kind != "mark"]
-    alone = len(_compared(said)) == len(wanted)
+def _runs(text: str, wanted: Sequence[Token]) -> Iterator[Sequence[Token]]:
+    words = [token for token in tokens(text) if token.kind != "mark"]
+    alone = len(_compared(text)) == len(wanted)
     numbers = [token for token in wanted if token.kind != "symbol"]
     for place in range(len(words)):
-        if _is_run(said, wanted, words[place : place + len(wanted)], alone):
+        if _is_run(text, wanted, words[place : place + len(wanted)], alone):
             yield words[place : place + len(wanted)]
         elif len(numbers) == 1 < len(wanted) and numbers[0].kind == "number":
             found = words[place : place + 1]
-            if _is_run(said, numbers, found, alone) and not _UNIT_AFTER.match(said[found[0].end :]):
+            if _is_run(text, numbers, found, alone) and not _UNIT_AFTER.match(text[found[0].end :]):
                 yield found
 
 
-def _is_run(said: str, wanted: Sequence[Token], found: Sequence[Token], alone: bool) -> bool:
+def _is_run(text: str, wanted: Sequence[Token], found: Sequence[Token], alone: bool) -> bool:
     symbolic = (
         all(len(token.written) <= _LONGEST_SYMBOL for token in wanted if token.kind == "word") or len(wanted) == 1
     )
@@ -61,13 +61,13 @@ def _is_run(said: str, wanted: Sequence[Token], found: Sequence[Token], alone: b
         return False
     if not all(matches(w, f, alone=alone, symbolic=symbolic) for w, f in zip(wanted, found, strict=True)):
         return False
-    return _is_whole(said, found)
+    return _is_whole(text, found)
 
 
-def _is_whole(said: str, found: Sequence[Token]) -> bool:
+def _is_whole(text: str, found: Sequence[Token]) -> bool:
     """Whether `found` is not part of a longer word, formula or number."""
     first, last = found[0], found[-1]
-    before, after = said[: first.start], said[last.end :]
+    before, after = text[: first.start], text[last.end :]
     if "character" in {first.kind, last.kind}:
         return len(found) > 1 or bool(_BESIDE_CHARACTER.search(before) and _AFTER_CHARACTER.match(after))
     if len(found) == 1 and fold(first.written) in FUNCTION_WORDS and _SENTENCE_GOES_ON.match(after):

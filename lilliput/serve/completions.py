@@ -78,8 +78,8 @@ def finish_of(part: Mapping[str, Any]) -> str | None:
 
 def logprobs_of(body: Mapping[str, Any]) -> list[float]:
     """Log-likelihoods (nats) of the answer's tokens; empty if the backend sent none."""
-    told = (body["choices"][0].get("logprobs") or {}).get("content") or []
-    return [float(token["logprob"]) for token in told]
+    logprobs = (body["choices"][0].get("logprobs") or {}).get("content") or []
+    return [float(token["logprob"]) for token in logprobs]
 
 
 def completion(text: str, model: str, usage: Usage | None) -> dict[str, Any]:
@@ -137,9 +137,11 @@ def with_logprobs(part: Mapping[str, Any], top: int | None) -> dict[str, Any]:
     """A completion or chunk with at most `top` alternatives per token; without log-probabilities if None."""
 
     def limited(choice: Mapping[str, Any]) -> dict[str, Any]:
-        told = None if top is None else choice["logprobs"]
-        tokens = [token | {"top_logprobs": token["top_logprobs"][:top]} for token in told["content"]] if told else None
-        return {**choice, "logprobs": None if tokens is None else {"content": tokens, "refusal": None}}
+        logprobs = None if top is None else choice["logprobs"]
+        if not logprobs:
+            return {**choice, "logprobs": None}
+        tokens = [token | {"top_logprobs": token["top_logprobs"][:top]} for token in logprobs["content"]]
+        return {**choice, "logprobs": {"content": tokens, "refusal": None}}
 
     return {**part, "choices": [limited(choice) for choice in part["choices"]]}
 
