@@ -158,8 +158,14 @@ class Services:
         still = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
         # In memory, the default, leases are lost with the server, and the slots that they held stay taken for ever.
         storage = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+        # As prefect.toml has it for servers of the project's folder: no web page of another origin.
+        pages = {
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{self._ports.prefect}",
+            "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        }
         options = ["--host", HOST, "--port", str(self._ports.prefect)]
-        self._launch("prefect", _program("prefect"), "server", "start", *options, **where, **home, **still, **storage)
+        environment = where | home | still | storage | pages
+        self._launch("prefect", _program("prefect"), "server", "start", *options, **environment)
         return address
 
     def _launch(self, name: str, *command: str | Path, **environment: str | Path) -> None:

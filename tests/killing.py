@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.link", "os.chmod", "os.truncate", "os.rmdir")
 
 
@@ -36,6 +38,8 @@ def killed_at(change: int, work: Callable[[], Any]) -> bool:
 
         code = 1
         try:
+            # A child's pool of threads is made anew at its first use, which only one thread may do (PyTorch 2.13).
+            torch.set_num_threads(torch.get_num_threads())
             sys.addaudithook(hook)
             work()
             code = 0

@@ -20,6 +20,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.flows.conftest import PROJECT, Clone, copy_project
@@ -208,6 +209,12 @@ def test_a_worker_does_the_whole_job_and_prefect_keeps_its_state_in_postgresql(t
     }
     schedules = "SELECT schedule->>'timezone', active FROM deployment_schedule"
     assert _query(services, "prefect", schedules) == [("Europe/Berlin", False)]
+
+
+def test_prefect_answers_no_web_page_of_another_origin(services):
+    api, page = services["PREFECT_API_URL"], {"Origin": "http://evil.example"}
+    assert "access-control-allow-origin" not in httpx.get(f"{api}/health", headers=page, trust_env=False).headers
+    assert httpx.post(f"{api}/flow_runs/count", json={}, headers=page, trust_env=False).status_code == 403
 
 
 def test_runs_and_versions_are_in_postgresql_and_their_artefacts_in_s3(team, services):
