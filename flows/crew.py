@@ -38,6 +38,10 @@ _RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # what Ray 2.60 does anyway, without a warning
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # everywhere: without it a cluster listens beyond loopback, on Linux too
 }
+_DASK_WITHOUT_PAGES = {
+    "DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES": "[]",
+    "DASK_DISTRIBUTED__WORKER__HTTP__ROUTES": "[]",
+}
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray asks for 75 MiB at least; names and paths take none of it
 
 
@@ -59,7 +63,7 @@ def run_stage(stage: Stage, site: Site) -> State:
     if missing := [path for path in stage.outputs if not (site.folder / path).exists()]:
         return Failed(
             message=f"{stage.name} ended without an error, but {', '.join(missing)} does not exist in {site.folder}: "
-            "another program removed it (`dvc repro` beside a run does); the same command makes it again"
+            "another program removed it; the same command makes it again"
         )
     return Completed(message=f"{stage.name}: done")
 
@@ -216,12 +220,16 @@ def _ray(runner: str, workers: int) -> TaskRunner[Any]:
 
 def _dask(runner: str, workers: int) -> TaskRunner[Any]:
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
+    if "://" not in runner:
+        os.environ |= _DASK_WITHOUT_PAGES  # read when Dask is imported
     runners = import_module("prefect_dask.task_runners")
     if "://" in runner:
         return runners.DaskTaskRunner(address=runner)
     # No limit of memory: the work is done by processes that Dask does not see.
-    quiet = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": 0}
-    return runners.DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1} | quiet)
+    # Security: a certificate of this run alone, without which nobody connects.
+    cluster = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": 0, "host": "127.0.0.1", "security": True}
+    no_pages = {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}
+    return runners.DaskTaskRunner(cluster_kwargs=cluster | no_pages)
 
 
 def _hide_broken_amdsmi() -> None:

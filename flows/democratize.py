@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import contextlib
 import os
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, cast
@@ -74,7 +75,7 @@ def democratize(
 
 def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str]:
     follow()
-    lineage = Lineage(folder)
+    lineage, settings = Lineage(folder), _settings(folder)
     _require_machine(lineage, folder, only)
     states, failed = run_stages(lineage.stages(only), lineage, crew)
     _publish(folder)
@@ -82,7 +83,23 @@ def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str
         left = [stage.name for stage in lineage.stages(only) if stage.name not in states | failed]
         undone = f"\nnot done for want of it: {', '.join(left)}" if left else ""
         return Failed(message="\n".join(failed.values()) + undone)
+    if _settings(folder) != settings and (stale := _stale(folder, only)):
+        return Failed(
+            message=f"params.yaml or dvc.yaml changed during the run; made with the old settings: {', '.join(stale)}; "
+            "the same command makes them again"
+        )
     return states
+
+
+def _settings(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("params.yaml", "dvc.yaml")]
+
+
+def _stale(folder: Path, only: list[str]) -> list[str]:
+    """The stages that are not up to date by the settings that `folder` has now."""
+    lineage = Lineage(folder)
+    with closing(lineage):
+        return [stage.name for stage in lineage.stages(only) if lineage.changes(stage.name)]
 
 
 def _require_runnable(folder: Path, only: list[str] | None) -> None:

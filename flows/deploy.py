@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +32,19 @@ from lilliput.config import load_params
 from lilliput.errors import ArtifactError, LilliputError
 from lilliput.redaction import redacted
 from lilliput.serve.cache import clear
-from lilliput.serve.deployment import ANSWERS, CURRENT, GATEWAY, PREVIOUS, admin_token, read_current, roll_back, tidy
+from lilliput.serve.deployment import (
+    ANSWERS,
+    CURRENT,
+    GATEWAY,
+    PREVIOUS,
+    PROXY_HELP,
+    admin_token,
+    read_current,
+    roll_back,
+    tidy,
+)
 from lilliput.serve.deployment import deploy as make_current
+from tasks.folder import alone_in
 
 HOMES = Path("deployments")
 # Gateways that this process started: they outlive it, and as long as it lives it has to hear of their ends.
@@ -54,6 +66,7 @@ def deploy(
     host: str = "127.0.0.1",
     port: int = 8080,
     params_file: str = "params.yaml",
+    proxies: list[str] | None = None,
 ) -> State:
     """Serves `device`'s champion: starts its gateway, or has the one that runs take over what is new.
 
@@ -63,29 +76,39 @@ def deploy(
         host: beyond loopback only with a token in LILLIPUT_TOKEN.
         port: of a gateway that is not running yet; 0 for any that is free.
         params_file: the project's params.yaml, or another file, whose workspace holds its champion.
+        proxies: addresses of reverse proxies before a gateway that is not running yet; only with a token.
     """
     try:
-        told = _deploy(device, Action(action), host, port, Path(params_file))
+        told = _deploy(device, Action(action), Address(host, port, tuple(proxies or ())), Path(params_file))
     except LilliputError as error:
         return Failed(message=redacted(str(error)))
     create_markdown_artifact(told, key=f"deployed-{device}", description=f"What {device} serves")
     return Completed(message=told)
 
 
-def _deploy(device: str, action: Action, host: str, port: int, params_file: Path) -> str:
+@dataclass(frozen=True)
+class Address:
+    """Where a gateway that is not running yet listens, and which reverse proxies are before it."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    proxies: tuple[str, ...] = ()
+
+
+def _deploy(device: str, action: Action, address: Address, params_file: Path) -> str:
     from tasks.deploy import stage_champion  # brings MLflow
 
     folder = _folder(params_file)
     home = folder / HOMES / device
     home.mkdir(parents=True, exist_ok=True)
-    with turn_in(home), contextlib.chdir(folder):
+    with turn_in(home, alone_in), contextlib.chdir(folder):
         files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
         if action is Action.rollback:
             roll_back(home)
         else:
             make_current(stage_champion(load_params(folder / "params.yaml"), device, home), home)
         try:
-            address = _take_over(home) if running(home) else _start(home, host, port)
+            url = _take_over(home) if running(home) else _start(home, address)
         except BaseException:
             for name, content in files.items():  # what is served stays what is said to be served
                 _restore(home / name, content)
@@ -94,7 +117,7 @@ def _deploy(device: str, action: Action, host: str, port: int, params_file: Path
         current = read_current(home)
     assert current is not None
     version = f" (version {current.model.version})" if current.model.version else ""
-    return f"{device} serves {current.model.name}{version} at {address}"
+    return f"{device} serves {current.model.name}{version} at {url}"
 
 
 def running(home: Path) -> dict[str, Any] | None:
@@ -131,11 +154,13 @@ def _take_over(home: Path) -> str:
     return known["url"]
 
 
-def _start(home: Path, host: str, port: int) -> str:
+def _start(home: Path, address: Address) -> str:
     """Starts a gateway that outlives this process; its address once it answers."""
     # Relative where it can be: a gateway whose project is moved finds its files in the new place.
     place = home.absolute().relative_to(PROJECT) if home.absolute().is_relative_to(PROJECT) else home.absolute()
-    command = [sys.executable, "-m", "lilliput.serve", str(place), "--host", host, "--port", str(port)]
+    options = ["--host", address.host, "--port", str(address.port)]
+    options += [argument for proxy in address.proxies for argument in ("--proxy", proxy)]
+    command = [sys.executable, "-m", "lilliput.serve", str(place), *options]
     log = home / "gateway.log"
     with log.open("ab") as stream:
         began = stream.tell()
@@ -231,6 +256,7 @@ def main(
     host: Annotated[str, typer.Option(help="beyond loopback a token in LILLIPUT_TOKEN is required")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="of a gateway that is not running yet; 0: any that is free")] = 8080,
     params: Annotated[Path, typer.Option(help="another file: the champion of its workspace")] = Path("params.yaml"),
+    proxy: Annotated[list[str] | None, typer.Option(help=PROXY_HELP)] = None,
 ) -> None:
     """Serve DEVICE's champion at http://127.0.0.1:8080, or have the gateway that runs take over a new one."""
     if rollback + show + end + clear_cache > 1:
@@ -247,7 +273,8 @@ def main(
     except (LilliputError, httpx.HTTPError) as error:
         fail(f"{device}: {error}", 2)
     action = Action.rollback if rollback else Action.champion
-    state = run_flow(deploy, device, action, host, port, str(params), stopped="stopped; --status says what is served")
+    arguments = (device, action, host, port, str(params), proxy)
+    state = run_flow(deploy, *arguments, stopped="stopped; --status says what is served")
     if not state.is_completed():
         fail(state.message or "the flow did not finish", 2)
     Console().print(state.message, highlight=False)

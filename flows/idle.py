@@ -12,7 +12,7 @@ from dvc.exceptions import DvcException
 
 from flows.lineage import Lineage
 from flows.show import print_summary
-from flows.workspace import alone_in, open_workspace
+from flows.workspace import held, open_workspace
 from lilliput.errors import LilliputError
 from tasks.moved import follow
 
@@ -34,7 +34,7 @@ def answered(arguments: Sequence[str], environment: Mapping[str, str] = os.envir
         if more or "PREFECT_API_URL" in environment:
             return False
         folder = open_workspace(asked.params)
-        with contextlib.chdir(folder), alone_in(folder):
+        with contextlib.chdir(folder), held(folder):
             lineage = Lineage(folder)
             if not lineage.unchanged():
                 return False

@@ -1,6 +1,7 @@
 """The joint with DVC: the graph of stages, which of them are stale, and the record of what was made from what.
 
-All DVC calls of a run are made by the flow's own process, one at a time: two at once fail on DVC's lock.
+All DVC calls of a run are made by the flow's own process, one at a time. The flow holds DVC's lock throughout
+(`no_dvc_in`), so that `dvc` commands beside it are refused before they change anything.
 Stages are asked themselves: each of `Repo`'s methods would read dvc.yaml, dvc.lock and the whole graph anew, so that
 asking about all stages would take the square of their number.
 """
@@ -11,8 +12,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +23,9 @@ import networkx
 from dvc.dvcfile import load_file
 from dvc.exceptions import ConfirmRemoveError, DvcException
 from dvc.fs import LocalFileSystem
+from dvc.lock import LockError, LockNoop
 from dvc.repo import Repo
-from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
+from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError, rwlock
 from dvc.stage.cache import RunCacheNotFoundError
 from dvc.stage.serialize import to_lockfile
 from dvc.utils import dict_sha256
@@ -33,7 +35,7 @@ from dvc_data.hashfile.tree import Tree
 from dvc_objects.errors import ObjectFormatError
 
 from lilliput.artifacts import disk_is_full, told_of_full_disk, written_aside
-from lilliput.errors import ConfigError, StageError
+from lilliput.errors import BusyError, ConfigError, StageError
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # what DVC would tell is told by the flow
 _log = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class Lineage:
         try:
             self._repo = Repo(str(folder))
             self._repo.fs = _WholeFiles()
+            self._repo.lock = LockNoop()  # a flow holds the real one; `--plan` only reads
+            self._repo.lock.lock()
             self._graph = self._repo.index.graph  # an edge leads from a stage to one it needs
             self._recorded = {node.name: node for node in self._graph}
             self._runs_are_whole = False
@@ -102,17 +106,15 @@ class Lineage:
         """What DVC finds changed in stage `name` since it last ran: `params.yaml: strategies.gptq modified`, say.
 
         Empty: nothing, so what lies there is what the stage would make.
-
-        Raises:
-            ConfigError: DVC's own records are damaged; the message says which and what to do.
         """
         stage = self._recorded[name]
-        try:
-            with self._repo.lock:
-                found = stage.status(check_updates=True).get(stage.addressing, [])
-        except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
-            raise ConfigError(_remedied(error, Path(self._repo.root_dir))) from None
+        status = type(stage).status.__wrapped__  # without DVC's lists of readers, which a flow beside `--plan` may need
+        found = status(stage, check_updates=True).get(stage.addressing, [])
         return [text for entry in found for text in _describe(entry)]
+
+    def inputs(self, name: str) -> dict[str, Any]:
+        """What stage `name` would read now: by dependency (file, folder or settings), DVC's hash of it."""
+        return {str(dep): dep.get_hash() for dep in self._recorded[name].deps if dep.exists}
 
     def unchanged(self) -> bool:
         """Whether DVC finds every stage as it left it."""
@@ -127,7 +129,7 @@ class Lineage:
         """
         if not all(dependency.exists for dependency in self._recorded[name].deps):
             return False
-        with self._repo.lock, self._distrusted_cache() as damaged:
+        with self._distrusted_cache() as damaged:
             if not self._runs_are_whole:  # looked at once: the others are of this very run
                 self._drop_damaged_runs()
                 self._runs_are_whole = True
@@ -135,15 +137,24 @@ class Lineage:
                 return True
             return bool(damaged) and self._restored(name, fetch=True)
 
-    def commit(self, name: str) -> None:
+    def commit(self, name: str, inputs: Mapping[str, Any] | None = None) -> None:
         """Records what stage `name` just read and wrote: outputs into the cache, hashes into dvc.lock.
 
+        Args:
+            name: of the stage.
+            inputs: what it was to read when it began (`inputs`).
+
         Raises:
-            StageError: there is no room for it.
+            StageError: there is no room for it, or its inputs changed while it was at work.
         """
+        if inputs is not None and (changed := _differing(inputs, self.inputs(name))):
+            raise StageError(
+                f"{name}: {', '.join(changed)} changed while it was at work, so what it made is not recorded; "
+                "the same command makes it again"
+            )
         stage = self._read_anew(name)
         try:
-            with self._repo.lock, self._distrusted_cache():
+            with self._distrusted_cache():
                 stage.save()
                 # DVC puts nothing over what its cache has by that name, and links what the stage wrote to it.
                 for oid in (oid for out in stage.outs for oid in _oids(out.get_obj())):
@@ -223,6 +234,55 @@ class Lineage:
         nodes = [node for node in self._graph if node.name in targets]
         needed = set(nodes).union(*(networkx.descendants(self._graph, node) for node in nodes))
         return needed | {node for node in self._graph if node.name == "register"}
+
+
+@contextmanager
+def no_dvc_in(folder: Path) -> Iterator[None]:
+    """Holds DVC's lock in `folder`: until the end every `dvc` command there is refused and changes nothing.
+
+    `dvc repro` lets go of that lock while a stage works and holds the stage's outputs instead, so these are looked at
+    as well. The lock is the system's: it is free as soon as its holder is gone, however it ended.
+
+    Raises:
+        BusyError: a `dvc` command is at work there.
+        ConfigError: DVC's list of who holds which outputs is damaged; the message says what to do.
+    """
+    try:
+        repo = Repo(str(folder))
+    except DvcException as error:
+        raise ConfigError(_remedied(error, folder)) from None
+    with closing(repo):
+        try:
+            repo.lock.lock()
+        except LockError:
+            raise BusyError(f"{folder}: a `dvc` command is at work here; wait until it has ended") from None
+        try:
+            _require_no_outputs_held(repo)
+            yield
+        finally:
+            repo.lock.unlock()
+
+
+def _require_no_outputs_held(repo: Repo) -> None:
+    hardlink = repo.config["core"].get("hardlink_lock", False)
+    try:
+        with rwlock(repo.tmp_dir, repo.fs, "lilliput", [], [repo.root_dir], hardlink):
+            pass
+    except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
+        raise ConfigError(_remedied(error, Path(repo.root_dir))) from None
+    except LockError as error:
+        raise BusyError(f"{repo.root_dir}: a `dvc` command is at work here: {' '.join(str(error).split())}") from None
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of inputs that are not what they were: `params.yaml (strategies.gptq)`, or a path."""
+    changed = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = (getattr(inputs.get(name), "value", None) for inputs in (before, now))
+        if old != new:
+            keys = [key for key in old if old[key] != new.get(key)] if isinstance(old, dict) and new else []
+            changed.append(f"{name} ({', '.join(keys)})" if keys else name)
+    return changed
 
 
 def _outputs(node: Any) -> tuple[str, ...]:

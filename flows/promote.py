@@ -19,7 +19,7 @@ from prefect.states import Completed, Failed
 from flows.champions import deciding
 from flows.show import fail, guarded_output, print_decisions
 from flows.turns import turn_in, when_free
-from flows.workspace import alone_in, open_workspace
+from flows.workspace import held, open_workspace
 from lilliput.config import load_params
 from lilliput.errors import LilliputError
 from lilliput.redaction import redacted
@@ -101,7 +101,7 @@ def main(
     try:
         folder = open_workspace(params)
         if rollback:
-            with contextlib.chdir(folder), alone_in(folder), deciding(folder):
+            with contextlib.chdir(folder), held(folder), deciding(folder):
                 promotion.roll_back(load_params(layout.PARAMS), rollback, because)
         else:
             promote_now(params, answer)

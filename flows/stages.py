@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from dvc.exceptions import DvcException
 
 from flows.lineage import Lineage, Stage
+from lilliput.errors import StageError
 
 
 class Workers(Protocol):
@@ -47,19 +48,19 @@ def run_stages(stages: Iterable[Stage], lineage: Lineage, crew: Workers) -> tupl
     """
     waiting = {stage.name: stage for stage in stages}
     needs = {name: lineage.upstream(name) for name in waiting}
-    running: set[str] = set()
+    running: dict[str, dict[str, Any]] = {}  # by stage's name, what it reads
     states: dict[str, str] = {}
     failed: dict[str, str] = {}
     while waiting or running:
         name = _first(waiting, needs, running) if len(running) < crew.workers else None
         if name is None:
             stage, reason = crew.ended()
-            running.remove(stage.name)
+            inputs = running.pop(stage.name)
             if reason:
                 failed[stage.name] = reason
                 continue
             with _failing(stage.name, failed):
-                lineage.commit(stage.name)
+                lineage.commit(stage.name, inputs)
                 states[stage.name] = "Completed"
             continue
         stage = waiting.pop(name)
@@ -71,14 +72,15 @@ def run_stages(stages: Iterable[Stage], lineage: Lineage, crew: Workers) -> tupl
                 states[name] = "Restored" if reasons else "Cached"
                 crew.show(stage, states[name])
             else:
+                inputs = lineage.inputs(name)
                 crew.start(stage, reasons)
-                running.add(name)
+                running[name] = inputs
     return states, failed
 
 
-def _first(waiting: Iterable[str], needs: Mapping[str, set[str]], running: set[str]) -> str | None:
+def _first(waiting: Iterable[str], needs: Mapping[str, set[str]], running: Iterable[str]) -> str | None:
     """The first that needs nothing which still waits or runs; None if all do."""
-    unfinished = running.union(waiting)
+    unfinished = {*running, *waiting}
     return next((name for name in waiting if not needs[name] & unfinished), None)
 
 
@@ -94,5 +96,7 @@ def _failing(name: str, failed: dict[str, str]) -> Iterator[None]:
     """What DVC cannot do for a stage fails that one alone."""
     try:
         yield
+    except StageError as error:
+        failed[name] = str(error)
     except (DvcException, OSError) as error:
         failed[name] = f"{name}: {error}"

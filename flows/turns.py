@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -20,22 +20,22 @@ from prefect.client.schemas import State
 from prefect.client.schemas.objects import StateType
 from prefect.runtime import deployment, flow_run
 
+from flows.workspace import held
 from lilliput.errors import BusyError
-from tasks.folder import alone_in
 
 _POLL_S = 2.0
 T = TypeVar("T")
 
 
 @contextmanager
-def turn_in(folder: Path) -> Iterator[None]:
-    """Holds `alone_in(folder)`; a run of a deployment waits for it until the folder is free.
+def turn_in(folder: Path, hold: Callable[[Path], AbstractContextManager[None]] = held) -> Iterator[None]:
+    """Holds `folder` by `hold`; a run of a deployment waits for it until the folder is free.
 
     Raises:
-        BusyError: another run holds it, and no deployment started this one.
+        BusyError: another run or a `dvc` command is at work there, and no deployment started this run.
     """
-    with ExitStack() as held:
-        when_free(lambda: held.enter_context(alone_in(folder)))
+    with ExitStack() as entered:
+        when_free(lambda: entered.enter_context(hold(folder)))
         yield
 
 

@@ -8,10 +8,13 @@ inputs, the others restore. `dvc repro` works in a workspace as it does in the p
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dvc.repo import Repo
 
+from flows.lineage import no_dvc_in
 from lilliput.config import load_params
 from lilliput.errors import ConfigError, DataError
 from tasks.folder import alone_in
@@ -26,6 +29,17 @@ _DVC_CONFIG = """\
     dir = ../../../.dvc/cache
     type = "reflink,hardlink,copy"
 """
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds `folder` for one flow: other runs and `dvc` commands are refused there and change nothing.
+
+    Raises:
+        BusyError: another run or a `dvc` command is at work there.
+    """
+    with alone_in(folder), no_dvc_in(folder):
+        yield
 
 
 def open_workspace(params_file: Path, kind: str = "") -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +18,7 @@ import uvicorn
 
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.api import Admin, App
-from lilliput.serve.deployment import Deployment, admin_token, read_current
+from lilliput.serve.deployment import PROXY_HELP, Deployment, admin_token, read_current
 from lilliput.serve.doors import LOOPBACK
 from lilliput.serve.gateway import Gateway
 from lilliput.serve.opening import open_service
@@ -74,11 +76,18 @@ def deployed_in(home: Path) -> Deployment:
     return deployment
 
 
-def serve(home: Path, host: str, port: int) -> None:
+def serve(home: Path, host: str, port: int, proxies: Sequence[str] = ()) -> None:
     """Serves what is deployed in `home` until it is told to stop.
 
+    Args:
+        home: the deployment's folder.
+        host: an address of this machine.
+        port: 0 for any that is free.
+        proxies: addresses or networks of reverse proxies: whom they name in X-Forwarded-For is the client. From
+            everyone else that header counts for nothing.
+
     Raises:
-        ConfigError: a host beyond loopback without a token.
+        ConfigError: a host beyond loopback or a proxy without a token, or a proxy that is no address.
         BusyError: another gateway serves `home`.
         LilliputError: what is deployed does not open.
     """
@@ -87,25 +96,44 @@ def serve(home: Path, host: str, port: int) -> None:
         raise ConfigError(
             f"--host {host}: beyond loopback a bearer token is required; set {TOKEN}, or stay on 127.0.0.1"
         )
+    _require_proxies(proxies, token)
     deployed_in(home)  # before the lock, which makes its folder
     with owning(home):
-        _serve(home, host, port, token)
+        _serve(home, host, port, token, proxies)
 
 
-def _serve(home: Path, host: str, port: int, token: str | None) -> None:
+def _require_proxies(proxies: Sequence[str], token: str | None) -> None:
+    for proxy in proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise ConfigError(
+                f"--proxy {proxy}: no IP address or network; write 127.0.0.1, ::1 or 10.0.0.0/24, say"
+            ) from None
+    if proxies and token is None:
+        raise ConfigError(f"--proxy {proxies[0]}: behind a proxy a bearer token is required; set {TOKEN}")
+
+
+def _serve(home: Path, host: str, port: int, token: str | None, proxies: Sequence[str]) -> None:
     serving = Serving(home)
     app = App(serving.gateway, token, Admin(admin_token(home), serving.take_over), page_routes())
-    config = uvicorn.Config(
+    asyncio.run(_run(uvicorn.Server(server_config(app, host, port, proxies)), serving, home))
+
+
+def server_config(app: App, host: str, port: int, proxies: Sequence[str] = ()) -> uvicorn.Config:
+    """How uvicorn serves `app`; the arguments are those of `serve`."""
+    return uvicorn.Config(
         app,
         host,
         port,
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=bool(proxies),  # by default any process of this machine could give itself another address
+        forwarded_allow_ips=list(proxies),
         timeout_keep_alive=60,  # five seconds, the default, cut clients short that come again after as many
         timeout_graceful_shutdown=30,
     )
-    asyncio.run(_run(uvicorn.Server(config), serving, home))
 
 
 async def _run(server: uvicorn.Server, serving: Serving, home: Path) -> None:
@@ -135,6 +163,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="deployments/<device>, as flows.deploy writes it")],
     host: Annotated[str, typer.Option(help="beyond loopback a token in LILLIPUT_TOKEN is required")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free")] = 8080,
+    proxy: Annotated[list[str] | None, typer.Option(help=PROXY_HELP)] = None,
 ) -> None:
     """Serve what is deployed in FOLDER, in this terminal."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -143,7 +172,7 @@ def main(
     # For embedding a question now and then: a second thread wins nothing by then, and doubles the CPU-seconds.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        serve(folder, host, port)
+        serve(folder, host, port, proxy or [])
     except LilliputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

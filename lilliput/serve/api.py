@@ -205,7 +205,8 @@ class _Stream(StreamingResponse):
     """
 
     def __init__(self, reply: Reply, write_s: float) -> None:
-        super().__init__(_events(reply), media_type="text/event-stream", headers=_headers(reply))
+        unbuffered = {"X-Accel-Buffering": "no"}  # nginx would keep the pieces until there are many
+        super().__init__(_events(reply), media_type="text/event-stream", headers=_headers(reply) | unbuffered)
         self._reply, self._write_s = reply, write_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

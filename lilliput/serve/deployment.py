@@ -26,6 +26,7 @@ from lilliput.serve.routers import GGUF, ROUTER
 
 CURRENT, PREVIOUS, MODELS, ROUTERS = "current.json", "previous.json", "models", "routers"
 ANSWERS, ADMIN_TOKEN, GATEWAY = "answers.db", "admin-token", "gateway.json"
+PROXY_HELP = "address of a reverse proxy before the gateway (repeatable); a token in LILLIPUT_TOKEN is required"
 
 
 class Deployed(BaseModel):

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _OPEN = {"/", "/health"}  # the page asks for the token itself
+_OF_PROXIES = ("x-forwarded-for", "forwarded", "via")
 _WINDOW_S, _CLIENTS = 60.0, 1024
 
 
@@ -26,7 +27,7 @@ class Doors:
     Args:
         app: behind the doors.
         token: that requests have to bear; None on loopback, where the name asked for has to be loopback's, too, so
-            that no page from elsewhere reaches it by a name of its own.
+            that no page from elsewhere reaches it by a name of its own, and where no proxy may be in between.
         body_bytes: taken at most, whatever the request declares.
         requests_per_minute: of one client.
     """
@@ -42,6 +43,8 @@ class Doors:
         headers = Headers(scope=scope)
         if self._token is None and _host(headers.get("host", "")) not in LOOPBACK:
             return await refuse(send, 421, "only names of loopback are served without a token", "misdirected")
+        if self._token is None and any(name in headers for name in _OF_PROXIES):
+            return await refuse(send, 421, "behind a proxy the gateway needs a token: LILLIPUT_TOKEN", "misdirected")
         if self._token is not None and scope["path"] not in _OPEN and not self._knows(headers):
             return await refuse(
                 send, 401, "a bearer token is required", "invalid_api_key", {"WWW-Authenticate": "Bearer"}

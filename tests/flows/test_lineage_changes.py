@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.lineage import Lineage, _put
+from lilliput.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # said by pygtrie to DVC
 
@@ -85,6 +86,33 @@ def test_a_stage_that_could_not_be_restored_is_as_stale_as_before(folder):
     before = lineage.changes("make@a")
     assert before and not lineage.restore("make@a")
     assert lineage.changes("make@a") == before
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "named"),
+    [
+        ("params.yaml", "letters: {a: 3, b: 2}\n", r"params.yaml \(letters.a\) changed"),
+        ("given", "other", "given changed"),
+    ],
+)
+def test_what_was_made_from_inputs_that_changed_meanwhile_is_not_recorded(folder, path, content, named):
+    lineage = Lineage(folder)
+    inputs = lineage.inputs("make@a")
+    Path("made-a").write_text("of the old input")
+    Path(path).write_text(content)  # `git checkout` of another branch, say
+    with pytest.raises(StageError, match=f"make@a: {named} while it was at work.*not recorded"):
+        lineage.commit("make@a", inputs)
+    assert lineage.changes("make@a")
+    assert not lineage.restore("make@a")
+
+
+def test_a_setting_that_the_stage_does_not_read_may_change_meanwhile(folder):
+    lineage = Lineage(folder)
+    inputs = lineage.inputs("make@a")
+    Path("made-a").write_text("made")
+    Path("params.yaml").write_text("letters: {a: 1, b: 5, c: 6}\n")
+    lineage.commit("make@a", inputs)
+    assert not lineage.changes("make@a")
 
 
 def test_what_was_made_from_these_inputs_before_is_restored(folder):

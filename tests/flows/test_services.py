@@ -161,12 +161,12 @@ def _wait_for(happened, seconds: float) -> None:
         time.sleep(0.5)
 
 
-def _query(services: dict[str, str], database: str, sql: str) -> list[tuple]:
+def _query(services: dict[str, str], database: str, sql: str, password: str | None = None) -> list[tuple]:
     import psycopg2
 
     folder = Path(services["FOLDER"])
     port = (folder / "postgres" / "postmaster.pid").read_text().splitlines()[3]
-    password = (folder / "pgpass").read_text().strip().rsplit(":", 1)[1]
+    password = password or (folder / "pgpass").read_text().strip().rsplit(":", 1)[1]
     with (
         contextlib.closing(
             psycopg2.connect(host="127.0.0.1", port=port, user="lilliput", dbname=database, password=password)
@@ -209,6 +209,25 @@ def test_a_worker_does_the_whole_job_and_prefect_keeps_its_state_in_postgresql(t
     }
     schedules = "SELECT schedule->>'timezone', active FROM deployment_schedule"
     assert _query(services, "prefect", schedules) == [("Europe/Berlin", False)]
+
+
+def test_postgresql_and_s3_refuse_wrong_passwords(services):
+    import botocore.exceptions
+    import psycopg2
+
+    with pytest.raises(psycopg2.OperationalError, match="authentication failed"):
+        _query(services, "prefect", "SELECT 1", password="guess")
+    with pytest.raises(botocore.exceptions.ClientError):
+        list(_bucket(services | {"AWS_SECRET_ACCESS_KEY": "guess"}, "lilliput-dvc").objects.all())
+
+
+def test_mlflow_answers_no_web_page_of_another_origin_and_no_other_name(services):
+    address = services["MLFLOW_TRACKING_URI"]
+    search = f"{address}/api/2.0/mlflow/experiments/search"
+    evil = {"Origin": "http://evil.example"}
+    assert httpx.post(search, json={"max_results": 1}, headers=evil, trust_env=False).status_code == 403
+    assert httpx.get(address, headers={"Host": "evil.example"}, trust_env=False).status_code == 403
+    assert httpx.post(search, json={"max_results": 1}, trust_env=False).status_code == 200
 
 
 def test_prefect_answers_no_web_page_of_another_origin(services):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from flows import turns
 from lilliput.errors import BusyError
@@ -23,32 +25,39 @@ def shown(monkeypatch):
     return states
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A DVC repository, as every folder of a run is."""
+    Repo.init(str(tmp_path), no_scm=True).close()
+    return tmp_path
+
+
 def started_by(monkeypatch, deployment_id: str | None) -> None:
     monkeypatch.setattr(turns, "deployment", SimpleNamespace(id=deployment_id))
 
 
-def test_a_run_from_the_command_line_is_refused_at_once(tmp_path, monkeypatch, shown):
+def test_a_run_from_the_command_line_is_refused_at_once(folder, monkeypatch, shown):
     started_by(monkeypatch, None)
-    with alone_in(tmp_path), pytest.raises(BusyError, match="another run is at work here"), turns.turn_in(tmp_path):
+    with alone_in(folder), pytest.raises(BusyError, match="another run is at work here"), turns.turn_in(folder):
         pass
     assert shown == []
 
 
-def test_a_run_of_a_deployment_waits_shows_it_and_then_works(tmp_path, monkeypatch, shown):
+def test_a_run_of_a_deployment_waits_shows_it_and_then_works(folder, monkeypatch, shown):
     started_by(monkeypatch, "a deployment")
     entered, leave = threading.Event(), threading.Event()
 
     def work():
-        with turns.turn_in(tmp_path):
+        with turns.turn_in(folder):
             entered.set()
             leave.wait(60)
 
     waiting = threading.Thread(target=work)
-    with alone_in(tmp_path):
+    with alone_in(folder):
         waiting.start()
         assert not entered.wait(0.5)
     assert entered.wait(60)
-    with pytest.raises(BusyError), alone_in(tmp_path):  # it holds the folder while it works
+    with pytest.raises(BusyError), alone_in(folder):  # it holds the folder while it works
         pass
     leave.set()
     waiting.join()
@@ -56,9 +65,9 @@ def test_a_run_of_a_deployment_waits_shows_it_and_then_works(tmp_path, monkeypat
     assert "another run is at work here since" in shown[0][1]
 
 
-def test_a_free_folder_is_taken_without_a_word(tmp_path, monkeypatch, shown):
+def test_a_free_folder_is_taken_without_a_word(folder, monkeypatch, shown):
     started_by(monkeypatch, "a deployment")
-    with turns.turn_in(tmp_path):
+    with turns.turn_in(folder):
         pass
     assert shown == []
 

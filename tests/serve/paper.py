@@ -12,6 +12,7 @@ import numpy as np
 import uvicorn
 
 from lilliput.config import LinkConfig
+from lilliput.serve.__main__ import server_config
 from lilliput.serve.api import App
 from lilliput.serve.breaker import Breaker
 from lilliput.serve.costs import Device
@@ -168,11 +169,9 @@ def said(chunks):
 
 
 @contextmanager
-def served(application):
+def served(application, proxies=()):
     """The application on a real socket of loopback; its address."""
-    server = uvicorn.Server(
-        uvicorn.Config(application, "127.0.0.1", 0, log_config=None, access_log=False, timeout_keep_alive=60)
-    )
+    server = uvicorn.Server(server_config(application, "127.0.0.1", 0, proxies))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

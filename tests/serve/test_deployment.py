@@ -196,7 +196,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
     for folder, sha256 in models:
         keep(folder, home, sha256)
     deploy(deployment("first", first_sha, **nothing), home)
-    url = flow._start(home, "127.0.0.1", 0)
+    url = flow._start(home, flow.Address(port=0))
     try:
         body = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}], "max_tokens": 4}
         answers, done = [], threading.Event()
@@ -253,11 +253,11 @@ def test_a_second_gateway_of_a_folder_is_refused_and_the_first_one_can_be_ended(
     keep(folder, home, sha256)
     nothing = {"cache": deployment("x", "0" * 64).serving.cache.model_copy(update={"capacity": 0})}
     deploy(deployment("first", sha256, policy="device", **nothing), home)
-    url = flow._start(home, "127.0.0.1", 0)
+    url = flow._start(home, flow.Address(port=0))
     try:
         first = flow.running(home)["pid"]
         with pytest.raises(ArtifactError, match=rf"another gateway serves this folder \(process {first}, {url}\)"):
-            flow._start(home, "127.0.0.1", 0)
+            flow._start(home, flow.Address(port=0))
         assert flow.status(home)["pid"] == first
     finally:
         ended = flow.stop(home)
@@ -266,10 +266,33 @@ def test_a_second_gateway_of_a_folder_is_refused_and_the_first_one_can_be_ended(
 
 
 @pytest.mark.slow
+def test_a_gateway_killed_at_once_takes_its_models_along_and_can_be_started_again(models, deployment, tmp_path):
+    from flows import deploy as flow
+
+    folder, sha256 = models[0]
+    home = tmp_path / "phone-4gb"
+    keep(folder, home, sha256)
+    nothing = {"cache": deployment("x", "0" * 64).serving.cache.model_copy(update={"capacity": 0})}
+    deploy(deployment("first", sha256, policy="device", **nothing), home)
+    flow._start(home, flow.Address(port=0))
+    gateway = psutil.Process(flow.running(home)["pid"])
+    served = gateway.children(recursive=True)
+    gateway.kill()
+    assert served and psutil.wait_procs(served, timeout=20)[1] == []
+    assert flow.running(home) is None
+    url = flow._start(home, flow.Address(port=0))
+    try:
+        body = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}], "max_tokens": 4}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    finally:
+        flow.stop(home)
+
+
+@pytest.mark.slow
 def test_a_gateway_that_cannot_start_says_why(tmp_path):
     from flows import deploy as flow
 
     with pytest.raises(ArtifactError, match="nothing is deployed here"):
-        flow._start(tmp_path, "127.0.0.1", 0)
+        flow._start(tmp_path, flow.Address(port=0))
     with pytest.raises(ArtifactError, match="beyond loopback a bearer token is required"):
-        flow._start(tmp_path, "0.0.0.0", 0)
+        flow._start(tmp_path, flow.Address("0.0.0.0", 0))

@@ -1,6 +1,7 @@
 """Who may pass the gateway's doors, with what, and how often."""
 
 import asyncio
+import json
 
 import pytest
 from paper import ASK, Paper, app, ask, client
@@ -96,6 +97,33 @@ def test_without_a_token_no_other_name_leads_in():
         "localhost.:80",
     ):
         assert ask(app(Paper()), ASK, headers={"Host": host})[0].status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
+def test_what_a_web_page_may_send_unasked_is_no_request(kind):
+    paper = Paper()
+    body = json.dumps(ASK).encode()
+
+    async def run():
+        async with client(app(paper)) as http:
+            headers = {"Origin": "http://evil.example"} | ({"Content-Type": kind} if kind else {})
+            refused = await http.post("/v1/chat/completions", content=body, headers=headers)
+            preflight = await http.options(
+                "/v1/chat/completions",
+                headers={
+                    "Origin": "http://evil.example",
+                    "Access-Control-Request-Method": "POST",
+                    "Access-Control-Request-Headers": "content-type",
+                },
+            )
+            return refused, preflight
+
+    refused, preflight = asyncio.run(run())
+    assert refused.status_code == 400
+    assert not paper.asked["device"]
+    assert not preflight.is_success
+    for response in (refused, preflight):
+        assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 def test_too_many_requests_of_one_client_are_put_off():

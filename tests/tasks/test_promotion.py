@@ -313,6 +313,39 @@ def test_two_promotions_at_once_see_each_other(project, device, monkeypatch):
     assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
 
 
+def test_rollbacks_that_race_promotions_leave_one_champion_that_all_records_name(project, device):
+    """By hand on another machine, say, while a night's flow decides."""
+    versions, params = project.evaluate(EVEN), project.params(device)
+    promote(project.params(device, prefer="size"))
+    promote(params)
+    errors, started = [], threading.Barrier(2)
+
+    def repeat(decide):
+        started.wait(60)
+        for _ in range(4):
+            try:
+                decide()
+            except Exception as error:
+                errors.append(error)
+
+    both = [
+        threading.Thread(target=repeat, args=[lambda: promote(params)]),
+        threading.Thread(target=repeat, args=[lambda: roll_back(params, device, "a race")]),
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(240)
+    assert errors == []
+    champion = told(device)["champion"]
+    assert versions[champion] == alias(f"champion-{device}")
+    assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
+    last = [change for change in changes.read(Path()) if change["device"] == device][-1]
+    assert (last["champion"], last["version"]) == (champion, versions[champion])
+    promote(params)  # what a person restored stays
+    assert told(device)["champion"] == champion
+
+
 def test_a_registered_model_answers_through_mlflow_from_the_store_alone(project, opened, tmp_path):
     import mlflow
 
