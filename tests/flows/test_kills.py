@@ -259,7 +259,7 @@ def result(clone: Clone) -> dict[str, Any]:
         for path in folder.glob(pattern)
         if path.is_file()
     }
-    measured = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in CANDIDATES}
+    measured = {path.stem: json.loads(path.read_text()) for path in (folder / "metrics").glob("*.json")}
     return bytes_of | {name: {key: record[key] for key in TIMELESS} for name, record in measured.items()}
 
 
