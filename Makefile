@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check browser documents night services interop bench scaling repro plan ui clean
 
-demo: $(INSTALLED)  ## everything, on the embedded default: about 34 minutes on 2 cores
+demo: $(INSTALLED)  ## everything, on the embedded default: about 27 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
 
 test: $(INSTALLED)  ## the fast suite: a tiny random model with the real tokenizer
