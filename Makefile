@@ -53,7 +53,7 @@ scaling: $(INSTALLED)  ## how cost grows with rows, candidates, questions and ve
 	@for each in data candidates questions registry chart; do $(BIN)/python -m benchmarks.scaling $$each || exit; done
 
 ui: $(INSTALLED)  ## the MLflow UI on http://127.0.0.1:5000
-	@$(BIN)/python -m tasks.moved && $(BIN)/python -m mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000
+	@$(BIN)/python -m tasks.registry.moved && $(BIN)/python -m mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000
 
 # torch goes first: gptqmodel is built from source and wants it there. The pinned version has a CPU build.
 $(INSTALLED): requirements.lock

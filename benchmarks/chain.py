@@ -194,7 +194,7 @@ def _stubbed(project: Path, target: Path) -> Path:
 def _stages(folder: Path) -> list[list[str]]:
     """The outputs of each stage, in an order it can run in."""
     code = (
-        "import json; from pathlib import Path; from flows.lineage import Lineage;"
+        "import json; from pathlib import Path; from flows.engine.lineage import Lineage;"
         "print('STAGES' + json.dumps([s.command.split()[2:] for s in Lineage(Path.cwd()).stages()]))"
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)

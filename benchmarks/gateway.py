@@ -28,9 +28,9 @@ import httpx
 import typer
 
 from benchmarks.record import Row, SideFailed, own_versions, python_of, versions_of
+from lilliput.offload.policy import Always, Conditions
 from lilliput.serve.deployment import read_current
-from lilliput.serve.opening import open_service
-from lilliput.serve.router import Always, Conditions
+from lilliput.serve.factory import open_service
 
 PLACES = ("Peru", "Chad", "Norway", "Fiji", "Laos", "Malta", "Cuba", "Togo", "Iran", "Nepal")
 QUESTION, REWORDED = "What is the capital of {}?", "What is the capital city of {}, {}briefly?"

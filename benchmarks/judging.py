@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.data.chat import encode_answer
+from lilliput.chat.template import encode_answer
 from lilliput.data.corpus import Corpus
 from lilliput.evaluate.accuracy import choose
-from lilliput.evaluate.differences import compare_shares
-from lilliput.evaluate.intervals import rate
 from lilliput.runtime.torch import TorchRuntime
+from lilliput.statistics.differences import compare_shares
+from lilliput.statistics.intervals import rate
 
 
 def judged(

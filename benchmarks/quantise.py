@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.record import Row, SideFailed, own, own_versions, python_of, side, versions_of
-from lilliput.config import Params, load_params
+from lilliput.config import Params
+from lilliput.params import load_params
 
 PEERS = {"olive": ("olive-ai", "torch", "transformers"), "llmcompressor": ("llmcompressor", "torch", "transformers")}
 OWN = ("lilliput", "gptqmodel", "rtn")
@@ -93,8 +94,8 @@ def python_of_or(peer: str) -> Path:
 def _job(model: Path, data: Path, settings: Params, folder: Path, examples: int | None) -> Path:
     from transformers import AutoTokenizer
 
-    from lilliput.compress.training import encode_examples
     from lilliput.data.corpus import read_corpus
+    from lilliput.training.examples import encode_examples
 
     config = settings.strategies.gptq
     questions = read_corpus(data).calibration[: examples or config.calibration_examples]

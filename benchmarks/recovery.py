@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.record import ROOT, Row, SideFailed, own, own_versions, python_of, side, versions_of
-from lilliput.config import Params, load_params
+from lilliput.config import Params
+from lilliput.params import load_params
 
 OURS, PLAIN, THEIRS = "lilliput", "plain fine-tuning", "modelopt"
 
@@ -66,8 +67,8 @@ def _job(project: Path, settings: Params, steps: int, folder: Path) -> tuple[Pat
     """The file that describes what all sides do, and how many tokens they will have seen."""
     from transformers import AutoTokenizer
 
-    from lilliput.compress.training import encode_examples
     from lilliput.data.corpus import read_corpus
+    from lilliput.training.examples import encode_examples
 
     config, pruned = settings.strategies.distill, project / "models" / "pruned"
     questions = read_corpus(project / "data").train
@@ -92,11 +93,13 @@ def _train(job: dict[str, Any], project: Path, settings: Params, learns: str | N
     from safetensors.torch import save_model
     from usage import so_far, tell
 
+    from lilliput.chat.template import pad_id
     from lilliput.compress.distill import distill
-    from lilliput.compress.training import Example, label_loss, train
-    from lilliput.data.chat import pad_id
     from lilliput.data.corpus import read_corpus
     from lilliput.models import open_model
+    from lilliput.training.answer_loss import label_loss
+    from lilliput.training.examples import Example
+    from lilliput.training.loop import train
 
     config = settings.strategies.distill.model_copy(update={"steps": job["steps"], "checkpoint_every": 0})
     student, target = Path(job["model"]), Path(job["target"])

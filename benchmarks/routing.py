@@ -23,18 +23,12 @@ import typer
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.record import Row, own_versions
-from lilliput.config import load_params
-from lilliput.data.wheels import default_cache
-from lilliput.evaluate.routing import (
-    Outcomes,
-    _sure,
-    areas,
-    cross_fit,
-    features,
-    folds_of,
-    held_out_worth,
-)
-from lilliput.serve.embedding import open_embedder
+from lilliput.embedding.sentence_embedder import open_embedder
+from lilliput.offload.fit import cross_fit, features, folds_of, held_out_worth
+from lilliput.offload.judge import _sure, areas
+from lilliput.offload.outcomes import Outcomes
+from lilliput.params import load_params
+from lilliput.wheels import default_cache
 
 EPOCHS, BATCH, DIMENSIONS, VALIDATION = 170, 64, 128, 0.15
 

@@ -25,8 +25,8 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.record import Row, own_versions, spread
 from lilliput.config import BenchmarkConfig
 from lilliput.evaluate.benchmarks import load_task
+from lilliput.evaluate.harness import HarnessModel
 from lilliput.models import open_model
-from lilliput.runtime.harness import HarnessModel
 from lilliput.runtime.torch import TorchRuntime
 
 

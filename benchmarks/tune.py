@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.record import Row, SideFailed, own, own_versions, python_of, side, spread, versions_of
-from lilliput.config import Params, load_params
+from lilliput.config import Params
+from lilliput.params import load_params
 
 
 def main(
@@ -69,8 +70,8 @@ def _facts(told: dict[str, Any]) -> dict[str, Any]:
 def _job(model: Path, data: Path, settings: Params, steps: int, folder: Path) -> Path:
     from transformers import AutoTokenizer
 
-    from lilliput.compress.training import encode_examples
     from lilliput.data.corpus import read_corpus
+    from lilliput.training.examples import encode_examples
 
     config = settings.strategies.lora
     examples = encode_examples(
@@ -95,10 +96,12 @@ def _ours(job: dict[str, Any], settings: Params) -> None:
     from transformers import trainer
     from usage import so_far, tell
 
+    from lilliput.chat.template import pad_id
     from lilliput.compress.lora import with_adapter
-    from lilliput.compress.training import Example, label_loss, train
-    from lilliput.data.chat import pad_id
     from lilliput.models import open_model
+    from lilliput.training.answer_loss import label_loss
+    from lilliput.training.examples import Example
+    from lilliput.training.loop import train
 
     clock = StepClock()
     trainer.DEFAULT_CALLBACKS.append(clock)

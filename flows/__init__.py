@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from lilliput.errors import ConfigError
-from tasks.environment import prepare, require_usable_environment
+from tasks.process.environment import prepare, require_usable_environment
 
 try:
     prepare(Path(__file__).resolve().parent.parent)

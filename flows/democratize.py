@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from flows.idle import answered
-from flows.show import guarded_output
+from flows.engine.console import guarded_output
+from flows.engine.fast_path import answered
 
 if __name__ == "__main__":
     with guarded_output():
@@ -26,22 +26,22 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas import State
 from prefect.states import Failed
 
-from flows.crew import RUNNER_HELP, WORKERS_HELP, Crew, open_crew, require_runner
-from flows.lineage import Lineage
-from flows.plan import plan
-from flows.show import candidate_rows, fail, next_commands, print_plan, print_summary
-from flows.stages import run_stages
-from flows.stopping import run_flow
-from flows.turns import turn_in, when_free
-from flows.workspace import PROJECT, open_workspace
+from flows.engine.console import candidate_rows, fail, next_commands, print_plan, print_summary
+from flows.engine.lineage import Lineage
+from flows.engine.plan import plan
+from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, Crew, open_crew, require_runner
+from flows.engine.scheduler import run_stages
+from flows.engine.stopping import run_flow
+from flows.engine.waiting import turn_in, when_free
+from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import require_room
-from lilliput.config import load_params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
+from lilliput.params import load_params
 from lilliput.redaction import redacted
-from tasks.fit import IGNORE, require_memory, too_large
-from tasks.moved import follow
+from tasks.process.memory_check import IGNORE, require_memory, too_large
+from tasks.registry.moved import follow
 
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)

@@ -23,15 +23,15 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from rich.console import Console
 
-from flows.show import fail, guarded_output
-from flows.stopping import run_flow
-from flows.turns import turn_in
-from flows.workspace import PROJECT
+from flows.engine.console import fail, guarded_output
+from flows.engine.stopping import run_flow
+from flows.engine.waiting import turn_in
+from flows.engine.workspace import PROJECT
 from lilliput.artifacts import write_text
-from lilliput.config import load_params
+from lilliput.cache.answers import clear
 from lilliput.errors import ArtifactError, LilliputError
+from lilliput.params import load_params
 from lilliput.redaction import redacted
-from lilliput.serve.cache import clear
 from lilliput.serve.deployment import (
     ANSWERS,
     CURRENT,
@@ -44,7 +44,7 @@ from lilliput.serve.deployment import (
     tidy,
 )
 from lilliput.serve.deployment import deploy as make_current
-from tasks.folder import alone_in
+from tasks.process.folder_lock import alone_in
 
 HOMES = Path("deployments")
 # Gateways that this process started: they outlive it, and as long as it lives it has to hear of their ends.

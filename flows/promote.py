@@ -16,12 +16,12 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 from prefect.states import Completed, Failed
 
-from flows.champions import deciding
-from flows.show import fail, guarded_output, print_decisions
-from flows.turns import turn_in, when_free
-from flows.workspace import held, open_workspace
-from lilliput.config import load_params
+from flows.engine.champions import deciding
+from flows.engine.console import fail, guarded_output, print_decisions
+from flows.engine.waiting import turn_in, when_free
+from flows.engine.workspace import held, open_workspace
 from lilliput.errors import LilliputError
+from lilliput.params import load_params
 from lilliput.redaction import redacted
 from tasks import layout
 from tasks import promote as promotion

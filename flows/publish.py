@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from flows.show import fail, guarded_output, print_publication
-from flows.workspace import open_workspace
-from lilliput.config import load_params
+from flows.engine.console import fail, guarded_output, print_publication
+from flows.engine.workspace import open_workspace
 from lilliput.errors import LilliputError
+from lilliput.params import load_params
 from tasks import layout
 from tasks.publish import prepare, upload
 

@@ -21,20 +21,21 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 
-from flows.crew import RUNNER_HELP, WORKERS_HELP, open_crew, require_runner
-from flows.lineage import Stage
-from flows.process import run_process
-from flows.show import fail, front_rows, guarded_output, print_search
-from flows.stages import run_stages
-from flows.stopping import run_flow
-from flows.study import CANDIDATE, FIGURES, REASON, SECONDS, Budget, begun, finished, front, grow, open_study
-from flows.turns import turn_in, when_free
-from flows.workshop import Workshop
-from flows.workspace import PROJECT, open_workspace
+from flows.chains.chain_runner import Workshop
+from flows.chains.study import CANDIDATE, FIGURES, REASON, SECONDS, Budget, begun, finished, front, grow, open_study
+from flows.engine.console import fail, front_rows, guarded_output, print_search
+from flows.engine.lineage import Stage
+from flows.engine.process import run_process
+from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_crew, require_runner
+from flows.engine.scheduler import run_stages
+from flows.engine.stopping import run_flow
+from flows.engine.waiting import turn_in, when_free
+from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import write_json, write_text
-from lilliput.config import load_params, read_section
+from lilliput.config import read_section
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
+from lilliput.params import load_params
 from lilliput.redaction import redacted
 from lilliput.search import SearchConfig, Space, describe, value, winners
 from tasks import layout

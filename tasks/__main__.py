@@ -16,18 +16,19 @@ import psutil
 import typer
 
 from lilliput.artifacts import disk_is_full, require_room, told_of_full_disk
-from lilliput.config import Params, load_params
+from lilliput.config import Params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
+from lilliput.params import load_params
 from lilliput.redaction import redacted
 from tasks import layout
-from tasks.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPORARY, EXIT_TERMINATED, logging_to
-from tasks.cost import last_peak, out_of_memory
-from tasks.deadline import deadline
-from tasks.environment import prepare, require_usable_environment
-from tasks.folder import alone_here, started_by_flow
-from tasks.machine import end_with_stdin, machine_for
-from tasks.moved import follow
+from tasks.process.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPORARY, EXIT_TERMINATED, logging_to
+from tasks.process.cost import last_peak, out_of_memory
+from tasks.process.deadline import deadline
+from tasks.process.environment import prepare, require_usable_environment
+from tasks.process.folder_lock import alone_here, started_by_flow
+from tasks.process.machine_lock import end_with_stdin, machine_for
+from tasks.registry.moved import follow
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]

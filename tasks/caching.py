@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from lilliput.artifacts import read_manifest, verify, write_json, write_text
+from lilliput.artifacts import verify, write_json, write_text
 from lilliput.config import Params
 from lilliput.data.corpus import read_corpus
-from lilliput.data.recipe import recipe_of
-from lilliput.data.wheels import default_cache
-from lilliput.errors import ArtifactError
+from lilliput.recipes.recipe import recipe_of
+from lilliput.wheels import default_cache
 from tasks import layout
 
 
 def caching(params: Params, candidate: str) -> None:
     """Writes answers/caching/<candidate>.jsonl and metrics/caching/<candidate>.json."""
     # Here, because the report reads records without any need of torch.
-    from lilliput.evaluate.caching import measure_caching
-    from lilliput.serve.embedding import open_embedder
+    from lilliput.cache.evaluation import measure_caching
+    from lilliput.embedding.sentence_embedder import open_embedder
 
     manifest = verify(layout.model(candidate))
     measured = measure_caching(
@@ -34,15 +32,3 @@ def caching(params: Params, candidate: str) -> None:
     rows = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in measured.answers)
     write_text(layout.caching_answers(candidate), "".join(f"{row}\n" for row in rows))
     write_json(layout.caching(candidate), measured.record)
-
-
-def caching_record(params: Params, candidate: str) -> dict[str, Any] | None:
-    """What caching does to `candidate`, if that is asked for and was measured on the artefact that lies there now."""
-    if candidate not in params.caching.candidates:
-        return None
-    try:
-        manifest = read_manifest(layout.model(candidate))
-        record = json.loads(layout.caching(candidate).read_text(encoding="utf-8"))
-    except (ArtifactError, FileNotFoundError):
-        return None
-    return record if record["sha256"] == manifest.artifact_sha256 else None

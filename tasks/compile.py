@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lilliput.artifacts import PARITY, read_manifest, seal, verify, write_json, writing
+from lilliput.artifacts import PARITY, seal, verify, write_json, writing
 from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget, Params, TargetConfig
 from lilliput.data.corpus import read_corpus
-from lilliput.errors import ArtifactError
 from tasks import layout
-from tasks.cost import measured
+from tasks.process.cost import measured
 
 
 def compile_candidate(params: Params, name: str) -> None:
@@ -65,16 +64,3 @@ def _choices(candidate: str) -> dict[str, str]:
     """What the checkpoint chose, by question, as its evaluation recorded it."""
     rows = (json.loads(line) for line in layout.answers(candidate).read_text(encoding="utf-8").splitlines())
     return {row["id"]: row["choice"] for row in rows if row.get("choice") is not None}
-
-
-def device_record(params: Params, name: str) -> dict[str, Any] | None:
-    """What the devices made of compiled model `name`, if that was measured on what lies there now, parity proven."""
-    config = params.compile[name]
-    folder = layout.compiled(config.candidate, config.target)
-    try:
-        manifest, checkpoint = read_manifest(folder), read_manifest(layout.model(config.candidate))
-        record = json.loads(layout.devices(name).read_text(encoding="utf-8"))
-    except (ArtifactError, FileNotFoundError):
-        return None
-    current = record["sha256"] == manifest.artifact_sha256 and manifest.parent_sha256 == checkpoint.artifact_sha256
-    return record if current and PARITY in manifest.files else None

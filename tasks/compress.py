@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +20,6 @@ from lilliput.artifacts import (
     write_history,
     writing,
 )
-from lilliput.compress.checkpoint import fingerprint
 from lilliput.compress.result import Result
 from lilliput.config import (
     AwqConfig,
@@ -31,6 +32,7 @@ from lilliput.config import (
     RtnConfig,
 )
 from lilliput.data.corpus import read_corpus
+from lilliput.errors import LilliputError
 from lilliput.graph import check_shape, require_gpu
 from lilliput.models import (
     open_model,
@@ -41,10 +43,13 @@ from lilliput.models import (
     require_finite,
     save_model,
 )
+from lilliput.params import load_params
+from lilliput.training.checkpoint import fingerprint
 from tasks import layout
-from tasks.cost import measured
-from tasks.fit import require_memory
-from tasks.parallel import is_main, launch, launcher
+from tasks.process.accelerate import is_main, launch, launcher
+from tasks.process.console import ERROR, EXIT_REFUSED
+from tasks.process.cost import measured
+from tasks.process.memory_check import require_memory
 
 RELOAD_TOLERANCE = 1e-3  # largest difference of any logit; the same numbers are summed in the same order
 
@@ -163,3 +168,20 @@ def _seal(params: Params, candidate: str, parent: Manifest, result: Result, dire
         parameters=parameters,
         facts=facts,
     )
+
+
+def _one_of_several(candidate: str) -> None:
+    """One of the processes that accelerate starts: all train, the main one writes."""
+    from accelerate import PartialState
+
+    PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")  # this process's GPU is the one that torch means
+    try:
+        make(load_params(layout.PARAMS), candidate)
+    except LilliputError as error:
+        if is_main():
+            print(f"\n{ERROR}{error}\n", flush=True)
+        sys.exit(EXIT_REFUSED)
+
+
+if __name__ == "__main__":
+    _one_of_several(sys.argv[1])

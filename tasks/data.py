@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lilliput.config import Params
-from lilliput.data.corpus import build_corpus, write_corpus
-from lilliput.data.wheels import default_cache
+from lilliput.data.corpus import write_corpus
+from lilliput.recipes.build import build_corpus
+from lilliput.wheels import default_cache
 from tasks import layout
 
 

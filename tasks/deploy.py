@@ -8,14 +8,15 @@ from pathlib import Path
 from lilliput.artifacts import MANIFEST, file_sha256, read_manifest
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
+from lilliput.offload.fitted_router import CACHE
 from lilliput.serve.deployment import Deployed, Deployment, keep, keep_router
-from lilliput.serve.routers import CACHE
-from tasks import layout, registry
+from tasks import layout
+from tasks.registry import model_versions
 
 TARGET = "gguf"
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def stage_champion(params: Params, device: str, home: Path) -> Deployment:
     """The deployment of `device`'s champion in the registry, its models verified and put under `home`.
 
@@ -51,7 +52,7 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
 def _champion(device: str) -> tuple[Deployed, Path]:
     """What the registry calls `device`'s champion, and the folder of its compiled form."""
     alias = f"champion-{device}"
-    version = registry.version_of(alias)
+    version = model_versions.version_of(alias)
     if version is None:
         raise ArtifactError(
             f"the registry has no {alias}; run `python -m flows.democratize` first; promotion.json says who was refused"

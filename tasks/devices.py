@@ -5,7 +5,7 @@ from __future__ import annotations
 from lilliput.artifacts import verify, write_json
 from lilliput.config import Params
 from lilliput.data.corpus import read_corpus
-from lilliput.evaluate.on_device import measure_on_devices
+from lilliput.devices.measure import measure_on_devices
 from tasks import layout
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lilliput.artifacts import verify, write_json, write_text
 from lilliput.config import Params
-from lilliput.data.contamination import contaminated
+from lilliput.contamination import contaminated
 from lilliput.data.corpus import read_corpus
 from lilliput.evaluate.record import evaluate_candidate
 from tasks import layout

@@ -22,7 +22,7 @@ WINNER = Path("winner.yaml")
 
 
 def is_workspace(folder: Path) -> bool:
-    """Whether `folder`, absolute, is a workspace beside the project (flows/workspace.py)."""
+    """Whether `folder`, absolute, is a workspace beside the project (flows/engine/workspace.py)."""
     return folder.parent.name == "workspaces"
 
 

@@ -7,11 +7,12 @@ import json
 from lilliput.artifacts import write_json
 from lilliput.config import Params
 from lilliput.errors import ConfigError
-from tasks import layout, registry
-from tasks.run_metrics import of_offloading
+from tasks import layout
+from tasks.registry import model_versions
+from tasks.registry.run_metrics import of_offloading
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def log(params: Params, device: str) -> None:
     """Writes logged/<device>.json: the version that has what each policy reaches over the configured link.
 
@@ -27,5 +28,5 @@ def log(params: Params, device: str) -> None:
     if registered is None:
         raise ConfigError(f"{layout.offload_record(device)} is of {record['candidate']}, which is not registered")
     numbers = of_offloading(device, record)
-    registry.add_metrics(registry.client(), registered["version"], layout.offload_record(device), numbers)
+    model_versions.add_metrics(model_versions.client(), registered["version"], layout.offload_record(device), numbers)
     write_json(layout.logged(device), registered)

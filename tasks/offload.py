@@ -8,30 +8,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lilliput.artifacts import Manifest, read_manifest, verify, write_json, write_text
-from lilliput.config import Params, ServingConfig
+from lilliput.artifacts import verify, write_json, write_text
+from lilliput.config import Params
 from lilliput.data.corpus import Corpus, read_corpus
-from lilliput.data.recipe import recipe_of
-from lilliput.data.wheels import default_cache
-from lilliput.errors import ArtifactError, DataError
-from lilliput.serve.embedder import Embedder
-from lilliput.serve.routers import CACHE, GGUF, ROUTER, pair_of
-from lilliput.serve.server import LlamaServer, Serving
+from lilliput.embedding.embedder import Embedder
+from lilliput.errors import DataError
+from lilliput.llama_server.process import LlamaServer, Serving
+from lilliput.offload.fitted_router import CACHE, ROUTER
+from lilliput.offload.model_pair import GGUF, pair_of
+from lilliput.recipes.recipe import recipe_of
+from lilliput.wheels import default_cache
 from tasks import layout
-from tasks.cost import measured
+from tasks.process.cost import measured
+from tasks.records import CURVES, bundled_champion, edge_manifest
 
-ANSWERS, CURVES = "answers.jsonl", "curves.json"
+ANSWERS = "answers.jsonl"
 
 
 def offload(params: Params, device: str) -> None:
     """Writes offload/<device>/ (answers, router, cache threshold, curves) and offload/<device>.json."""
-    from lilliput.evaluate.offload import ask_both, draw
-    from lilliput.evaluate.routing import judge
+    from lilliput.embedding.sentence_embedder import open_embedder
+    from lilliput.offload.collect import ask_both, draw
+    from lilliput.offload.judge import judge
     from lilliput.runtime.torch import cpu_threads
-    from lilliput.serve.embedding import open_embedder
 
     serving, folder = params.serving[device], layout.offload(device)
-    champion, server = _champion(device), _edge(params, serving)
+    champion, server = bundled_champion(device), edge_manifest(params, serving)
     pair = pair_of(champion, serving.edge, server)
     corpus = read_corpus(layout.DATA)
     embedder = open_embedder(params.caching.embedder, default_cache())
@@ -65,42 +67,13 @@ def offload(params: Params, device: str) -> None:
         }
 
 
-def offload_record(params: Params, device: str) -> dict[str, Any] | None:
-    """What offloading does on `device`, with its curves, if it was measured on the champion that is bundled now."""
-    serving, path = params.serving[device], layout.offload_record(device)
-    try:
-        pair = pair_of(_champion(device), serving.edge, _edge(params, serving))
-        record = json.loads(path.read_text(encoding="utf-8"))
-        curves = json.loads((layout.offload(device) / CURVES).read_text(encoding="utf-8"))
-    except (ArtifactError, FileNotFoundError):
-        return None
-    return record | {"link": serving.link, "curves": curves} if tuple(record["pair"]) == pair else None
-
-
-def _champion(device: str) -> Manifest:
-    folder = layout.BUNDLES / device
-    if not folder.exists():
-        raise ArtifactError(
-            f"{folder}: nothing is bundled for {device}; promotion.json says why it has no compiled champion. "
-            f"Compile one that fits, or remove serving.{device}"
-        )
-    return read_manifest(folder)
-
-
-def _edge(params: Params, serving: ServingConfig) -> Manifest | None:
-    """The manifest of what is served here as edge server; None for a server elsewhere."""
-    if serving.edge.candidate is None:
-        return None
-    return read_manifest(layout.compiled(serving.edge.candidate, "gguf"))
-
-
 @contextmanager
 def _both_ends(params: Params, device: str) -> Iterator[Any]:
     """Device and edge server, started where they are ours, and a client that reaches both."""
     import httpx
 
-    from lilliput.evaluate.offload import End
-    from lilliput.serve.ends import EDGE_KEY
+    from lilliput.config import EDGE_KEY
+    from lilliput.offload.collect import End
 
     serving, profile = params.serving[device], params.devices[device]
     edge, bundle = serving.edge, layout.BUNDLES / device
@@ -126,7 +99,7 @@ def _bearer(key: str) -> dict[str, str]:
 
 def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
     """The threshold of the answer cache and the pairs it was fitted on."""
-    from lilliput.evaluate.caching import fitted_threshold
+    from lilliput.cache.evaluation import fitted_threshold
 
     threshold, pairs = fitted_threshold(corpus, recipe_of(params.data.source), params.caching, embedder)
     return {"threshold": threshold, "pairs": pairs}

@@ -15,15 +15,16 @@ from lilliput.artifacts import write_json
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.promote import Decision, decide
-from tasks import changes, layout, registry, verdicts
-from tasks.compile import device_record
-from tasks.pool import Pool, read_pool
-from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS
-from tasks.reign import as_device_knows, read_past
-from tasks.verdicts import Answer, Proposal
+from tasks import layout
+from tasks.records import device_record
+from tasks.registry import approvals, model_versions, outbox
+from tasks.registry.approvals import Answer, Proposal
+from tasks.registry.candidates import Pool, read_pool
+from tasks.registry.model_versions import CHALLENGER, CHAMPION, PREVIOUS
+from tasks.registry.past_champion import as_device_knows, read_past
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def promote(params: Params, answers: Mapping[str, Answer] | None = None) -> None:
     """Writes promotion.json, moves the aliases `champion-`, `challenger-` and `previous-<device>`, and tells why.
 
@@ -31,19 +32,19 @@ def promote(params: Params, answers: Mapping[str, Answer] | None = None) -> None
         params: of the project.
         answers: by device, what a person said where the rules ask for approval; without one nothing moves there.
     """
-    with registry.alone():
+    with model_versions.alone():
         pool = read_pool(params)
         decisions = {device: _decide(device, pool, (answers or {}).get(device)) for device in params.promotion}
-        registry.forget_devices(params.promotion)
+        model_versions.forget_devices(params.promotion)
         for device, decision in decisions.items():
             _move(device, decision, pool)
         write_json(layout.PROMOTION, {device: _told(params, decision) for device, decision in decisions.items()})
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def proposals(params: Params) -> list[Proposal]:
     """The champions that wait for a person, as things stand; moves nothing."""
-    with registry.alone():
+    with model_versions.alone():
         pool = read_pool(params)
         decisions = [_by_rules(device, pool) for device in params.promotion]
         return [
@@ -53,7 +54,7 @@ def proposals(params: Params) -> list[Proposal]:
         ]
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def roll_back(params: Params, device: str, because: str) -> None:
     """Restores the champion before this one, and keeps it until an evaluation or the rules of `device` change.
 
@@ -65,22 +66,25 @@ def roll_back(params: Params, device: str, because: str) -> None:
     """
     if device not in params.promotion:
         raise ConfigError(f"--rollback {device}: no such device under `promotion`: {', '.join(params.promotion)}")
-    with registry.alone():
-        previous, champion = registry.version_of(f"{PREVIOUS}{device}"), registry.version_of(f"{CHAMPION}{device}")
+    with model_versions.alone():
+        previous, champion = (
+            model_versions.version_of(f"{PREVIOUS}{device}"),
+            model_versions.version_of(f"{CHAMPION}{device}"),
+        )
         if previous is None:
             raise ConfigError(f"--rollback {device}: there is no champion before this one that could be restored")
-        pool, day = read_pool(params), verdicts.on_this_day(because)
+        pool, day = read_pool(params), approvals.on_this_day(because)
         restored, stepped_down = str(previous.version), None if champion is None else str(champion.version)
         refused = {}
         if champion and stepped_down:
             refused = {pool.name(champion): f"rolled back by hand {day}"}
-            verdicts.veto(stepped_down, device, f"rolled back by hand {day}", params)
+            approvals.veto(stepped_down, device, f"rolled back by hand {day}", params)
         reason = f"restored by hand in place of {''.join(refused) or 'nobody'} {day}"
-        verdicts.hold(restored, device, reason, params, _on(device, pool))
+        approvals.hold(restored, device, reason, params, _on(device, pool))
         for alias, version in {CHAMPION: restored, PREVIOUS: stepped_down, CHALLENGER: None}.items():
-            registry.point(f"{alias}{device}", version)
+            model_versions.point(f"{alias}{device}", version)
         decision = Decision(device=device, champion=pool.name(previous), reason=reason, refused=refused)
-        changes.note(device, decision, restored, pool.name(champion) if champion else None)
+        outbox.note(device, decision, restored, pool.name(champion) if champion else None)
         told = json.loads(layout.PROMOTION.read_text(encoding="utf-8")) if layout.PROMOTION.exists() else {}
         write_json(layout.PROMOTION, told | {device: _told(params, decision)})
 
@@ -94,10 +98,10 @@ def _decide(device: str, pool: Pool, said: Answer | None) -> Decision:
     if said is None or said.version != version:
         return _staying(decision, pool, "waits for a person's approval", challenger=decision.champion)
     if said.approved:
-        agreed = f"approved {verdicts.on_this_day(said.because)}"
+        agreed = f"approved {approvals.on_this_day(said.because)}"
         return decision.model_copy(update={"reason": f"{decision.reason}; {agreed}"})
-    denied = f"was denied by a person {verdicts.on_this_day(said.because)}"
-    verdicts.veto(version, device, denied, pool.params)
+    denied = f"was denied by a person {approvals.on_this_day(said.because)}"
+    approvals.veto(version, device, denied, pool.params)
     return _staying(decision, pool, denied, challenger=None)
 
 
@@ -105,13 +109,13 @@ def _needs_approval(decision: Decision, pool: Pool) -> bool:
     """Whether a person has to agree: the rules say so, and the champion would be another model than so far."""
     if decision.champion not in pool.versions or not pool.params.promotion[decision.device].approval:
         return False
-    before = registry.version_of(f"{CHAMPION}{decision.device}")
+    before = model_versions.version_of(f"{CHAMPION}{decision.device}")
     return before is None or pool.name(before) != decision.champion
 
 
 def _staying(decision: Decision, pool: Pool, why: str, challenger: str | None) -> Decision:
     """`decision` when its champion may not take the place of who has it."""
-    before, kept_out = registry.version_of(f"{CHAMPION}{decision.device}"), decision.champion
+    before, kept_out = model_versions.version_of(f"{CHAMPION}{decision.device}"), decision.champion
     assert kept_out is not None
     name = pool.name(before) if before else None
     refused = {key: reason for key, reason in decision.refused.items() if key != name}
@@ -127,21 +131,21 @@ def _staying(decision: Decision, pool: Pool, why: str, challenger: str | None) -
 def _by_rules(device: str, pool: Pool) -> Decision:
     """What evaluations, rules and a person's earlier word would have."""
     # The versions of a search never served anyone, so that chains are held against the base alone.
-    champion = None if layout.SEARCH.exists() else registry.version_of(f"{CHAMPION}{device}")
+    champion = None if layout.SEARCH.exists() else model_versions.version_of(f"{CHAMPION}{device}")
     records, impossible = found = _on(device, pool)
     impossible = impossible | {
-        name: why for name, tags in pool.tags.items() if (why := verdicts.vetoed(tags, device, pool.params))
+        name: why for name, tags in pool.tags.items() if (why := approvals.vetoed(tags, device, pool.params))
     }
     if champion is None:
         return decide(device, pool.params.promotion[device], records, pool.base_reference(), impossible)
-    if why := verdicts.held(champion.tags, device, pool.params, found):
+    if why := approvals.held(champion.tags, device, pool.params, found):
         others = {name: f"{pool.name(champion)} was {why}" for name in pool.versions if name != pool.name(champion)}
         return Decision(device=device, champion=pool.name(champion), reason=why, refused=others | impossible)
     decision = _beside(champion, device, pool, records, impossible)
-    if decision.champion is None or not verdicts.settled(champion.tags, device, pool.params, found):
+    if decision.champion is None or not approvals.settled(champion.tags, device, pool.params, found):
         return decision
     if decision.champion == pool.name(champion):  # what was decided then is said again, in the words of then
-        return verdicts.as_told(decision, champion.tags, pool.tags)
+        return approvals.as_told(decision, champion.tags, pool.tags)
     # Near enough to the champion so far, but not to the one before it: else runs in a row would creep downwards.
     return _staying(decision, pool, "fell short when this was decided; nothing has changed since", None)
 
@@ -196,22 +200,22 @@ def _move(device: str, decision: Decision, pool: Pool) -> None:
 
     The champion's alias moves last: cut off before, the same decision is made again, by the champion so far.
     """
-    before = registry.version_of(f"{CHAMPION}{device}")
+    before = model_versions.version_of(f"{CHAMPION}{device}")
     versions = ({pool.name(before): str(before.version)} if before else {}) | pool.versions
     champion = versions.get(decision.champion or "")
     if before and str(before.version) != champion:
         followed = f"followed by {decision.champion or 'nobody'}"
-        verdicts.tell_refused(str(before.version), device, decision.refused.get(pool.name(before), followed))
+        approvals.tell_refused(str(before.version), device, decision.refused.get(pool.name(before), followed))
     for name, version in versions.items():
         if version == champion:
-            verdicts.tell_promoted(version, device, decision.reason)
+            approvals.tell_promoted(version, device, decision.reason)
         elif name in decision.refused:
-            verdicts.tell_refused(version, device, decision.refused[name])
+            approvals.tell_refused(version, device, decision.refused[name])
     if champion and (before is None or str(before.version) != champion):
-        verdicts.settle(champion, device, pool.params, _on(device, pool))
-    registry.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
-    if registry.move_champion(device, champion):
-        changes.note(device, decision, champion, pool.name(before) if before else None)
+        approvals.settle(champion, device, pool.params, _on(device, pool))
+    model_versions.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
+    if model_versions.move_champion(device, champion):
+        outbox.note(device, decision, champion, pool.name(before) if before else None)
 
 
 def _told(params: Params, decision: Decision) -> dict[str, Any]:

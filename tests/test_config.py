@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from lilliput.config import load_params
 from lilliput.errors import ConfigError
+from lilliput.params import load_params
 
 PROJECT = Path(__file__).resolve().parent.parent
 

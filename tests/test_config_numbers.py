@@ -16,11 +16,11 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 import lilliput.config
+import lilliput.offload.simulate
 import lilliput.search
-import lilliput.serve.simulate
-from lilliput.config import load_params
 from lilliput.config.section import Section
 from lilliput.errors import ConfigError
+from lilliput.params import load_params
 from tests.conftest import PROJECT
 
 OPEN_ENDED = {"Range.low", "Range.high"}  # of a search: what is drawn from them is checked as the setting it is for
@@ -48,7 +48,7 @@ def is_number(annotation: Any) -> bool:
 
 
 def numbers() -> dict[str, FieldInfo]:
-    assert lilliput.config and lilliput.search and lilliput.serve.simulate  # which define the sections
+    assert lilliput.config and lilliput.search and lilliput.offload.simulate  # which define the sections
     return {
         f"{section.__name__}.{name}": field
         for section in sections()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lilliput import models
-from lilliput.config import load_params
 from lilliput.memory import SHORT, Machine, Shape, answering_bytes, estimate, scoring_bytes
 from lilliput.models import parameter_count
+from lilliput.params import load_params
 
 PROJECT = Path(__file__).resolve().parent.parent
 GIB = 2**30

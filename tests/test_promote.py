@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lilliput.config import PromotionConfig
-from lilliput.evaluate.differences import Comparison
-from lilliput.evaluate.intervals import Estimate
 from lilliput.promote import Reference, decide
+from lilliput.statistics.differences import Comparison
+from lilliput.statistics.intervals import Estimate
 
 RULES = PromotionConfig(prefer="accuracy", max_accuracy_drop=0.02, max_hallucination_rise=0.02)
 

@@ -28,7 +28,7 @@ def _workspace(folder: Path, count: int) -> None:
     """A workspace of `count` candidates beside the base: a sixth of them branches that the others end."""
     from ruamel.yaml import YAML
 
-    from flows.workspace import make_workspace
+    from flows.engine.workspace import make_workspace
 
     yaml = YAML()
     raw = yaml.load(TINY.read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ def _record(folder: Path, count: int) -> Row:
     """Leaves an output of one line for each stage and records all of them at once; not a part of any run."""
     from dvc.repo import Repo
 
-    from flows.lineage import Lineage
+    from flows.engine.lineage import Lineage
 
     _workspace(folder, count)
     with contextlib.chdir(folder / "workspace"):
@@ -75,7 +75,7 @@ def _record(folder: Path, count: int) -> Row:
 
 def _ask(folder: Path, count: int) -> Row:
     """What it takes to ask about a stage, the mean of five, and to record one, the mean of two."""
-    from flows.lineage import Lineage
+    from flows.engine.lineage import Lineage
 
     with contextlib.chdir(folder / "workspace"):
         lineage = Lineage(Path())
@@ -100,9 +100,9 @@ def _pretend(lineage: Any, name: str) -> None:
 
 def _plan(folder: Path, count: int) -> Row:
     del count
-    from flows.lineage import Lineage
-    from flows.plan import plan
-    from lilliput.config import load_params
+    from flows.engine.lineage import Lineage
+    from flows.engine.plan import plan
+    from lilliput.params import load_params
 
     with contextlib.chdir(folder / "workspace"), timed() as cost:
         planned = plan(Lineage(Path()), load_params(Path("params.yaml")), Path(), [])
@@ -117,9 +117,9 @@ def _run_cached(folder: Path, count: int) -> Row:
     from prefect import flow
     from prefect.testing.utilities import prefect_test_harness
 
-    from flows.crew import open_crew
-    from flows.lineage import Lineage
-    from flows.stages import run_stages
+    from flows.engine.lineage import Lineage
+    from flows.engine.runners import open_crew
+    from flows.engine.scheduler import run_stages
 
     @flow
     def cached() -> tuple[dict[str, str], dict[str, str]]:

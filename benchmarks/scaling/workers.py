@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.scaling.measuring import Counts, Row, tell
-from tasks.cost import cpu_s
+from tasks.process.cost import cpu_s
 
 STAGE = """\
 import sys, time
@@ -56,9 +56,9 @@ def _fan_out(runner: str, number: int, seconds: float, work: str) -> Row:
 
 
 def _measure(runner: str, number: int, seconds: float, work: str) -> Row:
-    from flows.crew import open_crew
-    from flows.lineage import Lineage
-    from flows.stages import run_stages
+    from flows.engine.lineage import Lineage
+    from flows.engine.runners import open_crew
+    from flows.engine.scheduler import run_stages
 
     with TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name).resolve()

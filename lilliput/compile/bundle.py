@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import TOKENIZER_FILES, Manifest, seal, write_json, write_text
-from lilliput.data.chat import (
+from lilliput.chat.template import (
     PINNED_DATE,
     conversation,
     date_can_follow,

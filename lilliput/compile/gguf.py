@@ -19,9 +19,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoTokenizer
 
+from lilliput.chat.template import end_id, end_ids, read_generation_config
 from lilliput.compile.codes import PARTS, Codes, read_codes
 from lilliput.config import GgufTarget
-from lilliput.data.chat import end_id, end_ids, read_generation_config
 from lilliput.errors import CompileError
 from lilliput.untrusted import require_harmless
 

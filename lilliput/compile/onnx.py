@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from lilliput.chat.template import end_ids, read_generation_config
 from lilliput.compile.codes import read_codes
 from lilliput.config import OnnxTarget
-from lilliput.data.chat import end_ids, read_generation_config
 from lilliput.errors import CompileError
 from lilliput.redaction import environment_without_secrets
 from lilliput.untrusted import require_harmless

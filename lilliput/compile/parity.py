@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lilliput.agreement import agreement, share
+from lilliput.chat.template import conversation, encode_answer, encode_prompt, encode_text, render, shared_beginning
 from lilliput.config import ParityConfig
-from lilliput.data.chat import conversation, encode_answer, encode_prompt, encode_text, render, shared_beginning
 from lilliput.data.questions import Question
-from lilliput.devices import Job, Outcome, run_on_device
+from lilliput.devices.runs import Job, Outcome, run_on_device
 from lilliput.errors import CompileError
-from lilliput.evaluate import intervals
-from lilliput.evaluate.compare import compare
 from lilliput.models import open_model
+from lilliput.statistics import intervals
+from lilliput.statistics.agreement import agreement, share
+from lilliput.statistics.compare import compare
 
 
 def prove_parity(

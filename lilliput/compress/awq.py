@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from lilliput.compress.packing import open_parent, packed_result, round_to_nearest, rounded
 from lilliput.compress.result import Result
-from lilliput.compress.training import encode_examples
 from lilliput.config import AwqConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, probe_logits
 from lilliput.resident import give_back_memory
+from lilliput.training.examples import encode_examples
 
 _GRAM_BYTES = 2**30  # of input statistics held at once; larger models are passed over several times
 _SAME_LOGITS = 1e-2  # folding only moves factors between weights; what is left is float32's rounding

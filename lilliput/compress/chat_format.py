@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.data.chat import conversation, encode_text, end_id, end_ids, render, turn_end_id, uses_date
+from lilliput.chat.template import conversation, encode_text, end_id, end_ids, render, turn_end_id, uses_date
 from lilliput.errors import SourceError
 
 _SYSTEM, _QUESTION, _ANSWER = "Lilliput-System", "Lilliput-Question", "Lilliput-Answer"

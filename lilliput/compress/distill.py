@@ -18,30 +18,16 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.artifacts import read_manifest
+from lilliput.chat.template import end_ids, pad_id
 from lilliput.compress.result import Result
-from lilliput.compress.stored_logits import StoredLogits, buckets, stored_logits
-from lilliput.compress.training import (
-    IGNORED,
-    Batch,
-    Example,
-    Loss,
-    answer_logits,
-    answer_states,
-    answer_vocabulary,
-    collate,
-    encode_examples,
-    lazy_examples,
-    main_process_first,
-    outcome,
-    own_device,
-    set_aside,
-    train,
-)
 from lilliput.config import DistillConfig
-from lilliput.data.chat import end_ids, pad_id
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, read_config, sharded
+from lilliput.training.answer_loss import answer_logits, answer_states, answer_vocabulary
+from lilliput.training.examples import Batch, Example, collate, encode_examples, lazy_examples
+from lilliput.training.loop import IGNORED, Loss, main_process_first, outcome, own_device, set_aside, train
+from lilliput.training.stored_logits import StoredLogits, buckets, stored_logits
 
 
 def distill(

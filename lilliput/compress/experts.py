@@ -23,6 +23,7 @@ from torch.nn.functional import normalize, one_hot
 from tqdm import tqdm
 from transformers import MixtralConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig
 
+from lilliput.chat.template import pad_id
 from lilliput.compress.lora import lora
 from lilliput.compress.mixture import (
     active_parameters,
@@ -34,23 +35,14 @@ from lilliput.compress.mixture import (
     set_active,
 )
 from lilliput.compress.result import Result
-from lilliput.compress.training import (
-    History,
-    answer_states,
-    collate,
-    encode_examples,
-    label_loss,
-    lazy_examples,
-    outcome,
-    set_aside,
-    train,
-)
 from lilliput.config import ExpertsConfig
-from lilliput.data.chat import pad_id
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.evaluate.perplexity import IGNORED
 from lilliput.models import Opened, decoder_layers, open_model
+from lilliput.statistics.perplexity import IGNORED
+from lilliput.training.answer_loss import answer_states, label_loss
+from lilliput.training.examples import collate, encode_examples, lazy_examples
+from lilliput.training.loop import History, outcome, set_aside, train
 
 Topics = list[list[Question]]
 

@@ -27,12 +27,12 @@ from lilliput.compress.packing import (
     written_result,
 )
 from lilliput.compress.result import Result
-from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers
 from lilliput.resident import give_back_memory
+from lilliput.training.examples import encode_examples
 
 
 def gptq(

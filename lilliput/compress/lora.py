@@ -14,12 +14,14 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.artifacts import ADAPTER
+from lilliput.chat.template import pad_id
 from lilliput.compress.result import Result
-from lilliput.compress.training import computes_in_bfloat16, label_loss, lazy_examples, outcome, set_aside, train
 from lilliput.config import LoraConfig
-from lilliput.data.chat import pad_id
 from lilliput.data.questions import Question
 from lilliput.models import open_model, open_nf4, save_model
+from lilliput.training.answer_loss import label_loss
+from lilliput.training.examples import lazy_examples
+from lilliput.training.loop import computes_in_bfloat16, outcome, set_aside, train
 
 _TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 

@@ -29,12 +29,12 @@ from lilliput.compress.mixture import (
     set_active,
 )
 from lilliput.compress.result import Result
-from lilliput.compress.training import encode_examples
 from lilliput.config import MoeConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import Opened, decoder_layers
 from lilliput.shape import expert_numbers
+from lilliput.training.examples import encode_examples
 
 ROUTER_LOGIT_RMS = 1e-3  # an expert then weighs 1 ± 0.0005, and float32 still tells a thousandth of this apart
 RIDGE = 1e-2  # of the mean diagonal of XᵀX

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.compress.result import Result
-from lilliput.compress.training import Example, encode_examples
 from lilliput.config import QuantisationConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.evaluate.perplexity import counted, perplexity
 from lilliput.models import decoder_layers, dequantise, open_model, parameter_count, stored_dtype
 from lilliput.shape import fitting_group_sizes
+from lilliput.statistics.perplexity import counted, perplexity
+from lilliput.training.examples import Example, encode_examples
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lilliput.compress.result import Result
-from lilliput.compress.training import Example, encode_examples
 from lilliput.config import PruneConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.evaluate.perplexity import perplexity
 from lilliput.models import Opened, decoder_layers, stored_dtype
 from lilliput.shape import head_dim, parameters, pruned, size, weights_read_per_token
+from lilliput.statistics.perplexity import perplexity
+from lilliput.training.examples import Example, encode_examples
 
 Texts = Sequence[Sequence[int]]
 History = dict[str, list[tuple[int, float]]]

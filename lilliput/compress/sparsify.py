@@ -15,11 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lilliput.compress.result import Result
-from lilliput.compress.training import encode_examples
 from lilliput.config import SparsifyConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import Opened, decoder_layers
+from lilliput.training.examples import encode_examples
 
 
 def sparsify(parent: Opened, calibration: Sequence[Question], system_prompt: str, config: SparsifyConfig) -> Result:

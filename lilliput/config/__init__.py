@@ -19,15 +19,17 @@ from lilliput.config.evaluation import (
     EvaluationConfig,
 )
 from lilliput.config.inputs import DataConfig, SourceConfig
-from lilliput.config.params import Params, load_params
+from lilliput.config.params import Params
 from lilliput.config.reading import read_section, read_yaml
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
 from lilliput.config.serving import (
+    EDGE_KEY,
     AnswerCacheConfig,
     EdgeConfig,
     LinkConfig,
     ObjectiveConfig,
     OffloadConfig,
+    Place,
     ServingConfig,
 )
 from lilliput.config.strategies import (
@@ -57,6 +59,7 @@ from lilliput.config.strategies import (
 
 __all__ = [
     "BFLOAT16",
+    "EDGE_KEY",
     "QLORA",
     "AccessibilityTargets",
     "AnswerCacheConfig",
@@ -90,6 +93,7 @@ __all__ = [
     "OnnxTarget",
     "Params",
     "ParityConfig",
+    "Place",
     "Positive",
     "PositiveFloat",
     "PromotionConfig",
@@ -109,7 +113,6 @@ __all__ = [
     "TargetConfig",
     "TrainingConfig",
     "WheelPin",
-    "load_params",
     "read_section",
     "read_yaml",
 ]

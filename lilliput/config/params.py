@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -11,7 +9,7 @@ from pydantic import Field, model_validator
 from lilliput.config.devices import DeviceConfig, ParityConfig, PromotionConfig, TargetConfig
 from lilliput.config.evaluation import CachingConfig, EvaluationConfig
 from lilliput.config.inputs import DataConfig, SourceConfig
-from lilliput.config.reading import read_section, validate
+from lilliput.config.reading import validate
 from lilliput.config.section import LinkName, Name, Section
 from lilliput.config.serving import LinkConfig, ServingConfig
 from lilliput.config.strategies import CandidateConfig, StrategiesConfig
@@ -87,27 +85,3 @@ class Params(Section):
         defaults = getattr(self.strategies, spec.apply)
         place = f"candidates.{candidate}.with"
         return validate(type(defaults), defaults.model_dump(mode="json") | spec.with_, "params.yaml", place)
-
-
-def load_params(path: Path) -> Params:
-    """Params read from `path`, complete and checked, the candidate graph included.
-
-    Raises:
-        ConfigError: the file is missing, is no YAML, or holds unknown keys, wrong types or an impossible graph; all
-            problems at once.
-    """
-    try:
-        return _load(path, path.read_bytes())
-    except OSError:
-        return _load(path, b"")  # which says what is wrong with it
-
-
-@lru_cache(maxsize=8)
-def _load(path: Path, content: bytes) -> Params:
-    """What `path` says as long as it holds `content`: YAML is read in Python, and a summary asks six times."""
-    del content
-    from lilliput.graph import check_graph  # the graph's rules need Params, Params's reader needs the rules
-
-    params = read_section(Params, path)
-    check_graph(params, str(path))
-    return params

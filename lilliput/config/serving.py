@@ -20,6 +20,9 @@ from lilliput.config.section import (
 )
 from lilliput.redaction import has_credentials
 
+EDGE_KEY = "LILLIPUT_EDGE_KEY"  # the environment variable with the key of an edge server elsewhere
+Place = Literal["device", "server"]  # where a question is answered
+
 
 class LinkConfig(Section):
     """A radio link from the device to the edge server; declared, and what is reckoned with it is an estimate.

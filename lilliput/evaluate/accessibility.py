@@ -11,8 +11,8 @@ import numpy as np
 
 from lilliput.config import AccessibilityTargets, DeviceConfig
 from lilliput.evaluate.energy import EnergyMeter
-from lilliput.evaluate.intervals import Estimate, statistic
 from lilliput.runtime.protocol import Ids, Runtime
+from lilliput.statistics.intervals import Estimate, statistic
 
 MIB = 2**20
 WARM_UP_TOKENS = 8

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lilliput.data.chat import encode_answer, encode_prompt
+from lilliput.chat.template import encode_answer, encode_prompt
 from lilliput.data.questions import Question
 from lilliput.evaluate.answer_text import prepared
 from lilliput.evaluate.assertion import denied, is_bound, one_of_several

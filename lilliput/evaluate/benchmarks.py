@@ -21,8 +21,8 @@ from lilliput.errors import ConfigError
 if TYPE_CHECKING:  # heavy, and require_benchmarks runs before every stage
     from transformers import PreTrainedTokenizerBase
 
-    from lilliput.evaluate.intervals import Estimate
     from lilliput.runtime.protocol import Runtime
+    from lilliput.statistics.intervals import Estimate
 
 # Tasks whose metrics need a continuation's likelihood or a greedy answer, and nothing else of the model.
 SUPPORTED = {"multiple_choice", "generate_until"}
@@ -92,7 +92,7 @@ def _run(
 ) -> Benchmark:
     import lm_eval
 
-    from lilliput.runtime.harness import HarnessModel
+    from lilliput.evaluate.harness import HarnessModel
 
     task = load_task(config, root)
     started = time.perf_counter()
@@ -209,7 +209,7 @@ def _complement(share: Estimate) -> Estimate:
 
 
 def _estimate(values: Sequence[float], seed: int, resamples: int) -> Estimate:
-    from lilliput.evaluate.intervals import mean, rate
+    from lilliput.statistics.intervals import mean, rate
 
     right_or_wrong = set(values) <= {0.0, 1.0}
     estimate = rate([value == 1.0 for value in values]) if right_or_wrong else mean(values, seed, resamples)

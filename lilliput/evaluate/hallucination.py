@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lilliput.evaluate.intervals import Estimate, rate
+from lilliput.statistics.intervals import Estimate, rate
 
 
 @dataclass(frozen=True)

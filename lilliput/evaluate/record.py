@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from lilliput import resident
+from lilliput.chat.template import encode_answer, encode_prompt
 from lilliput.config import EvaluationConfig, Params
-from lilliput.data.chat import encode_answer, encode_prompt
 from lilliput.data.questions import Question
 from lilliput.errors import DataError
-from lilliput.evaluate import accessibility, hallucination, intervals
+from lilliput.evaluate import accessibility, hallucination
 from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import choose, is_right
 from lilliput.evaluate.benchmarks import answer_rows, run_benchmarks
@@ -25,6 +25,7 @@ from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.hallucination import Verdict
 from lilliput.models import open_model
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
+from lilliput.statistics import intervals
 
 
 @dataclass(frozen=True)

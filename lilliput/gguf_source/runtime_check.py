@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.agreement import agreement
-from lilliput.devices import Job, run_on_device
+from lilliput.devices.runs import Job, run_on_device
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import USE_SAFETENSORS, Header
+from lilliput.statistics.agreement import agreement
 
 _PASSAGE = """The river rises in the northern hills, crosses three provinces and reaches the sea after 840 kilometres.
 Its water drives eleven mills and two power stations; the older one was built in 1912 and still runs every winter.

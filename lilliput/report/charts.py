@@ -144,7 +144,7 @@ def offloading(policies: Mapping[str, Mapping[str, Any]]) -> Chart:
     """Accuracy, hallucination rate, latency and energy of each policy, with intervals; of latencies, p50 to p90.
 
     Args:
-        policies: figures by policy, as lilliput/evaluate/routing.py gives them for one link.
+        policies: figures by policy, as lilliput/offload/judge.py gives them for one link.
     """
     panels = {
         "accuracy": ("accuracy", "value", "low", "high"),

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.data.chat import end_ids, pad_id, shared_beginning
+from lilliput.chat.template import end_ids, pad_id, shared_beginning
 from lilliput.errors import ArtifactError, DataError
 from lilliput.memory import Shape, answering_bytes, free_bytes, scoring_bytes
 from lilliput.models import vocabulary_logits

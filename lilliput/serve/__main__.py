@@ -19,10 +19,10 @@ import uvicorn
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.api import Admin, App
 from lilliput.serve.deployment import PROXY_HELP, Deployment, admin_token, read_current
-from lilliput.serve.doors import LOOPBACK
+from lilliput.serve.factory import open_service
 from lilliput.serve.gateway import Gateway
-from lilliput.serve.opening import open_service
-from lilliput.serve.ownership import announce, owning
+from lilliput.serve.instance_lock import announce, owning
+from lilliput.serve.middleware import LOOPBACK
 from lilliput.serve.page import page_routes
 from lilliput.serve.service import Service
 

@@ -12,10 +12,10 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lilliput.cache.answers import Answer, AnswerCache, Asked, Hit
+from lilliput.config import Place
 from lilliput.errors import ArtifactError
-from lilliput.serve.cache import Answer, AnswerCache, Asked, Hit
-from lilliput.serve.chat import Chat
-from lilliput.serve.completions import (
+from lilliput.llama_server.completions import (
     COMPLETE,
     Chunks,
     Usage,
@@ -26,9 +26,10 @@ from lilliput.serve.completions import (
     text_of,
     usage_of,
 )
+from lilliput.offload.policy import Conditions, Decision
+from lilliput.serve.backends import End, EndDown, EndFailed
+from lilliput.serve.chat import Chat
 from lilliput.serve.costs import Spent
-from lilliput.serve.ends import End, EndDown, EndFailed
-from lilliput.serve.router import Conditions, Decision, Place
 from lilliput.serve.service import Service
 
 log = logging.getLogger("lilliput.gateway")

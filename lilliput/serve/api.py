@@ -21,12 +21,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lilliput.errors import LilliputError
+from lilliput.offload.policy import Conditions
 from lilliput.serve.answering import Caching, Overloaded, Unanswered, Unavailable
+from lilliput.serve.backends import EndRefused
 from lilliput.serve.chat import Chat
-from lilliput.serve.doors import Doors, problem
-from lilliput.serve.ends import EndRefused
 from lilliput.serve.gateway import Gateway, Reply, told
-from lilliput.serve.router import Conditions
+from lilliput.serve.middleware import Doors, problem
 
 Result = TypeVar("Result")
 log = logging.getLogger("lilliput.gateway")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lilliput.data.control_tokens import ControlTokens
+from lilliput.chat.control_tokens import ControlTokens
 from lilliput.serve.schema_limits import check_schema
 
 # What other clients may send along and a model on a device has no use for.

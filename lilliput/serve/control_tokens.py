@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lilliput.data.control_tokens import ControlTokens, looks_like_control
+from lilliput.chat.control_tokens import ControlTokens, looks_like_control
 from lilliput.errors import ArtifactError
 
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lilliput.config import LinkConfig
-from lilliput.serve.links import Request, battery_percent, radio_j, transfer_s
+from lilliput.offload.links import Request, battery_percent, radio_j, transfer_s
 
 Result = TypeVar("Result")
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from lilliput.llama_server.completions import Chunks, finish_of, with_logprobs
+from lilliput.offload.policy import Conditions, Decision
 from lilliput.serve.answering import Caching, Computation, Limits
 from lilliput.serve.chat import Chat
-from lilliput.serve.completions import Chunks, finish_of, with_logprobs
 from lilliput.serve.costs import Cost
-from lilliput.serve.flight import Flights, Share
-from lilliput.serve.router import Conditions, Decision
 from lilliput.serve.service import Service
+from lilliput.serve.single_flight import Flights, Share
 
 log = logging.getLogger("lilliput.gateway")
 DRAIN_S = 120.0

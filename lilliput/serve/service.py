@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lilliput.serve.cache import AnswerCache
+from lilliput.cache.answers import AnswerCache
+from lilliput.offload.policy import Router
+from lilliput.serve.backends import End
 from lilliput.serve.costs import Device
-from lilliput.serve.ends import End
-from lilliput.serve.router import Router
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from lilliput.artifacts import read_manifest, seal, verify
 from lilliput.compile.bundle import Use, chat_template, write_bundle
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
-from lilliput.devices import Job, run_on_device
+from lilliput.devices.runs import Job, run_on_device
 from lilliput.errors import ArtifactError
 
 USE = Use("phone", 2, 512, 'Say "I don\'t know" if so.', 24, "Apache-2.0")

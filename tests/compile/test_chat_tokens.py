@@ -9,13 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from lilliput.artifacts import seal
-from lilliput.compile.bundle import Use, write_bundle
-from lilliput.compile.gguf import compile_gguf
-from lilliput.compile.onnx import compile_onnx
-from lilliput.compile.parity import prove_parity
-from lilliput.compress.load import load
-from lilliput.config import GgufTarget, LoadConfig, OnnxTarget
-from lilliput.data.chat import (
+from lilliput.chat.template import (
     PINNED_DATE,
     conversation,
     encode_prompt,
@@ -24,6 +18,12 @@ from lilliput.data.chat import (
     read_generation_config,
     render,
 )
+from lilliput.compile.bundle import Use, write_bundle
+from lilliput.compile.gguf import compile_gguf
+from lilliput.compile.onnx import compile_onnx
+from lilliput.compile.parity import prove_parity
+from lilliput.compress.load import load
+from lilliput.config import GgufTarget, LoadConfig, OnnxTarget
 from lilliput.errors import CompileError
 from lilliput.models import random_model, save_model
 from lilliput.runtime.llamacpp import LlamaCppRuntime

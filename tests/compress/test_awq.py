@@ -8,10 +8,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lilliput.compress.awq import Group, _best_scales, awq, fold, scale_model
 from lilliput.compress.packing import rounded
-from lilliput.compress.training import encode_examples
 from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, probe_logits, random_model
+from lilliput.training.examples import encode_examples
 
 SYSTEM = "Answer briefly."
 CONFIG = AwqConfig(bits=3, group_size=32, symmetric=False, calibration_examples=16, scale_steps=10)

@@ -7,15 +7,16 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from lilliput.chat.template import conversation, encode_answer, encode_prompt, end_id, end_ids, pad_id, render
 from lilliput.compress import load as load_module
 from lilliput.compress.chat_format import chat_facts
 from lilliput.compress.load import load
-from lilliput.compress.training import collate, encode_examples, label_loss
 from lilliput.config import LoadConfig
-from lilliput.data.chat import conversation, encode_answer, encode_prompt, end_id, end_ids, pad_id, render
 from lilliput.errors import SourceError
 from lilliput.models import open_model, save_model
 from lilliput.runtime.torch import TorchRuntime
+from lilliput.training.answer_loss import label_loss
+from lilliput.training.examples import collate, encode_examples
 from tests.families import BOS, CHATML, DATED, DROPS_SYSTEM, GEMMA, OWN_END, TURN_END, make_source
 
 LOAD = LoadConfig(dtype="float32", seed=0)

@@ -18,11 +18,13 @@ from lilliput.compress.distill import (
     stored_distillation_loss,
 )
 from lilliput.compress.prune import remove_layers
-from lilliput.compress.stored_logits import buckets, stored_logits
-from lilliput.compress.training import IGNORED, answer_logits, answer_states, collate, encode_examples, label_loss
 from lilliput.config import DistillConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, save_model
+from lilliput.training.answer_loss import answer_logits, answer_states, label_loss
+from lilliput.training.examples import collate, encode_examples
+from lilliput.training.loop import IGNORED
+from lilliput.training.stored_logits import buckets, stored_logits
 
 SYSTEM = "Answer briefly."
 

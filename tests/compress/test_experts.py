@@ -4,6 +4,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM, Gemma2Config, MixtralForCausalLM, Qwen2Config, Qwen3Config
 
+from lilliput.chat.template import encode_prompt
 from lilliput.compress import experts as experts_module
 from lilliput.compress import lora as lora_module
 from lilliput.compress.distill import distill
@@ -21,13 +22,12 @@ from lilliput.compress.experts import (
 )
 from lilliput.compress.mixture import active_parameters, set_active
 from lilliput.compress.prune import prune
-from lilliput.compress.training import label_loss
 from lilliput.config import DistillConfig, ExpertsConfig, PruneConfig
-from lilliput.data.chat import encode_prompt
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.accessibility import kv_cache_bytes
 from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
+from lilliput.training.answer_loss import label_loss
 
 SYSTEM = "Answer briefly."
 TRAINING = {"batch_size": 4, "gradient_accumulation": 1, "warmup_share": 0.0, "max_grad_norm": 1.0, "seed": 0}

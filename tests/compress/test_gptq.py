@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from lilliput.compress.gptq import _layer_errors, gptq
-from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, probe_logits, prove_reload
+from lilliput.training.examples import encode_examples
 
 SYSTEM = "Answer briefly."
 CONFIG = {"bits": 4, "group_size": 32, "symmetric": True, "act_order": False, "calibration_examples": 16}

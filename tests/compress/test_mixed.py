@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy
 from lilliput.compress.gptq import gptq
 from lilliput.compress.mixed import allocate, choose_bits, loss_rises, overrides, packed_bytes, within_budget
 from lilliput.compress.packing import linears, rounded
-from lilliput.compress.training import encode_examples
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
+from lilliput.training.examples import encode_examples
 
 SYSTEM = "Answer briefly."
 MIB = 2**20

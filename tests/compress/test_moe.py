@@ -7,11 +7,12 @@ from lilliput.compress.distill import distill
 from lilliput.compress.mixture import feed_forward_inputs, fit_router
 from lilliput.compress.moe import RIDGE, ROUTER_LOGIT_RMS, carve, cluster, moe
 from lilliput.compress.prune import prune
-from lilliput.compress.training import answer_logits, collate, encode_examples
 from lilliput.config import DistillConfig, MoeConfig, PruneConfig
 from lilliput.errors import StrategyError
 from lilliput.evaluate.accessibility import kv_cache_bytes
 from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
+from lilliput.training.answer_loss import answer_logits
+from lilliput.training.examples import collate, encode_examples
 
 SYSTEM = "Answer briefly."
 

@@ -7,11 +7,11 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, CohereConfig, MistralConfig, Olmo2Config, Qwen2Config, Qwen3Config
 
 from lilliput.compress.prune import block_influence, prune, prune_heads, prune_hidden, prune_neurons, remove_layers
-from lilliput.compress.training import encode_examples
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
-from lilliput.evaluate.perplexity import perplexity
 from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
+from lilliput.statistics.perplexity import perplexity
+from lilliput.training.examples import encode_examples
 
 SYSTEM = "Answer briefly."
 TOKENS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lilliput.compress.sparsify import sparse_weight, sparsegpt, sparsify, sparsify_layers, wanda_mask
-from lilliput.compress.training import encode_examples
 from lilliput.config import SparsifyConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, open_model, probe_logits, save_model
+from lilliput.training.examples import encode_examples
 
 SYSTEM = "Answer briefly."
 

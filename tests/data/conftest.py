@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lilliput.config import DataConfig, load_params
-from lilliput.data.corpus import Corpus, build_corpus
-from lilliput.data.facts import Facts, collect_facts
-from lilliput.data.recipe import read_recipe
-from lilliput.data.wheels import default_cache
+from lilliput.config import DataConfig
+from lilliput.data.corpus import Corpus
 from lilliput.errors import SourceError
+from lilliput.params import load_params
+from lilliput.recipes.build import build_corpus
+from lilliput.recipes.facts import Facts, collect_facts
+from lilliput.recipes.recipe import read_recipe
+from lilliput.wheels import default_cache
 
 COUNTRIES = [
     {"name": "Aland", "capital": "Abo", "region": "Europe", "subregion": "North", "demonym": "Alander"},

@@ -1,6 +1,6 @@
 import tracemalloc
 
-from lilliput.data.contamination import contaminated
+from lilliput.contamination import contaminated
 from lilliput.data.questions import Question
 
 LONG = "In which year did the very small republic on the northern coast join the union of island states"

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from lilliput.config import DataConfig
-from lilliput.data.corpus import Corpus, build_corpus, read_corpus, write_corpus
+from lilliput.data.corpus import Corpus, read_corpus, write_corpus
 from lilliput.data.questions import Question, write_questions
 from lilliput.errors import DataError
+from lilliput.recipes.build import build_corpus
 
 
 @pytest.fixture

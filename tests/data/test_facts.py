@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from lilliput.data.asking import ask, invent
-from lilliput.data.facts import Fact, collect_facts
 from lilliput.data.questions import normalise
-from lilliput.data.recipe import Recipe, read_recipe
 from lilliput.errors import DataError, SourceError
+from lilliput.recipes.asking import ask, invent
+from lilliput.recipes.facts import Fact, collect_facts
+from lilliput.recipes.recipe import Recipe, read_recipe
 
 
 @pytest.fixture

@@ -102,9 +102,9 @@ def test_normalise(text, plain):
 
 def test_the_data_layer_imports_nothing_heavy():
     heavy = {"torch", "transformers", "pandas", "numpy"}
-    code = "import sys, lilliput.data.corpus; print(*sys.modules)"
+    code = "import sys, lilliput.recipes.build; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "lilliput.data.facts" in done.stdout.split()
+    assert "lilliput.recipes.facts" in done.stdout.split()
     assert not heavy & {*done.stdout.split()}
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lilliput.data import wheels
-from lilliput.data.wheels import default_cache, extract_member, fetch_wheel, read_members
+from lilliput import wheels
 from lilliput.errors import SourceError
+from lilliput.wheels import default_cache, extract_member, fetch_wheel, read_members
 
 INFO = "tiny-1.0.dist-info"
 METADATA = {

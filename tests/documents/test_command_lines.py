@@ -13,8 +13,8 @@ import pytest
 import typer
 from ruamel.yaml import YAML
 
-from lilliput.config import load_params
 from lilliput.data.questions import read_questions
+from lilliput.params import load_params
 from tests.documents.reading import DOCUMENTS, PROJECT, blocks, inline_commands
 
 _MODULE = re.compile(r"python -m ((?:flows|tasks|lilliput|benchmarks)[\w.]*)((?: (?:<[^>`\n]*>|[^`\n|&;#()·>])*)?)")

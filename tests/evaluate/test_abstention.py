@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lilliput.evaluate.abstention import abstained
-from lilliput.evaluate.intervals import rate
+from lilliput.statistics.intervals import rate
 
 HERE = Path(__file__).parent
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lilliput.data.questions import Question
 from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import is_right
-from lilliput.evaluate.intervals import rate
 from lilliput.evaluate.record import judge
+from lilliput.statistics.intervals import rate
 
 HERE = Path(__file__).parent
 NAMES = st.from_regex(r"[A-Z][a-z]{3,9}(?:[ -][A-Z][a-z]{3,9})?", fullmatch=True)

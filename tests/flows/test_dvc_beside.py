@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from flows.lineage import Lineage
-from flows.workspace import held
+from flows.engine.lineage import Lineage
+from flows.engine.workspace import held
 from lilliput.errors import BusyError
 from tests.flows.conftest import PROJECT
 
@@ -35,7 +35,7 @@ Path("model").write_text(Path("what").read_text())
 HOLDER = """\
 import sys, time
 from pathlib import Path
-from flows.workspace import held
+from flows.engine.workspace import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -32,12 +32,12 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Clone, copy_project
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from lilliput.artifacts import verify
 from lilliput.data.questions import write_questions
+from tests.flows.conftest import Clone, copy_project
 
 KILLS = int(os.environ.get("LILLIPUT_KILLS", "3"))  # 100 and more for the whole campaign
 SEED = int(os.environ.get("LILLIPUT_KILLS_SEED", "8"))

@@ -14,9 +14,22 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from conftest import PROJECT, Clone, copy_project
 from dvc.repo import Repo
-from test_kills import MARK, SEED, dvc_status, end_of, ended_within, marked, reset, result, start, tell, wrong
+
+from tests.flows.conftest import PROJECT, Clone, copy_project
+from tests.flows.test_kills import (
+    MARK,
+    SEED,
+    dvc_status,
+    end_of,
+    ended_within,
+    marked,
+    reset,
+    result,
+    start,
+    tell,
+    wrong,
+)
 
 pytestmark = [pytest.mark.night, pytest.mark.timeout(0)]
 # Few enough that a stage takes seconds: what is tried is where it stops, not what it learns.

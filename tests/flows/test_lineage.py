@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from flows.lineage import Lineage, no_dvc_in
-from lilliput.config import load_params
+from flows.engine.lineage import Lineage, no_dvc_in
 from lilliput.errors import ConfigError, StageError
 from lilliput.graph import topological_order
+from lilliput.params import load_params
 from tests.flows.conftest import PROJECT
 from tests.killing import fill, killed_at
 
@@ -163,7 +163,7 @@ def test_a_commit_killed_at_any_of_its_writes_leaves_the_old_record_or_the_new(f
 def test_a_damaged_object_is_not_restored_but_said_removed_and_made_again(folder, content, caplog):
     damage(cached(folder, content))
     back_to_one(folder)
-    with caplog.at_level(logging.WARNING, "flows.lineage"):
+    with caplog.at_level(logging.WARNING, "flows.engine.lineage"):
         assert not restored("make")
     assert "damaged in DVC's cache" in caplog.text
     make(folder, "one")
@@ -289,7 +289,7 @@ def test_stages_name_their_outputs(folder):
 
 
 def test_a_registered_candidate_whose_record_was_removed_has_no_row(tmp_path):
-    from flows.show import candidate_rows
+    from flows.engine.console import candidate_rows
 
     shutil.copy(PROJECT / "params.yaml", tmp_path)
     first, second = topological_order(load_params(tmp_path / "params.yaml"))[:2]

@@ -9,7 +9,7 @@ from dvc.utils.serialize import dumps_yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.lineage import Lineage, _put
+from flows.engine.lineage import Lineage, _put
 from lilliput.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # said by pygtrie to DVC

@@ -12,7 +12,7 @@ from prefect.flow_runs import resume_flow_run
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.promote import ask
-from tasks.verdicts import Answer, Proposal
+from tasks.registry.approvals import Answer, Proposal
 
 PROPOSAL = Proposal("phone-4gb", "pocket", "7", "has the best accuracy")
 # Prefect's server starts in a process of its own, and says things to itself.

@@ -13,13 +13,14 @@ import optuna
 import pytest
 from transformers import LlamaConfig
 
+from flows.chains.chain_runner import Workshop
+from flows.chains.study import Broken, Budget, Forecast, finished, front, grow, open_study
+from flows.engine.workspace import PROJECT, make_workspace
 from flows.search import findings
-from flows.study import Broken, Budget, Forecast, finished, front, grow, open_study
-from flows.workshop import Workshop
-from flows.workspace import PROJECT, make_workspace
-from lilliput.config import CandidateConfig, load_params
+from lilliput.config import CandidateConfig
 from lilliput.errors import ConfigError
 from lilliput.graph import check_graph, check_shape
+from lilliput.params import load_params
 from lilliput.search import SearchConfig, Space, Step, describe, winners
 
 TINY = PROJECT / "examples" / "tiny.yaml"

@@ -13,7 +13,7 @@ import pytest
 from prefect import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.champions import LIMIT
+from flows.engine.champions import LIMIT
 from tests.flows.conftest import Clone, copy_project
 
 AWAY_S = 60
@@ -31,7 +31,7 @@ stages:
 STAGE = """\
 import sys, time
 from pathlib import Path
-from tasks.machine import end_with_stdin
+from tasks.process.machine_lock import end_with_stdin
 
 end_with_stdin()
 Path(f"{sys.argv[1]}.began").touch()

@@ -279,7 +279,7 @@ def test_a_failed_run_is_told_once_and_without_the_secret_in_its_message(team, r
 def test_decisions_on_shared_champions_wait_for_each_other(team, monkeypatch, tmp_path):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.champions import deciding
+    from flows.engine.champions import deciding
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.environment["MLFLOW_TRACKING_URI"])
     events: list[tuple[str, int]] = []

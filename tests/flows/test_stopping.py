@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows import stopping
-from tasks.environment import certificates_of, proxies_of
+from flows.engine import stopping
+from tasks.process.environment import certificates_of, proxies_of
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 DEAD = "http://127.0.0.1:1/api"
@@ -82,7 +82,7 @@ def test_a_dead_server_is_named_by_what_sets_its_address(tmp_path, file, content
         (tmp_path / file).write_text(content.format(address=DEAD))
     else:
         environment["PREFECT_API_URL"] = DEAD
-    code = "from flows.stopping import run_flow; run_flow(None, stopped='')"
+    code = "from flows.engine.stopping import run_flow; run_flow(None, stopped='')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -121,7 +121,7 @@ def test_a_proxy_or_certificate_that_clients_do_not_accept_is_named(monkeypatch,
     ],
 )
 def test_output_that_nobody_takes_is_no_traceback(target, code, message):
-    program = "from flows.show import guarded_output as g\nwith g(): print('x' * 10**6)"
+    program = "from flows.engine.console import guarded_output as g\nwith g(): print('x' * 10**6)"
     command = f'set -o pipefail; {sys.executable} -c "{program}" {target}'
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
@@ -131,7 +131,7 @@ def test_output_that_nobody_takes_is_no_traceback(target, code, message):
 
 ASK = """
 import json, httpx
-from flows.stopping import _require_server
+from flows.engine.stopping import _require_server
 _require_server()
 from prefect import get_client
 from prefect.server.api.server import SubprocessASGIServer

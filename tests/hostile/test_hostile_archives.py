@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from lilliput import wheels
+from lilliput.cache.answers import Answer, AnswerCache
 from lilliput.config import SourceConfig, WheelPin
-from lilliput.data import wheels
-from lilliput.data.wheels import extract_member, read_members
 from lilliput.errors import ArtifactError, SourceError
-from lilliput.serve.cache import Answer, AnswerCache
+from lilliput.wheels import extract_member, read_members
 from tests.hostile.fuzzing import damaged, examples, run
 
 MEMBER = "pkg/a.gguf"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from lilliput import devices
 from lilliput.artifacts import seal, verify
 from lilliput.compile.autogptq import compile_autogptq
 from lilliput.compile.gguf import compile_gguf
 from lilliput.compile.onnx import compile_onnx
 from lilliput.compress.load import load
 from lilliput.config import AutogptqTarget, GgufTarget, LoadConfig, OnnxTarget
+from lilliput.devices import runs
 from lilliput.errors import ArtifactError, LilliputError
 from lilliput.models import open_model, random_model, save_model
 from lilliput.untrusted import PICKLES, require_harmless
@@ -325,12 +325,12 @@ def test_damaged_gguf_headers(count, little_gguf, tmp_path):
 def test_what_crashes_llama_cpp_is_told_as_a_model_that_does_not_open(little_gguf, tmp_path):
     path = tmp_path / "model.gguf"
     whole, header = little_gguf.read_bytes(), gguf_header(little_gguf)
-    job = devices.Job("gguf", str(tmp_path), 1, 64, predict=[298, 64, 65, 66])
+    job = runs.Job("gguf", str(tmp_path), 1, 64, predict=[298, 64, 65, 66])
 
     def body(content):
         path.write_bytes(content)
         try:
-            assert devices.run_on_device(job, memory_bytes=1 << 30, deadline_s=20.0).peak_rss_bytes
+            assert runs.run_on_device(job, memory_bytes=1 << 30, deadline_s=20.0).peak_rss_bytes
         except ArtifactError as error:
             assert str(tmp_path) in str(error)
 
@@ -340,7 +340,7 @@ def test_what_crashes_llama_cpp_is_told_as_a_model_that_does_not_open(little_ggu
 @pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"PK\x03\x04"])
 def test_a_server_that_cannot_open_its_model_is_told_at_once(content, tmp_path):
-    from lilliput.serve.server import LlamaServer, Serving
+    from lilliput.llama_server.process import LlamaServer, Serving
 
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
@@ -352,6 +352,6 @@ def test_a_server_that_cannot_open_its_model_is_told_at_once(content, tmp_path):
 def test_a_damaged_onnx_folder_is_told_as_a_model_that_does_not_open(tmp_path):
     (tmp_path / "genai_config.json").write_text('{"model": {"type": "llama", "decoder": {"filename": "model.onnx"}}}')
     (tmp_path / "model.onnx").write_bytes(b"\x08\xff" * 100)
-    job = devices.Job("onnx", str(tmp_path), 1, 64, predict=[1, 2])
+    job = runs.Job("onnx", str(tmp_path), 1, 64, predict=[1, 2])
     with pytest.raises(ArtifactError, match=str(tmp_path)):
-        devices.run_on_device(job, memory_bytes=None, deadline_s=60.0)
+        runs.run_on_device(job, memory_bytes=None, deadline_s=60.0)

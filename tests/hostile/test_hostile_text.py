@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from lilliput.artifacts import MANIFEST, read_manifest, seal, verify
-from lilliput.config import load_params
 from lilliput.config.params import Params
 from lilliput.config.reading import MOST_BYTES, read_yaml, validate
 from lilliput.data.questions import read_questions
-from lilliput.data.recipe import read_recipe
 from lilliput.errors import ArtifactError, ConfigError, DataError
 from lilliput.graph import check_graph
+from lilliput.offload.fitted_router import ROUTER, open_router
+from lilliput.params import load_params
+from lilliput.recipes.recipe import read_recipe
 from lilliput.serve.deployment import read_current
-from lilliput.serve.routers import ROUTER, open_router
 from tests.conftest import PROJECT
 from tests.hostile.fuzzing import VALUES, altered, damaged, examples, run
 

@@ -11,15 +11,18 @@ import sys
 import pytest
 import torch
 
-from lilliput import devices, redaction
+from lilliput import redaction, wheels
 from lilliput.artifacts import write_json
-from lilliput.config import EdgeConfig, load_params
-from lilliput.data import wheels
-from lilliput.data.wheels import fetch_wheel
+from lilliput.config import EdgeConfig
+from lilliput.devices import runs
 from lilliput.errors import ConfigError, SourceError
-from lilliput.serve.server import LlamaServer, Serving
+from lilliput.llama_server.process import LlamaServer, Serving
+from lilliput.params import load_params
+from lilliput.wheels import fetch_wheel
 from tasks import __main__ as commands
-from tasks import console, layout, registry
+from tasks import layout
+from tasks.process import console
+from tasks.registry import model_versions
 from tests.conftest import PROJECT
 
 NAMES = (
@@ -104,7 +107,7 @@ def test_a_password_in_the_tracking_address_is_refused(address, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(ConfigError) as refusal:
-        registry.client()
+        model_versions.client()
     assert "MLFLOW_TRACKING_PASSWORD" in said(refusal)
 
 
@@ -112,7 +115,7 @@ def test_a_stages_log_holds_no_secret_whoever_writes_it(canaries, tmp_path):
     code = (
         "import logging, os, sys, traceback, warnings\n"
         "from pathlib import Path\n"
-        "from tasks.console import logging_to\n"
+        "from tasks.process.console import logging_to\n"
         "with logging_to(Path('stage.log')):\n"
         "    print(dict(os.environ)); logging.getLogger('x').warning('%s', os.environ['HF_TOKEN'])\n"
         "    warnings.warn(os.environ['PREFECT_API_KEY']); print(os.environ['LILLIPUT_TOKEN'], file=sys.stderr)\n"
@@ -163,7 +166,7 @@ def test_processes_that_open_models_are_given_no_secrets(canaries, monkeypatch, 
     monkeypatch.setattr(subprocess, "run", note)
     monkeypatch.setattr(subprocess, "Popen", note)
     starts = (
-        lambda: devices.run_on_device(devices.Job("gguf", "x", 1, 1), memory_bytes=None, deadline_s=1.0),
+        lambda: runs.run_on_device(runs.Job("gguf", "x", 1, 1), memory_bytes=None, deadline_s=1.0),
         lambda: LlamaServer(Serving("x", 1, 1)),
         lambda: prove_reload(tmp_path, torch.zeros(1), 0.0),
         lambda: onnx._run(["x"], tmp_path, 1.0),
@@ -218,7 +221,7 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "from pathlib import Path\n"
         "from tasks import layout\n"
         "from tasks.__main__ import _tell\n"
-        "from tasks.console import logging_to\n"
+        "from tasks.process.console import logging_to\n"
         "with logging_to(layout.log('data')) as terminal:\n"
         "    print(dict(os.environ))\n"
         "    _tell(terminal, f'data: {dict(os.environ)}')\n"
@@ -228,9 +231,9 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "from pathlib import Path\n"
         "from prefect import flow\n"
         "from prefect.settings import PREFECT_API_URL, temporary_settings\n"
-        "from flows.lineage import Stage\n"
-        "from flows.crew import open_crew\n"
-        "from flows.stages import run_stages\n"
+        "from flows.engine.lineage import Stage\n"
+        "from flows.engine.runners import open_crew\n"
+        "from flows.engine.scheduler import run_stages\n"
         "class Lineage:\n"
         "    def changes(self, name): return ['new']\n"
         "    def restore(self, name): return False\n"

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from lilliput.evaluate.routing import judge
+from lilliput.offload.judge import judge
 from lilliput.report import charts
 from lilliput.report.page import render
-from tests.evaluate.test_offload import row, told
+from tests.offload.test_judge import row, told
 from tests.serve.conftest import BagOfWords
 
 

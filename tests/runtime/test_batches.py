@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lilliput.data.chat import encode_answer, encode_prompt
+from lilliput.chat.template import encode_answer, encode_prompt
 from lilliput.memory import Shape, answering_bytes, scoring_bytes
 from lilliput.runtime import torch as runtime_module
 from lilliput.runtime.torch import TorchRuntime

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lilliput.data.chat import encode_answer, encode_prompt
+from lilliput.chat.template import encode_answer, encode_prompt
 from lilliput.errors import ArtifactError, DataError
 from lilliput.runtime.torch import TorchRuntime
 

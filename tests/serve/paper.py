@@ -12,13 +12,13 @@ import numpy as np
 import uvicorn
 
 from lilliput.config import LinkConfig
+from lilliput.offload.policy import Always
 from lilliput.serve.__main__ import server_config
 from lilliput.serve.api import App
-from lilliput.serve.breaker import Breaker
+from lilliput.serve.backends import End
+from lilliput.serve.circuit_breaker import Breaker
 from lilliput.serve.costs import Device
-from lilliput.serve.ends import End
 from lilliput.serve.gateway import Gateway
-from lilliput.serve.router import Always
 from lilliput.serve.service import Model, Service, Setting
 
 MODEL = Model("pocket", "sha", "Answer briefly.")

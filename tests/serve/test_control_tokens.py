@@ -4,15 +4,15 @@ import gguf
 import httpx
 import numpy as np
 import pytest
-from paper import Paper, app, ask
 
+from lilliput.chat.control_tokens import ControlTokens
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
-from lilliput.data.control_tokens import ControlTokens
 from lilliput.errors import ArtifactError
+from lilliput.llama_server.process import LlamaServer, Serving
 from lilliput.serve.chat import Chat
 from lilliput.serve.control_tokens import read_control_tokens
-from lilliput.serve.server import LlamaServer, Serving
+from tests.serve.paper import Paper, app, ask
 
 GEMMA = (
     "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from lilliput.artifacts import seal, writing
+from lilliput.cache.answers import Answer, AnswerCache
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError
-from lilliput.serve.cache import Answer, AnswerCache
 from lilliput.serve.deployment import (
     Deployed,
     Deployment,
@@ -27,7 +27,7 @@ from lilliput.serve.deployment import (
     tidy,
     verified,
 )
-from lilliput.serve.opening import answers_version
+from lilliput.serve.factory import answers_version
 from tests.serve.conftest import BagOfWords
 
 

@@ -5,10 +5,10 @@ import json
 import time
 
 import httpx
-from paper import Paper, app, ask, client, pieces, said
 
+from lilliput.offload.policy import Always
 from lilliput.serve.gateway import Limits
-from lilliput.serve.router import Always
+from tests.serve.paper import Paper, app, ask, client, pieces, said
 
 WORDS = ["one ", "two ", "three"]
 TIMEOUT_S = 1.0

@@ -4,17 +4,31 @@ import asyncio
 
 import httpx
 import pytest
-from paper import ASK, MODEL, ByLength, Paper, app, ask, client, completion, events, pieces, said, service, text
 
+from lilliput.cache.answers import AnswerCache
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError
-from lilliput.serve.cache import AnswerCache
+from lilliput.llama_server.process import LlamaServer, Serving
+from lilliput.offload.policy import Always, Conditions, Decision, Threshold
 from lilliput.serve.chat import Chat
 from lilliput.serve.gateway import Limits
-from lilliput.serve.router import Always, Conditions, Decision, Threshold
-from lilliput.serve.server import LlamaServer, Serving
 from lilliput.serve.service import Model
+from tests.serve.paper import (
+    ASK,
+    MODEL,
+    ByLength,
+    Paper,
+    app,
+    ask,
+    client,
+    completion,
+    events,
+    pieces,
+    said,
+    service,
+    text,
+)
 
 STREAM = ASK | {"stream": True}
 SERVER_FAILS = {
@@ -393,7 +407,7 @@ def served(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_llama_cpp_s_own_server_stands_behind_it(served, stream):
-    from lilliput.serve.ends import End
+    from lilliput.serve.backends import End
 
     application = app(Paper(), None if stream else Threshold(0.0), limits=Limits(max_tokens=6))
     application.gateway.service.device = End(served.url, 30.0, key=served.key, clock=served.cpu_seconds)
@@ -412,7 +426,7 @@ def test_llama_cpp_s_own_server_stands_behind_it(served, stream):
 
 
 def test_llama_cpp_s_server_answers_nobody_without_its_key_and_no_web_page(served):
-    from lilliput.serve.ends import End
+    from lilliput.serve.backends import End
 
     body = {"messages": ASK["messages"], "content": "x", "prompt": "x", "max_tokens": 1, "n_predict": 1}
     posts = ["/v1/chat/completions", "/completion", "/tokenize", "/apply-template", "/props", "/v1/embeddings"]

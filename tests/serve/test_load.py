@@ -8,11 +8,11 @@ import time
 
 import httpx
 import pytest
-from paper import ByLength, Paper, app, completion, pieces, said, served, text
 
-from lilliput.serve.cache import AnswerCache
+from lilliput.cache.answers import AnswerCache
+from lilliput.offload.policy import Decision
 from lilliput.serve.gateway import Limits
-from lilliput.serve.router import Decision
+from tests.serve.paper import ByLength, Paper, app, completion, pieces, said, served, text
 
 CLIENTS = 64
 SECONDS = float(os.environ.get("LILLIPUT_LOAD_SECONDS", "30"))  # 120 for the whole trial

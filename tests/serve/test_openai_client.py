@@ -2,7 +2,8 @@
 
 import openai
 import pytest
-from paper import ASK, Paper, app, completion, served
+
+from tests.serve.paper import ASK, Paper, app, completion, served
 
 
 @pytest.fixture(scope="module")

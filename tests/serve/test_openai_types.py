@@ -9,11 +9,24 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, completion_cr
 from openai.types.chat.chat_completion_assistant_message_param import ChatCompletionAssistantMessageParam
 from openai.types.model import Model
 from openai.types.shared.error_object import ErrorObject
-from paper import ASK, MODEL, PROMPT_TOKENS, ByLength, Paper, app, ask, client, completion, pieces, said, served
 from pydantic import TypeAdapter
 
-from lilliput.serve.cache import AnswerCache
-from lilliput.serve.router import Always, Threshold
+from lilliput.cache.answers import AnswerCache
+from lilliput.offload.policy import Always, Threshold
+from tests.serve.paper import (
+    ASK,
+    MODEL,
+    PROMPT_TOKENS,
+    ByLength,
+    Paper,
+    app,
+    ask,
+    client,
+    completion,
+    pieces,
+    said,
+    served,
+)
 
 BASE = ASK | {"model": "pocket"}
 IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]

@@ -9,17 +9,17 @@ import time
 import httpx
 import pytest
 from openai.types.shared.error_object import ErrorObject
-from paper import ASK, DEVICE, MODEL, ByLength, Paper, ask, client, completion, service
 
+from lilliput.cache.answers import AnswerCache
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
+from lilliput.llama_server.process import LlamaServer, Serving
+from lilliput.offload.policy import Always, Decision, Threshold
 from lilliput.serve.api import App
-from lilliput.serve.cache import AnswerCache
+from lilliput.serve.backends import End
 from lilliput.serve.costs import Spent
-from lilliput.serve.ends import End
 from lilliput.serve.gateway import Gateway, Limits
-from lilliput.serve.router import Always, Decision, Threshold
-from lilliput.serve.server import LlamaServer, Serving
+from tests.serve.paper import ASK, DEVICE, MODEL, ByLength, Paper, ask, client, completion, service
 
 STREAM = ASK | {"stream": True}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from paper import ASK, Paper, app, ask, events, served
 
 from lilliput.errors import ConfigError
 from lilliput.serve.__main__ import serve
 from lilliput.serve.gateway import Limits
+from tests.serve.paper import ASK, Paper, app, ask, events, served
 
 TOKEN = "a-token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

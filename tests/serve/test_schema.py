@@ -3,10 +3,10 @@
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from paper import Paper, app, served
 from schemathesis.checks import not_a_server_error
 
 from lilliput.serve.gateway import Limits
+from tests.serve.paper import Paper, app, served
 
 APPLICATION = app(Paper(), limits=Limits(requests_per_minute=10**9))
 schema = schemathesis.openapi.from_dict(APPLICATION.openapi())

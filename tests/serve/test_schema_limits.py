@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from paper import ASK, Paper, app, ask, client
 
 from lilliput.serve.schema_limits import MOST_ALTERNATIVES, MOST_DEPTH, MOST_PROPERTIES, check_schema
+from tests.serve.paper import ASK, Paper, app, ask, client
 
 
 def words(count):

@@ -4,14 +4,14 @@ import asyncio
 
 import httpx
 import pytest
-from paper import ASK, MODEL, ByLength, Paper, app, ask, client, completion, pieces, said, text
 
+from lilliput.cache.answers import AnswerCache
+from lilliput.offload.policy import Always, Decision, Threshold
 from lilliput.serve.answering import Answered
-from lilliput.serve.cache import AnswerCache
 from lilliput.serve.costs import Spent
-from lilliput.serve.flight import Flights
 from lilliput.serve.gateway import Limits
-from lilliput.serve.router import Always, Decision, Threshold
+from lilliput.serve.single_flight import Flights
+from tests.serve.paper import ASK, MODEL, ByLength, Paper, app, ask, client, completion, pieces, said, text
 
 STREAM = ASK | {"stream": True}
 

@@ -6,9 +6,9 @@ import time
 
 import httpx
 import pytest
-from paper import ASK, Paper, app, completion, served, text
 
 from lilliput.serve.gateway import Limits
+from tests.serve.paper import ASK, Paper, app, completion, served, text
 
 LONG = " ".join(["x" * 2000] * 500)  # far more than the buffers between gateway and client hold
 WRITE_S = 1.0

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from lilliput.errors import ConfigError
-from tasks.console import EXIT_REFUSED, EXIT_TERMINATED
-from tasks.cost import measured
-from tasks.deadline import deadline
+from tasks.process.console import EXIT_REFUSED, EXIT_TERMINATED
+from tasks.process.cost import measured
+from tasks.process.deadline import deadline
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 FULL_DISK = """
@@ -30,7 +30,7 @@ commands._run("compress", "compress", "base")
 """
 ALLOCATIONS = """
 import numpy, torch
-from tasks.cost import out_of_memory
+from tasks.process.cost import out_of_memory
 def told(allocate):
     try:
         allocate()

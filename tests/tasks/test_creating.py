@@ -17,11 +17,12 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from lilliput.data.chat import encode_prompt
+from lilliput.chat.template import encode_prompt
 from lilliput.errors import RegistryError
 from lilliput.runtime.torch import TorchRuntime
-from tasks import creating, layout, registry
+from tasks import layout
 from tasks.promote import promote
+from tasks.registry import creating, model_versions
 from tests.tasks.test_promotion import EVEN, Project
 
 # MLflow, SQLAlchemy and pandas emit warnings about their own code.
@@ -32,11 +33,13 @@ START_S = 120
 REGISTER = """
 import json, sys, time
 from pathlib import Path
-from tasks import creating, model_folder, registry
+from tasks.registry import creating
+from tasks.registry import model_folder
+from tasks.registry import model_versions
 Path(f"ready-{sys.argv[1]}").touch()
 while not Path("go").exists():
     time.sleep(0.01)
-client = registry.client()
+client = model_versions.client()
 creating.ensure_model(client)
 experiment = creating.experiment_id(client)
 run_id = creating.find_or_create_run(client, experiment, "base", {creating.EVALUATION_TAG: "e"}).info.run_id
@@ -50,7 +53,7 @@ print(json.dumps([experiment, version, creating.run_of(client, version)]))
 def client(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return registry.client()
+    return model_versions.client()
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def test_a_deleted_experiment_is_restored_and_said_to_be(client, capsys):
 
 
 def test_registering_goes_on_after_anything_was_deleted(project, capsys):
-    client, versions = registry.client(), project.evaluate(EVEN)
+    client, versions = model_versions.client(), project.evaluate(EVEN)
     (experiment,) = client.search_experiments(filter_string="name = 'lilliput'")
     run_of = {name: creating.run_of(client, version) for name, version in versions.items()}
     client.delete_experiment(experiment.experiment_id)
@@ -188,7 +191,7 @@ def test_registering_goes_on_after_anything_was_deleted(project, capsys):
 
 
 def test_a_run_that_was_removed_for_good_is_logged_anew(project):
-    client, versions = registry.client(), project.evaluate(EVEN)
+    client, versions = model_versions.client(), project.evaluate(EVEN)
     run_id = creating.run_of(client, versions["a"])
     client.delete_run(run_id)
     client._tracking_client.store._hard_delete_run(run_id)  # as `mlflow gc` does
@@ -200,7 +203,7 @@ def test_a_run_that_was_removed_for_good_is_logged_anew(project):
 
 
 def test_a_promotion_of_deleted_versions_says_what_to_do(project):
-    client = registry.client()
+    client = model_versions.client()
     project.evaluate(EVEN)
     client.delete_registered_model("lilliput")
     with pytest.raises(RegistryError, match=r"was deleted there after it was registered\. `dvc repro -f -s register"):
@@ -214,7 +217,7 @@ def test_long_and_many_values_are_kept_within_mlflows_limits(client, monkeypatch
     creating.ensure_model(client)
     run_id = client.create_run(creating.experiment_id(client)).info.run_id
     params = {f"key-{number}": "v" * 7000 for number in range(130)}
-    registry.log_run(client, run_id, params, {"loss": 0.5}, {"loss": [(1, 0.5)] * 1500}, {})
+    model_versions.log_run(client, run_id, params, {"loss": 0.5}, {"loss": [(1, 0.5)] * 1500}, {})
     logged = client.get_run(run_id).data
     assert len(logged.params) == 130
     assert {len(value) for value in logged.params.values()} == {6000}

@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from lilliput.errors import ConfigError
-from tasks.environment import (
+from tasks.process.environment import (
     bypass_proxies_for_loopback,
     is_loopback,
     prepare,
@@ -97,7 +97,7 @@ def test_the_gateway_is_asked_for_its_status_without_a_proxy(dead_proxy, monkeyp
 
 @pytest.mark.parametrize("variable", PROXIES)
 def test_the_gateway_reaches_its_models_without_a_proxy(server, dead_proxy, monkeypatch, variable):
-    from lilliput.serve.wire import Wire
+    from lilliput.serve.transport import Wire
 
     async def ask() -> bytes:
         wire = Wire()

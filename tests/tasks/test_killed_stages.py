@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lilliput.artifacts import verify
-from lilliput.config import load_params
+from lilliput.params import load_params
 from tests.killing import killed_at
 
 KILLS = int(os.environ.get("LILLIPUT_KILLS", "24"))  # of each stage, in the slow test

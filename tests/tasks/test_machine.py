@@ -9,12 +9,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from tasks.machine import machine_for
+from tasks.process.machine_lock import machine_for
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.machine.user_cache_path", lambda *_a, **_k: tmp_path)
+    monkeypatch.setattr("tasks.process.machine_lock.user_cache_path", lambda *_a, **_k: tmp_path)
     monkeypatch.delenv("LILLIPUT_SHARE_MACHINE", raising=False)
     return monkeypatch
 

@@ -17,9 +17,10 @@ from mlflow.exceptions import MlflowException
 
 from lilliput.artifacts import write_json
 from lilliput.errors import ConfigError, RegistryError
-from tasks import layout, model_folder, registry
+from tasks import layout
 from tasks.log import log
 from tasks.promote import promote
+from tasks.registry import model_folder, model_versions
 from tests.tasks.test_promotion import EVEN, QUESTIONS, Project
 
 # MLflow, SQLAlchemy and pandas warn each other of what is theirs to mend.
@@ -94,7 +95,7 @@ def test_a_server_that_is_away_is_one_message_and_what_was_measured_is_logged_wh
             project.evaluate(right)
     assert raised.value.temporary
     assert "the same command logs them when MLflow is back" in str(raised.value)
-    store, versions = registry.client(), project.register()
+    store, versions = model_versions.client(), project.register()
     for name, count in right.items():
         version = store.get_model_version("lilliput", versions[name])
         assert store.get_run(version.run_id).data.metrics["accuracy_choice"] == count / QUESTIONS
@@ -102,9 +103,9 @@ def test_a_server_that_is_away_is_one_message_and_what_was_measured_is_logged_wh
 
 def test_trying_ends_after_two_minutes_where_nobody_says_otherwise(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for variable in registry._HTTP_PATIENCE:
+    for variable in model_versions._HTTP_PATIENCE:
         monkeypatch.delenv(variable, raising=False)
-    registry.client()
+    model_versions.client()
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
     assert (1 + MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()) * MLFLOW_HTTP_REQUEST_TIMEOUT.get() <= 120
@@ -121,7 +122,7 @@ def test_a_server_that_refuses_or_is_none_is_not_tried_again(project, right, mon
 
 @pytest.mark.night
 def test_a_locked_database_is_waited_for_and_then_told(project, right):
-    registry.client()  # makes the store, if this is the first test that asks for it
+    model_versions.client()  # makes the store, if this is the first test that asks for it
     with contextlib.closing(sqlite3.connect(layout.MLRUNS / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(RegistryError, match="database is locked") as raised:
@@ -137,7 +138,7 @@ class Cut:
         self.at, self.done, self.calls = at, done, 0
 
     def client(self):
-        cut, store = self, MlflowClient(registry.tracking_uri())
+        cut, store = self, MlflowClient(model_versions.tracking_uri())
 
         class Client:
             def __getattr__(self, name):
@@ -168,12 +169,12 @@ def _versions(store):
 )
 @pytest.mark.parametrize("done", [False, True], ids=["call lost", "answer lost"])
 def test_a_registration_cut_off_anywhere_goes_on_without_duplicates(project, monkeypatch, places, done):
-    store = MlflowClient(registry.tracking_uri())
+    store = MlflowClient(model_versions.tracking_uri())
     project.evaluate(_next())
     for place in places:
         runs, versions, cut = len(_runs(store)), _versions(store), Cut(place, done)
         with monkeypatch.context() as during:
-            during.setattr(registry, "client", cut.client)
+            during.setattr(model_versions, "client", cut.client)
             with contextlib.suppress(RegistryError):
                 project.evaluate(_next())
         if cut.calls < place:
@@ -185,7 +186,7 @@ def test_a_registration_cut_off_anywhere_goes_on_without_duplicates(project, mon
 
 
 def _told():
-    store = registry.client()
+    store = model_versions.client()
     aliases = store.get_registered_model("lilliput").aliases
     tags = {v.version: v.tags for v in _versions(store)}
     return {alias: str(version) for alias, version in aliases.items()}, tags, layout.PROMOTION.read_text()
@@ -221,7 +222,7 @@ def test_a_promotion_cut_off_anywhere_ends_as_if_it_had_not_been(project, tmp_pa
         _go_to(_copy_of(home, tmp_path / f"cut-{place}"), monkeypatch)
         cut = Cut(place, done)
         with monkeypatch.context() as during:
-            during.setattr(registry, "client", cut.client)
+            during.setattr(model_versions, "client", cut.client)
             with contextlib.suppress(RegistryError):
                 promote(rules)
         if cut.calls < place:
@@ -238,7 +239,7 @@ def test_offloading_is_added_to_the_champions_run_by_a_stage_that_measures_nothi
     write_json(layout.offload_record("laptop"), record)
     log(project.params("laptop"), "laptop")
     log(project.params("laptop"), "laptop")
-    store = registry.client()
+    store = model_versions.client()
     run = store.get_run(store.get_model_version("lilliput", version).run_id)
     told = {key: value for key, value in run.data.metrics.items() if key.startswith("offload/")}
     assert told == {

@@ -15,12 +15,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from lilliput.artifacts import write_json
-from lilliput.data.chat import encode_prompt
+from lilliput.chat.template import encode_prompt
 from lilliput.errors import ArtifactError, RegistryError
 from lilliput.runtime.torch import TorchRuntime
 from scripts.services import Ports, Services, _living
-from tasks import layout, moved, registry
+from tasks import layout
 from tasks.promote import promote
+from tasks.registry import model_versions, moved
 from tests.tasks.test_promotion import EVEN, Project
 
 # MLflow, SQLAlchemy and pandas emit warnings about their own code.
@@ -43,7 +44,7 @@ def first(tiny_params, checkpoint, tmp_path_factory):
         project = Project(tiny_params, checkpoint)
         versions = project.evaluate(BASE_WINS)
         promote(project.params("laptop"))
-        _make_older(registry.client(), versions["a"])
+        _make_older(model_versions.client(), versions["a"])
     return project, folder
 
 
@@ -97,7 +98,9 @@ def test_a_copied_project_registers_promotes_and_answers_without_a_look_at_the_o
     assert mlflow.pyfunc.load_model(CHAMPION).predict([QUESTION]) == _expected(project, opened)
     assert not [path for path in _OPENED if path.startswith(str(old))]
     assert _state(old) == before
-    run = registry.MlflowClient().get_run(registry.MlflowClient().get_model_version("lilliput", versions["a"]).run_id)
+    run = model_versions.MlflowClient().get_run(
+        model_versions.MlflowClient().get_model_version("lilliput", versions["a"]).run_id
+    )
     assert run.info.artifact_uri.startswith(f"{elsewhere.as_uri()}/mlruns/artifacts/")
     assert capsys.readouterr().err.count(f"MLflow's store was moved from {old}/mlruns to {elsewhere}/mlruns") == 1
 
@@ -120,7 +123,7 @@ def test_a_champion_opens_after_a_move_that_left_nothing_behind(first, elsewhere
     moved.follow()
     shutil.move(elsewhere, third)
     monkeypatch.chdir(third)
-    registry.client()
+    model_versions.client()
     monkeypatch.chdir(tmp_path)
     assert mlflow.pyfunc.load_model(CHAMPION).predict([QUESTION]) == _expected(project, opened)
 

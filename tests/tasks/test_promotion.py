@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from lilliput.artifacts import seal, write_json
+from lilliput.chat.template import encode_prompt
 from lilliput.config import CandidateConfig, PromotionConfig
-from lilliput.data.chat import encode_prompt
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.runtime.torch import TorchRuntime
-from tasks import changes, layout, registry
+from tasks import layout
 from tasks.promote import promote, proposals, roll_back
 from tasks.register import register
-from tasks.verdicts import Answer
+from tasks.registry import model_versions, outbox
+from tasks.registry.approvals import Answer
 
 # MLflow, SQLAlchemy and pandas warn each other of what is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -109,7 +110,7 @@ def device(request):
 
 
 def alias(name):
-    version = registry.version_of(name)
+    version = model_versions.version_of(name)
     return version and str(version.version)
 
 
@@ -118,7 +119,7 @@ def aliases(device):
 
 
 def why(version, what, device):
-    return registry.client().get_model_version("lilliput", version).tags.get(f"lilliput.{what}.{device}")
+    return model_versions.client().get_model_version("lilliput", version).tags.get(f"lilliput.{what}.{device}")
 
 
 def told(device):
@@ -137,29 +138,29 @@ def test_champion_and_challenger_are_pointed_at_with_their_reasons(project, devi
 
 
 def test_every_version_carries_metrics_lineage_and_card(project):
-    version = registry.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
+    version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
     assert version.tags["lilliput.artifact_sha256"] == project._manifests["a"].artifact_sha256
     assert version.tags["accuracy_choice"] == "0.6000 [0.6000, 0.6000]"
     assert version.description.startswith("**a**: Made from")
-    assert registry.client().get_run(version.run_id).data.metrics["accuracy_choice"] == 0.6
+    assert model_versions.client().get_run(version.run_id).data.metrics["accuracy_choice"] == 0.6
 
 
 def test_a_new_champion_is_noted_once_until_it_is_told(project, device):
-    changes.forget(Path.cwd())
+    outbox.forget(Path.cwd())
     versions, params = project.evaluate(EVEN), project.params(device, prefer="size")
     promote(params)
     promote(params)  # the same one again is no news
-    (change,) = changes.read(Path.cwd())
+    (change,) = outbox.read(Path.cwd())
     assert (change["device"], change["champion"], change["version"]) == (device, "a", versions["a"])
     assert change["before"] is None and "best size" in change["reason"]
     project.evaluate(EVEN, energy_j=5.25)
     promote(params)  # nor is the same model, measured again
-    assert changes.read(Path.cwd()) == [change]
+    assert outbox.read(Path.cwd()) == [change]
     promote(project.params(device))
     roll_back(project.params(device), device, "")
-    assert [(told["before"], told["champion"]) for told in changes.read(Path.cwd())[1:]] == [("a", "b"), ("b", "a")]
-    changes.forget(Path.cwd())
-    assert changes.read(Path.cwd()) == []
+    assert [(told["before"], told["champion"]) for told in outbox.read(Path.cwd())[1:]] == [("a", "b"), ("b", "a")]
+    outbox.forget(Path.cwd())
+    assert outbox.read(Path.cwd()) == []
     project.evaluate(EVEN)
 
 
@@ -168,14 +169,14 @@ def test_a_workspace_keeps_to_its_own_store_whatever_the_environment_names(tmp_p
     folder = tmp_path / "workspaces" / "tiny"
     folder.mkdir(parents=True)
     with contextlib.chdir(folder):
-        assert registry.tracking_uri() == f"sqlite:///{folder}/mlruns/mlflow.db"
+        assert model_versions.tracking_uri() == f"sqlite:///{folder}/mlruns/mlflow.db"
     with contextlib.chdir(tmp_path):
-        assert registry.tracking_uri() == "http://tracking.example:5000"
+        assert model_versions.tracking_uri() == "http://tracking.example:5000"
 
 
 def test_artefacts_of_the_embedded_store_lie_under_mlruns_artifacts(project, device):
-    version = registry.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
-    run = registry.client().get_run(version.run_id)
+    version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
+    run = model_versions.client().get_run(version.run_id)
     assert run.info.artifact_uri.startswith(f"{(layout.MLRUNS / 'artifacts').absolute().as_uri()}/")
 
 
@@ -188,7 +189,7 @@ def test_a_rollback_restores_and_stays_until_the_rules_change(project, device):
     roll_back(changed, device, "speaks in rhymes" + "." * 5000)
     assert aliases(device) == (versions["a"], None, versions["b"])
     assert "speaks in rhymes" in why(versions["b"], "refused", device)
-    tags = registry.client().get_model_version("lilliput", versions["b"]).tags
+    tags = model_versions.client().get_model_version("lilliput", versions["b"]).tags
     assert max(map(len, tags.values())) <= 5000  # what a version's tag holds in PostgreSQL
     for _ in range(2):
         promote(changed)
@@ -296,13 +297,13 @@ def test_a_person_is_asked_where_the_rules_say_so(project, device):
 
 
 def test_two_promotions_at_once_see_each_other(project, device, monkeypatch):
-    versions, move = project.evaluate(EVEN), registry.move_champion
+    versions, move = project.evaluate(EVEN), model_versions.move_champion
 
     def slowly(device, version):
         time.sleep(0.5)
         move(device, version)
 
-    monkeypatch.setattr(registry, "move_champion", slowly)
+    monkeypatch.setattr(model_versions, "move_champion", slowly)
     rules = [project.params(device, prefer=prefer, max_accuracy_drop=1.0) for prefer in ("size", "accuracy")]
     threads = [threading.Thread(target=promote, args=[params]) for params in rules]
     for thread in threads:
@@ -340,7 +341,7 @@ def test_rollbacks_that_race_promotions_leave_one_champion_that_all_records_name
     champion = told(device)["champion"]
     assert versions[champion] == alias(f"champion-{device}")
     assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
-    last = [change for change in changes.read(Path()) if change["device"] == device][-1]
+    last = [change for change in outbox.read(Path()) if change["device"] == device][-1]
     assert (last["champion"], last["version"]) == (champion, versions[champion])
     promote(params)  # what a person restored stays
     assert told(device)["champion"] == champion
@@ -350,7 +351,7 @@ def test_a_registered_model_answers_through_mlflow_from_the_store_alone(project,
     import mlflow
 
     versions = project.evaluate(EVEN)
-    registry.client()
+    model_versions.client()
     address = f"models:/lilliput/{versions['base']}"
     system = project._params.data.system_prompt
     prompt = encode_prompt(opened[1], system, "What is the capital of Peru?")
@@ -360,7 +361,7 @@ def test_a_registered_model_answers_through_mlflow_from_the_store_alone(project,
         assert mlflow.pyfunc.load_model(address).predict(["What is the capital of Peru?"]) == answers
     assert not [*layout.MLRUNS.rglob("*.pkl")]
     shutil.move(tmp_path / "base", layout.model("base"))
-    run_id = registry.client().get_model_version("lilliput", versions["base"]).run_id
+    run_id = model_versions.client().get_model_version("lilliput", versions["base"]).run_id
     stored = layout.MLRUNS / "artifacts" / run_id / "artifacts/model/form"
     assert (stored / "config.json").samefile(layout.model("base") / "config.json")  # no second copy on the disk
     (stored / "config.json").unlink()

@@ -11,8 +11,9 @@ import pytest
 
 from lilliput.artifacts import MANIFEST, Manifest, file_sha256, seal, verify, write_json
 from lilliput.errors import ArtifactError, PublishError
-from tasks import layout, registry
+from tasks import layout
 from tasks.publish import prepare, upload
+from tasks.registry import model_versions
 
 pytestmark = pytest.mark.filterwarnings("default")
 FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
@@ -39,8 +40,8 @@ def champion(tmp_path, monkeypatch):
     write_json(layout.PROMOTION, {"phone-4gb": {"reason": "has the best accuracy"}})
     tags = {"lilliput.candidate": "pocket", "lilliput.compiled.gguf_sha256": file_sha256(compiled / MANIFEST)}
     version = SimpleNamespace(version=7, tags=tags)
-    monkeypatch.setattr(registry, "version_of", lambda alias: version if alias == "champion-phone-4gb" else None)
-    monkeypatch.setattr(registry, "tell", lambda number, said: tags.update(said))
+    monkeypatch.setattr(model_versions, "version_of", lambda alias: version if alias == "champion-phone-4gb" else None)
+    monkeypatch.setattr(model_versions, "tell", lambda number, said: tags.update(said))
     return version
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks import creating, registry
+from tasks.registry import creating, model_versions
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow's store says much to itself
 
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.filterwarnings("default")  # MLflow's store says much t
 def test_the_model_is_made_once_and_aliases_of_devices_that_are_gone_are_taken_away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    client = registry.client()
+    client = model_versions.client()
     for _ in range(2):
         creating.ensure_model(client)
-    versions = [client.create_model_version(registry.MODEL, source="file:///nowhere").version for _ in range(3)]
+    versions = [client.create_model_version(model_versions.MODEL, source="file:///nowhere").version for _ in range(3)]
     for device, version in zip(("phone", "board"), versions, strict=False):
-        registry.move_champion(device, str(version))
-    client.set_registered_model_alias(registry.MODEL, "by-hand", str(versions[2]))
-    registry.forget_devices(["phone"])
-    aliases = {name: registry.version_of(name) for name in ("champion-phone", "champion-board", "by-hand")}
+        model_versions.move_champion(device, str(version))
+    client.set_registered_model_alias(model_versions.MODEL, "by-hand", str(versions[2]))
+    model_versions.forget_devices(["phone"])
+    aliases = {name: model_versions.version_of(name) for name in ("champion-phone", "champion-board", "by-hand")}
     assert [found and int(found.version) for found in aliases.values()] == [1, None, 3]

@@ -7,7 +7,7 @@ import json
 import zlib
 
 from lilliput.artifacts import Manifest
-from tasks import mlflow_view, run_metrics
+from tasks.registry import mlflow_view, run_metrics
 
 ESTIMATE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
 TIMES = {"p50": 10.0, "p90": 20.0, "n": 4}

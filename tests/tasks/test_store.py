@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lilliput.errors import ConfigError, RegistryError
-from tasks import creating, registry, store
+from tasks.registry import creating, model_versions, store
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow emits warnings about its own code
 
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 def test_an_address_that_mlflow_cannot_use_is_refused_with_a_remedy(monkeypatch, address, message):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(ConfigError, match=f"(?s)MLFLOW_TRACKING_URI: .*{message}"):
-        registry.client()
+        model_versions.client()
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:5000", "https://mlflow.example", "sqlite:////srv/mlflow.db"])
@@ -66,7 +66,7 @@ def test_files_that_are_no_database_are_refused_before_mlflow_tries_for_minutes(
     }.items():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/{name}")
         with pytest.raises(ConfigError, match=message):
-            registry.client()
+            model_versions.client()
     assert time.monotonic() - started < 10
 
 
@@ -88,13 +88,13 @@ def test_a_store_that_this_user_may_not_write_is_refused(kept):
 
 
 def test_a_database_of_another_mlflow_is_refused_with_a_remedy_and_not_tried_again(folder):
-    registry.client()
+    model_versions.client()
     with contextlib.closing(sqlite3.connect("mlruns/mlflow.db")) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
     (folder / "mlruns/mlflow.db").rename(folder / "mlruns/newer.db")  # MLflow remembers the stores that it has opened
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RegistryError) as raised, registry.in_reach():
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RegistryError) as raised, model_versions.in_reach():
         patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlruns/newer.db")
-        creating.ensure_model(registry.client())
+        creating.ensure_model(model_versions.client())
     assert "refuses (INTERNAL_ERROR)" in str(raised.value)
     assert "If a newer one, use that version" in str(raised.value)
     assert not raised.value.temporary
@@ -102,7 +102,7 @@ def test_a_database_of_another_mlflow_is_refused_with_a_remedy_and_not_tried_aga
 
 def test_artefacts_lie_beside_the_database_that_the_address_names(monkeypatch, folder):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///shared/mlflow.db")
-    client = registry.client()
+    client = model_versions.client()
     location = client.get_experiment(creating.experiment_id(client)).artifact_location
     assert location == f"{(folder / 'shared').as_uri()}/artifacts"
     assert not (folder / "mlruns/mlflow.db").exists()
@@ -110,5 +110,5 @@ def test_artefacts_lie_beside_the_database_that_the_address_names(monkeypatch, f
 
 def test_models_go_to_the_store_of_the_runs_whatever_the_environment_names(monkeypatch, folder):
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{folder}/other.db")
-    creating.ensure_model(registry.client())
+    creating.ensure_model(model_versions.client())
     assert not (folder / "other.db").exists()

@@ -1,0 +1,1 @@
+"""What runs a flow: the scheduler, its runners, DVC's lineage, workspaces and stopping."""

@@ -1,0 +1,289 @@
+"""What a person reads at the end of a run: the candidates, the champions and where to look next."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.engine.plan import PlannedStage
+from lilliput.artifacts import disk_is_full
+from lilliput.graph import topological_order
+from lilliput.memory import this_machine
+from lilliput.params import load_params
+from lilliput.redaction import redacted
+from lilliput.report.figures import figure
+from tasks import layout
+
+if TYPE_CHECKING:  # brings MLflow
+    from tasks.publish import Publication
+
+MIB, GIB = 2**20, 2**30
+_MLFLOW = "http://127.0.0.1:5000"
+
+
+def candidate_rows(folder: Path) -> list[dict[str, str]]:
+    """One row a registered candidate: the four metrics as `value ± half interval`, size, and whose champion it is.
+
+    A candidate whose record is missing has no row; the flow fails with the stage that has to write it.
+    """
+    params, registered = load_params(folder / layout.PARAMS), _read(folder / layout.REGISTRY)
+    champions = _champions(folder)
+    rows = []
+    for name in topological_order(params):
+        if name in registered and (record := _read(folder / layout.metrics(name))):
+            rows.append({"candidate": name, **_figures(record), "champion of": ", ".join(champions.get(name, []))})
+    return rows
+
+
+def device_rows(folder: Path) -> list[dict[str, str]]:
+    """One row a device run: what was compiled, whether it fits, and what an answer takes there."""
+    rows = []
+    for name in load_params(folder / layout.PARAMS).compile:
+        record = _read(folder / layout.devices(name))
+        for device, run in record.get("devices", {}).items():
+            fits = run["fits"]
+            rows.append(
+                {
+                    "device": device,
+                    "compiled": name,
+                    "MiB": f"{record['size_bytes'] / MIB:.0f}",
+                    "fits": "yes" if fits else run["does_not_fit"],
+                    "peak MiB": f"{run['peak_rss_bytes'] / MIB:.0f}",
+                    "first token ms": f"{run['ttft_ms']['p50']:.0f}" if "ttft_ms" in run else "",
+                    "J/query": _estimate(run["energy_per_query_j"], 2) if "energy_per_query_j" in run else "",
+                }
+            )
+    return sorted(rows, key=lambda row: row["device"])
+
+
+def offloading_rows(folder: Path, device: str) -> list[dict[str, str]]:
+    """One row a policy of `device`: how much it leaves to the edge server over the configured link, and what for."""
+    record = _read(folder / layout.offload_record(device))
+    return [
+        {
+            "policy": policy.replace("_", ", "),
+            "offloaded": f"{found['offloaded']:.0%}",
+            "right": _estimate(found["accuracy"]),
+            "halluc.": _estimate(found["hallucination_rate"]),
+            "ms p50 (p90)": f"~{found['latency_ms']['p50']:.0f} ({found['latency_ms']['p90']:.0f})",
+            "J/query": _estimate(found["energy_per_query_j"], 2),
+        }
+        for policy, found in (record["links"][record["link"]] if record else {}).items()
+    ]
+
+
+def next_commands(folder: Path) -> str:
+    """What to serve, where the report is, and how the two UIs are opened, as Markdown that reads well as text."""
+    workspace = layout.is_workspace(folder)
+    other = f" --params {folder.name}.yaml" if workspace else ""  # its name is all that counts
+    store = f"sqlite:///{(folder / layout.MLRUNS / 'mlflow.db').absolute()}"
+    mlflow = "" if workspace else os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix(store)
+    prefect = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    served = [
+        device for device in load_params(folder / layout.PARAMS).serving if (folder / layout.BUNDLES / device).exists()
+    ]
+    return "\n".join(
+        [
+            *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{other}`" for device in served),
+            f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
+            f"- What each device is given: {(folder / layout.BUNDLES).absolute()}",
+            f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
+            f"{mlflow or _MLFLOW}/#/models/lilliput, candidates side by side: Experiments, view *Four metrics*",
+            f"- Prefect UI: {prefect or '`.venv/bin/prefect server start`, then http://127.0.0.1:4200'}",
+        ]
+    )
+
+
+def print_summary(folder: Path, states: Mapping[str, str]) -> None:
+    """Prints the table of candidates, the decisions with their reasons and the next commands."""
+    console = _console()
+    rows = candidate_rows(folder)
+    if rows:
+        console.print(_table("Candidates: value ± half of the 95 % interval", rows))
+        console.print(f"Energy: {_energy_source(folder)}", highlight=False)
+    if on_devices := device_rows(folder):
+        console.print()
+        console.print(_table("Compiled, on devices: emulated threads and memory on this processor", on_devices))
+    for device in load_params(folder / layout.PARAMS).serving:
+        if rows := offloading_rows(folder, device):
+            console.print()
+            console.print(_table(f"Offloading from {device}: each policy on held-out questions", rows))
+    print_decisions(folder)
+    console.print()
+    for label, state in (("Made now", "Completed"), ("Restored", "Restored"), ("Cached", "Cached")):
+        console.print(f"{label}: {', '.join(name for name in states if states[name] == state) or 'nothing'}")
+    console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_decisions(folder: Path, only: str | None = None) -> None:
+    """Prints who is champion of each device, or of one, and why nobody else."""
+    console = _console()
+    for device, decision in _read(folder / layout.PROMOTION).items():
+        if only not in (None, device):
+            continue
+        console.print(
+            f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'nobody'}[/bold]: {decision['reason']}"
+        )
+        for name, reason in decision["refused"].items():
+            console.print(f"  not {name}: {reason}", style="dim", highlight=False)
+
+
+def print_publication(publication: Publication, repository: str) -> None:
+    """Prints the model card and the files of what would be published."""
+    console = _console()
+    console.print(publication.card, highlight=False, markup=False, soft_wrap=True)
+    rows = [{"file": file.path, "bytes": f"{file.size_bytes:,}", "sha256": file.sha256} for file in publication.files]
+    console.print(_table(f"{publication.device}, version {publication.version}, for {repository}", rows))
+
+
+def front_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a chain on the front of a search, after the base's: its objectives as `value ± half interval`."""
+    shown = [*found["reference"], *(trial for trial in found["trials"] if trial["pareto"])]
+    return [
+        {"candidate": row["candidate"], "chain": row["chain"]}
+        | {metric: _figure(metric, row["figures"][metric]) for metric in found["objectives"]}
+        for row in shown
+    ]
+
+
+def print_search(folder: Path) -> None:
+    """Prints the front, who won on which device, and the lines that make the winners."""
+    found, console = _read(folder / layout.SEARCH), _console()
+    console.print(
+        _table(f"{found['study']}: the base and the Pareto front, value ± half of the 95 % interval", front_rows(found))
+    )
+    for trial in found["trials"]:
+        if trial["reason"]:
+            console.print(f"failed: {trial['chain']}: {trial['reason']}", style="dim", highlight=False, markup=False)
+    console.print(f"\nEnded: {found['stopped']}.\n", highlight=False, markup=False)
+    console.print((folder / layout.WINNER).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"These lines: {(folder / layout.WINNER).absolute()}", highlight=False, markup=False, soft_wrap=True)
+    console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def guarded_output() -> Iterator[None]:
+    """Ends this process with one message if stdout is on a full disk, and silently if its reader (`| head`) left."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if not (disk_is_full(error) or isinstance(error, BrokenPipeError)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer would fail again at exit
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None  # as typer and rich end it
+        fail(f"standard output: {error.strerror}; what was made is recorded, the same command prints it again", 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends this process with `message` on stderr."""
+    print(f"\nerror: {redacted(message)}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def print_plan(planned: Sequence[PlannedStage]) -> None:
+    """Prints what would run, what is cached, and what earlier runs say it costs."""
+    rows = []
+    for item in planned:
+        cost = item.prediction
+        rows.append(
+            {
+                "stage": item.stage.name,
+                "would": f"run: {item.reason}" if item.reason else "be cached",
+                "time": f"{cost.seconds:.0f} s" if cost and item.reason else "",
+                "MiB (estimate)": _memory(item) if item.reason else "",
+                "as measured on": cost.of if cost and item.reason else ("no record" if item.reason else ""),
+            }
+        )
+    _console().print(_table("Plan: nothing has been run", rows))
+    known = [item.prediction for item in planned if item.reason and item.prediction]
+    unknown = sum(1 for item in planned if item.reason and not item.prediction)
+    peak = max((prediction.peak_rss_bytes for prediction in known), default=0) / MIB
+    total = sum(prediction.seconds for prediction in known)
+    rest = f", plus {unknown} stages never measured" if unknown else ""
+    print(f"{len(known) + unknown} stages would run: about {total / 60:.1f} min and {peak:.0f} MiB at the peak{rest}.")
+    print("Predictions are the record of earlier runs, on whatever machine made it; no more than that.")
+    machine = this_machine()
+    gpu = f"a GPU with {machine.gpu_bytes / GIB:.1f}" if machine.gpu_bytes else "no GPU"
+    print("Estimates follow from the models' shapes (docs/memory.md).", end=" ")
+    print(f"This machine: {machine.host_bytes / GIB:.1f} GiB, {gpu}.")
+
+
+def _memory(item: PlannedStage) -> str:
+    measured = f"{item.prediction.peak_rss_bytes / MIB:.0f}" if item.prediction else "?"
+    if not item.memory:
+        return measured
+    on_gpu = f" + {item.memory.gpu_bytes / MIB:.0f} GPU" if item.memory.gpu_bytes else ""
+    return f"{measured} (~{item.memory.process_bytes / MIB:.0f}{on_gpu})"
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "choice acc.": _estimate(record["accuracy_choice"]),
+        "free acc.": _estimate(record["accuracy_free"]),
+        "halluc.": _estimate(record["hallucination_rate"]),
+        "J/query": _estimate(record["energy_per_query_j"], 2),
+        "access.": _estimate(record["accessibility"], 2),
+        "MiB": f"{record['size_bytes'] / MIB:.0f}",
+    }
+
+
+def _estimate(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """`value ± half the 95 % interval`, marked `~` where it is an estimate."""
+    if not estimate or estimate.get("value") is None:
+        return "unavailable"
+    half = (estimate["high"] - estimate["low"]) / 2
+    mark = "" if estimate.get("measured", True) else "~"
+    return f"{mark}{estimate['value']:.{digits}f} ± {half:.{digits}f}"
+
+
+def _figure(metric: str, value: Mapping[str, Any] | float | None) -> str:
+    return _estimate(value) if isinstance(value, Mapping) and "low" in value else figure(value, metric)
+
+
+def _energy_source(folder: Path) -> str:
+    params = load_params(folder / layout.PARAMS)
+    sources = {
+        (_read(folder / layout.metrics(name)).get("energy_per_query_j") or {}).get("source")
+        for name in _read(folder / layout.REGISTRY)
+    }
+    watts = params.watts_per_core
+    if sources == {"estimate_tdp"}:
+        return f"~ is an estimate, not a measurement: CPU-seconds × {watts:g} W a core (declared in params.yaml)"
+    return f"source {', '.join(sorted(map(str, sources)))}"
+
+
+def _champions(folder: Path) -> dict[str, list[str]]:
+    champions: dict[str, list[str]] = {}
+    for device, decision in _read(folder / layout.PROMOTION).items():
+        if decision["champion"]:
+            champions.setdefault(decision["champion"], []).append(device)
+    return champions
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _console() -> Console:
+    """A terminal as wide as it is; 100 columns where the output goes elsewhere."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    return table

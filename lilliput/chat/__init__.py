@@ -1,0 +1,1 @@
+"""Chat templates: prompts and answers as token ids, control tokens in text."""

@@ -1,0 +1,1 @@
+"""Devices: compiled models run within a device's budgets, and what that measures."""

@@ -1,0 +1,1 @@
+"""Sentence embeddings, for the answer cache and the learned router."""

@@ -1,0 +1,1 @@
+"""llama.cpp's server: its process, and the chat completions that it speaks."""

@@ -1,0 +1,239 @@
+"""Judges every policy for offloading on questions that device and edge server both answered."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lilliput.config import LinkConfig, Params, ServingConfig
+from lilliput.offload.fit import LOOKS, STEPS, cross_fit, features, fit, folds_of, held_out_worth, link_costs, tabulate
+from lilliput.offload.learned import ALWAYS, NEVER, Look, pick
+from lilliput.offload.links import battery_percent
+from lilliput.offload.outcomes import Outcomes, costs, mixed
+from lilliput.offload.policy import confidence
+from lilliput.statistics import intervals
+
+ESTIMATE = {"source": "declared", "measured": False}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy's decisions on the questions asked.
+
+    Attributes:
+        sent: to the server, 0.0 or 1.0 for each question; between them, with that probability.
+        score: what it ranks questions by, most worth the server first; None if it ranks none.
+        embeds: 1.0 where it embeds the question, for each or for all.
+        looks: 1.0 where it looks at the device's answer.
+    """
+
+    sent: np.ndarray
+    score: np.ndarray | None = None
+    embeds: np.ndarray | float = 0.0
+    looks: np.ndarray | float = 0.0
+
+
+def policies(
+    rows: Sequence[Mapping[str, Any]],
+    worth: Mapping[Look, np.ndarray],
+    folds: np.ndarray,
+    link: LinkConfig,
+    watts_per_core: float,
+    serving: ServingConfig,
+) -> dict[str, Policy]:
+    """Every policy over `link`, with a full battery.
+
+    The learned ones choose their point for each fold by the figures of the other folds. `random` sends as many as
+    `learned_before`; `oracle` sends what the server answers better, and nothing else.
+    """
+    outcomes = Outcomes.of(rows)
+    none = np.zeros(len(rows))
+    sure = _sure(rows)
+    found = {
+        "device": Policy(none),
+        "server": Policy(none + 1.0),
+        "threshold": Policy((sure < serving.least_confidence).astype(float), -sure, looks=1.0),
+    }
+    at_once = costs(rows, link, watts_per_core)
+    for look in LOOKS:
+        spent = link_costs(rows, link, watts_per_core, look)
+        thresholds = np.zeros(len(rows))
+        for fold in np.unique(folds):
+            others = folds != fold
+            table = tabulate(worth[look][others], spent.where(others), at_once.where(others), outcomes.where(others))
+            point, _ = pick(table, serving.objective, serving.objective.energy_budget_j)
+            thresholds[~others] = point.threshold
+        sent = (worth[look] > thresholds).astype(float)
+        embeds = (~np.isin(thresholds, (NEVER, ALWAYS))).astype(float)
+        found[f"learned_{look}"] = Policy(sent, worth[look], embeds, embeds * (look == "after"))
+    found["random"] = Policy(none + found["learned_before"].sent.mean())
+    found["oracle"] = Policy((outcomes.gain > 0.0).astype(float), outcomes.gain)
+    return found
+
+
+def _sure(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The score of the policy `threshold` for each question; 0 where the device said nothing."""
+    return np.array([confidence(row["device"]["logprobs"]) or 0.0 for row in rows])
+
+
+def figures(
+    policy: Policy, rows: Sequence[Mapping[str, Any]], link: LinkConfig, params: Params, device: str
+) -> dict[str, Any]:
+    """What `policy` brings and costs over `link`; seconds, joules and percent of the battery are estimates.
+
+    `over_random` is the difference from sending as many questions at random, paired by question.
+    """
+    config, serving = params.evaluation, params.serving[device]
+    outcomes = Outcomes.of(rows)
+    watts = params.devices[device].watts_per_core
+    spent = costs(rows, link, watts, embeds=policy.embeds, looks=policy.looks)
+    certain = bool(np.isin(policy.sent, (0.0, 1.0)).all())
+
+    def share(values: np.ndarray) -> dict[str, Any]:
+        if certain:
+            return intervals.as_dict(intervals.rate([bool(value) for value in values]))
+        return intervals.as_dict(intervals.mean(values, config.seed, config.resamples))
+
+    energy_j = mixed(policy.sent, spent.device_j, spent.server_j)
+    energy = intervals.as_dict(intervals.mean(energy_j, config.seed, config.resamples))
+    percent = {key: battery_percent(energy[key], serving.battery_wh) for key in ("value", "low", "high")}
+    more = policy.sent - policy.sent.mean()
+    gains = {"accuracy": outcomes.right_gain[outcomes.answerable], "hallucination_rate": -outcomes.hallucination_gain}
+    parts = {"accuracy": outcomes.answerable, "hallucination_rate": np.ones(len(rows), dtype=bool)}
+    return {
+        "offloaded": float(policy.sent.mean()),
+        "accuracy": share(mixed(policy.sent, **outcomes.right)[outcomes.answerable]),
+        "hallucination_rate": share(mixed(policy.sent, **outcomes.hallucinated)),
+        "latency_ms": _quantiles(1e3 * spent.device_s, 1e3 * spent.server_s, policy.sent) | ESTIMATE,
+        "energy_per_query_j": energy | ESTIMATE,
+        "battery_percent_per_query": percent | {"n": energy["n"]} | ESTIMATE,
+        "over_random": {
+            metric: intervals.as_dict(intervals.mean(more[parts[metric]] * gain, config.seed, config.resamples))
+            for metric, gain in gains.items()
+        },
+    }
+
+
+def _quantiles(device: np.ndarray, server: np.ndarray, sent: np.ndarray) -> dict[str, Any]:
+    values, weights = np.concatenate([device, server]), np.concatenate([1.0 - sent, sent])
+    middle, late = np.quantile(values, [0.5, 0.9], weights=weights, method="inverted_cdf")
+    return {
+        "p50": float(middle),
+        "p90": float(late),
+        "mean": float((values * weights).sum() / len(sent)),
+        "n": len(sent),
+    }
+
+
+def areas(
+    score: np.ndarray, outcomes: Outcomes, seed: int, resamples: int, against: np.ndarray | None = None
+) -> dict[str, Any]:
+    """How well `score` ranks questions, whatever the threshold: 0 for chance, 1 for the best order in hindsight.
+
+    The area between the curve of accuracy (of hallucinations spared, of both) over the share offloaded and that of
+    random offloading, divided by the same area of the oracle. It is akin to RouteLLM's APGR (arXiv 2406.18665).
+
+    Args:
+        score: of each question; most worth the server first.
+        outcomes: of the same questions.
+        seed: of the bootstrap.
+        resamples: how many.
+        against: another score; the areas are then differences from its areas, paired by question.
+    """
+    answerable, everything = outcomes.answerable, np.ones(len(score), dtype=bool)
+    gains = {
+        "accuracy": (outcomes.right_gain, answerable),
+        "hallucination_rate": (outcomes.hallucination_gain, everything),
+        "both": (outcomes.gain, everything),
+    }
+
+    def area(draw: np.ndarray) -> np.ndarray:
+        own = _area(draw[..., 0], draw[..., -1])
+        return own if against is None else own - _area(draw[..., 1], draw[..., -1])
+
+    columns = [score] if against is None else [score, against]
+    return {
+        name: intervals.as_dict(intervals.statistic(area, np.stack([*columns, gain], axis=-1)[part], seed, resamples))
+        for name, (gain, part) in gains.items()
+    }
+
+
+def _area(score: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Of shape (…,) for score and gain of shape (…, n); 0 where nothing is to be gained by any order."""
+    order = np.argsort(-score, axis=-1, kind="stable")
+    won = np.cumsum(np.take_along_axis(gain, order, axis=-1), axis=-1)
+    best = np.cumsum(-np.sort(-gain, axis=-1), axis=-1)
+    chance = won[..., -1:] * np.arange(1, gain.shape[-1] + 1) / gain.shape[-1]
+    over, most = (won - chance).mean(axis=-1), (best - chance).mean(axis=-1)
+    return np.divide(over, most, out=np.zeros_like(over), where=most > 0.0)
+
+
+def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
+    """Accuracy and hallucination rate at equal steps of the share offloaded, most worth the server first."""
+    order = np.argsort(-score, kind="stable")
+    points = []
+    for step in range(STEPS + 1):
+        sent = np.zeros(len(score))
+        sent[order[: round(step * len(score) / STEPS)]] = 1.0
+        hallucinated = float(mixed(sent, **outcomes.hallucinated).mean())
+        points.append(
+            {
+                "offloaded": float(sent.mean()),
+                "accuracy": outcomes.accuracy(sent),
+                "hallucination_rate": hallucinated,
+            }
+        )
+    return points
+
+
+def judge(
+    rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, params: Params, device: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every policy reaches over every link, and the router: both looks, fitted on all questions.
+
+    All figures of the learned router are of fits that have not seen the entity asked about, and of thresholds chosen on
+    the other folds. The operating points that go with the router are of all folds together.
+
+    Args:
+        rows: of `ask_both`.
+        vectors: the unit vectors of the questions, of shape (questions, dimensions).
+        params: all of params.yaml.
+        device: a name under `serving`.
+
+    Raises:
+        ConfigError: there are more folds than entities.
+    """
+    serving, watts = params.serving[device], params.devices[device].watts_per_core
+    outcomes = Outcomes.of(rows)
+    folds = folds_of(rows, serving.offload.folds, serving.offload.seed)
+    known = {look: features(rows, vectors, look) for look in LOOKS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a fit that does not converge is no fit
+        held_out = {look: cross_fit(known[look], outcomes, folds, vectors.shape[1]) for look in LOOKS}
+        fitted = {look: fit(known[look], outcomes, vectors.shape[1]) for look in LOOKS}
+    worth: dict[Look, np.ndarray] = {look: held_out_worth(known[look], held_out[look], folds) for look in LOOKS}
+    scores = {"threshold": -_sure(rows)} | {f"learned_{look}": worth[look] for look in LOOKS}
+    config = params.evaluation
+    found: dict[str, Any] = {
+        "links": {},
+        "curves": {name: curve(score, outcomes) for name, score in (scores | {"oracle": outcomes.gain}).items()},
+        "areas": {name: areas(score, outcomes, config.seed, config.resamples) for name, score in scores.items()},
+        "areas_over_threshold": {
+            name: areas(score, outcomes, config.seed, config.resamples, against=scores["threshold"])
+            for name, score in scores.items()
+            if name != "threshold"
+        },
+    }
+    looks: dict[str, Any] = {look: {"fitted": fitted[look].as_dict(), "links": {}} for look in LOOKS}
+    for name, link in params.links.items():
+        of_link = policies(rows, worth, folds, link, watts, serving)
+        found["links"][name] = {policy: figures(of, rows, link, params, device) for policy, of in of_link.items()}
+        at_once = costs(rows, link, watts)
+        for look in LOOKS:
+            spent = link_costs(rows, link, watts, look)
+            looks[look]["links"][name] = asdict(tabulate(worth[look], spent, at_once, outcomes))
+    return found, {"looks": looks}

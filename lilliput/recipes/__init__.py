@@ -1,0 +1,1 @@
+"""Recipes: facts of public tables turned into questions, and the corpus built from them."""

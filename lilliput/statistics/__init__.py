@@ -1,0 +1,1 @@
+"""Intervals and paired differences: the arithmetic below all metrics."""

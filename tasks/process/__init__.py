@@ -1,0 +1,1 @@
+"""What every stage's process needs: locks, costs, deadlines, memory checks and messages."""

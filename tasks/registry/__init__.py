@@ -1,0 +1,1 @@
+"""MLflow: where models are registered, champions are kept and approvals are stored."""

@@ -1,0 +1,78 @@
+"""A folder in use: runs of a deployment wait for it, others are refused."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from flows.engine import waiting
+from lilliput.errors import BusyError
+from tasks.process.folder_lock import alone_in
+from tests.flows.conftest import PROJECT
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The names and messages of the states that Prefect was asked to show."""
+    states: list[tuple[str, str]] = []
+    monkeypatch.setattr(waiting, "_show", lambda name, message: states.append((name, message)))
+    monkeypatch.setattr(waiting, "_POLL_S", 0.02)
+    return states
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A DVC repository, as every folder of a run is."""
+    Repo.init(str(tmp_path), no_scm=True).close()
+    return tmp_path
+
+
+def started_by(monkeypatch, deployment_id: str | None) -> None:
+    monkeypatch.setattr(waiting, "deployment", SimpleNamespace(id=deployment_id))
+
+
+def test_a_run_from_the_command_line_is_refused_at_once(folder, monkeypatch, shown):
+    started_by(monkeypatch, None)
+    with alone_in(folder), pytest.raises(BusyError, match="another run is at work here"), waiting.turn_in(folder):
+        pass
+    assert shown == []
+
+
+def test_a_run_of_a_deployment_waits_shows_it_and_then_works(folder, monkeypatch, shown):
+    started_by(monkeypatch, "a deployment")
+    entered, leave = threading.Event(), threading.Event()
+
+    def work():
+        with waiting.turn_in(folder):
+            entered.set()
+            leave.wait(60)
+
+    run = threading.Thread(target=work)
+    with alone_in(folder):
+        run.start()
+        assert not entered.wait(0.5)
+    assert entered.wait(60)
+    with pytest.raises(BusyError), alone_in(folder):  # it holds the folder while it works
+        pass
+    leave.set()
+    run.join()
+    assert [name for name, _ in shown] == ["Waiting", "Running"]
+    assert "another run is at work here since" in shown[0][1]
+
+
+def test_a_free_folder_is_taken_without_a_word(folder, monkeypatch, shown):
+    started_by(monkeypatch, "a deployment")
+    with waiting.turn_in(folder):
+        pass
+    assert shown == []
+
+
+def test_no_deployment_holds_a_lease_that_a_restarted_server_does_not_know():
+    deployments = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+    assert len(deployments) == 6
+    assert not [one["name"] for one in deployments if "concurrency_limit" in one]

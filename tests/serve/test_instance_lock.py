@@ -1,0 +1,71 @@
+"""One gateway per deployment folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lilliput.errors import BusyError
+from lilliput.serve.instance_lock import announce, owning
+
+PROJECT = Path(__file__).parents[2]
+OWN = """
+import sys, time
+from pathlib import Path
+from lilliput.serve.instance_lock import announce, owning
+with owning(Path(sys.argv[1])):
+    if len(sys.argv) > 2:
+        announce(Path(sys.argv[1]), sys.argv[2])
+    print("owned", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    """Starts a process that owns the folder and, with an address, serves it."""
+    started = []
+
+    def start(*url):
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        command = [sys.executable, "-c", OWN, str(tmp_path), *url]
+        started.append(subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == b"owned\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_gateway_is_refused_with_the_first_one_s_process_and_address(gateway, tmp_path):
+    first = gateway("http://127.0.0.1:9")
+    before = (tmp_path / "gateway.json").read_bytes()
+    with pytest.raises(BusyError, match=rf"\(process {first.pid}, http://127\.0\.0\.1:9\).*--stop"), owning(tmp_path):
+        pass
+    assert (tmp_path / "gateway.json").read_bytes() == before
+
+
+def test_a_gateway_that_still_starts_owns_its_folder_too(gateway, tmp_path):
+    from flows import deploy as flow
+
+    first = gateway()
+    with pytest.raises(BusyError, match=rf"\(process {first.pid}, which is starting\)"), owning(tmp_path):
+        pass
+    assert flow.running(tmp_path) is None  # it has no address to ask
+
+
+def test_a_killed_gateway_does_not_block_the_next(gateway, tmp_path):
+    first = gateway("http://127.0.0.1:9")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with owning(tmp_path):
+        announce(tmp_path, "http://127.0.0.1:10")
+        known = json.loads((tmp_path / "gateway.json").read_text())
+        assert (known["pid"], known["url"]) == (os.getpid(), "http://127.0.0.1:10")
+    assert not (tmp_path / "gateway.json").exists()

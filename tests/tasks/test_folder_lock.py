@@ -1,0 +1,55 @@
+"""One run in a folder at a time, whichever door it came by."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lilliput.errors import ConfigError
+from tasks.process.folder_lock import alone_in
+from tests.tasks.test_commands import PROJECT, run
+
+__all__ = ["run"]  # a fixture
+HOLD = """
+import sys, time
+from pathlib import Path
+from tasks.process.folder_lock import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_second_run_is_told_who_the_first_is_and_a_killed_one_blocks_nobody(tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert first.stdout and first.stdout.readline() == b"held\n"
+        told = rf"another run is at work here since .*: process {first.pid}, `python"
+        with pytest.raises(ConfigError, match=told), alone_in(tmp_path):
+            pass
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    with alone_in(tmp_path):
+        pass
+    assert not list(tmp_path.glob("*.holder"))
+
+
+def test_a_stage_by_hand_or_by_dvc_keeps_out_of_a_run_and_of_its_log(run, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "source.log").write_text("what the run's own stage says")
+    with alone_in(tmp_path):
+        done = run("-m", "tasks", "source")
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: source: .*process {os.getpid()}, .*", done.stderr.strip())
+    assert (tmp_path / "logs" / "source.log").read_text() == "what the run's own stage says"
