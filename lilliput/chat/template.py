@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lilliput.chat.control_tokens import ControlTokens, looks_like_control
 from lilliput.errors import DataError
 
-# The date that training and evaluation put into templates with "today" in them (docs/decisions.md, "Chat
-# templates and special tokens"). It is the default of Llama 3's own template.
+# The date that training and evaluation put into templates with "today" in them (docs/decisions/chat-templates.md).
+# It is the default of Llama 3's own template.
 PINNED_DATE = datetime(2024, 7, 26)
 
 _LLAMA_DATE = "%d %b %Y"  # of the variable `date_string`, which Llama's templates and llama.cpp know

@@ -267,7 +267,7 @@ def test_the_main_job_of_the_readme_runs(story):
 )
 def test_a_block_runs_as_written(story, block):
     # No block knows what another one told its Prefect server.
-    story.clone.environment["PREFECT_HOME"] = str(story.clone.folder / "prefect" / block.place.replace(":", "-"))
+    story.clone.environment["PREFECT_HOME"] = str(story.clone.folder / "prefect" / re.sub(r"\W+", "-", block.place))
     story.run(block)
 
 

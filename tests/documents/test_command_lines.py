@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 import typer
@@ -15,10 +14,9 @@ from ruamel.yaml import YAML
 
 from lilliput.data.questions import read_questions
 from lilliput.params import load_params
-from tests.documents.reading import DOCUMENTS, PROJECT, blocks, inline_commands
+from tests.documents.reading import DOCUMENTS, PROJECT, blocks, inline_commands, name_of
 
 _MODULE = re.compile(r"python -m ((?:flows|tasks|lilliput|benchmarks)[\w.]*)((?: (?:<[^>`\n]*>|[^`\n|&;#()·>])*)?)")
-_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _SOURCES = [path for folder in ("lilliput", "tasks", "flows", "scripts") for path in (PROJECT / folder).rglob("*.py")]
 
 
@@ -94,24 +92,6 @@ def test_every_make_target_exists():
             assert done.returncode == 0, f"{place}: {command}: {done.stderr}"
 
 
-def _anchors(document: Path) -> set[str]:
-    """GitHub's names for the headings of `document`."""
-    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_to_a_file_and_heading_resolves(document):
-    for link in _LINK.findall(document.read_text(encoding="utf-8")):
-        if "://" in link:
-            continue
-        name, _, anchor = link.partition("#")
-        target = (document.parent / name).resolve() if name else document
-        assert target.exists(), f"{document.name}: {link}: no such file"
-        if anchor and target.suffix == ".md":
-            assert anchor in _anchors(target), f"{document.name}: {link}: no such heading"
-
-
 def _yaml_blocks(name: str) -> list[str]:
     return [block.text for block in blocks(PROJECT / "docs" / name, "yaml")]
 
@@ -150,7 +130,7 @@ def test_the_example_questions_are_valid(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_python_block_compiles(document):
     for block in blocks(document, "python"):
         compile(block.text, block.place, "exec")
