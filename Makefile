@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` runs everything, `make test` proves it.
+# `make demo` runs everything; `make test` runs the fast tests.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,58 +6,58 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check browser documents night services interop bench scaling repro plan ui clean
 
-demo: $(INSTALLED)  ## everything, on the embedded default: about 27 minutes on 2 cores
+demo: $(INSTALLED)  ## run the whole pipeline with the default model: about 27 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
 
-test: $(INSTALLED)  ## the fast suite: a tiny random model with the real tokenizer
+test: $(INSTALLED)  ## run the fast tests: a tiny random model with the real tokenizer
 	@$(BIN)/python -m pytest
 
-check: $(INSTALLED)  ## formatter, linter, types and import directions
+check: $(INSTALLED)  ## check format, lint, types and import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-browser: $(INSTALLED)  ## the pages in headless Chromium; on Debian: apt-get install chromium chromium-driver
+browser: $(INSTALLED)  ## test the pages in headless Chromium; on Debian: apt-get install chromium chromium-driver
 	@$(BIN)/python -m pytest -m browser -n 0
 
-night: $(VENV)/.team  ## whole flows killed, stopped, starved and fanned out: about an hour; LILLIPUT_KILLS=110 for many more
+night: $(VENV)/.team  ## kill, stop, starve and fan out whole flows: about an hour; LILLIPUT_KILLS=110 for many more
 	@$(BIN)/python -m pytest -m night -n 1
 
-services: $(VENV)/.team  ## PostgreSQL, S3, MLflow and Prefect servers brought up; on Debian: apt-get install postgresql
+services: $(VENV)/.team  ## test with PostgreSQL, S3, MLflow and Prefect servers; on Debian: apt-get install postgresql
 	@$(BIN)/python -m pytest -m services -n 0
 
-documents: $(VENV)/.team  ## every command block of README.md and docs/, with a tiny model; on Debian: apt-get install postgresql
+documents: $(VENV)/.team  ## run every command block of README.md and docs/ with a tiny model; on Debian: apt-get install postgresql
 	@$(BIN)/python -m pytest -m documents -n 0 -s
 
-interop: $(INSTALLED)  ## real auto-gptq, in an environment of its own, opens our export
+interop: $(INSTALLED)  ## open our export with the real auto-gptq, in its own environment
 	test -d .venv-autogptq || $(PYTHON) -m venv .venv-autogptq
 	.venv-autogptq/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.49.0 peft==0.14.0 \
 		datasets==4.4.2 huggingface-hub==0.36.2 accelerate rouge gekko sentencepiece
 	.venv-autogptq/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: auto-gptq==0.7.1
 	LILLIPUT_AUTOGPTQ_PYTHON=$(CURDIR)/.venv-autogptq/bin/python $(BIN)/python -m pytest -m interop -n 0
 
-bench: $(INSTALLED)  ## against peers, each in an environment of its own under .bench/; after `make demo`, about 40 minutes on 2 cores
+bench: $(INSTALLED)  ## compare with peers, each in its own environment under .bench/; after `make demo`, about 40 minutes on 2 cores
 	@$(BIN)/python -m benchmarks.environments
 	@$(BIN)/python -m flows.deploy phone-4gb
 	@$(BIN)/python -m flows.deploy phone-4gb --stop
 	@$(BIN)/python -m benchmarks
 
-repro: $(INSTALLED)  ## the same work by DVC alone, without Prefect
+repro: $(INSTALLED)  ## run the pipeline with DVC alone, without Prefect
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
 
-plan: $(INSTALLED)  ## what a run would do, and its predicted time and memory
+plan: $(INSTALLED)  ## show what a run would do, and its predicted time and memory
 	@$(BIN)/python -m flows.democratize --plan
 
-scaling: $(INSTALLED)  ## how cost grows with rows, candidates, questions and versions (docs/scaling.md)
+scaling: $(INSTALLED)  ## measure how cost grows with rows, candidates, questions and versions (docs/scaling.md)
 	@for each in data candidates questions registry chart; do $(BIN)/python -m benchmarks.scaling $$each || exit; done
 
-ui: $(INSTALLED)  ## the MLflow UI on http://127.0.0.1:5000
+ui: $(INSTALLED)  ## open the MLflow UI on http://127.0.0.1:5000
 	@$(BIN)/python -m tasks.registry.moved && $(BIN)/python -m mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000
 
-# torch goes first: gptqmodel is built from source and wants it there. The pinned version has a CPU build.
+# Install torch first: gptqmodel is built from source and needs it. The pinned version has a CPU build.
 $(INSTALLED): requirements.lock
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=…"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=…"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|setuptools|wheel)==' requirements.lock)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --requirement requirements.lock
@@ -67,5 +67,5 @@ $(VENV)/.team: $(INSTALLED) requirements-team.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-team.lock
 	@touch $@
 
-clean:  ## what can be made again: models, reports, logs; not the DVC cache, not MLflow's store
+clean:  ## remove models, reports and logs; keeps the DVC cache and MLflow's store
 	rm -rf models compiled bundles data answers report logs workspaces .cache offload/*/

@@ -29,9 +29,9 @@ def write() -> None:
 def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "# Side by side with peers\n"
     yield (
-        "Written by `python -m benchmarks.table` from `benchmarks/results/*.json`, which hold every figure with its n, "
-        "spread, versions, load and commit. `make bench` measures them anew. "
-        "A `+` after a commit: with changes that were not committed.\n"
+        "For people who choose between Lilliput and other tools. `python -m benchmarks.table` writes this page from "
+        "`benchmarks/results/*.json`, which have every figure with its n, spread, versions, load and commit. "
+        "`make bench` measures again. A `+` after a commit marks uncommitted changes.\n"
     )
     yield "![Lilliput as a multiple of each peer](benchmarks.svg)\n"
     yield "| What | Goal | Reached | | Other work meanwhile | Commit |"
