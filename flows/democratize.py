@@ -41,7 +41,7 @@ from lilliput.graph import needing_gpu, require_gpu
 from lilliput.params import load_params
 from lilliput.redaction import redacted
 from tasks.process.memory_check import IGNORE, require_memory, too_large
-from tasks.registry.moved import follow
+from tasks.registry.moved import update_paths
 
 
 @flow(name="democratize", flow_run_name="democratize-{params_file}", validate_parameters=False)
@@ -74,7 +74,7 @@ def democratize(
 
 
 def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str]:
-    follow()
+    update_paths()
     lineage, settings = Lineage(folder), _settings(folder)
     _require_machine(lineage, folder, only)
     states, failed = run_stages(lineage.stages(only), lineage, crew)

@@ -44,7 +44,7 @@ from lilliput.serve.deployment import (
     tidy,
 )
 from lilliput.serve.deployment import deploy as make_current
-from tasks.process.folder_lock import alone_in
+from tasks.process.folder_lock import folder_lock
 
 HOMES = Path("deployments")
 # Gateways that this process started: they outlive it, and as long as it lives it has to hear of their ends.
@@ -101,7 +101,7 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
     folder = _folder(params_file)
     home = folder / HOMES / device
     home.mkdir(parents=True, exist_ok=True)
-    with turn_in(home, alone_in), contextlib.chdir(folder):
+    with turn_in(home, folder_lock), contextlib.chdir(folder):
         files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
         if action is Action.rollback:
             roll_back(home)

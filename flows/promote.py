@@ -25,7 +25,7 @@ from lilliput.params import load_params
 from lilliput.redaction import redacted
 from tasks import layout
 from tasks import promote as promotion
-from tasks.promote import Answer, Proposal
+from tasks.promote import ApprovalAnswer, Proposal
 
 NEXT = "`dvc repro` brings bundles and report up to date."
 
@@ -53,7 +53,7 @@ def promote(params_file: str = "params.yaml", ask_minutes: float = 0.0) -> State
     return Completed(message=NEXT)
 
 
-def promote_now(params_file: Path, answer: Callable[[Proposal], Answer | None]) -> None:
+def promote_now(params_file: Path, answer: Callable[[Proposal], ApprovalAnswer | None]) -> None:
     """Decides who is champion of each device; `answer` says what a person wants of a champion that waits for one."""
     folder = when_free(partial(open_workspace, params_file))
     with contextlib.chdir(folder), turn_in(folder):
@@ -64,7 +64,7 @@ def promote_now(params_file: Path, answer: Callable[[Proposal], Answer | None]) 
         promotion.promote(load_params(layout.PARAMS), answers)
 
 
-def ask(proposal: Proposal, minutes: float, poll_s: int = 10) -> Answer | None:
+def ask(proposal: Proposal, minutes: float, poll_s: int = 10) -> ApprovalAnswer | None:
     """What a person said in Prefect's UI, for which the flow run pauses; None if nobody did in time."""
     title = f"{proposal.device}: {proposal.candidate} (version {proposal.version})"
     wanted = Approval.with_initial_data(description=f"## {title}\n\n{proposal.reason}", approve=False)
@@ -73,7 +73,7 @@ def ask(proposal: Proposal, minutes: float, poll_s: int = 10) -> Answer | None:
         said = pause_flow_run(wait_for_input=wanted, timeout=int(60 * minutes), poll_interval=poll_s)
     except FlowPauseTimeout:
         return None
-    return Answer(proposal.version, said.approve, said.because)
+    return ApprovalAnswer(proposal.version, said.approve, said.because)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -95,8 +95,8 @@ def main(
     """Decide anew who is champion of each device, from what is evaluated and registered; or go back."""
     said = dict.fromkeys(approve or [], True) | dict.fromkeys(deny or [], False)
 
-    def answer(proposal: Proposal) -> Answer | None:
-        return Answer(proposal.version, said.pop(proposal.device), because) if proposal.device in said else None
+    def answer(proposal: Proposal) -> ApprovalAnswer | None:
+        return ApprovalAnswer(proposal.version, said.pop(proposal.device), because) if proposal.device in said else None
 
     try:
         folder = open_workspace(params)

@@ -158,7 +158,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def told_of_full_disk(error: BaseException) -> str:
+def describe_full_disk(error: BaseException) -> str:
     """What to say of an `error` for which `disk_is_full`: what was written, how much is free here, what to do."""
     what = " ".join(str(error).split())[:300]
     return (

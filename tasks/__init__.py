@@ -1,1 +1,1 @@
-"""One unit of work a file: read artefacts, call the library, write. `python -m tasks --help` runs them one by one."""
+"""One stage of the pipeline per file: reads artefacts, calls the library, writes results."""

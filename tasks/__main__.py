@@ -1,4 +1,4 @@
-"""`python -m tasks <task> [candidate]`: the commands of dvc.yaml, runnable by hand."""
+"""Command line of the stages, `python -m tasks <stage> [name]`, as dvc.yaml calls it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Annotated, TextIO
 import psutil
 import typer
 
-from lilliput.artifacts import disk_is_full, require_room, told_of_full_disk
+from lilliput.artifacts import describe_full_disk, disk_is_full, require_room
+from lilliput.child import end_with_stdin
 from lilliput.config import Params
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
@@ -26,15 +27,15 @@ from tasks.process.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPOR
 from tasks.process.cost import last_peak, out_of_memory
 from tasks.process.deadline import deadline
 from tasks.process.environment import prepare, require_usable_environment
-from tasks.process.folder_lock import alone_here, started_by_flow
-from tasks.process.machine_lock import end_with_stdin, machine_for
-from tasks.registry.moved import follow
+from tasks.process.folder_lock import stage_folder_lock, started_by_flow
+from tasks.process.machine_lock import machine_lock
+from tasks.registry.moved import update_paths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]
-Compiled = Annotated[str, typer.Argument(help="a name under `compile` in params.yaml, `pocket-gguf` say")]
+Compiled = Annotated[str, typer.Argument(help="a name under `compile` in params.yaml, such as `pocket-gguf`")]
 Served = Annotated[str, typer.Argument(help="a device under `serving` in params.yaml")]
-# Where a task's argument stands, if not under `candidates`.
+# The section of params.yaml that defines a stage's argument, if it is not `candidates`.
 _SECTIONS = {"compile": "compile", "devices": "compile", "offload": "serving", "log": "serving", "simulate": "serving"}
 
 
@@ -70,7 +71,7 @@ def caching(candidate: Candidate) -> None:
 
 @app.command(name="compile")
 def compile_(name: Compiled) -> None:
-    """Compile a candidate for a target into compiled/<candidate>/<target>, parity proven."""
+    """Compile a candidate for a target into compiled/<candidate>/<target> and prove parity."""
     _run("compile", "compile_candidate", name)
 
 
@@ -94,31 +95,33 @@ def promote() -> None:
 
 @app.command()
 def bundle() -> None:
-    """Write bundles/<device>: each champion's compiled model with all it takes to run it there."""
+    """Write bundles/<device>: each champion's compiled model with everything needed to run it."""
     _run("bundle", "bundle")
 
 
 @app.command()
 def offload(device: Served) -> None:
-    """Ask a device's champion and its edge server the same questions; fit and judge who should answer."""
+    """Ask a device's champion and its edge server the same questions; fit and evaluate the router."""
     _run("offload", "offload", device)
 
 
 @app.command()
 def log(device: Served) -> None:
-    """Add what was measured by `offload` to the champion's run in MLflow."""
+    """Add the results of `offload` to the champion's run in MLflow."""
     _run("log", "log", device)
 
 
 @app.command()
 def simulate(
     device: Served,
-    days: Annotated[int, typer.Option(min=1, help="days to draw traffic for")] = 3,
-    queries: Annotated[int, typer.Option(min=1, help="a day")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="of traffic and losses")] = 0,
-    trace: Annotated[Path | None, typer.Option(help="JSON Lines of at_s, id, link, charging, instead")] = None,
+    days: Annotated[int, typer.Option(min=1, help="days of traffic")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="queries per day")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="seed of traffic and losses")] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help="a JSON Lines file with at_s, id, link, charging, instead of drawn traffic")
+    ] = None,
 ) -> None:
-    """Play days of traffic through each policy of a device, into simulations/<device>.json."""
+    """Simulate days of traffic with each policy of a device, into simulations/<device>.json."""
     _run("simulate", "simulate", device, days, queries, seed, trace)
 
 
@@ -130,59 +133,60 @@ def report() -> None:
 
 @app.command()
 def search() -> None:
-    """Log the search that this workspace holds to MLflow."""
+    """Log the search of this workspace to MLflow."""
     _run("search", "log")
 
 
 def _run(module: str, function: str, name: str | None = None, *options: object) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = f"{module}@{name}" if name else module
-    end_with_stdin()
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _terminate)
     if started_by_flow():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the flow ends its stages itself
-    with ExitStack() as held:
+        end_with_stdin()
+        # A terminal sends Ctrl-C to every process, but the flow ends its stages itself.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ExitStack() as stack:
         try:
             prepare(Path(__file__).resolve().parent.parent)
             require_usable_environment()
-            require_room(Path())  # there would be none for a log either
-            if module != "simulate":  # which reads what is there, for as long as it likes
-                held.enter_context(alone_here())
-            follow()  # here, where the terminal shows what it says
-            _work(stage, module, function, name, *options)
+            require_room(Path())  # the log needs room too
+            if module != "simulate":  # a simulation only reads results
+                stack.enter_context(stage_folder_lock())
+            update_paths()  # before output goes to the log, so that the terminal shows its message
+            _run_logged(stage, module, function, name, *options)
         except LilliputError as error:
             print(f"\n{ERROR}{stage}: {error}", file=sys.stderr)
             sys.exit(EXIT_REFUSED)
 
 
-def _work(stage: str, module: str, function: str, name: str | None, *options: object) -> None:
+def _run_logged(stage: str, module: str, function: str, name: str | None, *options: object) -> None:
     with logging_to(layout.log(stage)) as terminal:
         try:
-            with machine_for(stage, terminal):
+            with machine_lock(stage, terminal):
                 params = load_params(layout.PARAMS)
                 require_benchmarks(params.evaluation.benchmarks, Path())
                 work = getattr(importlib.import_module(f"tasks.{module}"), function)
-                with deadline(lambda why: _tell(terminal, f"{stage}: {why}")):
-                    told = work(params, *_checked(params, module, name), *options)
-                if told:
-                    print(told, file=terminal)
+                with deadline(lambda reason: _print_error(terminal, f"{stage}: {reason}")):
+                    output = work(params, *_checked_name(params, module, name), *options)
+                if output:
+                    print(output, file=terminal)
         except KeyboardInterrupt:
-            _tell(terminal, f"{stage}: stopped; nothing is half-written, and the same command starts it again")
+            _print_error(terminal, f"{stage}: stopped; nothing is half-written, and the same command starts it again")
             sys.exit(EXIT_STOPPED)
         except Exception as error:
-            message, code = _told(stage, error)
-            _tell(terminal, f"{stage}: {message}")
-            sys.exit(code)
+            message, exit_code = _describe(stage, error)
+            _print_error(terminal, f"{stage}: {message}")
+            sys.exit(exit_code)
 
 
-def _told(stage: str, error: Exception) -> tuple[str, int]:
-    """What to say of `error`, and the exit code."""
-    if out_of_memory(error):  # also where a library made of it that a model does not open
-        return f"{_memory(stage)} ({type(error).__name__}: {error})", EXIT_REFUSED
+def _describe(stage: str, error: Exception) -> tuple[str, int]:
+    """Returns the message for `error` and the exit code."""
+    if out_of_memory(error):  # also if a library reports it as a model that does not open
+        return f"{_describe_memory(stage)} ({type(error).__name__}: {error})", EXIT_REFUSED
     if isinstance(error, LilliputError):
         return str(error), EXIT_TEMPORARY if getattr(error, "temporary", False) else EXIT_REFUSED
     if disk_is_full(error):
-        return told_of_full_disk(error), EXIT_REFUSED
+        return describe_full_disk(error), EXIT_REFUSED
     if isinstance(error, PermissionError | NotADirectoryError) or getattr(error, "errno", None) == errno.EROFS:
         message = f"{error}: this user cannot write there or read it; change its permissions, or name another folder"
         return message, EXIT_REFUSED
@@ -190,14 +194,14 @@ def _told(stage: str, error: Exception) -> tuple[str, int]:
     return f"{type(error).__name__}: {error} (a bug; traceback in {layout.log(stage)})", 1
 
 
-def _stop(_signal: int, _frame: object) -> None:
-    """Ends this process in order, with what it started: blocks are left, files closed, servers and children ended."""
+def _terminate(_signal: int, _frame: object) -> None:
+    """Ends the child processes, then this one by an exception, so that files are closed and locks released."""
     for child in psutil.Process().children(recursive=True):
         child.terminate()
     sys.exit(EXIT_TERMINATED)
 
 
-def _memory(stage: str) -> str:
+def _describe_memory(stage: str) -> str:
     memory = psutil.virtual_memory()
     return (
         f"out of memory{last_peak(stage)}; this machine has {memory.total / 2**20:.0f} MiB, of which "
@@ -206,7 +210,7 @@ def _memory(stage: str) -> str:
     )
 
 
-def _checked(params: Params, module: str, name: str | None) -> list[str]:
+def _checked_name(params: Params, module: str, name: str | None) -> list[str]:
     section = _SECTIONS.get(module, "candidates")
     known = getattr(params, section)
     if name is not None and name not in known:
@@ -214,7 +218,7 @@ def _checked(params: Params, module: str, name: str | None) -> list[str]:
     return [name] if name else []
 
 
-def _tell(terminal: TextIO, message: str) -> None:
+def _print_error(terminal: TextIO, message: str) -> None:
     for stream in (terminal, sys.stdout):
         print(f"\n{ERROR}{redacted(message)}", file=stream, flush=True)
 

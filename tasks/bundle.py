@@ -1,4 +1,4 @@
-"""Write what each device is given."""
+"""Write the bundle of each device: its champion's compiled model, ready to run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tasks import layout
 
 
 def bundle(params: Params) -> None:
-    """Writes bundles/<device> for each device whose champion was compiled for it."""
+    """Writes bundles/<device> for each device whose champion is compiled for its target."""
     promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
     with writing(layout.BUNDLES) as directory:
         for device, decision in promotion.items():

@@ -1,4 +1,4 @@
-"""Measure caching on one candidate: prefix reuse and the answer cache, on a stream of queries."""
+"""Measure prefix reuse and the answer cache of one candidate on a stream of queries."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tasks import layout
 
 def caching(params: Params, candidate: str) -> None:
     """Writes answers/caching/<candidate>.jsonl and metrics/caching/<candidate>.json."""
-    # Here, because the report reads records without any need of torch.
+    # These import torch.
     from lilliput.cache.evaluation import measure_caching
     from lilliput.embedding.sentence_embedder import open_embedder
 
     manifest = verify(layout.model(candidate))
-    measured = measure_caching(
+    result = measure_caching(
         layout.model(candidate),
         candidate,
         read_corpus(layout.DATA),
@@ -29,6 +29,6 @@ def caching(params: Params, candidate: str) -> None:
         artifact_sha256=manifest.artifact_sha256,
         size_bytes=manifest.size_bytes,
     )
-    rows = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in measured.answers)
+    rows = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in result.answers)
     write_text(layout.caching_answers(candidate), "".join(f"{row}\n" for row in rows))
-    write_json(layout.caching(candidate), measured.record)
+    write_json(layout.caching(candidate), result.record)

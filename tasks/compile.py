@@ -1,4 +1,4 @@
-"""Compile one candidate for one target, and prove that what came out is still the same model."""
+"""Compile one candidate for one target, and prove parity with its checkpoint."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lilliput.artifacts import PARITY, seal, verify, write_json, writing
 from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget, Params, TargetConfig
 from lilliput.data.corpus import read_corpus
 from tasks import layout
-from tasks.process.cost import measured
+from tasks.process.cost import measured_cost
 
 
 def compile_candidate(params: Params, name: str) -> None:
-    """Writes compiled/<candidate>/<target>, with its parity record in it, and costs/compile-<name>.json."""
-    from lilliput.compile.parity import prove_parity  # brings torch; those who read device records need none
+    """Writes compiled/<candidate>/<target>, including its parity record, and costs/compile-<name>.json."""
+    from lilliput.compile.parity import prove_parity  # imports torch
 
     config = params.compile[name]
     checkpoint = layout.model(config.candidate)
     parent = verify(checkpoint)
     folder = layout.compiled(config.candidate, config.target)
-    with measured(layout.cost(f"compile-{name}")), writing(folder) as directory:
+    with measured_cost(layout.cost(f"compile-{name}")), writing(folder) as directory:
         facts = _compile(checkpoint, directory, config)
         parity = prove_parity(
             config.target,
@@ -45,7 +45,7 @@ def compile_candidate(params: Params, name: str) -> None:
 
 
 def _compile(checkpoint: Path, directory: Path, config: TargetConfig) -> dict[str, Any]:
-    # Each target's own libraries are imported only where they are needed.
+    # Each target has its own heavy libraries.
     if isinstance(config, GgufTarget):
         from lilliput.compile.gguf import compile_gguf
 
@@ -61,6 +61,6 @@ def _compile(checkpoint: Path, directory: Path, config: TargetConfig) -> dict[st
 
 
 def _choices(candidate: str) -> dict[str, str]:
-    """What the checkpoint chose, by question, as its evaluation recorded it."""
+    """Returns the checkpoint's choice for each question id, from its evaluation."""
     rows = (json.loads(line) for line in layout.answers(candidate).read_text(encoding="utf-8").splitlines())
     return {row["id"]: row["choice"] for row in rows if row.get("choice") is not None}

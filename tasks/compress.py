@@ -1,4 +1,4 @@
-"""Make one candidate: its strategy applied to its parent."""
+"""Make one candidate by applying its strategy to its parent."""
 
 from __future__ import annotations
 
@@ -46,36 +46,36 @@ from lilliput.models import (
 from lilliput.params import load_params
 from lilliput.training.checkpoint import fingerprint
 from tasks import layout
-from tasks.process.accelerate import is_main, launch, launcher
+from tasks.process.accelerate import is_main, launch, launch_command
 from tasks.process.console import ERROR, EXIT_REFUSED
-from tasks.process.cost import measured
+from tasks.process.cost import measured_cost
 from tasks.process.memory_check import require_memory
 
-RELOAD_TOLERANCE = 1e-3  # largest difference of any logit; the same numbers are summed in the same order
+RELOAD_TOLERANCE = 1e-3  # largest difference of any logit; the reloaded model sums the same numbers in the same order
 
 
 def compress(params: Params, candidate: str) -> None:
-    """Writes models/<candidate>, proven to reopen in a fresh process, and costs/<candidate>.json."""
+    """Writes models/<candidate>, after checking that it reopens in a fresh process, and costs/<candidate>.json."""
     require_gpu(params, [candidate])
     require_memory(params, [candidate])
-    if command := launcher(params, candidate):
+    if command := launch_command(params, candidate):
         launch(command, candidate)
     else:
         make(params, candidate)
 
 
 def make(params: Params, candidate: str) -> None:
-    """`compress` in this process; of several that train together the main one alone writes."""
+    """Makes `candidate` in this process; if several processes train together, only the main one writes."""
     spec = params.candidates[candidate]
     parent = verify(layout.model(spec.parent))
     if not is_main():
         _apply(params, candidate, _checkpoints(params, candidate, parent))
         return
     require_room(layout.model(candidate).parent, parent.size_bytes)
-    with measured(layout.cost(candidate)) as cost:
+    with measured_cost(layout.cost(candidate)) as cost:
         checkpoints = _checkpoints(params, candidate, parent)
-        if kept := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
-            cost["resumed_from"] = max(kept)  # what was done before the kill is not in this cost
+        if found := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
+            cost["resumed_from"] = max(found)  # this cost excludes the work before the interruption
         result = _apply(params, candidate, checkpoints)
         cost.update(result.checks)
         with writing(layout.model(candidate)) as directory:
@@ -86,7 +86,7 @@ def make(params: Params, candidate: str) -> None:
 
 
 def _checkpoints(params: Params, candidate: str, parent: Manifest) -> Path:
-    """Where a killed training left its state: a folder named by all that the result follows from, alone of its kind."""
+    """Returns the folder for training state, named by a fingerprint of all inputs; removes outdated ones."""
     teacher = params.candidates[candidate].teacher
     key = fingerprint(
         params.strategy_config(candidate).model_dump(mode="json"),
@@ -138,7 +138,7 @@ def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
         from lilliput.compress.gptq import gptq
 
         return gptq(parent_dir, corpus.calibration, held_out, system_prompt, config)
-    # A strategy that needs no more than this has no branch: it is the function of its module's name.
+    # Every other strategy is the function of its module's name, with these arguments.
     strategy = getattr(importlib.import_module(f"lilliput.compress.{spec.apply}"), spec.apply)
     return strategy(open_model(parent_dir), corpus.calibration, system_prompt, config)
 
@@ -150,7 +150,7 @@ def _write(result: Result, directory: Path) -> float:
         )
         result.save(directory)
     else:
-        save_model(result.model, result.tokenizer, directory)  # rounds the weights in place to what is stored
+        save_model(result.model, result.tokenizer, directory)  # rounds the weights in place to the stored precision
     expected = probe_logits(result.model.float(), result.tokenizer)
     write_history(directory, result.history)
     return prove_reload(directory, expected, RELOAD_TOLERANCE)
@@ -170,11 +170,11 @@ def _seal(params: Params, candidate: str, parent: Manifest, result: Result, dire
     )
 
 
-def _one_of_several(candidate: str) -> None:
-    """One of the processes that accelerate starts: all train, the main one writes."""
+def _main(candidate: str) -> None:
+    """Runs in each process that accelerate starts: all train, the main one writes."""
     from accelerate import PartialState
 
-    PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")  # this process's GPU is the one that torch means
+    PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")  # selects this process's GPU for torch
     try:
         make(load_params(layout.PARAMS), candidate)
     except LilliputError as error:
@@ -184,4 +184,4 @@ def _one_of_several(candidate: str) -> None:
 
 
 if __name__ == "__main__":
-    _one_of_several(sys.argv[1])
+    _main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Bring a device's champion, with its edge server and its router, to where the gateway serves it from."""
+"""Copy a device's champion, its edge model and its router to the folder that the gateway serves from."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tasks.registry import model_versions
 TARGET = "gguf"
 
 
-@model_versions.in_reach()
+@model_versions.translate_errors()
 def stage_champion(params: Params, device: str, home: Path) -> Deployment:
-    """The deployment of `device`'s champion in the registry, its models verified and put under `home`.
+    """Returns the deployment of `device`'s champion in the registry; verifies its models and puts them under `home`.
 
     Raises:
-        ConfigError: params.yaml does not say how `device` is served.
-        ArtifactError: there is no champion, or what lies in its place is not what was promoted.
+        ConfigError: params.yaml has no serving settings for `device`.
+        ArtifactError: there is no champion, or its folder does not hold the promoted model.
     """
     serving = params.serving.get(device)
     if serving is None:
         known = ", ".join(params.serving) or "none"
-        raise ConfigError(f"serving: nothing says how {device} is served; params.yaml has under serving: {known}")
+        raise ConfigError(f"serving: no settings for {device}; params.yaml has under serving: {known}")
     model, compiled = _champion(device)
     keep(compiled, home, model.sha256)
     edge = None
@@ -50,18 +50,18 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
 
 
 def _champion(device: str) -> tuple[Deployed, Path]:
-    """What the registry calls `device`'s champion, and the folder of its compiled form."""
+    """Returns the champion of `device` in the registry and the folder of its compiled model."""
     alias = f"champion-{device}"
     version = model_versions.version_of(alias)
     if version is None:
         raise ArtifactError(
-            f"the registry has no {alias}; run `python -m flows.democratize` first; promotion.json says who was refused"
+            f"the registry has no {alias}; run `python -m flows.democratize` first; promotion.json lists refusals"
         )
     digest = version.tags.get(f"lilliput.compiled.{TARGET}_sha256")
     name = version.tags["lilliput.candidate"]
     if digest is None:
         raise ArtifactError(f"version {version.version} ({name}) was not compiled for {TARGET}; add it under `compile`")
-    folder = layout.compiled(name, TARGET)  # not where it was registered, which may be another machine's
+    folder = layout.compiled(name, TARGET)  # not the registered path, which may be on another machine
     if not folder.exists() or file_sha256(folder / MANIFEST) != digest:
         raise ArtifactError(
             f"{folder.absolute()}: not what was registered as version {version.version} ({name}) in "
@@ -73,6 +73,6 @@ def _champion(device: str) -> tuple[Deployed, Path]:
 
 
 def _threshold(device: str) -> float | None:
-    """The similarity from which the answer cache takes two questions for one; None if none was fitted."""
+    """Returns the fitted similarity threshold of the answer cache; None if there is none."""
     path = layout.offload(device) / CACHE
     return json.loads(path.read_text(encoding="utf-8"))["threshold"] if path.exists() else None

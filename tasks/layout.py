@@ -1,4 +1,4 @@
-"""Where everything lies, relative to the project's (or a workspace's) folder: the same paths as in dvc.yaml."""
+"""Paths of all results, relative to the project or workspace folder; the same paths as in dvc.yaml."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")
 BUNDLES = Path("bundles")
-OFFLOAD = Path("offload")  # not under metrics/: promotion waits for those, and offloading for promotion
+OFFLOAD = Path("offload")  # not under metrics/: promotion depends on metrics/, and offloading on promotion
 MLRUNS = Path("mlruns")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
-CHANGES = MLRUNS / "champions.jsonl"
-SEARCH = Path("search.json")  # these three in the workspace of a search only
+OUTBOX = MLRUNS / "champions.jsonl"
+SEARCH = Path("search.json")  # this and the next two exist only in the workspace of a search
 STUDY = Path("search.db")
 WINNER = Path("winner.yaml")
 
 
 def is_workspace(folder: Path) -> bool:
-    """Whether `folder`, absolute, is a workspace beside the project (flows/engine/workspace.py)."""
+    """Whether the absolute path `folder` is a workspace of the project (flows/engine/workspace.py)."""
     return folder.parent.name == "workspaces"
 
 
@@ -32,12 +32,12 @@ def model(candidate: str) -> Path:
 
 
 def checkpoints(candidate: str) -> Path:
-    """What a killed training of `candidate` goes on from; gone when the artefact is there."""
+    """Training state of `candidate` to resume from; removed once the artefact is complete."""
     return Path("models/.checkpoints") / candidate
 
 
 def cost(stage: str) -> Path:
-    """What making `stage` cost: seconds, CPU-seconds, peak memory."""
+    """Cost of `stage`: seconds, CPU-seconds, peak memory."""
     return Path("costs") / f"{stage}.json"
 
 
@@ -47,47 +47,47 @@ def metrics(candidate: str) -> Path:
 
 
 def answers(candidate: str) -> Path:
-    """What `candidate` answered to each question."""
+    """The answer of `candidate` to each question."""
     return Path("answers") / f"{candidate}.jsonl"
 
 
 def caching(candidate: str) -> Path:
-    """What caching saves and spoils on `candidate`."""
+    """Savings and errors of caching on `candidate`."""
     return Path("metrics/caching") / f"{candidate}.json"
 
 
 def caching_answers(candidate: str) -> Path:
-    """What `candidate` answered to each query of the stream, without and with caching."""
+    """The answers of `candidate` to each query of the stream, without and with caching."""
     return Path("answers/caching") / f"{candidate}.jsonl"
 
 
 def compiled(candidate: str, target: str) -> Path:
-    """What `candidate` was compiled to for `target`."""
+    """The compiled model of `candidate` for `target`."""
     return Path("compiled") / candidate / target
 
 
 def devices(compiled_name: str) -> Path:
-    """What the devices made of a compiled model, `pocket-gguf` say."""
+    """Measurements of a compiled model, for example `pocket-gguf`, on its devices."""
     return Path("metrics/devices") / f"{compiled_name}.json"
 
 
 def offload(device: str) -> Path:
-    """What stands between `device` and its edge server: both's answers, the fitted router, the cache's threshold."""
+    """Answers of `device` and its edge server, the fitted router and the cache threshold."""
     return OFFLOAD / device
 
 
 def offload_record(device: str) -> Path:
-    """What each policy of offloading brings and costs on `device`."""
+    """Benefits and costs of each offloading policy on `device`."""
     return OFFLOAD / f"{device}.json"
 
 
 def logged(device: str) -> Path:
-    """The version that MLflow has the offloading of `device` with."""
+    """The model version in MLflow that has the offloading results of `device`."""
     return Path("logged") / f"{device}.json"
 
 
 def simulation(device: str) -> Path:
-    """What days of traffic did to each policy of `device`; made by hand, no stage waits for it."""
+    """Simulated traffic of each policy of `device`; made on request, no stage depends on it."""
     return Path("simulations") / f"{device}.json"
 
 
@@ -96,7 +96,7 @@ def log(stage: str) -> Path:
     return Path("logs") / f"{stage.replace('@', '-')}.log"
 
 
-# Where each kind of stage writes what it took: `seconds` and `peak_rss_bytes`, among other things.
+# By kind of stage, the record that has `seconds` and `peak_rss_bytes`.
 RECORDS = {
     "compress": cost,
     "evaluate": metrics,

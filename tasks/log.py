@@ -1,4 +1,4 @@
-"""Add what offloading brings to the run of the champion it was measured on."""
+"""Add the offloading results to the run of the champion on which they were measured."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from lilliput.config import Params
 from lilliput.errors import ConfigError
 from tasks import layout
 from tasks.registry import model_versions
-from tasks.registry.run_metrics import of_offloading
+from tasks.registry.run_metrics import offloading_metrics
 
 
-@model_versions.in_reach()
+@model_versions.translate_errors()
 def log(params: Params, device: str) -> None:
-    """Writes logged/<device>.json: the version that has what each policy reaches over the configured link.
+    """Adds the metrics of each policy over the configured link, and writes the model version to logged/<device>.json.
 
-    Apart from measuring, so that MLflow hears of a result that DVC restored, and of one it was not there for.
+    Logging is separate from measuring, so that results that DVC restored, or that were measured while MLflow was not
+    reachable, are logged too.
 
     Raises:
-        ConfigError: the champion that was asked is not registered.
-        RegistryError: MLflow does not answer, or refuses.
+        ConfigError: the measured champion is not registered.
+        RegistryError: MLflow does not answer or refuses.
     """
     del params
     record = json.loads(layout.offload_record(device).read_text(encoding="utf-8"))
     registered = json.loads(layout.REGISTRY.read_text(encoding="utf-8")).get(record["candidate"])
     if registered is None:
         raise ConfigError(f"{layout.offload_record(device)} is of {record['candidate']}, which is not registered")
-    numbers = of_offloading(device, record)
-    model_versions.add_metrics(model_versions.client(), registered["version"], layout.offload_record(device), numbers)
+    metrics = offloading_metrics(device, record)
+    model_versions.add_metrics(model_versions.client(), registered["version"], layout.offload_record(device), metrics)
     write_json(layout.logged(device), registered)

@@ -1,4 +1,4 @@
-"""Compare a device's champion with its edge server, and fit and judge who should answer."""
+"""Compare a device's champion with its edge server, and fit and evaluate the router between them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lilliput.offload.model_pair import GGUF, pair_of
 from lilliput.recipes.recipe import recipe_of
 from lilliput.wheels import default_cache
 from tasks import layout
-from tasks.process.cost import measured
+from tasks.process.cost import measured_cost
 from tasks.records import CURVES, bundled_champion, edge_manifest
 
 ANSWERS = "answers.jsonl"
@@ -37,39 +37,39 @@ def offload(params: Params, device: str) -> None:
     pair = pair_of(champion, serving.edge, server)
     corpus = read_corpus(layout.DATA)
     embedder = open_embedder(params.caching.embedder, default_cache())
-    known = [question for question in corpus.questions if embedder.fits(question.question)]
-    if not known:
+    usable = [question for question in corpus.questions if embedder.fits(question.question)]
+    if not usable:
         raise DataError(
-            f"{layout.DATA}: each question is longer than the embedder of the learned router reads; shorten them, or "
-            "name an embedder under caching.embedder that reads more"
+            f"{layout.DATA}: all questions exceed the input length of the learned router's embedder; shorten them, or "
+            "name an embedder with a longer input under caching.embedder"
         )
-    with measured(layout.offload_record(device)) as record, cpu_threads(1):
-        with _both_ends(params, device) as (own, edge, client):
-            questions = draw(known, serving.offload.questions, serving.offload.seed)
-            prompt, longest = params.data.system_prompt, serving.offload.max_new_tokens
-            rows = ask_both(questions, own, edge, embedder, prompt, longest, client)
+    with measured_cost(layout.offload_record(device)) as record, cpu_threads(1):
+        with _open_backends(params, device) as (local, edge, client):
+            questions = draw(usable, serving.offload.questions, serving.offload.seed)
+            prompt, max_tokens = params.data.system_prompt, serving.offload.max_new_tokens
+            rows = ask_both(questions, local, edge, embedder, prompt, max_tokens, client)
         vectors = embedder.embed([row["question"] for row in rows])
-        found, router = judge(rows, vectors, params, device)
+        result, router = judge(rows, vectors, params, device)
         write_text(folder / ANSWERS, "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows))
-        write_json(folder / CURVES, found.pop("curves"))
-        fitted_for = {"pair": list(pair), "embedder_sha256": embedder.sha256}
-        write_json(folder / ROUTER, fitted_for | router)
-        write_json(folder / CACHE, fitted_for | _answer_cache(params, corpus, embedder))
+        write_json(folder / CURVES, result.pop("curves"))
+        identity = {"pair": list(pair), "embedder_sha256": embedder.sha256}
+        write_json(folder / ROUTER, identity | router)
+        write_json(folder / CACHE, identity | _answer_cache(params, corpus, embedder))
         record |= {
             "device": device,
             "candidate": champion.facts["candidate"],
             "edge": serving.edge.candidate or serving.edge.model,
             "pair": list(pair),
             "questions": len(rows),
-            "too_long_for_embedder": len(corpus.questions) - len(known),
+            "too_long_for_embedder": len(corpus.questions) - len(usable),
             "link": serving.link,
-            **found,
+            **result,
         }
 
 
 @contextmanager
-def _both_ends(params: Params, device: str) -> Iterator[Any]:
-    """Device and edge server, started where they are ours, and a client that reaches both."""
+def _open_backends(params: Params, device: str) -> Iterator[Any]:
+    """Yields the device, the edge server and an HTTP client; starts the local servers."""
     import httpx
 
     from lilliput.config import EDGE_KEY
@@ -78,19 +78,20 @@ def _both_ends(params: Params, device: str) -> Iterator[Any]:
     serving, profile = params.serving[device], params.devices[device]
     edge, bundle = serving.edge, layout.BUNDLES / device
     verify(bundle)
-    local = Serving(str(bundle / GGUF), profile.threads, profile.context_tokens)
-    with httpx.Client() as client, LlamaServer(local) as own:
-        first = End(device, own.url, {"logprobs": True}, _bearer(own.key), clock=own.cpu_seconds)
+    local_serving = Serving(str(bundle / GGUF), profile.threads, profile.context_tokens)
+    with httpx.Client() as client, LlamaServer(local_serving) as local:
+        device_endpoint = End(device, local.url, {"logprobs": True}, _bearer(local.key), clock=local.cpu_seconds)
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
             headers = _bearer(key) if key else {}
-            yield first, End("the edge server", str(edge.url), {"model": edge.model}, headers), client
+            yield device_endpoint, End("the edge server", str(edge.url), {"model": edge.model}, headers), client
             return
         folder = layout.compiled(edge.candidate, "gguf")
         verify(folder)
-        remote = Serving(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
-        with LlamaServer(remote) as other:
-            yield first, End("the edge server", other.url, headers=_bearer(other.key), clock=other.cpu_seconds), client
+        edge_serving = Serving(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
+        with LlamaServer(edge_serving) as server:
+            edge_endpoint = End("the edge server", server.url, headers=_bearer(server.key), clock=server.cpu_seconds)
+            yield device_endpoint, edge_endpoint, client
 
 
 def _bearer(key: str) -> dict[str, str]:
@@ -98,7 +99,7 @@ def _bearer(key: str) -> dict[str, str]:
 
 
 def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
-    """The threshold of the answer cache and the pairs it was fitted on."""
+    """Returns the threshold of the answer cache and the pairs on which it was fitted."""
     from lilliput.cache.evaluation import fitted_threshold
 
     threshold, pairs = fitted_threshold(corpus, recipe_of(params.data.source), params.caching, embedder)

@@ -1,6 +1,6 @@
-"""Decide which candidate is best for each device, and point the registry's aliases at it.
+"""Decide which candidate is the champion of each device, and move the registry's aliases.
 
-One function for all doors: the stage `promote`, which `dvc repro` and the flow democratize run, and flows/promote.py.
+The stage `promote`, which `dvc repro` and the flow democratize run, and flows/promote.py all use these functions.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ from lilliput.promote import Decision, decide
 from tasks import layout
 from tasks.records import device_record
 from tasks.registry import approvals, model_versions, outbox
-from tasks.registry.approvals import Answer, Proposal
-from tasks.registry.candidates import Pool, read_pool
+from tasks.registry.approvals import ApprovalAnswer, Proposal
+from tasks.registry.candidates import CandidatePool, read_candidate_pool
 from tasks.registry.model_versions import CHALLENGER, CHAMPION, PREVIOUS
-from tasks.registry.past_champion import as_device_knows, read_past
+from tasks.registry.past_champion import read_past_champion, record_on_device
 
 
-@model_versions.in_reach()
-def promote(params: Params, answers: Mapping[str, Answer] | None = None) -> None:
-    """Writes promotion.json, moves the aliases `champion-`, `challenger-` and `previous-<device>`, and tells why.
+@model_versions.translate_errors()
+def promote(params: Params, answers: Mapping[str, ApprovalAnswer] | None = None) -> None:
+    """Writes promotion.json with reasons, and moves the aliases `champion-`, `challenger-` and `previous-<device>`.
 
     Args:
-        params: of the project.
-        answers: by device, what a person said where the rules ask for approval; without one nothing moves there.
+        params: settings of the project.
+        answers: a person's answer by device, for devices whose rules require approval; without an answer the
+            champion of such a device stays.
     """
-    with model_versions.alone():
-        pool = read_pool(params)
+    with model_versions.promotion_lock():
+        pool = read_candidate_pool(params)
         decisions = {device: _decide(device, pool, (answers or {}).get(device)) for device in params.promotion}
         model_versions.forget_devices(params.promotion)
         for device, decision in decisions.items():
-            _move(device, decision, pool)
-        write_json(layout.PROMOTION, {device: _told(params, decision) for device, decision in decisions.items()})
+            _carry_out(device, decision, pool)
+        write_json(layout.PROMOTION, {device: _entry(params, decision) for device, decision in decisions.items()})
 
 
-@model_versions.in_reach()
+@model_versions.translate_errors()
 def proposals(params: Params) -> list[Proposal]:
-    """The champions that wait for a person, as things stand; moves nothing."""
-    with model_versions.alone():
-        pool = read_pool(params)
-        decisions = [_by_rules(device, pool) for device in params.promotion]
+    """Returns the new champions that need a person's approval; moves no alias."""
+    with model_versions.promotion_lock():
+        pool = read_candidate_pool(params)
+        decisions = [_apply_rules(device, pool) for device in params.promotion]
         return [
             Proposal(decision.device, decision.champion, pool.versions[decision.champion], decision.reason)
             for decision in decisions
@@ -54,176 +55,177 @@ def proposals(params: Params) -> list[Proposal]:
         ]
 
 
-@model_versions.in_reach()
-def roll_back(params: Params, device: str, because: str) -> None:
-    """Restores the champion before this one, and keeps it until an evaluation or the rules of `device` change.
+@model_versions.translate_errors()
+def roll_back(params: Params, device: str, reason: str) -> None:
+    """Restores the previous champion, and keeps it until an evaluation or the rules of `device` change.
 
-    The version that steps down has the reason on it, and becomes `previous-<device>`: a second rollback undoes the
-    first.
+    The replaced version stores `reason` and becomes `previous-<device>`, so a second rollback undoes the first.
 
     Raises:
-        ConfigError: the device has no rules, or no champion before this one.
+        ConfigError: the device has no rules or no previous champion.
     """
     if device not in params.promotion:
         raise ConfigError(f"--rollback {device}: no such device under `promotion`: {', '.join(params.promotion)}")
-    with model_versions.alone():
+    with model_versions.promotion_lock():
         previous, champion = (
             model_versions.version_of(f"{PREVIOUS}{device}"),
             model_versions.version_of(f"{CHAMPION}{device}"),
         )
         if previous is None:
             raise ConfigError(f"--rollback {device}: there is no champion before this one that could be restored")
-        pool, day = read_pool(params), approvals.on_this_day(because)
-        restored, stepped_down = str(previous.version), None if champion is None else str(champion.version)
+        pool, dated_reason = read_candidate_pool(params), approvals.dated(reason)
+        restored, replaced = str(previous.version), None if champion is None else str(champion.version)
         refused = {}
-        if champion and stepped_down:
-            refused = {pool.name(champion): f"rolled back by hand {day}"}
-            approvals.veto(stepped_down, device, f"rolled back by hand {day}", params)
-        reason = f"restored by hand in place of {''.join(refused) or 'nobody'} {day}"
-        approvals.hold(restored, device, reason, params, _on(device, pool))
-        for alias, version in {CHAMPION: restored, PREVIOUS: stepped_down, CHALLENGER: None}.items():
-            model_versions.point(f"{alias}{device}", version)
-        decision = Decision(device=device, champion=pool.name(previous), reason=reason, refused=refused)
-        outbox.note(device, decision, restored, pool.name(champion) if champion else None)
-        told = json.loads(layout.PROMOTION.read_text(encoding="utf-8")) if layout.PROMOTION.exists() else {}
-        write_json(layout.PROMOTION, told | {device: _told(params, decision)})
+        if champion and replaced:
+            refused = {pool.name_of(champion): f"rolled back by hand {dated_reason}"}
+            approvals.veto(replaced, device, f"rolled back by hand {dated_reason}", params)
+        restored_because = f"restored by hand in place of {''.join(refused) or 'no champion'} {dated_reason}"
+        approvals.hold(restored, device, restored_because, params, _records_on(device, pool))
+        for alias, version in {CHAMPION: restored, PREVIOUS: replaced, CHALLENGER: None}.items():
+            model_versions.set_alias(f"{alias}{device}", version)
+        decision = Decision(device=device, champion=pool.name_of(previous), reason=restored_because, refused=refused)
+        outbox.add(device, decision, restored, pool.name_of(champion) if champion else None)
+        promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8")) if layout.PROMOTION.exists() else {}
+        write_json(layout.PROMOTION, promotion | {device: _entry(params, decision)})
 
 
-def _decide(device: str, pool: Pool, said: Answer | None) -> Decision:
-    decision = _by_rules(device, pool)
+def _decide(device: str, pool: CandidatePool, answer: ApprovalAnswer | None) -> Decision:
+    decision = _apply_rules(device, pool)
     if not _needs_approval(decision, pool):
         return decision
     assert decision.champion is not None
     version = pool.versions[decision.champion]
-    if said is None or said.version != version:
-        return _staying(decision, pool, "waits for a person's approval", challenger=decision.champion)
-    if said.approved:
-        agreed = f"approved {approvals.on_this_day(said.because)}"
-        return decision.model_copy(update={"reason": f"{decision.reason}; {agreed}"})
-    denied = f"was denied by a person {approvals.on_this_day(said.because)}"
+    if answer is None or answer.version != version:
+        return _keep_champion(decision, pool, "waits for a person's approval", challenger=decision.champion)
+    if answer.approved:
+        approved = f"approved {approvals.dated(answer.reason)}"
+        return decision.model_copy(update={"reason": f"{decision.reason}; {approved}"})
+    denied = f"was denied by a person {approvals.dated(answer.reason)}"
     approvals.veto(version, device, denied, pool.params)
-    return _staying(decision, pool, denied, challenger=None)
+    return _keep_champion(decision, pool, denied, challenger=None)
 
 
-def _needs_approval(decision: Decision, pool: Pool) -> bool:
-    """Whether a person has to agree: the rules say so, and the champion would be another model than so far."""
+def _needs_approval(decision: Decision, pool: CandidatePool) -> bool:
+    """Whether the rules require approval and the champion would become another model."""
     if decision.champion not in pool.versions or not pool.params.promotion[decision.device].approval:
         return False
-    before = model_versions.version_of(f"{CHAMPION}{decision.device}")
-    return before is None or pool.name(before) != decision.champion
+    current = model_versions.version_of(f"{CHAMPION}{decision.device}")
+    return current is None or pool.name_of(current) != decision.champion
 
 
-def _staying(decision: Decision, pool: Pool, why: str, challenger: str | None) -> Decision:
-    """`decision` when its champion may not take the place of who has it."""
-    before, kept_out = model_versions.version_of(f"{CHAMPION}{decision.device}"), decision.champion
-    assert kept_out is not None
-    name = pool.name(before) if before else None
+def _keep_champion(decision: Decision, pool: CandidatePool, why: str, challenger: str | None) -> Decision:
+    """Returns `decision` with the current champion, and its new champion refused because of `why`."""
+    current, rejected = model_versions.version_of(f"{CHAMPION}{decision.device}"), decision.champion
+    assert rejected is not None
+    name = pool.name_of(current) if current else None
     refused = {key: reason for key, reason in decision.refused.items() if key != name}
     return Decision(
         device=decision.device,
         champion=name,
         challenger=challenger,
-        reason=f"{'stays' if name else 'nobody yet'}: {kept_out} {why}",
-        refused=refused | {kept_out: why},
+        reason=f"{'stays' if name else 'no champion yet'}: {rejected} {why}",
+        refused=refused | {rejected: why},
     )
 
 
-def _by_rules(device: str, pool: Pool) -> Decision:
-    """What evaluations, rules and a person's earlier word would have."""
-    # The versions of a search never served anyone, so that chains are held against the base alone.
+def _apply_rules(device: str, pool: CandidatePool) -> Decision:
+    """Returns the decision by evaluations, rules, vetoes and holds."""
+    # The versions of a search were never served, so its chains are compared with the base only.
     champion = None if layout.SEARCH.exists() else model_versions.version_of(f"{CHAMPION}{device}")
-    records, impossible = found = _on(device, pool)
+    records, impossible = device_records = _records_on(device, pool)
     impossible = impossible | {
-        name: why for name, tags in pool.tags.items() if (why := approvals.vetoed(tags, device, pool.params))
+        name: why for name, tags in pool.tags.items() if (why := approvals.veto_reason(tags, device, pool.params))
     }
     if champion is None:
         return decide(device, pool.params.promotion[device], records, pool.base_reference(), impossible)
-    if why := approvals.held(champion.tags, device, pool.params, found):
-        others = {name: f"{pool.name(champion)} was {why}" for name in pool.versions if name != pool.name(champion)}
-        return Decision(device=device, champion=pool.name(champion), reason=why, refused=others | impossible)
-    decision = _beside(champion, device, pool, records, impossible)
-    if decision.champion is None or not approvals.settled(champion.tags, device, pool.params, found):
+    name = pool.name_of(champion)
+    if why := approvals.hold_reason(champion.tags, device, pool.params, device_records):
+        others = {other: f"{name} was {why}" for other in pool.versions if other != name}
+        return Decision(device=device, champion=name, reason=why, refused=others | impossible)
+    decision = _compare_with_champion(champion, device, pool, records, impossible)
+    if decision.champion is None or not approvals.is_settled(champion.tags, device, pool.params, device_records):
         return decision
-    if decision.champion == pool.name(champion):  # what was decided then is said again, in the words of then
-        return approvals.as_told(decision, champion.tags, pool.tags)
-    # Near enough to the champion so far, but not to the one before it: else runs in a row would creep downwards.
-    return _staying(decision, pool, "fell short when this was decided; nothing has changed since", None)
+    if decision.champion == name:
+        return approvals.with_recorded_reasons(decision, champion.tags, pool.tags)
+    # It is close enough to the champion, but was not to the one before: repeated runs must not lower the level.
+    return _keep_champion(decision, pool, "fell short when this was decided; nothing has changed since", None)
 
 
-def _beside(
+def _compare_with_champion(
     champion: ModelVersion,
     device: str,
-    pool: Pool,
+    pool: CandidatePool,
     records: Mapping[str, dict[str, Any]],
     impossible: Mapping[str, str],
 ) -> Decision:
-    """The decision where `champion` reigns: as one of the pool, or as it was measured then."""
-    name, rules = pool.name(champion), pool.params.promotion[device]
+    """Returns the decision relative to `champion`, which is a candidate or is read back from MLflow."""
+    name, rules = pool.name_of(champion), pool.params.promotion[device]
     if name not in pool.versions:
         try:
-            past = read_past(pool.params, device, champion)
+            past = read_past_champion(pool.params, device, champion)
         except ArtifactError as error:
-            alone = decide(device, rules, records, pool.base_reference(), impossible)
-            return _incomparable(alone, name, str(error))
-        pool, records = pool.joined_by(name, past), {**records, name: past.on_device}
+            decision = decide(device, rules, records, pool.base_reference(), impossible)
+            return _without_comparison(decision, name, str(error))
+        pool, records = pool.with_past_champion(name, past), {**records, name: past.on_device}
     return decide(device, rules, records, pool.base_reference(), impossible, pool.champion_reference(name))
 
 
-def _incomparable(decision: Decision, champion: str, why: str) -> Decision:
-    """`decision` by the rules against the base alone, which says so; who reigns stays if nobody else may."""
-    told = f"not compared with the champion so far, {champion}: {why}"
+def _without_comparison(decision: Decision, champion: str, why: str) -> Decision:
+    """Notes in `decision` that `champion` was not compared; it stays if no candidate is eligible."""
+    note = f"not compared with the champion so far, {champion}: {why}"
     if decision.champion is None:
-        return decision.model_copy(update={"champion": champion, "reason": f"stays: nobody else is eligible; {told}"})
-    return decision.model_copy(update={"reason": f"{decision.reason}; {told}"})
+        return decision.model_copy(update={"champion": champion, "reason": f"stays: no candidate is eligible; {note}"})
+    return decision.model_copy(update={"reason": f"{decision.reason}; {note}"})
 
 
-def _on(device: str, pool: Pool) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The records as `device` knows them, and whom it cannot run.
+def _records_on(device: str, pool: CandidatePool) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Returns the candidates' records on `device`, and the reasons why it cannot run the others.
 
-    Where it runs a compiled form, size, energy and whether it fits are those of that form, measured as the device.
+    If the device runs a compiled model, size, energy and fit are those of that model, measured as the device.
     """
     params = pool.params
     target = params.target_of(device)
-    found, impossible = dict(pool.records), {}
+    records, impossible = dict(pool.records), {}
     for name, record in pool.records.items() if target else ():
         compiled = f"{name}-{target}"
         measured = device_record(params, compiled) if compiled in params.compile else None
         if measured is None:
             impossible[name] = f"not compiled for {target}, which {device} runs; add {compiled} under `compile`"
         else:
-            found[name] = as_device_knows(params, device, record, measured)
-    return found, impossible
+            records[name] = record_on_device(params, device, record, measured)
+    return records, impossible
 
 
-def _move(device: str, decision: Decision, pool: Pool) -> None:
-    """Stores on each version why it is the champion or why not, and points the aliases as `decision` has it.
+def _carry_out(device: str, decision: Decision, pool: CandidatePool) -> None:
+    """Stores the reasons of `decision` on each version, and moves the aliases.
 
-    The champion's alias moves last: cut off before, the same decision is made again, by the champion so far.
+    The champion's alias moves last. After an interruption, the same decision is made relative to the old champion.
     """
     before = model_versions.version_of(f"{CHAMPION}{device}")
-    versions = ({pool.name(before): str(before.version)} if before else {}) | pool.versions
+    versions = ({pool.name_of(before): str(before.version)} if before else {}) | pool.versions
     champion = versions.get(decision.champion or "")
     if before and str(before.version) != champion:
-        followed = f"followed by {decision.champion or 'nobody'}"
-        approvals.tell_refused(str(before.version), device, decision.refused.get(pool.name(before), followed))
+        replaced = f"replaced by {decision.champion or 'no champion'}"
+        approvals.record_refused(str(before.version), device, decision.refused.get(pool.name_of(before), replaced))
     for name, version in versions.items():
         if version == champion:
-            approvals.tell_promoted(version, device, decision.reason)
+            approvals.record_promoted(version, device, decision.reason)
         elif name in decision.refused:
-            approvals.tell_refused(version, device, decision.refused[name])
+            approvals.record_refused(version, device, decision.refused[name])
     if champion and (before is None or str(before.version) != champion):
-        approvals.settle(champion, device, pool.params, _on(device, pool))
-    model_versions.point(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
+        approvals.mark_settled(champion, device, pool.params, _records_on(device, pool))
+    model_versions.set_alias(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
     if model_versions.move_champion(device, champion):
-        outbox.note(device, decision, champion, pool.name(before) if before else None)
+        outbox.add(device, decision, champion, pool.name_of(before) if before else None)
 
 
-def _told(params: Params, decision: Decision) -> dict[str, Any]:
-    """For promotion.json: the decision, and which compiled form of the champion the device gets.
+def _entry(params: Params, decision: Decision) -> dict[str, Any]:
+    """Returns the entry for promotion.json: the decision, and the champion's compiled model for the device.
 
-    None where it runs checkpoints, has no champion, or one whose files are not here any more.
+    The compiled model is None if the device runs checkpoints, has no champion, or its files are missing.
     """
-    told, target = decision.model_dump(mode="json"), params.target_of(decision.device)
+    target = params.target_of(decision.device)
     name = f"{decision.champion}-{target}"
     record = device_record(params, name) if target and name in params.compile else None
-    return told | {"compiled": {"name": name, "sha256": record["sha256"]} if record else None}
+    compiled = {"name": name, "sha256": record["sha256"]} if record else None
+    return decision.model_dump(mode="json") | {"compiled": compiled}

@@ -1,4 +1,4 @@
-"""Put a champion's bundle on the Hugging Face hub, byte for byte as its device gets it, with a model card."""
+"""Publish a champion's bundle with a model card on the Hugging Face hub, byte for byte as its device gets it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tasks import layout
 from tasks.registry import model_versions
 
 CARD = "README.md"
-# Of whatever HTTP library the hub's client is built on; offline mode is an OSError, a bad name a ValueError.
+# The base error of the hub's HTTP library; offline mode raises OSError, an invalid name ValueError.
 _HUB_ERRORS = (cast("type[Exception]", HfHubHTTPError.__mro__[1]), OSError, ValueError)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of the repository: where it goes, what it holds, or where that lies."""
+    """A file of the repository; `content` is its bytes or the path of a local file."""
 
     path: str
     content: Path | bytes
@@ -35,7 +35,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Publication:
-    """What would be uploaded for a device, and the version it belongs to."""
+    """The files to upload for a device, and the model version they belong to."""
 
     device: str
     version: str
@@ -47,11 +47,11 @@ class Publication:
         return next(str(file.content, "utf-8") for file in self.files if isinstance(file.content, bytes))
 
 
-@model_versions.in_reach()
+@model_versions.translate_errors()
 def prepare(params: Params, device: str) -> Publication:
-    """The bundle of `device`, once every file in it is what was made, and it is the champion's.
+    """Returns the publication of `device` after checking every file and that the bundle is the champion's.
 
-    Its README grows to a model card with metadata, and its manifest names that one's sha256; all else is as it lies.
+    The README is extended to a model card with metadata, and the manifest has its sha256; other files are unchanged.
 
     Raises:
         PublishError: there is no bundle, or it is not the champion's.
@@ -74,25 +74,25 @@ def prepare(params: Params, device: str) -> Publication:
         raise PublishError(f"{folder}: not the champion, {candidate} (version {champion.version}); run `dvc repro`")
     card = _card(params, device, folder, manifest).encode()
     seal = manifest.model_copy(update={"files": manifest.files | {CARD: _sha256(card)}}).text.encode()
-    kept = {name: folder / name for name in sorted(manifest.files) if name != CARD}
+    unchanged = {name: folder / name for name in sorted(manifest.files) if name != CARD}
     files = [Upload(CARD, card, len(card), _sha256(card)), Upload(MANIFEST, seal, len(seal), _sha256(seal))]
-    files += [Upload(name, path, path.stat().st_size, manifest.files[name]) for name, path in kept.items()]
+    files += [Upload(name, path, path.stat().st_size, manifest.files[name]) for name, path in unchanged.items()]
     return Publication(device, str(champion.version), files)
 
 
 def upload(publication: Publication, repository: str, token: str, *, private: bool, endpoint: str | None = None) -> str:
-    """Uploads in one commit, makes the repository if it is not there, and returns the commit's address.
+    """Uploads in one commit, creates a missing repository, and returns the commit's address.
 
     Args:
-        publication: as prepared.
+        publication: the result of `prepare`.
         repository: `<organisation>/<name>` on the hub.
-        token: that may write there.
-        private: whether a new repository is.
-        endpoint: another hub.
+        token: a token with write access.
+        private: whether a new repository is private.
+        endpoint: the address of another hub.
 
     Raises:
-        PublishError: the hub does not take it.
-        RegistryError: it has, but MLflow does not hear of it; the same again tells it.
+        PublishError: the hub refuses.
+        RegistryError: the upload succeeded, but MLflow could not record it; repeating the command records it.
     """
     api = HfApi(endpoint=endpoint, token=token)
     operations = [
@@ -102,12 +102,12 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         message = f"{publication.device}: version {publication.version}"
-        done = api.create_commit(repository, operations, commit_message=message)
+        commit = api.create_commit(repository, operations, commit_message=message)
     except _HUB_ERRORS as error:
         raise PublishError(f"{repository}: {error}") from None
-    with model_versions.in_reach():
-        model_versions.tell(publication.version, {f"lilliput.published.{publication.device}": done.commit_url})
-    return done.commit_url
+    with model_versions.translate_errors():
+        model_versions.set_tags(publication.version, {f"lilliput.published.{publication.device}": commit.commit_url})
+    return commit.commit_url
 
 
 def _card(params: Params, device: str, folder: Path, bundle: Manifest) -> str:
@@ -115,19 +115,19 @@ def _card(params: Params, device: str, folder: Path, bundle: Manifest) -> str:
     measured = json.loads(layout.devices(f"{candidate}-{target}").read_text(encoding="utf-8"))["devices"][device]
     record = json.loads(layout.metrics(candidate).read_text(encoding="utf-8"))
     reason = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))[device]["reason"]
-    start = (folder / CARD).read_text(encoding="utf-8")
+    usage = (folder / CARD).read_text(encoding="utf-8")
     checkpoint = read_manifest(layout.model(candidate))
     return f"---\n{_metadata(params, target)}\n---\n\n" + hub_card(
-        checkpoint, record, params.data.system_prompt, start, measured, reason
+        checkpoint, record, params.data.system_prompt, usage, measured, reason
     )
 
 
 def _metadata(params: Params, target: str) -> str:
-    """What the hub reads: licence, origin, tags."""
+    """Returns the YAML metadata of the model card: licence, base model, tags."""
     kind, _, source = params.source.model.partition(":")
-    known: dict[str, Any] = {"base_model": source.partition("@")[0]} if kind == "hub" else {}
+    origin: dict[str, Any] = {"base_model": source.partition("@")[0]} if kind == "hub" else {}
     licence = (params.source.licence or "other").lower()
-    data = ModelCardData(license=licence, pipeline_tag="text-generation", tags=["lilliput", target], **known)
+    data = ModelCardData(license=licence, pipeline_tag="text-generation", tags=["lilliput", target], **origin)
     return data.to_yaml()
 
 

@@ -1,4 +1,4 @@
-"""Records that stages wrote, read back if they are of what lies there now."""
+"""Reads records of stages, if they belong to the present artefacts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CURVES = "curves.json"
 
 
 def device_record(params: Params, name: str) -> dict[str, Any] | None:
-    """What the devices made of compiled model `name`, if that was measured on what lies there now, parity proven."""
+    """Returns the device measurements of compiled model `name`; None if they are outdated or parity is not proven."""
     config = params.compile[name]
     folder = layout.compiled(config.candidate, config.target)
     try:
@@ -28,7 +28,7 @@ def device_record(params: Params, name: str) -> dict[str, Any] | None:
 
 
 def caching_record(params: Params, candidate: str) -> dict[str, Any] | None:
-    """What caching does to `candidate`, if that is asked for and was measured on the artefact that lies there now."""
+    """Returns the caching record of `candidate`; None if caching is not configured for it or the record is outdated."""
     if candidate not in params.caching.candidates:
         return None
     try:
@@ -40,7 +40,7 @@ def caching_record(params: Params, candidate: str) -> dict[str, Any] | None:
 
 
 def offload_record(params: Params, device: str) -> dict[str, Any] | None:
-    """What offloading does on `device`, with its curves, if it was measured on the champion that is bundled now."""
+    """Returns the offloading record of `device` with its curves; None if it is not of the bundled champion."""
     serving, path = params.serving[device], layout.offload_record(device)
     try:
         pair = pair_of(bundled_champion(device), serving.edge, edge_manifest(params, serving))
@@ -52,22 +52,22 @@ def offload_record(params: Params, device: str) -> dict[str, Any] | None:
 
 
 def bundled_champion(device: str) -> Manifest:
-    """The manifest of the compiled model that `device` is given.
+    """Returns the manifest of the bundle of `device`.
 
     Raises:
-        ArtifactError: nothing is bundled for it.
+        ArtifactError: there is no bundle.
     """
     folder = layout.BUNDLES / device
     if not folder.exists():
         raise ArtifactError(
-            f"{folder}: nothing is bundled for {device}; promotion.json says why it has no compiled champion. "
+            f"{folder}: no bundle for {device}; promotion.json has the reason why it has no compiled champion. "
             f"Compile one that fits, or remove serving.{device}"
         )
     return read_manifest(folder)
 
 
 def edge_manifest(params: Params, serving: ServingConfig) -> Manifest | None:
-    """The manifest of what is served here as edge server; None for a server elsewhere."""
+    """Returns the manifest of the edge server's model; None for a server elsewhere."""
     if serving.edge.candidate is None:
         return None
     return read_manifest(layout.compiled(serving.edge.candidate, "gguf"))

@@ -1,4 +1,4 @@
-"""Log each evaluated candidate to MLflow and make it a model version."""
+"""Log each evaluated candidate to MLflow and register it as a model version."""
 
 from __future__ import annotations
 
@@ -17,37 +17,36 @@ from lilliput.graph import topological_order
 from lilliput.model_card import model_card
 from tasks import layout
 from tasks.records import caching_record, device_record
-from tasks.registry import creating, model_folder, model_versions, run_metrics
+from tasks.registry import get_or_create, model_folder, model_versions, run_metrics
 from tasks.registry.lineage_tags import dvc_hashes, git_commit
-from tasks.registry.past_champion import MEASURED_TAG, measured_how
+from tasks.registry.past_champion import MEASURED_TAG, measurement_conditions
 
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
 
 
-@model_versions.in_reach()
+@model_versions.translate_errors()
 def register(params: Params) -> None:
-    """Writes model_versions.json: the version and run of each candidate whose evaluation matches its artefact.
+    """Writes registry.json: the version and run of each candidate whose evaluation matches its artefact.
 
-    An evaluation that is registered already keeps its version, so running this again adds nothing; one whose logging
-    was cut off goes on in the run it had.
+    Idempotent: a registered evaluation keeps its version, and interrupted logging continues in the same run.
 
     Raises:
-        RegistryError: MLflow does not answer, or refuses.
+        RegistryError: MLflow does not answer or refuses.
     """
     client = model_versions.client()
-    creating.ensure_model(client)
-    experiment = creating.experiment_id(client)
-    ready = {name: record for name in topological_order(params) if (record := _evaluated(name))}
-    known = {name: creating.find_version(client, file_sha256(layout.metrics(name))) for name in ready}
-    batch = _batch()
+    get_or_create.ensure_model(client)
+    experiment = get_or_create.experiment_id(client)
+    ready = {name: record for name in topological_order(params) if (record := _current_evaluation(name))}
+    registered = {name: get_or_create.find_version(client, file_sha256(layout.metrics(name))) for name in ready}
+    batch = _batch_tags()
     versions = {}
     for name, record in ready.items():
-        version = known[name] or _register_one(client, experiment, batch, params, name, record)
-        versions[name] = {"version": version, "run_id": creating.run_of(client, version)}
+        version = registered[name] or _register_one(client, experiment, batch, params, name, record)
+        versions[name] = {"version": version, "run_id": get_or_create.active_run_id(client, version)}
         model_folder.add_model(client, version, params, name)
-        model_versions.tell(version, {model_versions.DVC_TAG: json.dumps(dvc_hashes(name))})
+        model_versions.set_tags(version, {model_versions.DVC_TAG: json.dumps(dvc_hashes(name))})
         if caching := caching_record(params, name):
-            model_versions.add_metrics(client, version, layout.caching(name), run_metrics.of_caching(caching))
+            model_versions.add_metrics(client, version, layout.caching(name), run_metrics.caching_metrics(caching))
         for compiled, config in params.compile.items():
             if config.candidate == name and (measured := device_record(params, compiled)):
                 model_versions.add_compiled(
@@ -55,13 +54,13 @@ def register(params: Params) -> None:
                     version,
                     layout.compiled(name, config.target),
                     layout.devices(compiled),
-                    run_metrics.on_devices(config.target, measured),
+                    run_metrics.device_metrics(config.target, measured),
                 )
     write_json(layout.REGISTRY, versions)
 
 
-def _evaluated(candidate: str) -> dict[str, Any] | None:
-    """The record of `candidate`, if it was measured on the artefact that lies there now."""
+def _current_evaluation(candidate: str) -> dict[str, Any] | None:
+    """Returns the evaluation of `candidate`; None if it does not belong to the present artefact."""
     try:
         manifest = read_manifest(layout.model(candidate))
         record = json.loads(layout.metrics(candidate).read_text(encoding="utf-8"))
@@ -70,12 +69,12 @@ def _evaluated(candidate: str) -> dict[str, Any] | None:
     return record if record["sha256"] == manifest.artifact_sha256 else None
 
 
-def _batch() -> dict[str, str]:
-    """What the runs of one registration have in common, to group them by: side by side the UI compares them best."""
+def _batch_tags() -> dict[str, str]:
+    """Returns the tags that runs of one registration share, by which the UI can group them."""
     flow_run = os.environ.get(FLOW_RUN, "")
-    door = "democratize" if flow_run else "dvc repro"
+    command = "democratize" if flow_run else "dvc repro"
     return {
-        "lilliput.run": f"{door} {datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        "lilliput.run": f"{command} {datetime.now().astimezone():%Y-%m-%d %H:%M}",
         **({"prefect.flow_run": flow_run} if flow_run else {}),
     }
 
@@ -88,29 +87,29 @@ def _register_one(
     card = model_card(manifest, record, params.data.system_prompt)
     tags = {**_four_metrics(record), **_lineage(name, manifest), model_versions.DVC_TAG: json.dumps(dvc_hashes(name))}
     evaluation = file_sha256(layout.metrics(name))
-    told = {**batch, "mlflow.note.content": creating.shortened(card, creating.RUN_TAG_CHARS)}
-    run_id = creating.find_or_create_run(
-        client, experiment, name, {creating.EVALUATION_TAG: evaluation}, told
+    run_tags = {**batch, "mlflow.note.content": get_or_create.truncate(card, get_or_create.RUN_TAG_CHARS)}
+    run_id = get_or_create.find_or_create_run(
+        client, experiment, name, {get_or_create.EVALUATION_TAG: evaluation}, run_tags
     ).info.run_id
     model_versions.log_run(
         client,
         run_id,
         {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()},
-        run_metrics.of_candidate(manifest, record, cost),
-        run_metrics.of_curves(manifest, read_history(layout.model(name))),
+        run_metrics.candidate_metrics(manifest, record, cost),
+        run_metrics.curve_metrics(manifest, read_history(layout.model(name))),
         tags,
     )
     client.log_text(run_id, card, "model_card.md")
     for file in (layout.PARAMS, layout.metrics(name), layout.answers(name)):
         client.log_artifact(run_id, str(file))
     client.set_terminated(run_id)
-    return creating.create_version(
+    return get_or_create.create_version(
         client,
         evaluation,
         source=model_folder.model_uri(client, run_id),
         run_id=run_id,
-        tags=tags | {MEASURED_TAG: json.dumps(measured_how(params))},
-        description=f"**{name}**: {card.removeprefix(f'# {name}').strip()}",  # its first line is all that lists show
+        tags=tags | {MEASURED_TAG: json.dumps(measurement_conditions(params))},
+        description=f"**{name}**: {card.removeprefix(f'# {name}').strip()}",  # lists show only the first line
     )
 
 

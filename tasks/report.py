@@ -72,14 +72,14 @@ def _candidate(
 
 
 def _strategy(params: Params, name: str) -> str:
-    """What makes `name`, with the settings of its own: `gptq (bits 8)`."""
+    """Returns the strategy of `name` with its own settings, such as `gptq (bits 8)`."""
     spec = params.candidates[name]
-    own = ", ".join(f"{key} {value}" for key, value in spec.with_.items())
-    return f"{spec.apply} ({own})" if own else spec.apply
+    settings = ", ".join(f"{key} {value}" for key, value in spec.with_.items())
+    return f"{spec.apply} ({settings})" if settings else spec.apply
 
 
 def _steps(params: Params, name: str) -> dict[str, str]:
-    """What `name` is compared with, its parent and the base of its chain, and the strategies that lead from there."""
+    """Returns the references of `name`, its parent and the base of its chain, with the strategies between them."""
     chain = [name, *ancestors(params, name)]
     made_by = [_strategy(params, link) for link in reversed(chain[:-1])]
     return {chain[1]: made_by[-1]} | {chain[-1]: " → ".join(made_by)} if made_by else {}
@@ -114,7 +114,7 @@ def _costs(
 
 
 def _compiled(params: Params, name: str) -> dict[str, Any] | None:
-    """A compiled model, its parity with its checkpoint, and what each device made of it."""
+    """Returns the device record, parity and tensor types of a compiled model; None without a current record."""
     record = device_record(params, name)
     if record is None:
         return None
@@ -128,13 +128,13 @@ def _compiled(params: Params, name: str) -> dict[str, Any] | None:
 
 
 def _offloading(params: Params, device: str) -> dict[str, Any] | None:
-    """What offloading does on `device`, with its charts."""
+    """Returns the offloading record of `device` with its charts; None without a current record."""
     record = offload_record(params, device)
     if record is None:
         return None
     policies = record["links"][record["link"]]
-    drawn = [charts.offloading(policies), charts.offloaded_shares(record["curves"], policies)]
-    return record | {"charts": drawn}
+    figures = [charts.offloading(policies), charts.offloaded_shares(record["curves"], policies)]
+    return record | {"charts": figures}
 
 
 def _offloading_rows(offloading: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -180,17 +180,17 @@ def _effects(differences: Sequence[Mapping[str, Any]]) -> Iterable[charts.Chart]
 
 
 def _fronts(params: Params, records: Mapping[str, Mapping[str, Any]]) -> Iterable[charts.Chart]:
-    """The candidates' Pareto front on what promotion weighs, accuracy against each of the others."""
+    """Yields the candidates' Pareto front on the objectives of promotion: accuracy against each other objective."""
     metrics = [metric for metric, _ in OBJECTIVES.values()]
-    found = {name: record for name, record in records.items() if None not in map(partial(value, record), metrics)}
-    front = pareto_front(found)
-    words = f"On the front: {', '.join(front)}."
-    if beaten := [name for name in found if name not in front]:
-        words += f" Beaten: {', '.join(beaten)}."
-    sources = [name for name in found if params.candidates[name].parent == ROOT]
-    for metric in metrics[1:] if found else []:
-        svg = charts.trade_offs(found, front, [metrics[0], metric], sources, name_all=True)
-        yield charts.Chart(f"Choice accuracy against {charts.label(metric)}", svg, words)
+    complete = {name: record for name, record in records.items() if None not in map(partial(value, record), metrics)}
+    front = pareto_front(complete)
+    caption = f"On the front: {', '.join(front)}."
+    if beaten := [name for name in complete if name not in front]:
+        caption += f" Beaten: {', '.join(beaten)}."
+    sources = [name for name in complete if params.candidates[name].parent == ROOT]
+    for metric in metrics[1:] if complete else []:
+        svg = charts.trade_offs(complete, front, [metrics[0], metric], sources, name_all=True)
+        yield charts.Chart(f"Choice accuracy against {charts.label(metric)}", svg, caption)
 
 
 def _histories(histories: Mapping[str, Mapping[str, charts.Curve]]) -> Iterable[charts.Chart]:
@@ -205,18 +205,18 @@ def _histories(histories: Mapping[str, Mapping[str, charts.Curve]]) -> Iterable[
 
 
 def _search() -> dict[str, Any] | None:
-    """What the search found that this workspace belongs to; None elsewhere."""
+    """Returns the results of this workspace's search with their chart; None if this is not a workspace of a search."""
     if not layout.SEARCH.exists():
         return None
-    found = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
-    reference = [row["candidate"] for row in found["reference"]]
+    search = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
+    reference = [row["candidate"] for row in search["reference"]]
     points = {
         row["candidate"]: row["figures"]
-        for row in found["reference"] + found["trials"]
-        if all(value(row["figures"], metric) is not None for metric in found["objectives"])
+        for row in search["reference"] + search["trials"]
+        if all(value(row["figures"], metric) is not None for metric in search["objectives"])
     }
-    front = [row["candidate"] for row in found["trials"] if row["pareto"]]
-    return {**found, "chart": charts.trade_offs(points, front, list(found["objectives"]), reference)}
+    front = [row["candidate"] for row in search["trials"] if row["pareto"]]
+    return {**search, "chart": charts.trade_offs(points, front, list(search["objectives"]), reference)}
 
 
 def _origin(params: Params) -> dict[str, str]:

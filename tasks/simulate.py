@@ -1,4 +1,4 @@
-"""Play days of traffic through each policy of a device, with the answers that the stage `offload` recorded."""
+"""Simulate days of traffic with each policy of a device, from the answers that the stage `offload` recorded."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tasks.offload import ANSWERS
 
 
 def simulate(params: Params, device: str, days: int, queries: int, seed: int, trace_file: Path | None) -> str:
-    """Writes simulations/<device>.json, and the trace beside it if it was drawn; says what came of it in a table.
+    """Writes simulations/<device>.json, and a drawn trace beside it; returns the results as a text table.
 
-    The learned routers are those that have not seen the entity asked about.
+    Each question is routed by learned routers that were fitted without its entity.
 
     Raises:
         ArtifactError: the stage `offload` has not run for `device`.
-        DataError: the trace is not usable.
+        DataError: the trace is invalid.
     """
     from lilliput.embedding.sentence_embedder import open_embedder
     from lilliput.offload import simulate as simulator
@@ -39,22 +39,22 @@ def simulate(params: Params, device: str, days: int, queries: int, seed: int, tr
         trace = simulator.read_trace(trace_file, ids, params.links)
     phone = simulator.Phone(serving.battery_wh, params.devices[device].watts_per_core)
     routers = _routers(params, device, rows, open_embedder(params.caching.embedder, default_cache()))
-    found = {}
+    results = {}
     for name, router in routers.items():
         embeds = name.startswith("learned")
         served = simulator.simulate(trace, rows, router, params.links, phone, seed, embeds)
-        found[name] = simulator.summarise(served, rows)
+        results[name] = simulator.summarise(served, rows)
     assumed = {"background_watts": phone.background_watts, "charging_watts": phone.charging_watts}
     head = {"device": device, "trace": str(trace_file) if trace_file else {"days": days, "queries": queries}}
-    write_json(layout.simulation(device), head | {"seed": seed, "assumed": assumed, "policies": found})
-    return _table(found)
+    write_json(layout.simulation(device), head | {"seed": seed, "assumed": assumed, "policies": results})
+    return _table(results)
 
 
-def _table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "policy           battery by day (%)   accuracy  hallucination  latency p50, p90 (ms)   ~J a query  offloaded"
     ]
-    for name, row in found.items():
+    for name, row in results.items():
         battery = " ".join(f"{percent:.0f}" for percent in row["battery_percent_by_day"])
         accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
         links = ", ".join(f"{link} {share:.0%}" for link, share in row["offloaded"].items())
@@ -69,7 +69,7 @@ def _table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def _rows(device: str) -> list[dict[str, Any]]:
     path = layout.offload(device) / ANSWERS
     if not path.exists():
-        raise ArtifactError(f"{path}: nothing was recorded; run `dvc repro offload@{device}` first")
+        raise ArtifactError(f"{path}: no recorded answers; run `dvc repro offload@{device}` first")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -10,7 +10,7 @@ from tasks import layout
 
 
 def fetch(params: Params) -> None:
-    """Writes models/source: the files as they were fetched, sealed by a manifest."""
+    """Writes models/source: the unchanged files and a manifest."""
     with writing(layout.SOURCE) as directory:
         fetch_source(params.source, directory, default_cache())
         config = params.source.model_dump(mode="json")

@@ -18,6 +18,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Code that a stage imports and need not depend on. Their own imports are not followed.
 EXEMPT = {
     "lilliput.artifacts": "how files are written, not what they hold",
+    "lilliput.child": "ends a process with its parent",
     "lilliput.config": "settings: a stage depends on the values that it reads (`params`)",
     "lilliput.errors": "messages",
     "lilliput.gguf_source.runtime_check": "accepts or rejects a source, and changes nothing of it",

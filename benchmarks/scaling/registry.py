@@ -24,13 +24,13 @@ def registry(versions: Counts = None) -> None:
 
 def _registry(folder: Path, count: int) -> Row:
     """CPU-milliseconds of what `register` and `promote` ask of MLflow's SQLite store when it holds `count` versions."""
-    from tasks.registry import creating, model_folder, model_versions
+    from tasks.registry import get_or_create, model_folder, model_versions
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with contextlib.chdir(folder):
         client = model_versions.client()
-        experiment = creating.experiment_id(client)
-        creating.ensure_model(client)
+        experiment = get_or_create.experiment_id(client)
+        get_or_create.ensure_model(client)
         run = client.create_run(experiment).info.run_id
         client.create_model_version(
             model_versions.MODEL, source=model_folder.model_uri(client, run), run_id=run, tags=_tags(1)
@@ -45,12 +45,12 @@ def _registry(folder: Path, count: int) -> Row:
             client.create_model_version(model_versions.MODEL, source=source, run_id=run_id, tags=_tags(0))
 
         steps: dict[str, Callable[[], object]] = {
-            "ensure_model": lambda: creating.ensure_model(client),
-            "find_version": lambda: creating.find_version(client, _tags(count // 3)["lilliput.evaluation_sha256"]),
-            "find_none": lambda: creating.find_version(client, "none"),
+            "ensure_model": lambda: get_or_create.ensure_model(client),
+            "find_version": lambda: get_or_create.find_version(client, _tags(count // 3)["lilliput.evaluation_sha256"]),
+            "find_none": lambda: get_or_create.find_version(client, "none"),
             "log_and_create_version": one_more,
             "version_of_alias": lambda: model_versions.version_of("champion-phone"),
-            "tell": lambda: model_versions.tell(str(count // 2), {"lilliput.refused.phone": f"{time.time_ns()}"}),
+            "tell": lambda: model_versions.set_tags(str(count // 2), {"lilliput.refused.phone": f"{time.time_ns()}"}),
             "forget_devices": lambda: model_versions.forget_devices(["phone"]),
         }
         return {f"{name}_cpu_ms": _milliseconds(step) for name, step in steps.items()}

@@ -29,7 +29,7 @@ def deciding(folder: Path) -> Iterator[None]:
 
     Where MLFLOW_TRACKING_URI names a registry that machines share and PREFECT_API_URL a server that they share, too,
     decisions wait for each other by that server's global concurrency limit. Elsewhere the lock of the folder's own
-    store (`tasks.registry.model_versions.alone`) is all there is.
+    store (`tasks.registry.model_versions.promotion_lock`) is all there is.
 
     Raises:
         ConfigError: another decision does not end.
@@ -56,7 +56,7 @@ def tell_changes(folder: Path) -> None:
     for change in outbox.read(folder):
         resource = {"prefect.resource.id": f"lilliput.champion.{change['device']}", "lilliput.folder": str(folder)}
         emit_event(CHANGED, resource, payload=change)
-    outbox.forget(folder)
+    outbox.clear(folder)
 
 
 def _shared(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from flows.engine.console import print_summary
 from flows.engine.lineage import Lineage
 from flows.engine.workspace import held, open_workspace
 from lilliput.errors import LilliputError
-from tasks.registry.moved import follow
+from tasks.registry.moved import update_paths
 
 
 def answered(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
@@ -39,7 +39,7 @@ def answered(arguments: Sequence[str], environment: Mapping[str, str] = os.envir
             if not lineage.unchanged():
                 return False
             stages = lineage.stages()
-            follow()
+            update_paths()
     except (argparse.ArgumentError, LilliputError, DvcException):
         return False
     print_summary(folder, {stage.name: "Cached" for stage in stages})

@@ -34,7 +34,7 @@ from dvc_data.hashfile.db.local import LocalHashFileDB
 from dvc_data.hashfile.tree import Tree
 from dvc_objects.errors import ObjectFormatError
 
-from lilliput.artifacts import disk_is_full, told_of_full_disk, written_aside
+from lilliput.artifacts import describe_full_disk, disk_is_full, written_aside
 from lilliput.errors import BusyError, ConfigError, StageError
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # what DVC would tell is told by the flow
@@ -165,7 +165,7 @@ class Lineage:
         except (DvcException, OSError) as error:
             if not disk_is_full(error):
                 raise
-            raise StageError(f"{name} is done but cannot be recorded: {told_of_full_disk(error)}") from None
+            raise StageError(f"{name} is done but cannot be recorded: {describe_full_disk(error)}") from None
         self._pipeline.lockfile_data.update(recorded)
         stage.cmd_changed = False
         self._recorded[name] = stage

@@ -17,7 +17,7 @@ from dvc.repo import Repo
 from flows.engine.lineage import no_dvc_in
 from lilliput.errors import ConfigError, DataError
 from lilliput.params import load_params
-from tasks.process.folder_lock import alone_in
+from tasks.process.folder_lock import folder_lock
 
 PROJECT = Path(__file__).resolve().parents[2]
 _CODE = ("lilliput", "tasks", "corpora")
@@ -38,7 +38,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         BusyError: another run or a `dvc` command is at work there.
     """
-    with alone_in(folder), no_dvc_in(folder):
+    with folder_lock(folder), no_dvc_in(folder):
         yield
 
 
@@ -72,7 +72,7 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
         BusyError: a run is at work there, and its code and parameters must not change.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
+    with folder_lock(folder):
         _copy_into(folder, params_file, data_source, data_name)
     return folder
 

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, cast
 
 import psutil
 
+from lilliput.child import end_with_parent
 from lilliput.errors import ArtifactError
 from lilliput.redaction import environment_without_secrets
 from lilliput.resident import peak_rss_bytes
@@ -197,14 +197,7 @@ def _answer(runtime: Any, job: Job) -> list[dict[str, Any]]:
 
 
 def _main(asked: str, told: str) -> None:
-    parent = os.getppid()
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    end_with_parent()
     raw = json.loads(Path(asked).read_text(encoding="utf-8"))
     try:
         outcome = _work(Job(**raw))

@@ -7,7 +7,6 @@ a random key, which it reads from its standard input: a command line and an envi
 from __future__ import annotations
 
 import json
-import os
 import queue
 import secrets
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from lilliput.child import wait_for_stdin
 from lilliput.errors import ArtifactError
 from lilliput.redaction import environment_without_secrets
 from lilliput.runtime.loopback import require_key
@@ -134,8 +134,7 @@ def _serve(serving: Serving, key: str) -> None:
     require_key(params, key)
     server = engine.Server(params)
     print(json.dumps({"url": server.listening_address}), flush=True)
-    sys.stdin.read()  # until the other end is closed, whoever closed it
-    os._exit(0)
+    wait_for_stdin()
 
 
 if __name__ == "__main__":

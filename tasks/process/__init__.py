@@ -1,1 +1,1 @@
-"""What every stage's process needs: locks, costs, deadlines, memory checks and messages."""
+"""Support for the process of a stage: locks, costs, deadlines, memory checks and messages."""

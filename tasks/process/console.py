@@ -1,4 +1,4 @@
-"""A stage's own log: everything its libraries print goes there; progress bars and errors go to the terminal as well."""
+"""The log of a stage: takes all output of its libraries; progress bars and errors also go to the terminal."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from lilliput.redaction import redacted
 
 ERROR = "error: "
 EXIT_REFUSED = 2
-EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: worth another try
-EXIT_STOPPED, EXIT_TERMINATED = 130, 143  # as a shell tells of SIGINT and SIGTERM
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: a retry may succeed
+EXIT_STOPPED, EXIT_TERMINATED = 130, 143  # as a shell reports SIGINT and SIGTERM
 
 
-class _WithoutSecrets(io.TextIOWrapper):
-    """A log in which nothing of this process's secrets is written, whoever prints them."""
+class _RedactedLog(io.TextIOWrapper):
+    """A text file that removes this process's secrets from everything written to it."""
 
     def write(self, text: str, /) -> int:
         try:
             super().write(redacted(text))
         except OSError as error:
-            if not disk_is_full(error):  # the work itself will say so, where a person sees it
+            if not disk_is_full(error):  # the stage itself reports a full disk on the terminal
                 raise
         return len(text)
 
 
 class _ProgressToTerminal(io.TextIOBase):
-    """A stand-in for stderr: what holds a carriage return is a progress bar, the rest is chatter for the log."""
+    """Replaces stderr: text with a carriage return is a progress bar for the terminal, the rest goes to the log."""
 
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
         self.terminal, self.log = terminal, log
 
     def write(self, text: str) -> int:
-        # A bar ends with a bare newline, which belongs to it.
+        # A progress bar ends with a bare newline.
         (self.terminal if "\r" in text or text == "\n" else self.log).write(redacted(text))
         return len(text)
 
@@ -54,16 +54,16 @@ class _ProgressToTerminal(io.TextIOBase):
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[TextIO]:
-    """Sends what this process prints to `path`, and yields the terminal for what a person must see.
+    """Redirects the output of this process to `path` and yields the terminal.
 
     Raises:
         ConfigError: `path` cannot be written.
     """
     with _open_log(path) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
         if not terminal.isatty():
-            os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log wants a line now and then, not ten a second
+            os.environ.setdefault("TQDM_MININTERVAL", "20")  # seconds; a file needs no ten updates a second
         os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)  # what libraries write without asking Python
+        os.dup2(log.fileno(), 2)  # for native code, which bypasses sys.stderr
         sys.stdout, sys.stderr = log, _ProgressToTerminal(terminal, log)
         logging.captureWarnings(True)
         logging.basicConfig(stream=log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -71,14 +71,14 @@ def logging_to(path: Path) -> Iterator[TextIO]:
             yield terminal
         finally:
             sys.stdout.flush()
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # the log is closed, these still point there
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # the log is about to be closed
 
 
-def _open_log(path: Path) -> _WithoutSecrets:
+def _open_log(path: Path) -> _RedactedLog:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Nothing is kept back in memory, which a full disk would not take later either.
-        return _WithoutSecrets(path.open("wb", buffering=0), encoding="utf-8", write_through=True)
+        # Unbuffered: text kept in memory could not be written to a full disk later either.
+        return _RedactedLog(path.open("wb", buffering=0), encoding="utf-8", write_through=True)
     except OSError as error:
         raise ConfigError(
             f"{path}: the log cannot be written ({error.strerror}); remove it, or make it writable for this user"
@@ -86,8 +86,8 @@ def _open_log(path: Path) -> _WithoutSecrets:
 
 
 def last_error(path: Path) -> str | None:
-    """The error a stage ended with, from its log; None if it left none."""
+    """Returns the error message at the end of a stage's log; None if there is none."""
     if not path.exists():
         return None
-    _, found, message = path.read_text(encoding="utf-8", errors="replace").rpartition(f"\n{ERROR}")
-    return message.strip() if found else None
+    _, marker, message = path.read_text(encoding="utf-8", errors="replace").rpartition(f"\n{ERROR}")
+    return message.strip() if marker else None

@@ -1,4 +1,4 @@
-"""What a piece of work cost, taken from the operating system's own account of this process."""
+"""Time and memory that work takes, as the operating system accounts for this process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tasks import layout
 
 
 @contextmanager
-def measured(path: Path) -> Iterator[dict[str, Any]]:
-    """Writes seconds, CPU-seconds and peak memory of the block to `path`; what is put into the yielded map goes along.
+def measured_cost(path: Path) -> Iterator[dict[str, Any]]:
+    """Writes seconds, CPU-seconds and peak memory of the block to `path`, with the entries of the yielded dict.
 
-    Memory is the peak resident size of this process since its start, in bytes; CPU time includes finished children.
+    Memory is the peak resident size of this process since its start, in bytes. CPU time includes finished children.
     """
     extra: dict[str, Any] = {}
     started, cpu_before = time.perf_counter(), cpu_s()
@@ -44,32 +44,32 @@ def measured(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_peak(stage: str, folder: Path = Path()) -> str:
-    """`; it took 812 MiB at its peak the last time` by the record of `stage` in `folder`, if it has one."""
+    """Returns the peak memory of the last run of `stage` in `folder` as the end of a message; empty if unknown."""
     kind, _, name = stage.partition("@")
-    place = layout.RECORDS.get(kind)
-    if place is None or not (folder / place(name)).exists():
+    record_path = layout.RECORDS.get(kind)
+    if record_path is None or not (folder / record_path(name)).exists():
         return ""
-    peak = json.loads((folder / place(name)).read_text(encoding="utf-8"))["peak_rss_bytes"]
-    return f"; it took {peak / 2**20:.0f} MiB at its peak the last time ({place(name)})"
+    peak_bytes = json.loads((folder / record_path(name)).read_text(encoding="utf-8"))["peak_rss_bytes"]
+    return f"; it took {peak_bytes / 2**20:.0f} MiB at its peak the last time ({record_path(name)})"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error`, or what it came from, says that memory could not be had: on this machine or on an accelerator.
+    """Whether `error` or one of its causes is a failed allocation, on the host or on an accelerator.
 
-    Torch has no type of its own for the former.
+    Torch has no exception type for failed allocations on the host, so its messages are compared.
     """
     texts = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, MemoryError) or type(found).__name__ == "OutOfMemoryError":
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return True
-        if isinstance(found, RuntimeError | OSError | ImportError) and any(text in str(found) for text in texts):
+        if isinstance(cause, RuntimeError | OSError | ImportError) and any(text in str(cause) for text in texts):
             return True
-        found = found.__cause__ or found.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 def cpu_s() -> float:
-    """CPU-seconds of this process and its finished children."""
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    """Returns the CPU-seconds of this process and its finished children."""
+    process, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return process.ru_utime + process.ru_stime + children.ru_utime + children.ru_stime

@@ -1,4 +1,4 @@
-"""How long a stage may take, where somebody says so: one that hangs would hold up the night."""
+"""The optional time limit of a stage, so that one that hangs does not block the rest of a run."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ VARIABLE = "LILLIPUT_STAGE_HOURS"
 
 
 @contextmanager
-def deadline(tell: Callable[[str], None]) -> Iterator[None]:
-    """Ends this process and its children, as a kill would, if the block takes longer than LILLIPUT_STAGE_HOURS.
+def deadline(report: Callable[[str], None]) -> Iterator[None]:
+    """Kills this process and its children if the block takes longer than LILLIPUT_STAGE_HOURS.
 
-    From a thread: what hangs is often a kernel that hears of no signal. Waiting for the machine does not count.
+    A thread does it, because native code that hangs often handles no signal. Time spent waiting for the machine does
+    not count.
 
     Args:
-        tell: hears why.
+        report: receives the reason before the process ends.
 
     Raises:
-        ConfigError: the variable is no positive number.
+        ConfigError: the variable is not a positive number.
     """
-    said = os.environ.get(VARIABLE)
-    if said is None:
+    setting = os.environ.get(VARIABLE)
+    if setting is None:
         yield
         return
-    timer = threading.Timer(3600 * _hours(said), _end, [f"not done after {said} h ({VARIABLE}) and stopped", tell])
+    reason = f"not done after {setting} h ({VARIABLE}) and stopped"
+    timer = threading.Timer(3600 * _hours(setting), _kill, [reason, report])
     timer.daemon = True
     timer.start()
     try:
@@ -40,18 +42,18 @@ def deadline(tell: Callable[[str], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def _hours(said: str) -> float:
+def _hours(setting: str) -> float:
     try:
-        hours = float(said)
+        hours = float(setting)
     except ValueError:
         hours = 0.0
     if not 0 < hours < threading.TIMEOUT_MAX / 3600:
-        raise ConfigError(f"{VARIABLE}={said}: hours a stage may take, a number above 0, or leave it out")
+        raise ConfigError(f"{VARIABLE}={setting}: not a number of hours above 0; correct or unset it")
     return hours
 
 
-def _end(why: str, tell: Callable[[str], None]) -> None:
-    tell(why)
+def _kill(reason: str, report: Callable[[str], None]) -> None:
+    report(reason)
     for child in psutil.Process().children(recursive=True):
         child.kill()
     os._exit(EXIT_REFUSED)

@@ -32,10 +32,10 @@ Environment = MutableMapping[str, str]
 
 
 def prepare(project: Path, environment: Environment = os.environ) -> None:
-    """Prepares `environment` for this process and its children; what is replaced is said on stderr, once.
+    """Prepares `environment` for this process and its children; reports each replacement on stderr.
 
     Args:
-        project: the folder of the code, which has room for caches where the home folder has none.
+        project: the folder of the code, which holds the caches if the home folder cannot.
         environment: changed in place.
     """
     _open_missing_streams()
@@ -47,7 +47,7 @@ def prepare(project: Path, environment: Environment = os.environ) -> None:
 
 
 def _open_missing_streams() -> None:
-    """Gives a process whose stdout or stderr is closed the null device: else the next file opened takes its place."""
+    """Opens the null device for a closed stdout or stderr; otherwise the next opened file would take its number."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_WRONLY)
@@ -57,7 +57,7 @@ def _open_missing_streams() -> None:
 
 
 def bypass_proxies_for_loopback(environment: Environment = os.environ) -> None:
-    """Adds loopback to NO_PROXY where a proxy is set: a proxy is another machine, and cannot reach this one's servers.
+    """Adds loopback to NO_PROXY if a proxy is set: a proxy on another machine cannot reach servers on this one.
 
     Both spellings get the same value, because libraries prefer different ones. Brackets are removed: httpx rejects
     `[::1]`.
@@ -70,12 +70,12 @@ def bypass_proxies_for_loopback(environment: Environment = os.environ) -> None:
 
 
 def proxies_of(environment: Environment) -> list[str]:
-    """The variables of `environment` that name a proxy."""
+    """Returns the variables of `environment` that name a proxy."""
     return [name for upper in _PROXIES for name in (upper, upper.lower()) if environment.get(name)]
 
 
 def certificates_of(environment: Environment) -> list[str]:
-    """The variables of `environment` that name a file of trusted certificates."""
+    """Returns the variables of `environment` that name a file of trusted certificates."""
     return [name for name in _CERTIFICATES if environment.get(name)]
 
 
@@ -88,42 +88,42 @@ def is_loopback(host: str | None) -> bool:
 
 
 def _loopback_hosts(environment: Environment) -> list[str]:
-    """The loopback hosts of all addresses in `environment`, such as PREFECT_API_URL=http://127.0.1.1:4200/api."""
-    found = set[str]()
+    """Returns the loopback hosts of all addresses in `environment`, such as PREFECT_API_URL=http://127.0.1.1:4200/api."""
+    hosts = set[str]()
     for value in environment.values():
         try:
             host = urlsplit(value).hostname if "://" in value else None
-        except ValueError:  # whoever uses that address says so
+        except ValueError:  # the library that uses this address reports the error
             continue
         if host and is_loopback(host):
-            found.add(host)
-    return sorted(found)
+            hosts.add(host)
+    return sorted(hosts)
 
 
 def provide_home(project: Path, environment: Environment = os.environ) -> None:
-    """Sets variables to folders that can be written to where the home folder cannot, as in containers and services.
+    """Points variables to writable folders if the home folder is missing or read-only, as in containers and services.
 
-    HOME is replaced only where it is no folder at all: a read-only one may hold credentials and settings, so only
-    caches and Prefect's database move out of it. A variable that is set already is left alone.
+    HOME is replaced only if it is not a folder: a read-only home may hold credentials and settings, so only caches and
+    Prefect's database move out of it. Variables that are already set stay unchanged.
 
     Raises:
-        ConfigError: the project has no room for them either.
+        ConfigError: the project folder is not writable either.
     """
     home, fallback = _home(environment), project / _FALLBACK
     if home is None:
-        named = {"HOME": fallback}
+        folders = {"HOME": fallback}
     else:
-        named = {
+        folders = {
             name: fallback / replacement
             for name, default, replacement in _FOLDERS
             if not environment.get(name) and not is_writable(home / default if (home / default).exists() else home)
         }
-    _use(named, environment)
+    _set_folders(folders, environment)
     _name_user(environment)
 
 
 def _home(environment: Environment) -> Path | None:
-    """The home folder; None if there is no such folder."""
+    """Returns the home folder; None if there is no such folder."""
     try:
         home = Path(environment["HOME"]) if "HOME" in environment else Path.home()
     except RuntimeError:  # no HOME, and a user without an entry in /etc/passwd
@@ -132,7 +132,7 @@ def _home(environment: Environment) -> Path | None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be created in `folder`, found by creating one: root passes any check of permission bits."""
+    """Whether files can be created in `folder`. Creates one, because root passes every check of permission bits."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -140,18 +140,18 @@ def is_writable(folder: Path) -> bool:
         return False
 
 
-def _use(named: dict[str, Path], environment: Environment) -> None:
-    for name, folder in named.items():
+def _set_folders(folders: dict[str, Path], environment: Environment) -> None:
+    for name, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"{name}: there is no home folder that can be written to, and {folder} cannot be made "
-                f"({error.strerror}); set {name} to a folder that can"
+                f"{name}: there is no writable home folder, and {folder} cannot be created "
+                f"({error.strerror}); set {name} to a writable folder"
             ) from None
         environment[name] = str(folder)
-    if named:
-        values = ", ".join(f"{name}={folder}" for name, folder in named.items())
+    if folders:
+        values = ", ".join(f"{name}={folder}" for name, folder in folders.items())
         print(f"note: the home folder cannot be written to; using {values}", file=sys.stderr)
 
 
@@ -164,10 +164,10 @@ def _name_user(environment: Environment) -> None:
 
 
 def require_usable_environment(environment: Environment = os.environ) -> None:
-    """Rejects settings of the environment that break every run, before anything starts.
+    """Rejects settings of the environment that would break every run.
 
     Raises:
-        ConfigError: lists all of them, each with its remedy.
+        ConfigError: lists all problems, each with its remedy.
     """
     problems = [
         f"{name}: no such file: {environment[name]}; name a file with certificates, or unset {name}"

@@ -1,4 +1,4 @@
-"""A folder is one run's at a time: whoever comes second is told who is at work there."""
+"""A lock that lets one run at a time work in a folder; the error for the second run names the first."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from filelock import FileLock, Timeout
 from lilliput.artifacts import write_json
 from lilliput.errors import BusyError
 
-_LOCK, _HOLDER = ".democratize.lock", ".democratize.holder"  # apart, because whoever tries the lock empties its file
+_LOCK, _HOLDER = ".democratize.lock", ".democratize.holder"  # two files, because trying a lock empties its file
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds `folder` for one run; the system frees it even when the run is killed.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Locks `folder` for one run; the system releases the lock even if the run is killed.
 
     Raises:
-        BusyError: another run holds it; the message says which, and since when.
+        BusyError: another run holds the lock; the message names its process and start time.
     """
-    lock, holder = FileLock(folder / _LOCK), folder / _HOLDER
+    lock, holder_file = FileLock(folder / _LOCK), folder / _HOLDER
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(
-            f"{folder}: another run is at work here{_told(holder)}; wait for it, or use another --params file"
+            f"{folder}: another run is at work here{_holder_of(holder_file)}; wait for it, or use another --params file"
         ) from None
     try:
-        write_json(holder, _myself())
+        write_json(holder_file, _this_process())
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        holder_file.unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
-def alone_here() -> Iterator[None]:
-    """`alone_in` this folder for a stage that no flow started: under `dvc repro`, or by hand.
+def stage_folder_lock() -> Iterator[None]:
+    """Locks the working directory for a stage started by `dvc repro` or by hand; a flow locks it for its stages.
 
     Raises:
-        BusyError: another run is at work here.
+        BusyError: another run holds the lock.
     """
-    with nullcontext() if started_by_flow() else alone_in(Path.cwd()):  # a flow holds the folder for its stages
+    with nullcontext() if started_by_flow() else folder_lock(Path.cwd()):
         yield
 
 
 def started_by_flow() -> bool:
-    """Whether this process is a stage of a flow, which ends it when it ends."""
+    """Whether a flow started this process as a stage; it then ends with the flow."""
     return os.environ.get("LILLIPUT_ENDS_WITH_STDIN") == "1"
 
 
-def _myself() -> dict[str, str | int]:
+def _this_process() -> dict[str, str | int]:
     executable, *arguments = psutil.Process().cmdline()
     return {
         "pid": os.getpid(),
@@ -68,10 +68,10 @@ def _myself() -> dict[str, str | int]:
     }
 
 
-def _told(holder: Path) -> str:
-    """Who holds the folder; nothing in the moment before that is written down."""
+def _holder_of(holder_file: Path) -> str:
+    """Returns a description of the process that holds the lock; empty until it has written its file."""
     with suppress(OSError, ValueError, KeyError):
-        found = json.loads(holder.read_text(encoding="utf-8"))
-        place = "" if found["machine"] == platform.node() else f" on {found['machine']}"
-        return f" since {found['since']}: process {found['pid']}{place}, `{found['command']}`"
+        holder = json.loads(holder_file.read_text(encoding="utf-8"))
+        machine = "" if holder["machine"] == platform.node() else f" on {holder['machine']}"
+        return f" since {holder['since']}: process {holder['pid']}{machine}, `{holder['command']}`"
     return ""

@@ -1,4 +1,4 @@
-"""Whether this machine's memory holds what is to be made on it, by estimate, before anything expensive starts."""
+"""Checks by an estimate that making a candidate fits into this machine's memory, before the work starts."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from lilliput.errors import ConfigError
 from lilliput.graph import ROOT
 from lilliput.memory import SHORT, Estimate, Machine, Shape, Text, estimate, this_machine
 from tasks import layout
-from tasks.process.accelerate import shared_among
+from tasks.process.accelerate import training_processes
 
 IGNORE = "LILLIPUT_IGNORE_MEMORY"  # set to 1 by --ignore-memory
 
-_CHARACTERS_A_TOKEN = 3.0  # of questions in Latin script; fewer make the estimate larger
-_LOOKED_AT = 10_000  # training questions, by which the longest is told
+_CHARACTERS_PER_TOKEN = 3.0  # of questions in Latin script; a lower value makes the estimate larger
+_SAMPLE_SIZE = 10_000  # training questions that are read to find the longest
 _GIB = 2**30
 
 
-def machine_for(config: Section) -> Machine:
-    """This machine, and how many processes would train together on it."""
-    return this_machine(*(shared_among() if isinstance(config, TrainingConfig) else (1, False)))
+def training_machine(config: Section) -> Machine:
+    """Returns this machine with the number of processes that would train on it."""
+    return this_machine(*(training_processes() if isinstance(config, TrainingConfig) else (1, False)))
 
 
 def estimates(params: Params, candidates: Collection[str], folder: Path = Path()) -> dict[str, Estimate]:
-    """What making each of `candidates` is expected to take; those whose shape nobody knows yet are left out."""
-    text, found = _text(folder), {}
+    """Returns the expected memory of making each of `candidates`; omits those of unknown shape."""
+    text, expected = _text(folder), {}
     for name in candidates:
         spec, config = params.candidates[name], params.strategy_config(name)
         parent = shape_of(params, name if isinstance(config, LoadConfig) else spec.parent, folder)
         teacher = shape_of(params, spec.teacher, folder) if spec.teacher else None
         if parent:
-            found[name] = estimate(config, parent, text, machine_for(config), teacher)
-    return found
+            expected[name] = estimate(config, parent, text, training_machine(config), teacher)
+    return expected
 
 
 def require_memory(params: Params, candidates: Collection[str], folder: Path = Path()) -> None:
-    """Refuses to make what this machine cannot hold, unless LILLIPUT_IGNORE_MEMORY is 1.
+    """Rejects candidates that exceed this machine's memory, unless LILLIPUT_IGNORE_MEMORY is 1.
 
     Raises:
-        ConfigError: one line for each candidate that does not fit: what is expected, what there is, what helps.
+        ConfigError: has a line for each candidate that does not fit: expected memory, available memory, remedy.
     """
     problems = too_large(params, candidates, folder)
     if problems and os.environ.get(IGNORE) != "1":
-        raise ConfigError([*problems, "These are estimates (docs/memory.md); --ignore-memory tries all the same."])
+        raise ConfigError([*problems, "These are estimates (docs/memory.md); --ignore-memory skips this check."])
 
 
 def too_large(params: Params, candidates: Collection[str], folder: Path = Path()) -> list[str]:
-    """A line for each of `candidates` that is expected not to fit into this machine's memory."""
+    """Returns a message for each of `candidates` that is expected not to fit into memory."""
     problems = []
     for name, expected in estimates(params, candidates, folder).items():
         config = params.strategy_config(name)
-        machine = machine_for(config)
-        over = [
+        machine = training_machine(config)
+        excess = [
             f"{need / _GIB:.1f} GiB of {kind}, of which there are {have / _GIB:.1f}"
             for kind, need, have in (
                 ("memory", expected.host_bytes, machine.host_bytes),
@@ -66,15 +66,15 @@ def too_large(params: Params, candidates: Collection[str], folder: Path = Path()
             )
             if need > have
         ]
-        if over:
-            problems.append(f"candidates.{name}: would take about {' and '.join(over)}; {_remedy(config)}")
+        if excess:
+            problems.append(f"candidates.{name}: would take about {' and '.join(excess)}; {_remedy(config)}")
     return problems
 
 
 def shape_of(params: Params, candidate: str, folder: Path) -> Shape | None:
-    """The shape of `candidate` if it is made, else that of what it is to be made from.
+    """Returns the shape of `candidate`, or of its nearest ancestor that exists; None if there is none yet.
 
-    That is at least its own: pruning only takes away, and experts are counted. None where nothing is there yet.
+    An ancestor is at least as large: pruning only removes weights, and added experts are counted.
     """
     experts = 1
     while True:
@@ -86,7 +86,7 @@ def shape_of(params: Params, candidate: str, folder: Path) -> Shape | None:
             return None
         config = params.strategy_config(candidate)
         if isinstance(config, LoadConfig) and config.rehearsal:
-            return None  # as small as one likes, and the tokenizer's size is not known
+            return None  # a rehearsal model may have any size, and its vocabulary is unknown
         if isinstance(config, ExpertsConfig):
             experts = config.experts
         candidate = params.candidates[candidate].parent
@@ -96,18 +96,18 @@ def _text(folder: Path) -> Text:
     path = folder / layout.DATA / "train.jsonl"
     if not path.exists():
         return SHORT
-    questions = islice(QuestionFile(path), _LOOKED_AT)  # of what may be a million, for each stage anew
-    own, answer = (
-        round(max((len(text or "") for text in texts), default=0) / _CHARACTERS_A_TOKEN)
+    questions = islice(QuestionFile(path), _SAMPLE_SIZE)
+    question_tokens, answer_tokens = (
+        round(max((len(text or "") for text in texts), default=0) / _CHARACTERS_PER_TOKEN)
         for texts in zip(*((question.question, question.answer) for question in questions), strict=True)
     )
-    return Text(SHORT.shared, own + answer, answer + 1)
+    return Text(SHORT.shared, question_tokens + answer_tokens, answer_tokens + 1)
 
 
 def _remedy(config: Section) -> str:
     if isinstance(config, TrainingConfig):
         return (
-            "lower batch_size and raise gradient_accumulation by as much, share the model out among GPUs (FSDP), or "
-            "train beside four bits (variant: qlora)"
+            "lower batch_size and raise gradient_accumulation by as much, shard the model across GPUs (FSDP), or "
+            "train on a four-bit parent (variant: qlora)"
         )
     return "make it on a machine with more memory, or start from a smaller model"

@@ -1,1 +1,1 @@
-"""MLflow: where models are registered, champions are kept and approvals are stored."""
+"""The MLflow registry: model versions, champions and approvals."""

@@ -1,4 +1,4 @@
-"""What a version's tags say of its standing with a device: why promoted or refused, and what a person decided."""
+"""Tags of a version about its role on a device: why it was promoted or refused, and what a person decided."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from lilliput.config import Params
 from lilliput.promote import Decision
 from tasks.registry import model_versions
-from tasks.registry.creating import shortened
+from tasks.registry.get_or_create import truncate
 
-_REASON_CHARS = 1000  # of what a person wrote; a tag of a version holds 5,000 in a database other than SQLite
-# The candidates' records as a device knows them, and whom it cannot run.
-Found = tuple[Mapping[str, Any], Mapping[str, str]]
+_REASON_CHARS = 1000  # of a person's reason; a tag of a version holds 5,000 in a database other than SQLite
+# The records of the candidates on a device, and why it cannot run the others.
+DeviceRecords = tuple[Mapping[str, Any], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A champion that waits for a person."""
+    """A new champion that needs a person's approval."""
 
     device: str
     candidate: str
@@ -30,85 +30,87 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a person said to the proposal that `version` become a device's champion."""
+class ApprovalAnswer:
+    """A person's answer to the proposal to promote `version`."""
 
     version: str
     approved: bool
-    because: str
+    reason: str
 
 
-def tell_promoted(version: str, device: str, reason: str) -> None:
+def record_promoted(version: str, device: str, reason: str) -> None:
     """Stores why `version` is champion of `device`."""
-    model_versions.tell(version, {_tag("promoted", device): reason, _tag("refused", device): None})
+    model_versions.set_tags(version, {_tag("promoted", device): reason, _tag("refused", device): None})
 
 
-def tell_refused(version: str, device: str, reason: str) -> None:
+def record_refused(version: str, device: str, reason: str) -> None:
     """Stores why `version` is not champion of `device`."""
     tags = {_tag("promoted", device): None, _tag("held", device): None, _tag("refused", device): reason}
-    model_versions.tell(version, tags)
+    model_versions.set_tags(version, tags)
 
 
-def veto(version: str, device: str, because: str, params: Params) -> None:
-    """A person's no: `version` is not to become champion of `device` while what is asked there is what it is now."""
-    tell_refused(version, device, because)
-    model_versions.tell(version, {_tag("vetoed", device): _note(because, _asked(params, device))})
+def veto(version: str, device: str, reason: str, params: Params) -> None:
+    """Keeps `version` from becoming champion of `device` until the device's rules change."""
+    record_refused(version, device, reason)
+    model_versions.set_tags(version, {_tag("vetoed", device): _encode(reason, _fingerprint(params, device))})
 
 
-def vetoed(tags: Mapping[str, str], device: str, params: Params) -> str | None:
-    """Why a version with `tags` was vetoed, if that is in force."""
-    return _in_force(tags.get(_tag("vetoed", device)), _asked(params, device))
+def veto_reason(tags: Mapping[str, str], device: str, params: Params) -> str | None:
+    """Returns the reason of the veto in `tags` of a version; None if there is none in force."""
+    return _reason_in_force(tags.get(_tag("vetoed", device)), _fingerprint(params, device))
 
 
-def hold(version: str, device: str, because: str, params: Params, found: Found) -> None:
-    """A person's choice: `version` stays champion of `device` until an evaluation or the rules change."""
-    tell_promoted(version, device, because)
-    note = _note(because, _asked(params, device, found))
-    model_versions.tell(version, {_tag("vetoed", device): None, _tag("held", device): note})
+def hold(version: str, device: str, reason: str, params: Params, records: DeviceRecords) -> None:
+    """Keeps `version` champion of `device` until an evaluation or the device's rules change."""
+    record_promoted(version, device, reason)
+    note = _encode(reason, _fingerprint(params, device, records))
+    model_versions.set_tags(version, {_tag("vetoed", device): None, _tag("held", device): note})
 
 
-def held(tags: Mapping[str, str], device: str, params: Params, found: Found) -> str | None:
-    """Why the champion with `tags` is to stay, if that is in force."""
-    return _in_force(tags.get(_tag("held", device)), _asked(params, device, found))
+def hold_reason(tags: Mapping[str, str], device: str, params: Params, records: DeviceRecords) -> str | None:
+    """Returns the reason of the hold in `tags` of the champion; None if there is none in force."""
+    return _reason_in_force(tags.get(_tag("held", device)), _fingerprint(params, device, records))
 
 
-def settle(version: str, device: str, params: Params, found: Found) -> None:
-    """Stores of which evaluations and rules champion `version` is the outcome."""
-    model_versions.tell(version, {_tag("settled", device): _asked(params, device, found)})
+def mark_settled(version: str, device: str, params: Params, records: DeviceRecords) -> None:
+    """Stores the fingerprint of the evaluations and rules that made `version` champion."""
+    model_versions.set_tags(version, {_tag("settled", device): _fingerprint(params, device, records)})
 
 
-def as_told(decision: Decision, champion: Mapping[str, str], others: Mapping[str, Mapping[str, str]]) -> Decision:
-    """`decision` with the reasons that stand on the champion, whose tags are `champion`, and on others, by name."""
-    told = {name: tags.get(_tag("refused", decision.device)) for name, tags in others.items()}
-    refused = decision.refused | {name: why for name, why in told.items() if why and name in decision.refused}
+def is_settled(tags: Mapping[str, str], device: str, params: Params, records: DeviceRecords) -> bool:
+    """Whether evaluations and rules are still those that made the version with `tags` champion."""
+    return tags.get(_tag("settled", device)) == _fingerprint(params, device, records)
+
+
+def with_recorded_reasons(
+    decision: Decision, champion: Mapping[str, str], others: Mapping[str, Mapping[str, str]]
+) -> Decision:
+    """Returns `decision` with the reasons stored in the tags of the champion and of the other candidates, by name."""
+    recorded = {name: tags.get(_tag("refused", decision.device)) for name, tags in others.items()}
+    refused = decision.refused | {name: why for name, why in recorded.items() if why and name in decision.refused}
     reason = champion.get(_tag("promoted", decision.device)) or decision.reason
     return decision.model_copy(update={"reason": reason, "refused": refused})
 
 
-def settled(tags: Mapping[str, str], device: str, params: Params, found: Found) -> bool:
-    """Whether neither evaluations nor rules have changed since the champion with `tags` was decided on."""
-    return tags.get(_tag("settled", device)) == _asked(params, device, found)
+def dated(reason: str) -> str:
+    """Returns `on 2024-11-14: <reason>`, with today's date."""
+    return f"on {datetime.now().astimezone():%Y-%m-%d}" + (f": {truncate(reason, _REASON_CHARS)}" if reason else "")
 
 
-def on_this_day(because: str) -> str:
-    """`on 2024-11-14: because`."""
-    return f"on {datetime.now().astimezone():%Y-%m-%d}" + (f": {shortened(because, _REASON_CHARS)}" if because else "")
-
-
-def _asked(params: Params, device: str, found: Found | None = None) -> str:
-    """Changes when what is asked of a champion of `device` does, or an evaluation in `found`."""
+def _fingerprint(params: Params, device: str, records: DeviceRecords | None = None) -> str:
+    """Returns a digest of the rules and the profile of `device`, and of `records`."""
     rules = [params.promotion[device].model_dump(mode="json"), params.devices[device].model_dump(mode="json")]
-    return hashlib.sha256(json.dumps([rules, found], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rules, records], sort_keys=True).encode()).hexdigest()
 
 
-def _note(because: str, of: str) -> str:
-    return json.dumps({"because": because, "of": of}, ensure_ascii=False)
+def _encode(reason: str, fingerprint: str) -> str:
+    return json.dumps({"because": reason, "of": fingerprint}, ensure_ascii=False)
 
 
-def _in_force(note: str | None, of: str) -> str | None:
-    found: dict[str, Any] = json.loads(note) if note else {}
-    return found["because"] if found.get("of") == of else None
+def _reason_in_force(note: str | None, fingerprint: str) -> str | None:
+    content: dict[str, Any] = json.loads(note) if note else {}
+    return content["because"] if content.get("of") == fingerprint else None
 
 
-def _tag(what: str, device: str) -> str:
-    return f"lilliput.{what}.{device}"
+def _tag(kind: str, device: str) -> str:
+    return f"lilliput.{kind}.{device}"

@@ -1,4 +1,4 @@
-"""All candidates that are registered and evaluated now: among whom a promotion decides."""
+"""The registered and evaluated candidates, among which a promotion chooses."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lilliput.statistics.compare import compare
 from lilliput.statistics.differences import Comparison
 from tasks import layout
 from tasks.registry import model_versions
-from tasks.registry.past_champion import Past, read_rows
+from tasks.registry.past_champion import PastChampion, read_rows
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Candidates by name, with the base that rules are relative to.
+class CandidatePool:
+    """Candidates by name, and the base to which the rules are relative.
 
     Attributes:
-        versions: of the registry.
-        tags: of the versions.
-        records: their evaluations; besides, where it has joined, that of a past champion, which has no version here.
-        answers: to the questions of the evaluations.
+        versions: version in the registry.
+        tags: tags of that version.
+        records: evaluation; also that of a past champion, if one was added, which has no entry in `versions`.
+        answers: answers to the questions of the evaluation.
         against_base: paired differences from the base.
-        base: its name.
+        base: name of the base.
     """
 
     params: Params
@@ -42,18 +42,18 @@ class Pool:
     base: str
 
     def base_reference(self) -> Reference:
-        """The base, and how all others differ from it."""
+        """Returns the base, and how all others differ from it."""
         return Reference(self.base, "the base", self.records[self.base], self.against_base)
 
     def champion_reference(self, name: str) -> Reference:
-        """Who is champion so far, and how all others differ from it."""
+        """Returns the current champion `name`, and how all others differ from it."""
         differences = {
             other: compare(self.answers[name], rows) for other, rows in self.answers.items() if other != name
         }
         return Reference(name, f"the champion so far ({name})", self.records[name], differences)
 
-    def joined_by(self, name: str, past: Past) -> Pool:
-        """The pool with a champion that no candidate stands for any more."""
+    def with_past_champion(self, name: str, past: PastChampion) -> CandidatePool:
+        """Returns the pool with a champion that no candidate represents any more."""
         compared = compare(self.answers[self.base], past.answers)
         return replace(
             self,
@@ -62,22 +62,22 @@ class Pool:
             against_base=self.against_base | {name: compared},
         )
 
-    def name(self, version: ModelVersion) -> str:
-        """The candidate that stands for `version`: the registered one, or the same model measured again.
+    def name_of(self, version: ModelVersion) -> str:
+        """Returns the candidate with this `version`, or with the same model measured again.
 
-        `pocket (version 7)` where none does.
+        If there is none, returns a name such as `pocket (version 7)`.
         """
         number, artifact = str(version.version), version.tags.get(model_versions.ARTIFACT_TAG)
-        same = [name for name, own in self.versions.items() if own == number]
-        same += [name for name in self.versions if self.records[name]["sha256"] == artifact]
-        return same[0] if same else f"{version.tags['lilliput.candidate']} (version {number})"
+        matches = [name for name, registered in self.versions.items() if registered == number]
+        matches += [name for name in self.versions if self.records[name]["sha256"] == artifact]
+        return matches[0] if matches else f"{version.tags['lilliput.candidate']} (version {number})"
 
 
-def read_pool(params: Params) -> Pool:
-    """The pool as it stands in this folder and the registry.
+def read_candidate_pool(params: Params) -> CandidatePool:
+    """Reads the candidates from this folder and the registry.
 
     Raises:
-        DataError: the base is not among it.
+        DataError: the base is not registered.
     """
     registered = json.loads(layout.REGISTRY.read_text(encoding="utf-8")) if layout.REGISTRY.exists() else {}
     names = [name for name in topological_order(params) if name in registered]
@@ -87,7 +87,7 @@ def read_pool(params: Params) -> Pool:
     client = model_versions.client()
     versions = {name: str(registered[name]["version"]) for name in names}
     answers = {name: read_rows(layout.answers(name).read_text(encoding="utf-8")) for name in names}
-    return Pool(
+    return CandidatePool(
         params=params,
         versions=versions,
         tags={name: client.get_model_version(model_versions.MODEL, version).tags for name, version in versions.items()},

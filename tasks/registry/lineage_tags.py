@@ -1,4 +1,4 @@
-"""Where a result comes from: the git commit and DVC's hashes, as tags."""
+"""The origin of a result as tags: the git commit and DVC's hashes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ CODE = ("lilliput", "tasks", "flows", "params.yaml", "dvc.yaml")
 
 
 def git_commit() -> str | None:
-    """The commit checked out here, with `-dirty` where the code differs from it; None outside a repository."""
+    """Returns the checked-out commit, with `-dirty` if the code differs from it; None outside a repository."""
     commit = _git("rev-parse", "HEAD")
     return (commit + ("-dirty" if _git("status", "--porcelain", "--", *CODE) else "")) if commit else None
 
 
 def dvc_hashes(candidate: str) -> dict[str, str]:
-    """DVC's md5 of what `candidate` was made from, what it is, compiled too, and the data it was measured on.
+    """Returns DVC's md5, by path, of the models and data that `candidate` was made from and of its own models.
 
-    Empty before DVC's first commit of these stages.
+    Empty until DVC has recorded these stages.
     """
     lock = Path("dvc.lock")
     if not lock.exists():
         return {}
     stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-    own = [stages.get(f"{kind}@{candidate}", {}) for kind in ("compress", "evaluate")]
-    entries = [entry for stage in own for entry in [*stage.get("deps", []), *stage.get("outs", [])]]
+    own_stages = [stages.get(f"{kind}@{candidate}", {}) for kind in ("compress", "evaluate")]
+    entries = [entry for stage in own_stages for entry in [*stage.get("deps", []), *stage.get("outs", [])]]
     wanted = [entry for entry in entries if "md5" in entry and entry["path"].startswith(("models", "data"))]
     wanted += [
         out

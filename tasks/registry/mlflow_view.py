@@ -1,7 +1,7 @@
-"""A saved view of MLflow's UI: the four metrics as columns and charts, before the hundred other numbers of a run.
+"""A saved view for MLflow's UI that shows the four metrics as columns and charts.
 
-The form is that of MLflow 3.17's own *Views > Save as new view*: a tag of the experiment with the page's state,
-compressed. It is no public interface; a UI that does not know it shows its own defaults.
+The format is that of *Views > Save as new view* in MLflow 3.17: a tag of the experiment with the compressed state of
+the page. It is not a public interface; a UI that does not support it shows its defaults.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ VIEW_TAG = "mlflow.sharedViewState.four-metrics"
 COLUMNS = (*SUMMARY, "size_bytes", "ttft_ms_p50", "tpot_ms_p50", "peak_rss_bytes")
 BARS = ("accuracy_choice", "hallucination_rate", "energy_per_query_j", "accessibility", "size_bytes", "ttft_ms_p50")
 AGAINST_ACCURACY = ("size_bytes", "energy_per_query_j", "hallucination_rate")
-_SHOWN = 20  # candidates a chart
+_SHOWN = 20  # candidates per chart
 _SECTION = "four-metrics"
 
 
 def four_metrics_view() -> str:
-    """What the tag `VIEW_TAG` of an experiment holds."""
+    """Returns the value for the tag `VIEW_TAG` of an experiment."""
     state = {
         "selectedColumns": [f"metrics.`{name}`" for name in COLUMNS],
         "compareRunSections": [{"uuid": _SECTION, "name": "Four metrics", "display": True, "isReordered": True}],
@@ -31,7 +31,7 @@ def four_metrics_view() -> str:
         "isAccordionReordered": True,
     }
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    # It asks for times, and shows none of them.
+    # The times are required, but not shown.
     return json.dumps({"name": "Four metrics", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})
 
 

@@ -1,4 +1,4 @@
-"""The folder of a model version in MLflow's store: what opens the model, and the weights it opens."""
+"""The folder of a model version in MLflow's store: the code that opens the model, and its weights."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from lilliput.artifacts import TOKENIZER_FILES, link_or_copy, read_manifest, wri
 from lilliput.config import Params
 from tasks import layout
 from tasks.records import device_record
-from tasks.registry.creating import run_of
+from tasks.registry.get_or_create import active_run_id
 from tasks.registry.moved import local_path
 
 MODEL_FOLDER = "model"
 DIGEST_TAG = "lilliput.mlmodel_sha256"
-ANSWERING = Path(__file__).with_name("pyfunc_model.py")
+PYFUNC_FILE = Path(__file__).with_name("pyfunc_model.py")
 CHECKPOINT = "checkpoint"
 FORM, TOKENIZER = "form", "tokenizer"  # folders beside the MLmodel
-CONTEXT_TOKENS = 2048  # of prompt and answer, where a registered model is opened in its compiled form
-_OPENED_FIRST = ("gguf", "onnx")
-_NEEDED = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
-_UPLOAD_S = 600  # for one file of weights, which a server first receives and then stores
+CONTEXT_TOKENS = 2048  # of prompt and answer, for a registered model in its compiled form
+_PREFERRED_FORMS = ("gguf", "onnx")
+_REQUIREMENTS = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
+_UPLOAD_TIMEOUT_S = 600  # for one file of weights, which the server receives before it stores it
 
 
 def model_uri(client: MlflowClient, run_id: str) -> str:
-    """The address of the folder that `add_model` fills."""
+    """Returns the address of the folder that `add_model` fills."""
     return f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
 
 
 def add_model(client: MlflowClient, version: str, params: Params, name: str) -> None:
-    """Fills the folder of `version`, once for the same content.
+    """Fills the folder of `version`. Idempotent for the same content.
 
-    It holds an MLmodel, pyfunc_model.py, the form of the candidate that is opened (compiled if there is one, else
-    the checkpoint) and its tokenizer. In a store on this file system the weights are hard links to the project's.
+    The folder holds an MLmodel, pyfunc_model.py, the default form of the candidate (the compiled model if there is one,
+    otherwise the checkpoint) and its tokenizer. In a store on this file system the weights are hard links.
 
     Args:
-        client: of the store.
-        version: created with `model_uri` of its run as source.
-        params: of the project.
-        name: of the candidate.
+        client: client of the store.
+        version: a version that was created with `model_uri` of its run as source.
+        params: settings of the project.
+        name: name of the candidate.
     """
-    config = describe(params, name)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + ANSWERING.read_bytes()).hexdigest()
-    run_id = run_of(client, version)
+    config = pyfunc_config(params, name)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + PYFUNC_FILE.read_bytes()).hexdigest()
+    run_id = active_run_id(client, version)
     if client.get_run(run_id).data.tags.get(DIGEST_TAG) == digest:
         return
     _add_files(client, run_id, FORM, Path(config["forms"][config["form"]]["folder"]))
@@ -63,8 +63,8 @@ def add_model(client: MlflowClient, version: str, params: Params, name: str) -> 
     client.set_tag(run_id, DIGEST_TAG, digest)
 
 
-def describe(params: Params, name: str) -> dict[str, Any]:
-    """The configuration of pyfunc_model.py: the forms of `name` by sha256, and how the model is asked."""
+def pyfunc_config(params: Params, name: str) -> dict[str, Any]:
+    """Returns the configuration of pyfunc_model.py: the forms of `name` with their sha256, and how to prompt them."""
     compiled = {
         config.target: layout.compiled(name, config.target)
         for key, config in params.compile.items()
@@ -76,7 +76,7 @@ def describe(params: Params, name: str) -> dict[str, Any]:
     }
     files = read_manifest(layout.model(name)).files
     return {
-        "form": next((form for form in _OPENED_FIRST if form in forms), CHECKPOINT),
+        "form": next((form for form in _PREFERRED_FORMS if form in forms), CHECKPOINT),
         "forms": forms,
         "tokenizer": {file: sha256 for file, sha256 in files.items() if _of_tokenizer(file)},
         "system_prompt": params.data.system_prompt,
@@ -87,15 +87,17 @@ def describe(params: Params, name: str) -> dict[str, Any]:
 
 
 def write_mlmodel(folder: Path, config: Mapping[str, Any]) -> None:
-    """Makes `folder` one that MLflow opens as Python code: an MLmodel, pyfunc_model.py and its `config`."""
-    from mlflow import pyfunc  # brings pandas and scikit-learn
+    """Writes to `folder` what MLflow opens as Python code: an MLmodel, pyfunc_model.py and its `config`."""
+    from mlflow import pyfunc  # imports pandas and scikit-learn
     from mlflow.models import Model
 
-    needed = [f"{name}=={importlib.metadata.version(name)}" for name in _NEEDED]
-    pyfunc.save_model(str(folder), python_model=str(ANSWERING), model_config=dict(config), pip_requirements=needed)
+    requirements = [f"{name}=={importlib.metadata.version(name)}" for name in _REQUIREMENTS]
+    pyfunc.save_model(
+        str(folder), python_model=str(PYFUNC_FILE), model_config=dict(config), pip_requirements=requirements
+    )
     model = Model.load(str(folder))
-    # MLflow writes the absolute path of this checkout, and reads the name of the file alone.
-    model.flavors["python_function"]["model_code_path"] = ANSWERING.name
+    # MLflow writes the absolute path of this checkout, but reads only the file name.
+    model.flavors["python_function"]["model_code_path"] = PYFUNC_FILE.name
     model.save(str(folder / "MLmodel"))
 
 
@@ -104,17 +106,18 @@ def _of_tokenizer(file: str) -> bool:
 
 
 def _add_tokenizer(client: MlflowClient, run_id: str, checkpoint: Path, files: Mapping[str, str]) -> None:
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".tokenizer-") as scratch:  # links where it can
+    # On the disk of the checkpoint, so that hard links are possible.
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".tokenizer-") as scratch:
         for file in files:
             link_or_copy(checkpoint / file, Path(scratch, file))
         _add_files(client, run_id, TOKENIZER, Path(scratch))
 
 
 def _add_files(client: MlflowClient, run_id: str, place: str, folder: Path) -> None:
-    """Puts the files of `folder` into the model's folder as `place`: by links in a local store, else by uploading."""
+    """Puts the files of `folder` into the subfolder `place` of the model: links in a local store, otherwise uploads."""
     store = local_path(client.get_run(run_id).info.artifact_uri)
     if store is None:
-        with _patient():
+        with _long_timeout():
             client.log_artifacts(run_id, str(folder), f"{MODEL_FOLDER}/{place}")
         return
     target = store / MODEL_FOLDER / place
@@ -127,11 +130,11 @@ def _add_files(client: MlflowClient, run_id: str, place: str, folder: Path) -> N
 
 
 @contextmanager
-def _patient() -> Iterator[None]:
-    """Gives MLflow's server time to store a large file before it answers."""
+def _long_timeout() -> Iterator[None]:
+    """Raises the HTTP timeout, because MLflow's server answers only after it has stored a large file."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
-    os.environ[name] = str(max(_UPLOAD_S, int(before or 0)))
+    os.environ[name] = str(max(_UPLOAD_TIMEOUT_S, int(before or 0)))
     try:
         yield
     finally:

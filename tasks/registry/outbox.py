@@ -1,6 +1,6 @@
-"""The champions that changed and of whom nobody was told yet: one line each, until a flow tells Prefect.
+"""Champion changes that Prefect has not been told of: one JSON line each, until a flow reports them.
 
-On disk, because the stage `promote` knows no Prefect, and because a killed flow must not keep the news to itself.
+The outbox is a file, because the stage `promote` does not use Prefect and a killed flow must not lose a change.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from lilliput.redaction import redacted
 from tasks import layout
 
 
-def note(device: str, decision: Decision, version: str | None, before: str | None) -> None:
-    """Writes down that another model reigns on `device`; in a workspace, where nobody is served from, nothing.
+def add(device: str, decision: Decision, version: str | None, before: str | None) -> None:
+    """Adds a change of champion. Does nothing in a workspace, from which no device is served.
 
     Args:
-        device: whose champion it is.
-        decision: names the champion, and why it is.
-        version: of the champion in the registry; None if there is none any more.
-        before: who was champion, by name.
+        device: the device of the champion.
+        decision: names the champion and the reason.
+        version: the champion's version in the registry; None if there is no champion now.
+        before: the name of the previous champion.
     """
     if layout.is_workspace(Path.cwd()):
         return
-    told = {"device": device, "champion": decision.champion, "version": version, "before": before}
+    change = {"device": device, "champion": decision.champion, "version": version, "before": before}
     layout.MLRUNS.mkdir(exist_ok=True)
-    with layout.CHANGES.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(told | {"reason": redacted(decision.reason)}) + "\n")
+    with layout.OUTBOX.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(change | {"reason": redacted(decision.reason)}) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, str | None]]:
-    """What was noted in `folder`, the oldest first."""
-    path = folder / layout.CHANGES
+    """Returns the changes in the outbox of `folder`, the oldest first."""
+    path = folder / layout.OUTBOX
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def forget(folder: Path) -> None:
-    """Removes what was noted, once it is told."""
-    (folder / layout.CHANGES).unlink(missing_ok=True)
+def clear(folder: Path) -> None:
+    """Empties the outbox of `folder`."""
+    (folder / layout.OUTBOX).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The champion so far, as it was measured: what candidates are held against besides the base."""
+"""The stored evaluation of a champion that is no longer a candidate, for comparison with the candidates."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Past:
-    """A version that no candidate stands for any more: made again since, or gone from params.yaml.
+class PastChampion:
+    """The evaluation of a version whose candidate was made again since, or removed from params.yaml.
 
     Attributes:
-        record: its evaluation.
-        on_device: the same as the device knows it, see `as_device_knows`.
-        answers: to the questions of the evaluation.
+        record: the evaluation of the checkpoint.
+        on_device: the evaluation for the device, see `record_on_device`.
+        answers: answers to the questions of the evaluation.
     """
 
     record: dict[str, Any]
@@ -35,8 +35,8 @@ class Past:
     answers: list[dict[str, Any]]
 
 
-def measured_how(params: Params) -> dict[str, Any]:
-    """What has to be alike for two evaluations to be compared: the questions, the settings, each device's profile."""
+def measurement_conditions(params: Params) -> dict[str, Any]:
+    """Returns what must be equal for two evaluations to be comparable: questions, settings, device profiles."""
     evaluation = params.evaluation.model_dump(mode="json", exclude={"benchmarks"})
     profiles = {
         name: [device.threads, device.context_tokens, device.watts_per_core] for name, device in params.devices.items()
@@ -48,13 +48,13 @@ def measured_how(params: Params) -> dict[str, Any]:
     }
 
 
-def read_past(params: Params, device: str, version: ModelVersion) -> Past:
-    """What MLflow keeps of the evaluation of `version`.
+def read_past_champion(params: Params, device: str, version: ModelVersion) -> PastChampion:
+    """Reads the evaluation of `version` from MLflow.
 
     Raises:
-        ArtifactError: it cannot be read, or was made in a way that allows no comparison; the message says why.
+        ArtifactError: the evaluation cannot be read, or was made under other conditions; the message says which.
     """
-    then, now = json.loads(version.tags.get(MEASURED_TAG, "{}")), measured_how(params)
+    then, now = json.loads(version.tags.get(MEASURED_TAG, "{}")), measurement_conditions(params)
     for key, title in {"questions": "other questions", "evaluation": "other settings under `evaluation`"}.items():
         if then.get(key) != now[key]:
             raise ArtifactError(f"it was measured with {title}")
@@ -65,31 +65,31 @@ def read_past(params: Params, device: str, version: ModelVersion) -> Past:
     record = json.loads(model_versions.read_artifact(version.run_id, f"{name}.json"))
     answers = read_rows(model_versions.read_artifact(version.run_id, f"{name}.jsonl"))
     if target is None:
-        return Past(record, record, answers)
+        return PastChampion(record, record, answers)
     measured = json.loads(model_versions.read_artifact(version.run_id, f"devices/{name}-{target}.json"))
-    return Past(record, as_device_knows(params, device, record, measured), answers)
+    return PastChampion(record, record_on_device(params, device, record, measured), answers)
 
 
-def as_device_knows(
+def record_on_device(
     params: Params, device: str, record: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`record` with size, energy and whether it fits as they are in the form that `device` runs."""
-    profile, own = params.devices[device], measured["devices"][device]
-    # What a past champion needs is as it was, what it may take is as params.yaml says now.
-    allowed = (
+    """Returns `record` with size, energy and fit of the compiled model that `device` runs."""
+    profile, run = params.devices[device], measured["devices"][device]
+    # The budgets are those of params.yaml now, which may have changed since a past champion was measured.
+    within_budget = (
         measured["size_bytes"] <= profile.storage_budget_mib * MIB
-        and own["peak_rss_bytes"] <= profile.ram_budget_mib * MIB
+        and run["peak_rss_bytes"] <= profile.ram_budget_mib * MIB
     )
-    nothing = {"value": None, "source": "unavailable", "measured": False}
+    unavailable = {"value": None, "source": "unavailable", "measured": False}
     return {
         **record,
-        "fits": {device: own["fits"] and allowed},
-        "does_not_fit": own["does_not_fit"],
+        "fits": {device: run["fits"] and within_budget},
+        "does_not_fit": run["does_not_fit"],
         "size_bytes": measured["size_bytes"],
-        "energy_per_query_j": own.get("energy_per_query_j", nothing),
+        "energy_per_query_j": run.get("energy_per_query_j", unavailable),
     }
 
 
 def read_rows(text: str) -> list[dict[str, Any]]:
-    """JSON Lines as a list."""
+    """Parses JSON Lines."""
     return [json.loads(line) for line in text.splitlines()]

@@ -1,7 +1,7 @@
-"""A registered model as MLflow opens it: `mlflow.pyfunc.load_model("models:/lilliput@champion-phone-4gb")`.
+"""The code with which MLflow opens a model: `mlflow.pyfunc.load_model("models:/lilliput@champion-phone-4gb")`.
 
-MLflow keeps this file and its settings beside the version ("models from code"), and runs it to open the model: nothing
-is pickled. The weights lie beside it, and are checked against their sha256 first.
+MLflow stores this file with its configuration beside the version ("models from code") and runs it, so nothing is
+pickled. The weights are stored beside it and checked against their sha256 first.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ CHECKPOINT = "checkpoint"
 _SQLITE = "sqlite:///"
 
 
-class Answering(PythonModel):
-    """Answers questions as the model was evaluated: its system line and chat template, greedily.
+class LilliputModel(PythonModel):
+    """Answers questions as in the evaluation: same system prompt and chat template, greedy decoding.
 
-    The form that is opened lies beside this file: the compiled form if there is one, else the checkpoint.
-    `load_model(…, model_config={"form": "checkpoint"})` asks for another one of `forms`, which is looked for in the
-    project that holds the store, and in the working directory.
+    Opens the form beside this file: the compiled model if there is one, otherwise the checkpoint.
+    `load_model(…, model_config={"form": "checkpoint"})` selects another form, which is searched for in the project
+    that holds the store and in the working directory.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Checks the files and opens the runtime.
 
         Raises:
-            ArtifactError: they are not here, or not those that were registered.
+            ArtifactError: the files are missing, or not the registered ones.
         """
-        # Imported where they are needed: they take seconds, and MLflow runs this file when it registers the model, too.
+        # Imported here because it takes seconds, and MLflow also runs this file when it registers the model.
         from transformers import AutoTokenizer
 
         config = context.model_config
@@ -51,11 +51,11 @@ class Answering(PythonModel):
 
             self._runtime = open_compiled(config["form"], folder, config["threads"], config["context_tokens"])
 
-    # MLflow reads the types of the questions from this signature, and leaves `params` away as here.
+    # MLflow reads the input types from this signature, which may omit `params`.
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, context: PythonModelContext, model_input: list[str]
     ) -> list[str]:
-        """An answer to each question."""
+        """Returns an answer to each question."""
         del context
         from lilliput.chat.template import encode_prompt
 
@@ -64,9 +64,9 @@ class Answering(PythonModel):
 
 
 def _folder_of_version() -> Path:
-    """The folder of the version: this file's, or the same one in a store that was copied from there.
+    """Returns the folder of the version: that of this file, or its counterpart in a copied store.
 
-    A copied store leads to the folder it was copied from until a command of Lilliput updates its paths.
+    A copied store points to the original folder until a command of Lilliput updates its paths.
     """
     here, address = Path(__file__).absolute().parent, get_registry_uri()
     if not address.startswith(_SQLITE):
@@ -79,22 +79,22 @@ def _folder_of_version() -> Path:
     return copy if copy.exists() else here
 
 
-def _places(here: Path, form: dict[str, str]) -> Iterator[Path]:
-    """Where a form may lie: beside this file, in the project that holds the store, in the working directory."""
+def _candidate_folders(here: Path, form: dict[str, str]) -> Iterator[Path]:
+    """Yields the possible folders of a form: beside this file, in the store's project, in the working directory."""
     yield here / "form"
     yield from (folder.parent / form["folder"] for folder in here.parents if folder.name == "mlruns")
     yield Path.cwd() / form["folder"]
 
 
 def _verified(here: Path, name: str, form: dict[str, str]) -> Path:
-    """The folder that holds the very files that were registered as `form`, every byte checked."""
+    """Returns the folder of the registered form `name` after checking all of its files."""
     from lilliput.artifacts import read_manifest, verify
     from lilliput.errors import ArtifactError
 
-    found = {folder: read_manifest(folder).artifact_sha256 for folder in _places(here, form) if folder.exists()}
-    folder = next((folder for folder, sha256 in found.items() if sha256 == form["sha256"]), None)
+    present = {path: read_manifest(path).artifact_sha256 for path in _candidate_folders(here, form) if path.exists()}
+    folder = next((folder for folder, sha256 in present.items() if sha256 == form["sha256"]), None)
     if folder is None:
-        elsewhere = "".join(f"\n{folder} holds {sha256}" for folder, sha256 in found.items())
+        elsewhere = "".join(f"\n{folder} holds {sha256}" for folder, sha256 in present.items())
         raise ArtifactError(
             f"the form {name} of this version (sha256 {form['sha256']}) is neither in MLflow's store nor in "
             f"{Path.cwd() / form['folder']}. In a checkout of the commit that made it: `dvc pull {form['folder']}`, "
@@ -105,12 +105,12 @@ def _verified(here: Path, name: str, form: dict[str, str]) -> Path:
 
 
 def _verified_tokenizer(here: Path, config: dict[str, dict[str, str]]) -> Path:
-    """The folder of the tokenizer, once its files are those that were registered."""
+    """Returns the folder of the tokenizer after checking that its files are the registered ones."""
     from lilliput.artifacts import file_sha256
     from lilliput.errors import ArtifactError
 
     folder = here / "tokenizer"
-    if not folder.exists():  # a checkpoint is what lies beside this file
+    if not folder.exists():  # the form beside this file is the checkpoint
         return _verified(here, CHECKPOINT, config["forms"][CHECKPOINT])  # pyright: ignore[reportArgumentType]
     for name, sha256 in config["tokenizer"].items():
         if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
@@ -118,4 +118,4 @@ def _verified_tokenizer(here: Path, config: dict[str, dict[str, str]]) -> Path:
     return folder
 
 
-set_model(Answering())
+set_model(LilliputModel())

@@ -1,6 +1,6 @@
-"""The address of MLflow's store: which one is used, whether MLflow 3.17 can use it, and creation of the embedded one.
+"""The address of MLflow's store: chooses it, checks that MLflow 3.17 can use it, and creates the embedded store.
 
-Problems with an address are reported before MLflow opens it: for a file that cannot be opened it would try for 100 s.
+Problems are reported before MLflow opens the address, because it would retry a file that cannot be opened for 100 s.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _SERVERS = ("http", "https")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _SQLITE = "sqlite:///"
 _SQLITE_HEADER = b"SQLite format 3\0"
-_PATIENCE_S = 120.0
+_TIMEOUT_S = 120.0
 _REMEDY = f"unset {VARIABLE} to use {DATABASE}, or name a tracking server (http://…) or a database (sqlite:///…)"
 
 
 def tracking_uri() -> str:
-    """The address of the store: MLFLOW_TRACKING_URI, or the embedded one. A workspace always has the embedded one.
+    """Returns the address of the store: MLFLOW_TRACKING_URI, or the embedded one, which a workspace always uses.
 
     Raises:
-        ConfigError: MLFLOW_TRACKING_URI holds a user or a password, which MLflow would repeat in errors and records, or
-            names something that MLflow cannot keep a model registry in.
+        ConfigError: MLFLOW_TRACKING_URI contains a user or a password, which MLflow would repeat in errors and records,
+            or names a store without a model registry.
     """
     address = os.environ.get(VARIABLE) or embedded_uri()
     if layout.is_workspace(Path.cwd()) or address == embedded_uri():
@@ -49,20 +49,20 @@ def tracking_uri() -> str:
 
 
 def embedded_uri(database: Path = DATABASE) -> str:
-    """The address of a SQLite store, of the embedded one by default."""
+    """Returns the address of a SQLite store, by default the embedded one."""
     return f"{_SQLITE}{database.absolute()}"
 
 
 def sqlite_file(address: str) -> Path | None:
-    """The absolute path of the SQLite file that `address` names; None for another kind of store."""
+    """Returns the absolute path of the SQLite file that `address` names; None for other stores."""
     return Path(address.removeprefix(_SQLITE)).absolute() if address.startswith(_SQLITE) else None
 
 
 def prepare(address: str) -> None:
-    """Makes the SQLite store at `address` if there is none yet, and checks that the file can be used if there is one.
+    """Creates the SQLite store at `address`, or checks that the existing file is usable.
 
-    Two processes that begin at the same time wait for each other. The store is made under another name and renamed: one
-    whose making was killed half-way, MLflow never opens again.
+    Processes that start at the same time wait for each other. The store is created under another name and renamed,
+    because MLflow cannot open one whose creation was interrupted.
 
     Raises:
         ConfigError: the file is not a database, or cannot be written.
@@ -75,17 +75,17 @@ def prepare(address: str) -> None:
         return
     lock = database.with_name(f".{database.name}.lock")
     try:
-        with FileLock(lock, timeout=_PATIENCE_S):
+        with FileLock(lock, timeout=_TIMEOUT_S):
             if not database.exists():
-                _make(database)
+                _create(database)
     except Timeout:
         raise ConfigError(
-            f"{database}: another process has been creating this store for {_PATIENCE_S:g} s; wait for it and try again"
+            f"{database}: another process has been creating this store for {_TIMEOUT_S:g} s; wait for it and try again"
         ) from None
 
 
-def _make(database: Path) -> None:
-    for left in database.parent.glob(f".{database.name}.partial*"):  # of a killed run, its journal too
+def _create(database: Path) -> None:
+    for left in database.parent.glob(f".{database.name}.partial*"):  # left by a killed run, including its journal
         left.unlink()
     with written_aside(database) as partial:
         MlflowClient(embedded_uri(partial)).search_experiments(max_results=1)

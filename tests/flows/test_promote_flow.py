@@ -12,7 +12,7 @@ from prefect.flow_runs import resume_flow_run
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.promote import ask
-from tasks.registry.approvals import Answer, Proposal
+from tasks.registry.approvals import ApprovalAnswer, Proposal
 
 PROPOSAL = Proposal("phone-4gb", "pocket", "7", "has the best accuracy")
 # Prefect's server starts in a process of its own, and says things to itself.
@@ -26,7 +26,7 @@ def server():
 
 
 @flow(name="asking")
-def asking(minutes: float) -> list[Answer | None]:
+def asking(minutes: float) -> list[ApprovalAnswer | None]:
     """A list, because None as a result says nothing of its own."""
     return [ask(PROPOSAL, minutes, poll_s=1)]
 
@@ -45,7 +45,7 @@ def _say(said: dict) -> None:
 def test_what_a_person_says_is_the_answer_for_that_version(server, approve):
     person = threading.Thread(target=_say, args=[{"approve": approve, "because": "tried it"}])
     person.start()
-    assert asking(1.0) == [Answer("7", approve, "tried it")]
+    assert asking(1.0) == [ApprovalAnswer("7", approve, "tried it")]
     person.join()
 
 

@@ -43,7 +43,7 @@ stages:
 STAGE = """\
 import os, sys, time
 from pathlib import Path
-from tasks.process.machine_lock import end_with_stdin
+from lilliput.child import end_with_stdin
 
 own, other = sys.argv[1:]
 end_with_stdin()
@@ -233,7 +233,7 @@ def left_of(paper: Clone) -> list[psutil.Process]:
 
 
 def test_a_stage_ends_when_the_flow_on_another_machine_does(tmp_path):
-    waits = "import time; from tasks.process.machine_lock import end_with_stdin; end_with_stdin();"
+    waits = "import time; from lilliput.child import end_with_stdin; end_with_stdin();"
     waits += " open('began', 'w'); time.sleep(300)"
     stage = Stage("data", f'python -c "{waits}"', "")
     started = time.monotonic()

@@ -31,7 +31,7 @@ stages:
 STAGE = """\
 import sys, time
 from pathlib import Path
-from tasks.process.machine_lock import end_with_stdin
+from lilliput.child import end_with_stdin
 
 end_with_stdin()
 Path(f"{sys.argv[1]}.began").touch()

@@ -12,7 +12,7 @@ from dvc.repo import Repo
 
 from flows.engine import waiting
 from lilliput.errors import BusyError
-from tasks.process.folder_lock import alone_in
+from tasks.process.folder_lock import folder_lock
 from tests.flows.conftest import PROJECT
 
 
@@ -38,7 +38,7 @@ def started_by(monkeypatch, deployment_id: str | None) -> None:
 
 def test_a_run_from_the_command_line_is_refused_at_once(folder, monkeypatch, shown):
     started_by(monkeypatch, None)
-    with alone_in(folder), pytest.raises(BusyError, match="another run is at work here"), waiting.turn_in(folder):
+    with folder_lock(folder), pytest.raises(BusyError, match="another run is at work here"), waiting.turn_in(folder):
         pass
     assert shown == []
 
@@ -53,11 +53,11 @@ def test_a_run_of_a_deployment_waits_shows_it_and_then_works(folder, monkeypatch
             leave.wait(60)
 
     run = threading.Thread(target=work)
-    with alone_in(folder):
+    with folder_lock(folder):
         run.start()
         assert not entered.wait(0.5)
     assert entered.wait(60)
-    with pytest.raises(BusyError), alone_in(folder):  # it holds the folder while it works
+    with pytest.raises(BusyError), folder_lock(folder):  # it holds the folder while it works
         pass
     leave.set()
     run.join()

@@ -134,7 +134,7 @@ def test_the_message_a_stage_ends_with_holds_no_secret(canaries, monkeypatch, tm
     log = tmp_path / "stage.log"
     with log.open("w") as stream, contextlib.redirect_stdout(stream):
         terminal = io.StringIO()
-        commands._tell(terminal, f"source: cannot fetch {ADDRESS} with {os.environ['HF_TOKEN']}")
+        commands._print_error(terminal, f"source: cannot fetch {ADDRESS} with {os.environ['HF_TOKEN']}")
     told = console.last_error(log)  # what Prefect keeps of a failed stage
     assert told == f"source: cannot fetch https://{redaction.HIDDEN}@host.example/path with {redaction.HIDDEN}"
     assert CANARY not in terminal.getvalue()
@@ -220,11 +220,11 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "import os, sys\n"
         "from pathlib import Path\n"
         "from tasks import layout\n"
-        "from tasks.__main__ import _tell\n"
+        "from tasks.__main__ import _print_error\n"
         "from tasks.process.console import logging_to\n"
         "with logging_to(layout.log('data')) as terminal:\n"
         "    print(dict(os.environ))\n"
-        "    _tell(terminal, f'data: {dict(os.environ)}')\n"
+        "    _print_error(terminal, f'data: {dict(os.environ)}')\n"
         "    sys.exit(2)\n"
     )
     (tmp_path / "night.py").write_text(

@@ -1,4 +1,4 @@
-"""A project of two candidates in a folder of its own, for stages that are run without DVC."""
+"""A project with two candidates in a temporary folder, for stages that run without DVC."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROJECT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def project(checkpoint, facts, tmp_path_factory) -> Path:
-    """A folder with parameters and questions, nothing made."""
+    """A folder with parameters and questions, before any stage has run."""
     folder = tmp_path_factory.mktemp("killed")
     raw = yaml.safe_load((PROJECT / "examples" / "tiny.yaml").read_text())
     raw["source"] = {"model": f"path:{checkpoint}"}

@@ -11,7 +11,7 @@ import pytest
 
 from lilliput.errors import ConfigError
 from tasks.process.console import EXIT_REFUSED, EXIT_TERMINATED
-from tasks.process.cost import measured
+from tasks.process.cost import measured_cost
 from tasks.process.deadline import deadline
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -24,24 +24,25 @@ commands._run("source", "fetch")
 """
 OUT_OF_MEMORY = """
 import sys, types, tasks.__main__ as commands
-# In the place of tasks/compress.py, which brings torch.
+# Replaces tasks/compress.py, which imports torch.
 sys.modules["tasks.compress"] = types.SimpleNamespace(compress=lambda params, name: bytearray(2**62))
 commands._run("compress", "compress", "base")
 """
 ALLOCATIONS = """
 import numpy, torch
 from tasks.process.cost import out_of_memory
-def told(allocate):
+def is_out_of_memory(allocate):
     try:
         allocate()
     except Exception as error:
         return out_of_memory(error)
-def opened():
+def wrapped():
     try:
         torch.empty(2**50)
     except RuntimeError as error:
         raise ValueError("no model that opens") from error
-print(told(lambda: torch.empty(2**50)), told(lambda: numpy.ones(2**50)), told(opened), told(lambda: int("x")))
+for allocate in (lambda: torch.empty(2**50), lambda: numpy.ones(2**50), wrapped, lambda: int("x")):
+    print(is_out_of_memory(allocate))
 """
 WITH_A_CHILD = """
 import subprocess, time, tasks.source, tasks.__main__ as commands
@@ -83,7 +84,7 @@ def run(tmp_path):
     return command
 
 
-def test_a_full_disk_is_told_as_what_it_is(run):
+def test_a_full_disk_is_reported_as_such(run):
     done = run("-c", FULL_DISK)
     assert done.returncode == EXIT_REFUSED
     assert "No space left on device" in done.stderr
@@ -91,13 +92,13 @@ def test_a_full_disk_is_told_as_what_it_is(run):
     assert "a bug" not in done.stderr
 
 
-def test_a_name_that_is_not_compiled_is_refused_with_those_that_are(run):
+def test_an_unknown_name_is_rejected_with_the_known_names(run):
     done = run("-m", "tasks", "compile", "pocket")
     assert done.returncode == EXIT_REFUSED
     assert "unknown name `pocket`; params.yaml has under compile: pocket-gguf, pocket-onnx" in done.stderr
 
 
-def test_memory_that_cannot_be_had_is_told_with_what_the_stage_took_before(run, tmp_path):
+def test_out_of_memory_is_reported_with_the_last_peak_of_the_stage(run, tmp_path):
     (tmp_path / "costs").mkdir()
     (tmp_path / "costs" / "base.json").write_text('{"seconds": 1.0, "peak_rss_bytes": 850000000}')
     done = run("-c", OUT_OF_MEMORY)
@@ -109,12 +110,12 @@ def test_memory_that_cannot_be_had_is_told_with_what_the_stage_took_before(run, 
 
 
 @pytest.mark.slow
-def test_torch_and_numpy_tell_of_missing_memory_in_ways_that_are_known(run):
+def test_failed_allocations_of_torch_and_numpy_are_recognised(run):
     done = run("-c", ALLOCATIONS)
     assert done.stdout.split() == ["True", "True", "True", "False"], done.stderr
 
 
-def test_a_stage_that_is_terminated_takes_its_children_along(tmp_path):
+def test_a_terminated_stage_ends_its_children(tmp_path):
     shutil.copyfile(PROJECT / "examples" / "tiny.yaml", tmp_path / "params.yaml")
     stage = subprocess.Popen(
         [sys.executable, "-c", WITH_A_CHILD],
@@ -130,33 +131,33 @@ def test_a_stage_that_is_terminated_takes_its_children_along(tmp_path):
     stage.terminate()
     assert stage.wait(60) == EXIT_TERMINATED
     assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
-    assert (tmp_path / "closed").exists()  # what it held was let go
+    assert (tmp_path / "closed").exists()  # its `finally` block has run
 
 
-def test_a_stage_that_hangs_is_ended_when_its_hours_are_over(run):
+def test_a_hanging_stage_is_ended_at_its_deadline(run):
     done = run("-c", HANGING, LILLIPUT_STAGE_HOURS="0.0003")
     assert done.returncode == EXIT_REFUSED
     assert "error: source: not done after 0.0003 h (LILLIPUT_STAGE_HOURS) and stopped" in done.stderr
 
 
 @pytest.mark.parametrize("hours", ["soon", "0", "nan", "inf"])
-def test_hours_that_are_none_are_refused(monkeypatch, hours):
+def test_invalid_hours_are_rejected(monkeypatch, hours):
     monkeypatch.setenv("LILLIPUT_STAGE_HOURS", hours)
     with pytest.raises(ConfigError, match="LILLIPUT_STAGE_HOURS"), deadline(print):
         pass
 
 
-def test_a_clock_that_is_set_back_does_not_change_what_a_stage_cost(monkeypatch, tmp_path):
+def test_a_clock_that_is_set_back_does_not_change_the_cost(monkeypatch, tmp_path):
     jumps = itertools.cycle([0.0, 4e9, 1e9])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    with measured(tmp_path / "cost.json"):
+    with measured_cost(tmp_path / "cost.json"):
         time.sleep(0.05)
     assert 0.05 <= json.loads((tmp_path / "cost.json").read_text())["seconds"] < 60
 
 
 @pytest.mark.parametrize("command", ["compress", "source"])
-def test_a_cache_that_cannot_be_written_is_one_message_on_the_terminal(run, tmp_path, command):
-    """A heavy stage waits for its machine before its work begins: a failure there was written to the log alone."""
+def test_an_unwritable_cache_is_one_message_on_the_terminal(run, tmp_path, command):
+    """A heavy stage locks the machine before its work begins; an error there used to go only to the log."""
     (tmp_path / "file").touch()
     candidate = ["base"] if command == "compress" else []
     done = run("-m", "tasks", command, *candidate, XDG_CACHE_HOME=str(tmp_path / "file" / "cache"))
@@ -166,14 +167,14 @@ def test_a_cache_that_cannot_be_written_is_one_message_on_the_terminal(run, tmp_
     assert "Traceback" not in done.stderr
 
 
-def test_a_log_that_cannot_be_written_is_one_message(run, tmp_path):
+def test_an_unwritable_log_is_one_message(run, tmp_path):
     (tmp_path / "logs" / "source.log").mkdir(parents=True)
     done = run("-m", "tasks", "source")
     assert done.returncode == EXIT_REFUSED
     assert "error: source: logs/source.log: the log cannot be written (Is a directory)" in done.stderr
 
 
-def test_certificates_that_are_not_there_are_told_before_any_work(run, tmp_path):
+def test_missing_certificates_are_reported_before_any_work(run, tmp_path):
     done = run("-m", "tasks", "source", SSL_CERT_FILE=str(tmp_path / "none.pem"))
     assert done.returncode == EXIT_REFUSED
     assert "error: source: SSL_CERT_FILE: no such file: " in done.stderr

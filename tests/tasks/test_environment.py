@@ -1,4 +1,4 @@
-"""Proxies, home folders, certificates and terminals that a command finds, and what it makes of them."""
+"""How a command handles proxies, home folders, certificates and terminals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROXIES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"
 
 @contextmanager
 def serving(host: str, answer: bytes = b"here"):
-    """The port of a server on `host`."""
+    """Yields the port of a server on `host`."""
 
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -52,18 +52,18 @@ def serving(host: str, answer: bytes = b"here"):
 
 @pytest.fixture
 def server():
-    """The port of a server on 127.0.0.1."""
+    """Yields the port of a server on 127.0.0.1."""
     with serving("127.0.0.1") as port:
         yield port
 
 
 @pytest.fixture
 def dead_proxy(monkeypatch):
-    """The address of a proxy that refuses every connection; no other proxy is set."""
+    """Yields the address of a proxy that refuses every connection; no other proxy is set."""
     for name in (*PROXIES, "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        bound.bind(("127.0.0.1", 0))  # bound, but not listening
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
@@ -79,14 +79,14 @@ def _open(url: str) -> bytes:
     [lambda url: httpx.get(url).content, lambda url: requests.get(url, timeout=5).content, _open],
     ids=["httpx", "requests", "urllib"],
 )
-def test_no_client_asks_a_proxy_for_loopback(server, dead_proxy, monkeypatch, variable, host, get):
+def test_no_client_uses_a_proxy_for_loopback(server, dead_proxy, monkeypatch, variable, host, get):
     monkeypatch.setenv(variable, dead_proxy)
     bypass_proxies_for_loopback()
     assert get(f"http://{host}:{server}") == b"here"
 
 
 @pytest.mark.parametrize("variable", PROXIES)
-def test_the_gateway_is_asked_for_its_status_without_a_proxy(dead_proxy, monkeypatch, tmp_path, variable):
+def test_the_status_of_the_gateway_is_requested_without_a_proxy(dead_proxy, monkeypatch, tmp_path, variable):
     from flows import deploy
 
     monkeypatch.setenv(variable, dead_proxy)
@@ -100,19 +100,19 @@ def test_the_gateway_reaches_its_models_without_a_proxy(server, dead_proxy, monk
     from lilliput.serve.transport import Wire
 
     async def ask() -> bytes:
-        wire = Wire()
+        transport = Wire()
         timeouts = {"timeout": httpx.Timeout(5.0).as_dict()}
         request = httpx.Request("GET", f"http://127.0.0.1:{server}/", extensions=timeouts)
         try:
-            return await (await wire.handle_async_request(request)).aread()
+            return await (await transport.handle_async_request(request)).aread()
         finally:
-            await wire.aclose()
+            await transport.aclose()
 
     monkeypatch.setenv(variable, dead_proxy)
     assert asyncio.run(ask()) == b"here"
 
 
-def test_another_loopback_address_in_use_is_reached_too(dead_proxy, monkeypatch):
+def test_other_loopback_addresses_in_use_bypass_the_proxy(dead_proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", dead_proxy)
     with serving("127.0.1.1") as port:
         monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.1.1:{port}/api")
@@ -124,7 +124,7 @@ def test_downloads_still_use_the_proxy(dead_proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", dead_proxy)
     bypass_proxies_for_loopback()
     with pytest.raises(httpx.ConnectError):
-        httpx.get("http://192.0.2.1/")  # reserved for documentation: only a proxy answers at once that it does not
+        httpx.get("http://192.0.2.1/")  # reserved for documentation: only the proxy refuses at once
     assert requests.utils.get_environ_proxies("http://pypi.org/")["http"] == dead_proxy
 
 
@@ -153,7 +153,7 @@ def test_other_hosts_are_not_loopback(host):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A home folder that root cannot write to either, with a file in it."""
+    """A home folder on a read-only file system, to which root cannot write either."""
     home = tmp_path / "read-only"
     home.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "lilliput-test", str(home)]
@@ -164,7 +164,7 @@ def read_only(tmp_path):
 
 
 @pytest.mark.parametrize("home", ["file/below", "nowhere", "", "relative"])
-def test_a_home_that_is_no_folder_is_replaced_and_said(tmp_path, capsys, home):
+def test_a_home_that_is_not_a_folder_is_replaced_with_a_note(tmp_path, capsys, home):
     (tmp_path / "file").touch()
     environment = {"HOME": str(tmp_path / home) if home not in ("", "relative") else home}
     provide_home(tmp_path / "project", environment)
@@ -182,7 +182,7 @@ def test_a_user_without_home_and_name_gets_both(tmp_path, monkeypatch):
     assert os.environ["USER"] == f"uid-{os.getuid()}"
 
 
-def test_of_a_read_only_home_only_caches_and_database_move(tmp_path, read_only):
+def test_a_read_only_home_moves_only_caches_and_database(tmp_path, read_only):
     environment = {"HOME": str(read_only), "PREFECT_HOME": "/elsewhere"}
     provide_home(tmp_path, environment)
     fallback = tmp_path / ".cache" / "home"
@@ -194,7 +194,7 @@ def test_of_a_read_only_home_only_caches_and_database_move(tmp_path, read_only):
     }
 
 
-def test_a_usable_home_is_left_alone(tmp_path, capsys):
+def test_a_usable_home_is_unchanged(tmp_path, capsys):
     environment = {"HOME": str(tmp_path)}
     provide_home(tmp_path / "project", environment)
     assert environment == {"HOME": str(tmp_path)}
@@ -202,29 +202,29 @@ def test_a_usable_home_is_left_alone(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_anywhere_is_one_message(tmp_path):
+def test_no_writable_folder_is_one_message(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"HOME: there is no home folder that can be written to, and .* set HOME to"):
+    with pytest.raises(ConfigError, match=r"HOME: there is no writable home folder, and .* set HOME to"):
         provide_home(tmp_path / "file", {"HOME": "/nowhere"})
 
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_certificates_that_are_not_there_are_named(tmp_path, name):
+def test_missing_certificates_are_rejected_with_a_remedy(tmp_path, name):
     require_usable_environment({name: str(tmp_path)})
     with pytest.raises(ConfigError, match=f"^{name}: no such file: .*; name a file with certificates, or unset {name}"):
         require_usable_environment({name: str(tmp_path / "none.pem")})
 
 
-def test_a_umask_that_hides_files_from_their_owner_is_refused():
-    kept = os.umask(0o777)
+def test_a_umask_that_hides_files_from_their_owner_is_rejected():
+    mask = os.umask(0o777)
     try:
         with pytest.raises(ConfigError, match=r"umask 0777: .* set `umask 022`"):
             require_usable_environment({})
     finally:
-        os.umask(kept)
+        os.umask(mask)
 
 
-def test_a_terminal_that_knows_few_characters_ends_nothing():
+def test_an_ascii_terminal_does_not_end_the_run():
     code = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import flows; print('0.5 ± 0.1 → phone')"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -242,7 +242,7 @@ def test_a_process_without_stdout_and_stderr_works(tmp_path):
     assert (tmp_path / "kept").read_text() == "True\n"
 
 
-def test_prepare_leaves_a_usable_environment_as_it_is(tmp_path):
+def test_prepare_does_not_change_a_usable_environment(tmp_path):
     environment = {"HOME": str(tmp_path), "PATH": "/bin"}
     prepare(tmp_path / "project", environment)
     assert environment == {"HOME": str(tmp_path), "PATH": "/bin"}

@@ -1,4 +1,4 @@
-"""One run in a folder at a time, whichever door it came by."""
+"""The folder lock: one run in a folder at a time, started by a flow, by DVC or by hand."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import sys
 import pytest
 
 from lilliput.errors import ConfigError
-from tasks.process.folder_lock import alone_in
+from tasks.process.folder_lock import folder_lock
 from tests.tasks.test_commands import PROJECT, run
 
 __all__ = ["run"]  # a fixture
 HOLD = """
 import sys, time
 from pathlib import Path
-from tasks.process.folder_lock import alone_in
-with alone_in(Path(sys.argv[1])):
+from tasks.process.folder_lock import folder_lock
+with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
-def test_the_second_run_is_told_who_the_first_is_and_a_killed_one_blocks_nobody(tmp_path):
+def test_the_error_for_a_second_run_names_the_first_and_a_killed_run_releases_the_lock(tmp_path):
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         cwd=PROJECT,
@@ -34,22 +34,22 @@ def test_the_second_run_is_told_who_the_first_is_and_a_killed_one_blocks_nobody(
     )
     try:
         assert first.stdout and first.stdout.readline() == b"held\n"
-        told = rf"another run is at work here since .*: process {first.pid}, `python"
-        with pytest.raises(ConfigError, match=told), alone_in(tmp_path):
+        message = rf"another run is at work here since .*: process {first.pid}, `python"
+        with pytest.raises(ConfigError, match=message), folder_lock(tmp_path):
             pass
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         pass
     assert not list(tmp_path.glob("*.holder"))
 
 
-def test_a_stage_by_hand_or_by_dvc_keeps_out_of_a_run_and_of_its_log(run, tmp_path):
+def test_a_stage_by_hand_or_by_dvc_is_refused_during_a_run_and_does_not_touch_its_log(run, tmp_path):
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "source.log").write_text("what the run's own stage says")
-    with alone_in(tmp_path):
+    (tmp_path / "logs" / "source.log").write_text("the log of the running stage")
+    with folder_lock(tmp_path):
         done = run("-m", "tasks", "source")
     assert done.returncode == 2
     assert re.fullmatch(rf"error: source: .*process {os.getpid()}, .*", done.stderr.strip())
-    assert (tmp_path / "logs" / "source.log").read_text() == "what the run's own stage says"
+    assert (tmp_path / "logs" / "source.log").read_text() == "the log of the running stage"

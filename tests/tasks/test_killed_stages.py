@@ -1,4 +1,4 @@
-"""`kill -9` of a stage at its changes to files: what it makes is whole or absent, and comes out the same afterwards."""
+"""`kill -9` of a stage at file changes: results are complete or absent, and identical after a new run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ STAGES = [
 
 
 def run(module: str, function: str, *name: str) -> None:
-    """The stage, as `python -m tasks` runs it, with what it prints thrown away."""
+    """Runs a stage as `python -m tasks` does, and discards its output."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     getattr(importlib.import_module(f"tasks.{module}"), function)(load_params(Path("params.yaml")), *name)
 
 
-def made(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for pattern in ("models/*/**/*", "data/*")
@@ -42,11 +42,11 @@ def made(folder: Path) -> dict[str, str]:
     }
 
 
-def strays(folder: Path) -> list[Path]:
+def partial_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.name.endswith((".partial", ".removed"))]
 
 
-def require_whole(folder: Path) -> None:
+def require_complete(folder: Path) -> None:
     for directory in (folder / "models").glob("[a-z]*"):
         verify(directory)
     for record in folder.glob("costs/*.json"):
@@ -56,23 +56,23 @@ def require_whole(folder: Path) -> None:
 
 
 def kill_stages(folder: Path, kills: int, reach: int) -> int:
-    """Kills each stage `kills` times before it is let through, then all again on what lies there; how many hit."""
+    """Kills each stage `kills` times before it may finish, twice in all; returns the number of effective kills."""
     rng, hits = random.Random(SEED), 0
     for again in (False, True):
-        expected = made(folder)
+        expected = digests(folder)
         for stage in STAGES:
             for _ in range(kills):
                 hits += killed_at(rng.randrange(reach), lambda stage=stage: run(*stage))
-                require_whole(folder)
+                require_complete(folder)
             assert not killed_at(10**9, lambda stage=stage: run(*stage))
-        assert not again or made(folder) == expected
-        assert strays(folder) == []
+        assert not again or digests(folder) == expected
+        assert partial_files(folder) == []
     return hits
 
 
 @pytest.fixture
 def without_reload(monkeypatch):
-    """The reload proof writes nothing and is most of the time: a process that imports torch."""
+    """Skips the reload check, which writes nothing and takes most of the time to import torch."""
     monkeypatch.setattr("tasks.compress.prove_reload", lambda *_: 0.0)
 
 

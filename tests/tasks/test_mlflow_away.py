@@ -1,4 +1,4 @@
-"""MLflow dead, hanging, refusing, or gone in the middle: what is told, how soon, and what the next run finds."""
+"""MLflow is down, hangs, refuses or fails midway: the message, its delay, and the state that the next run finds."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from tasks.promote import promote
 from tasks.registry import model_folder, model_versions
 from tests.tasks.test_promotion import EVEN, QUESTIONS, Project
 
-# MLflow, SQLAlchemy and pandas warn each other of what is theirs to mend.
+# MLflow, SQLAlchemy and pandas emit warnings about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
 _COUNTS = itertools.count()
 
 
 @pytest.fixture(scope="module")
 def project(tiny_params, checkpoint, tmp_path_factory):
-    """Candidates that are made, in a folder with a store of its own."""
+    """A project with complete candidates and its own store."""
     with contextlib.chdir(tmp_path_factory.mktemp("project")), pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr(model_folder, "add_model", lambda *_: None)  # a second each, and no part of this story
+        patch.setattr(model_folder, "add_model", lambda *_: None)  # takes a second each and is not tested here
         yield Project(tiny_params, checkpoint)
 
 
-def _next():
-    """How many questions each candidate answers rightly: never the same twice, so that it is to be registered."""
+def _new_counts():
+    """Returns new numbers of correct answers by candidate, so that every call needs a new registration."""
     more = next(_COUNTS)
     return {name: count + more for name, count in (EVEN | {"b": 20}).items()}
 
 
 @pytest.fixture
 def right():
-    return _next()
+    return _new_counts()
 
 
 @contextlib.contextmanager
@@ -69,8 +69,8 @@ def server(status: int):
 
 
 @contextlib.contextmanager
-def dead():
-    with socket.socket() as bound:  # and not listening
+def down():
+    with socket.socket() as bound:  # bound, but not listening
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
 
@@ -79,14 +79,12 @@ def dead():
 def hanging():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        listening.listen(16)  # connects, and never gets a word
+        listening.listen(16)  # accepts connections, but never answers
         yield listening.getsockname()[1]
 
 
-@pytest.mark.parametrize("away", [dead, hanging, lambda: server(503)], ids=["dead", "hanging", "503"])
-def test_a_server_that_is_away_is_one_message_and_what_was_measured_is_logged_when_it_is_back(
-    project, right, monkeypatch, away
-):
+@pytest.mark.parametrize("away", [down, hanging, lambda: server(503)], ids=["down", "hanging", "503"])
+def test_an_unavailable_server_is_one_message_and_results_are_logged_when_it_is_back(project, right, monkeypatch, away):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with away() as port, monkeypatch.context() as during:
@@ -101,9 +99,9 @@ def test_a_server_that_is_away_is_one_message_and_what_was_measured_is_logged_wh
         assert store.get_run(version.run_id).data.metrics["accuracy_choice"] == count / QUESTIONS
 
 
-def test_trying_ends_after_two_minutes_where_nobody_says_otherwise(monkeypatch, tmp_path):
+def test_retries_end_after_two_minutes_by_default(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for variable in model_versions._HTTP_PATIENCE:
+    for variable in model_versions._HTTP_LIMITS:
         monkeypatch.delenv(variable, raising=False)
     model_versions.client()
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
@@ -112,7 +110,7 @@ def test_trying_ends_after_two_minutes_where_nobody_says_otherwise(monkeypatch, 
 
 
 @pytest.mark.parametrize("status", [200, 401, 404, 405])
-def test_a_server_that_refuses_or_is_none_is_not_tried_again(project, right, monkeypatch, status):
+def test_a_refusal_or_another_program_is_not_retried(project, right, monkeypatch, status):
     with server(status) as port:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         with pytest.raises(RegistryError, match="refuses") as raised:
@@ -121,8 +119,8 @@ def test_a_server_that_refuses_or_is_none_is_not_tried_again(project, right, mon
 
 
 @pytest.mark.night
-def test_a_locked_database_is_waited_for_and_then_told(project, right):
-    model_versions.client()  # makes the store, if this is the first test that asks for it
+def test_a_locked_database_is_waited_for_and_then_reported(project, right):
+    model_versions.client()  # creates the store if no other test has
     with contextlib.closing(sqlite3.connect(layout.MLRUNS / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(RegistryError, match="database is locked") as raised:
@@ -131,24 +129,24 @@ def test_a_locked_database_is_waited_for_and_then_told(project, right):
     assert len(set(project.register().values())) == 3
 
 
-class Cut:
-    """The store, which fails at its call number `at`: before it is done, or after, so that only the answer is lost."""
+class FailingStore:
+    """A store that fails at call number `at`, before the call or after it, so that only the response is lost."""
 
     def __init__(self, at: int, done: bool) -> None:
         self.at, self.done, self.calls = at, done, 0
 
     def client(self):
-        cut, store = self, MlflowClient(model_versions.tracking_uri())
+        failing, store = self, MlflowClient(model_versions.tracking_uri())
 
         class Client:
             def __getattr__(self, name):
                 def call(*arguments, **options):
-                    cut.calls += 1
-                    if cut.calls != cut.at:
+                    failing.calls += 1
+                    if failing.calls != failing.at:
                         return getattr(store, name)(*arguments, **options)
-                    if cut.done:
+                    if failing.done:
                         getattr(store, name)(*arguments, **options)
-                    raise MlflowException("the line is dead")
+                    raise MlflowException("connection lost")
 
                 return call
 
@@ -168,24 +166,24 @@ def _versions(store):
     "places", [[7, 16], pytest.param(range(1, 99, 3), marks=pytest.mark.night)], ids=["two", "every third"]
 )
 @pytest.mark.parametrize("done", [False, True], ids=["call lost", "answer lost"])
-def test_a_registration_cut_off_anywhere_goes_on_without_duplicates(project, monkeypatch, places, done):
+def test_an_interrupted_registration_continues_without_duplicates(project, monkeypatch, places, done):
     store = MlflowClient(model_versions.tracking_uri())
-    project.evaluate(_next())
+    project.evaluate(_new_counts())
     for place in places:
-        runs, versions, cut = len(_runs(store)), _versions(store), Cut(place, done)
+        runs, versions, failing = len(_runs(store)), _versions(store), FailingStore(place, done)
         with monkeypatch.context() as during:
-            during.setattr(model_versions, "client", cut.client)
+            during.setattr(model_versions, "client", failing.client)
             with contextlib.suppress(RegistryError):
-                project.evaluate(_next())
-        if cut.calls < place:
-            return  # it has fewer calls than that
+                project.evaluate(_new_counts())
+        if failing.calls < place:
+            return  # there are fewer calls
         assert project.register().keys() == EVEN.keys()
         assert len(_runs(store)) == runs + 3, place  # one for each candidate
         assert len(_versions(store)) == len(versions) + 3, place
         assert {run.info.status for run in _runs(store)} == {"FINISHED"}
 
 
-def _told():
+def _state():
     store = model_versions.client()
     aliases = store.get_registered_model("lilliput").aliases
     tags = {v.version: v.tags for v in _versions(store)}
@@ -193,7 +191,7 @@ def _told():
 
 
 def _copy_of(folder, other):
-    """The same project with a copy of the store."""
+    """Links the project into `other` and copies its store."""
     other.mkdir()
     for path in folder.iterdir():
         if path.name not in ("mlruns", "promotion.json"):
@@ -209,29 +207,29 @@ def _go_to(folder, monkeypatch):
 
 @pytest.mark.night
 @pytest.mark.parametrize("done", [False, True], ids=["call lost", "answer lost"])
-def test_a_promotion_cut_off_anywhere_ends_as_if_it_had_not_been(project, tmp_path, monkeypatch, done):
+def test_an_interrupted_promotion_ends_with_the_same_result(project, tmp_path, monkeypatch, done):
     rules, home = project.params("laptop"), Path.cwd()
-    project.evaluate(_next())
+    project.evaluate(_new_counts())
     promote(rules)
-    project.evaluate(_next() | {"b": 190 if done else 189})
+    project.evaluate(_new_counts() | {"b": 190 if done else 189})
     _go_to(_copy_of(home, tmp_path / "undisturbed"), monkeypatch)
     promote(rules)
-    wanted = _told()
+    wanted = _state()
     assert wanted[0]["champion-laptop"] != wanted[0]["previous-laptop"]
     for place in range(1, 99, 3):
         _go_to(_copy_of(home, tmp_path / f"cut-{place}"), monkeypatch)
-        cut = Cut(place, done)
+        failing = FailingStore(place, done)
         with monkeypatch.context() as during:
-            during.setattr(model_versions, "client", cut.client)
+            during.setattr(model_versions, "client", failing.client)
             with contextlib.suppress(RegistryError):
                 promote(rules)
-        if cut.calls < place:
-            return  # it has fewer calls than that
+        if failing.calls < place:
+            return  # there are fewer calls
         promote(rules)
-        assert _told() == wanted, place
+        assert _state() == wanted, place
 
 
-def test_offloading_is_added_to_the_champions_run_by_a_stage_that_measures_nothing(project, right):
+def test_the_stage_log_adds_offloading_metrics_to_the_champions_run(project, right):
     version = project.evaluate(right)["a"]
     figures = {"accuracy": {"value": 0.8}, "hallucination_rate": {"value": None}, "latency_ms": {"p50": 90.0}}
     policy = {"device": figures | {"energy_per_query_j": {"value": 4.0}}}
@@ -241,8 +239,8 @@ def test_offloading_is_added_to_the_champions_run_by_a_stage_that_measures_nothi
     log(project.params("laptop"), "laptop")
     store = model_versions.client()
     run = store.get_run(store.get_model_version("lilliput", version).run_id)
-    told = {key: value for key, value in run.data.metrics.items() if key.startswith("offload/")}
-    assert told == {
+    logged = {key: value for key, value in run.data.metrics.items() if key.startswith("offload/")}
+    assert logged == {
         "offload/laptop/device/accuracy": 0.8,
         "offload/laptop/device/latency_ms_p50": 90.0,
         "offload/laptop/device/energy_per_query_j": 4.0,

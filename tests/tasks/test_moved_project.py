@@ -1,4 +1,4 @@
-"""A project whose folder was moved or copied: it works in its new place, and the old one is left alone."""
+"""A moved or copied project works in its new folder and does not touch the old one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.tasks.test_promotion import EVEN, Project
 pytestmark = pytest.mark.filterwarnings("default")
 QUESTION = "What is the capital of Peru?"
 CHAMPION = "models:/lilliput@champion-laptop"
-BASE_WINS = EVEN | {"base": 150}  # the only candidate here that is a real model
+BASE_WINS = EVEN | {"base": 150}  # the only candidate that is a real model
 _OPENED: list[str] = []
 sys.addaudithook(lambda event, arguments: _OPENED.append(str(arguments[0])) if event in _OPENING else None)
 _OPENING = ("open", "sqlite3.connect")
@@ -86,7 +86,7 @@ def _expected(project, opened):
     return TorchRuntime(*opened, batch_size=1).generate([prompt], project._params.evaluation.max_new_tokens)
 
 
-def test_a_copied_project_registers_promotes_and_answers_without_a_look_at_the_old_folder(
+def test_a_copied_project_registers_promotes_and_answers_without_reading_the_old_folder(
     first, elsewhere, opened, tmp_path, monkeypatch, capsys
 ):
     project, old = first
@@ -105,22 +105,22 @@ def test_a_copied_project_registers_promotes_and_answers_without_a_look_at_the_o
     assert capsys.readouterr().err.count(f"MLflow's store was moved from {old}/mlruns to {elsewhere}/mlruns") == 1
 
 
-def test_no_file_of_a_moved_project_leads_to_where_it_was(first, elsewhere, capsys):
+def test_no_file_of_a_moved_project_contains_its_old_path(first, elsewhere, capsys):
     _, old = first
     assert _mentioning(str(old), elsewhere)
-    moved.follow()
+    moved.update_paths()
     assert "paths updated" in capsys.readouterr().err
     with contextlib.closing(moved.sqlite3.connect("mlruns/mlflow.db")) as database:
         database.execute("VACUUM")  # pages that SQLite no longer uses keep their bytes
     assert _mentioning(str(old), elsewhere) == []
-    moved.follow()
+    moved.update_paths()
     assert capsys.readouterr().err == ""
 
 
-def test_a_champion_opens_after_a_move_that_left_nothing_behind(first, elsewhere, opened, tmp_path, monkeypatch):
+def test_a_champion_opens_after_the_original_was_removed(first, elsewhere, opened, tmp_path, monkeypatch):
     project, _ = first
     third = tmp_path / "third"
-    moved.follow()
+    moved.update_paths()
     shutil.move(elsewhere, third)
     monkeypatch.chdir(third)
     model_versions.client()
@@ -138,27 +138,27 @@ def test_weights_come_from_the_copy_even_before_its_paths_are_updated(first, els
 
 
 def test_a_store_that_cannot_be_updated_after_a_move_is_one_clear_error(first, elsewhere, monkeypatch):
-    monkeypatch.setattr(moved, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(moved, "_TIMEOUT_S", 0.1)
     with contextlib.closing(moved.sqlite3.connect("mlruns/mlflow.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(RegistryError, match=r"was moved here from .*my project/mlruns, .*database is locked"):
-            moved.follow()
-    moved.follow()
+            moved.update_paths()
+    moved.update_paths()
 
 
-def test_a_location_that_somebody_chose_is_kept(first, elsewhere, capsys):
-    moved.follow()
+def test_a_location_that_a_user_chose_is_kept(first, elsewhere, capsys):
+    moved.update_paths()
     with contextlib.closing(moved.sqlite3.connect("mlruns/mlflow.db")) as database, database:
         database.execute("UPDATE experiments SET artifact_location = 'file:///srv/experiments/artifacts'")
     shutil.move("mlruns", "store")  # a database that MLFLOW_TRACKING_URI names
     shutil.rmtree("store/artifacts")
     capsys.readouterr()
-    moved.follow(Path("store/mlflow.db"))
+    moved.update_paths(Path("store/mlflow.db"))
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "copied"])
-def test_the_gateway_of_the_project_that_this_one_was_copied_from_is_not_its_own(tmp_path, own):
+def test_the_gateway_of_the_original_project_does_not_belong_to_the_copy(tmp_path, own):
     from flows import deploy
 
     home = tmp_path / "deployments/laptop"
@@ -173,7 +173,7 @@ def test_the_gateway_of_the_project_that_this_one_was_copied_from_is_not_its_own
             gateway.kill()
 
 
-def test_services_belong_to_their_folder_wherever_it_is_and_not_to_a_copy(tmp_path):
+def test_services_belong_to_their_moved_folder_and_not_to_a_copy(tmp_path):
     first, copy, later = (tmp_path / name for name in ("first", "copy", "later"))
     first.mkdir()
     Services(first, Ports(1, 2, 3, 4), "postgres")._note()
@@ -184,7 +184,7 @@ def test_services_belong_to_their_folder_wherever_it_is_and_not_to_a_copy(tmp_pa
     assert [process.pid for process in _living(later)] == [os.getpid()]
 
 
-def test_a_gateway_that_was_moved_while_it_ran_says_what_to_do(tmp_path):
+def test_a_gateway_that_was_moved_while_running_names_the_remedy(tmp_path):
     from flows import deploy
 
     home, python = tmp_path / "deployments/laptop", tmp_path / "python"

@@ -1,4 +1,4 @@
-"""One training in two processes, by the stage's own command, against the same in one."""
+"""A training in two processes, run by the stage's command, equals the training in one."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ ON_CPU |= {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no"}
 
 @pytest.fixture
 def made(checkpoint, facts, tmp_path):
-    """Makes `lora` in a folder of its own and gives that folder."""
+    """Returns a function that trains `lora` in a new folder and returns the folder."""
 
     def make(name, accelerate=None, **settings):
         folder = tmp_path / name
@@ -46,7 +46,7 @@ def made(checkpoint, facts, tmp_path):
     return make
 
 
-def test_two_processes_learn_what_one_does_and_one_of_them_writes(made):
+def test_two_processes_train_the_same_model_as_one_and_one_of_them_writes(made):
     (one, done), (two, both) = made("one"), made("two", ON_CPU)
     assert (done.returncode, both.returncode) == (0, 0), done.stderr + both.stderr
     alone, shared = (load_file(folder / "models/lora/model.safetensors") for folder in (one, two))
@@ -61,7 +61,7 @@ def test_two_processes_learn_what_one_does_and_one_of_them_writes(made):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_model_sharded_among_gpus_learns_what_one_process_does(made):
+def test_a_model_sharded_across_gpus_trains_the_same_as_in_one_process(made):
     sharding = {
         "fsdp_version": 2,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -76,7 +76,7 @@ def test_a_model_sharded_among_gpus_learns_what_one_process_does(made):
         assert torch.allclose(shared[name].float(), weight.float(), rtol=0.02, atol=1e-3), name
 
 
-def test_what_went_wrong_in_the_processes_is_told(made):
+def test_errors_in_the_processes_are_reported(made):
     _, done = made("wrong", ON_CPU, validation_share=0.01)
     assert done.returncode == 2
     assert "validation_share: 0.01 of 20 training groups leaves nothing to validate" in done.stderr

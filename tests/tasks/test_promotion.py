@@ -1,4 +1,4 @@
-"""Promotion on an embedded MLflow store: three candidates whose evaluations the tests set, registered as always."""
+"""Promotion in an embedded MLflow store, with three candidates whose evaluations the tests set."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ from tasks import layout
 from tasks.promote import promote, proposals, roll_back
 from tasks.register import register
 from tasks.registry import model_versions, outbox
-from tasks.registry.approvals import Answer
+from tasks.registry.approvals import ApprovalAnswer
 
-# MLflow, SQLAlchemy and pandas warn each other of what is theirs to mend.
+# MLflow, SQLAlchemy and pandas emit warnings about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
 QUESTIONS = 200
 DEVICES = ["laptop", *"abcdefghijklmnopq"]
@@ -29,7 +29,7 @@ EVEN = {"base": 100, "a": 120, "b": 140}
 
 
 class Project:
-    """A folder with candidates `base`, `a` and `b`; each test promotes for a device of its own."""
+    """A folder with candidates `base`, `a` and `b`; each test promotes for its own device."""
 
     def __init__(self, params, checkpoint):
         specs = {"base": {"from": "source", "apply": "load"}}
@@ -43,14 +43,14 @@ class Project:
         for name in candidates:
             self.make(name, checkpoint if name == "base" else None)
         layout.PARAMS.write_text("candidates: …")
-        self.ask("these questions")
+        self.set_questions("these questions")
 
     def params(self, device, **rules):
         rules = {"prefer": "accuracy", "max_accuracy_drop": 0.05, "max_hallucination_rise": 1.0} | rules
         return self._params.model_copy(update={"promotion": {device: PromotionConfig.model_validate(rules)}})
 
     def make(self, name, checkpoint=None, weights="0"):
-        """Makes the artefact of `name` anew."""
+        """Creates the artefact of `name` again."""
         folder = layout.model(name)
         shutil.rmtree(folder, ignore_errors=True)
         if checkpoint:
@@ -63,12 +63,12 @@ class Project:
             folder, candidate=name, strategy="load", config={}, parent=None, parameters=1, facts={}
         )
 
-    def ask(self, questions):
+    def set_questions(self, questions):
         layout.DATA.mkdir(exist_ok=True)
         layout.QUESTIONS.write_text(questions)
 
     def evaluate(self, right, energy_j=5.0, sizes=SIZES):
-        """Evaluates and registers: `right[name]` of the questions were answered rightly, the first ones."""
+        """Writes evaluations in which the first `right[name]` questions are answered correctly, and registers them."""
         for name, count in right.items():
             rows = [{"id": str(n), "choice_right": n < count, "hallucinated": n >= count} for n in range(QUESTIONS)]
             layout.answers(name).parent.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ class Project:
         return self.register()
 
     def register(self):
-        """Registers what is evaluated; the version of each candidate."""
+        """Registers all evaluations; returns the version of each candidate."""
         register(self._params)
         return {name: entry["version"] for name, entry in json.loads(layout.REGISTRY.read_text()).items()}
 
@@ -103,7 +103,7 @@ def project(tiny_params, checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def device(request):
-    """One for each test, so that no test knows of another's champions."""
+    """A different device for each test, so that tests do not share champions."""
     return DEVICES[
         1 + [item.name for item in request.session.items if item.path == request.path].index(request.node.name)
     ]
@@ -118,21 +118,21 @@ def aliases(device):
     return tuple(alias(f"{kind}-{device}") for kind in ("champion", "challenger", "previous"))
 
 
-def why(version, what, device):
+def reason_of(version, what, device):
     return model_versions.client().get_model_version("lilliput", version).tags.get(f"lilliput.{what}.{device}")
 
 
-def told(device):
+def promotion_of(device):
     return json.loads(layout.PROMOTION.read_text())[device]
 
 
-def test_champion_and_challenger_are_pointed_at_with_their_reasons(project, device):
+def test_champion_and_challenger_get_aliases_and_reasons(project, device):
     versions = project.evaluate(EVEN)
     promote(project.params(device))
     assert aliases(device) == (versions["b"], versions["a"], None)
-    assert "best accuracy (0.700)" in why(versions["b"], "promoted", device)
-    assert "prefers accuracy, where b is ahead" in why(versions["a"], "refused", device)
-    assert told(device)["challenger"] == "a"
+    assert "best accuracy (0.700)" in reason_of(versions["b"], "promoted", device)
+    assert "prefers accuracy, where b is ahead" in reason_of(versions["a"], "refused", device)
+    assert promotion_of(device)["challenger"] == "a"
     promote(project.params("laptop"))
     assert aliases(device) == (None, None, None)  # of a device that params.yaml no longer has
 
@@ -145,11 +145,11 @@ def test_every_version_carries_metrics_lineage_and_card(project):
     assert model_versions.client().get_run(version.run_id).data.metrics["accuracy_choice"] == 0.6
 
 
-def test_a_new_champion_is_noted_once_until_it_is_told(project, device):
-    outbox.forget(Path.cwd())
+def test_a_new_champion_is_in_the_outbox_once(project, device):
+    outbox.clear(Path.cwd())
     versions, params = project.evaluate(EVEN), project.params(device, prefer="size")
     promote(params)
-    promote(params)  # the same one again is no news
+    promote(params)  # the same champion is not a change
     (change,) = outbox.read(Path.cwd())
     assert (change["device"], change["champion"], change["version"]) == (device, "a", versions["a"])
     assert change["before"] is None and "best size" in change["reason"]
@@ -158,13 +158,16 @@ def test_a_new_champion_is_noted_once_until_it_is_told(project, device):
     assert outbox.read(Path.cwd()) == [change]
     promote(project.params(device))
     roll_back(project.params(device), device, "")
-    assert [(told["before"], told["champion"]) for told in outbox.read(Path.cwd())[1:]] == [("a", "b"), ("b", "a")]
-    outbox.forget(Path.cwd())
+    assert [(change["before"], change["champion"]) for change in outbox.read(Path.cwd())[1:]] == [
+        ("a", "b"),
+        ("b", "a"),
+    ]
+    outbox.clear(Path.cwd())
     assert outbox.read(Path.cwd()) == []
     project.evaluate(EVEN)
 
 
-def test_a_workspace_keeps_to_its_own_store_whatever_the_environment_names(tmp_path, monkeypatch):
+def test_a_workspace_uses_its_own_store_despite_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
     folder = tmp_path / "workspaces" / "tiny"
     folder.mkdir(parents=True)
@@ -174,13 +177,13 @@ def test_a_workspace_keeps_to_its_own_store_whatever_the_environment_names(tmp_p
         assert model_versions.tracking_uri() == "http://tracking.example:5000"
 
 
-def test_artefacts_of_the_embedded_store_lie_under_mlruns_artifacts(project, device):
+def test_artefacts_of_the_embedded_store_are_in_mlruns_artifacts(project, device):
     version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
     run = model_versions.client().get_run(version.run_id)
     assert run.info.artifact_uri.startswith(f"{(layout.MLRUNS / 'artifacts').absolute().as_uri()}/")
 
 
-def test_a_rollback_restores_and_stays_until_the_rules_change(project, device):
+def test_a_rollback_holds_until_the_rules_change(project, device):
     versions, params = project.evaluate(EVEN), project.params(device, prefer="size")
     promote(params)  # a is the smallest
     changed = project.params(device, prefer="accuracy")
@@ -188,13 +191,13 @@ def test_a_rollback_restores_and_stays_until_the_rules_change(project, device):
     assert aliases(device) == (versions["b"], versions["a"], versions["a"])
     roll_back(changed, device, "speaks in rhymes" + "." * 5000)
     assert aliases(device) == (versions["a"], None, versions["b"])
-    assert "speaks in rhymes" in why(versions["b"], "refused", device)
+    assert "speaks in rhymes" in reason_of(versions["b"], "refused", device)
     tags = model_versions.client().get_model_version("lilliput", versions["b"]).tags
-    assert max(map(len, tags.values())) <= 5000  # what a version's tag holds in PostgreSQL
+    assert max(map(len, tags.values())) <= 5000  # the limit of a version's tag in PostgreSQL
     for _ in range(2):
         promote(changed)
         assert alias(f"champion-{device}") == versions["a"]
-        assert "speaks in rhymes" in told(device)["refused"]["b"]
+        assert "speaks in rhymes" in promotion_of(device)["refused"]["b"]
     promote(project.params(device, prefer="accuracy", max_accuracy_drop=0.06))
     assert aliases(device) == (versions["b"], versions["a"], versions["a"])
 
@@ -222,7 +225,7 @@ def test_a_new_evaluation_ends_a_rollback(project, device):
     project.evaluate(EVEN)
 
 
-def test_what_was_never_champion_cannot_be_restored(project, device):
+def test_a_rollback_without_a_previous_champion_is_rejected(project, device):
     project.evaluate(EVEN)
     promote(project.params(device))
     with pytest.raises(ConfigError, match="no champion before this one"):
@@ -231,7 +234,7 @@ def test_what_was_never_champion_cannot_be_restored(project, device):
         roll_back(project.params(device), "toaster", "")
 
 
-def test_who_falls_behind_the_champion_is_refused_and_runs_in_a_row_do_not_creep(project, device):
+def test_candidates_behind_the_champion_are_refused_and_repeated_runs_do_not_lower_the_level(project, device):
     sizes = {"base": 100, "a": 300, "b": 200}
     versions = project.evaluate({"base": 128, "a": 140, "b": 134}, sizes=sizes)
     promote(project.params(device))
@@ -239,29 +242,29 @@ def test_who_falls_behind_the_champion_is_refused_and_runs_in_a_row_do_not_creep
     params = project.params(device, prefer="size", max_accuracy_drop=0.08)
     promote(params)  # b may lie 0.055 below the champion, the smaller base 0.095
     assert aliases(device) == (versions["b"], versions["base"], versions["a"])
-    assert "below that of the champion so far (a)" in why(versions["base"], "refused", device)
+    assert "below that of the champion so far (a)" in reason_of(versions["base"], "refused", device)
     promote(params)  # the base may lie no more than 0.055 below b
     assert aliases(device)[::2] == (versions["b"], versions["a"])
-    assert "nothing has changed since" in why(versions["base"], "refused", device)
+    assert "nothing has changed since" in reason_of(versions["base"], "refused", device)
 
 
-def test_a_champion_made_worse_since_stays_as_it_was(project, device):
+def test_a_champion_whose_candidate_became_worse_stays(project, device):
     versions, params = project.evaluate(EVEN), project.params(device, prefer="accuracy")
     promote(params)
     project.make("b", weights="1")
     later = project.evaluate({**EVEN, "b": 110})
     promote(params)
     assert alias(f"champion-{device}") == versions["b"]
-    assert told(device)["champion"] == f"b (version {versions['b']})"
-    assert told(device)["compiled"] is None
-    assert "dominated" in why(later["b"], "refused", device)
-    project.ask("other questions")
+    assert promotion_of(device)["champion"] == f"b (version {versions['b']})"
+    assert promotion_of(device)["compiled"] is None
+    assert "dominated" in reason_of(later["b"], "refused", device)
+    project.set_questions("other questions")
     elsewhere = project.evaluate({**EVEN, "a": 121, "b": 110})
     promote(params)
     assert alias(f"champion-{device}") == elsewhere["a"]
-    assert "not compared with the champion so far" in told(device)["reason"]
-    assert "other questions" in told(device)["reason"]
-    project.ask("these questions")
+    assert "not compared with the champion so far" in promotion_of(device)["reason"]
+    assert "other questions" in promotion_of(device)["reason"]
+    project.set_questions("these questions")
     project.make("b")
 
 
@@ -274,29 +277,29 @@ def test_the_same_model_measured_again_replaces_itself(project, device):
     assert aliases(device)[::2] == (second["b"], None)
 
 
-def test_a_person_is_asked_where_the_rules_say_so(project, device):
+def test_a_person_approves_or_denies_if_the_rules_require_it(project, device):
     versions, params = project.evaluate(EVEN), project.params(device, approval=True)
     promote(params)
     assert aliases(device) == (None, versions["b"], None)
-    assert "waits for a person's approval" in told(device)["reason"]
+    assert "waits for a person's approval" in promotion_of(device)["reason"]
     (proposal,) = proposals(params)
     assert (proposal.device, proposal.version) == (device, versions["b"])
-    promote(params, {device: Answer("999", True, "of another one")})
+    promote(params, {device: ApprovalAnswer("999", True, "another version")})
     assert alias(f"champion-{device}") is None
-    promote(params, {device: Answer(versions["b"], False, "too terse")})
+    promote(params, {device: ApprovalAnswer(versions["b"], False, "too terse")})
     assert alias(f"champion-{device}") is None
-    assert "too terse" in why(versions["b"], "refused", device)
+    assert "too terse" in reason_of(versions["b"], "refused", device)
     (proposal,) = proposals(params)
     assert proposal.version == versions["a"]  # the denied one is not proposed again
-    promote(params, {device: Answer(versions["a"], True, "fine")})
+    promote(params, {device: ApprovalAnswer(versions["a"], True, "fine")})
     assert alias(f"champion-{device}") == versions["a"]
-    assert why(versions["a"], "promoted", device).endswith("fine")
+    assert reason_of(versions["a"], "promoted", device).endswith("fine")
     promote(params)
     assert alias(f"champion-{device}") == versions["a"]
     assert proposals(params) == []
 
 
-def test_two_promotions_at_once_see_each_other(project, device, monkeypatch):
+def test_simultaneous_promotions_see_each_others_result(project, device, monkeypatch):
     versions, move = project.evaluate(EVEN), model_versions.move_champion
 
     def slowly(device, version):
@@ -310,12 +313,12 @@ def test_two_promotions_at_once_see_each_other(project, device, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    # Whoever came second has the first one before it; had both been alone, nobody had anyone.
+    # The second promotion sees the first champion; without the lock there would be no previous champion.
     assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
 
 
-def test_rollbacks_that_race_promotions_leave_one_champion_that_all_records_name(project, device):
-    """By hand on another machine, say, while a night's flow decides."""
+def test_simultaneous_rollbacks_and_promotions_leave_consistent_records(project, device):
+    """For example by hand on another machine while a scheduled flow decides."""
     versions, params = project.evaluate(EVEN), project.params(device)
     promote(project.params(device, prefer="size"))
     promote(params)
@@ -338,16 +341,16 @@ def test_rollbacks_that_race_promotions_leave_one_champion_that_all_records_name
     for thread in both:
         thread.join(240)
     assert errors == []
-    champion = told(device)["champion"]
+    champion = promotion_of(device)["champion"]
     assert versions[champion] == alias(f"champion-{device}")
     assert {alias(f"champion-{device}"), alias(f"previous-{device}")} == {versions["a"], versions["b"]}
     last = [change for change in outbox.read(Path()) if change["device"] == device][-1]
     assert (last["champion"], last["version"]) == (champion, versions[champion])
-    promote(params)  # what a person restored stays
-    assert told(device)["champion"] == champion
+    promote(params)  # the rollback holds
+    assert promotion_of(device)["champion"] == champion
 
 
-def test_a_registered_model_answers_through_mlflow_from_the_store_alone(project, opened, tmp_path):
+def test_a_registered_model_answers_through_mlflow_from_the_store_only(project, opened, tmp_path):
     import mlflow
 
     versions = project.evaluate(EVEN)

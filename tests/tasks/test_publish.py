@@ -1,4 +1,4 @@
-"""Publishing against a stand-in of the hub on loopback, which the real client talks to."""
+"""Publishing with the real client of the hub to a fake hub on loopback."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
 
 @pytest.fixture
 def champion(tmp_path, monkeypatch):
-    """A folder with a candidate, its compiled form and the bundle of phone-4gb, and the version that is champion."""
+    """The champion's version, in a folder with a candidate, its compiled model and the bundle of phone-4gb."""
     monkeypatch.chdir(tmp_path)
     model, compiled, bundle = layout.model("pocket"), layout.compiled("pocket", "gguf"), layout.BUNDLES / "phone-4gb"
     for folder in (model, compiled, bundle):
@@ -41,13 +41,13 @@ def champion(tmp_path, monkeypatch):
     tags = {"lilliput.candidate": "pocket", "lilliput.compiled.gguf_sha256": file_sha256(compiled / MANIFEST)}
     version = SimpleNamespace(version=7, tags=tags)
     monkeypatch.setattr(model_versions, "version_of", lambda alias: version if alias == "champion-phone-4gb" else None)
-    monkeypatch.setattr(model_versions, "tell", lambda number, said: tags.update(said))
+    monkeypatch.setattr(model_versions, "set_tags", lambda number, new: tags.update(new))
     return version
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What the hub's API answers to a commit of small files; `files` holds what was committed."""
+    """A fake of the hub's API for commits of small files; `files` holds the committed files."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     seen = SimpleNamespace(files={}, repositories=[], tokens=set(), refuse=False)
 
@@ -65,8 +65,8 @@ def hub(monkeypatch):
             if self.path == "/api/validate-yaml":
                 return {"errors": [], "warnings": []}
             if "/preupload/" in self.path:
-                asked = json.loads(body)["files"]
-                return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+                files = json.loads(body)["files"]
+                return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     seen.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -93,7 +93,7 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_what_the_hub_gets_is_the_bundle_with_a_card_and_verifies(champion, tiny_params, hub, tmp_path):
+def test_the_uploaded_bundle_has_a_card_and_verifies(champion, tiny_params, hub, tmp_path):
     publication = prepare(tiny_params, "phone-4gb")
     assert hub.files == {}  # preparing uploads nothing
     address = upload(publication, "org/pocket", "secret", private=True, endpoint=hub.address)
@@ -125,7 +125,7 @@ def test_an_altered_bundle_is_not_published(champion, tiny_params):
         prepare(tiny_params, "phone-4gb")
 
 
-def test_a_bundle_of_another_than_the_champion_is_not_published(champion, tiny_params):
+def test_a_bundle_of_another_model_than_the_champion_is_not_published(champion, tiny_params):
     champion.tags["lilliput.compiled.gguf_sha256"] = "0" * 64
     with pytest.raises(PublishError, match="not the champion"):
         prepare(tiny_params, "phone-4gb")
@@ -133,7 +133,7 @@ def test_a_bundle_of_another_than_the_champion_is_not_published(champion, tiny_p
         prepare(tiny_params, "laptop")
 
 
-def test_a_hub_that_refuses_is_told_as_such(champion, tiny_params, hub):
+def test_a_refusal_by_the_hub_is_reported(champion, tiny_params, hub):
     hub.refuse = True
     with pytest.raises(PublishError, match="org/pocket"):
         upload(prepare(tiny_params, "phone-4gb"), "org/pocket", "secret", private=True, endpoint=hub.address)

@@ -1,4 +1,4 @@
-"""What stands in a candidate's run in MLflow: names with units, in sections, without what says nothing in a chart."""
+"""The metrics of a candidate's run in MLflow: named with units, in sections, only values that a chart needs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MANIFEST = Manifest.model_construct(
 COST = {"seconds": 1.0, "cpu_seconds": 2.0, "peak_rss_bytes": 3, "resumed_from": 4}
 
 
-def test_a_candidates_numbers_come_in_sections_and_without_what_no_chart_needs():
-    numbers = run_metrics.of_candidate(MANIFEST, RECORD, COST)
+def test_candidate_metrics_have_sections_and_omit_values_that_no_chart_needs():
+    numbers = run_metrics.candidate_metrics(MANIFEST, RECORD, COST)
     assert numbers["accuracy_choice"] == 0.5
     assert (numbers["interval/accuracy_choice_low"], numbers["interval/accuracy_choice_high"]) == (0.4, 0.6)
     assert (numbers["ttft_ms_p50"], numbers["ttft_ms_p90"]) == (10.0, 20.0)
@@ -43,9 +43,9 @@ def test_a_candidates_numbers_come_in_sections_and_without_what_no_chart_needs()
     assert not any(name.rpartition("/")[2] in ("n", "p50", "value", "bits") for name in numbers)
 
 
-def test_what_devices_made_of_a_model_is_a_section_a_device():
+def test_each_device_is_a_section():
     run = {"fits": True, "threads": 1, "ttft_ms": TIMES, "energy_per_query_j": ESTIMATE, "context_tokens": 2048}
-    assert run_metrics.on_devices("gguf", {"devices": {"phone": run}}) == {
+    assert run_metrics.device_metrics("gguf", {"devices": {"phone": run}}) == {
         "gguf/phone/fits": 1.0,
         "gguf/phone/ttft_ms_p50": 10.0,
         "gguf/phone/ttft_ms_p90": 20.0,
@@ -56,7 +56,7 @@ def test_what_devices_made_of_a_model_is_a_section_a_device():
 def test_each_offloading_policy_is_a_section():
     figures = dict.fromkeys(run_metrics.OFFLOADING, ESTIMATE) | {"latency_ms": TIMES, "offloaded": 0.3}
     record = {"link": "wifi", "links": {"wifi": {"learned": figures}, "poor": {"learned": figures}}}
-    assert run_metrics.of_offloading("phone", record) == {
+    assert run_metrics.offloading_metrics("phone", record) == {
         "offload/phone/learned/accuracy": 0.5,
         "offload/phone/learned/hallucination_rate": 0.5,
         "offload/phone/learned/latency_ms_p50": 10.0,
@@ -65,11 +65,11 @@ def test_each_offloading_policy_is_a_section():
     }
 
 
-def test_the_saved_view_shows_metrics_that_runs_have():
+def test_the_saved_view_shows_existing_metrics():
     view = json.loads(mlflow_view.four_metrics_view())
     packing, _, packed = view["state"].partition(";")
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
-    numbers = run_metrics.of_candidate(MANIFEST, RECORD | {"energy_per_query_j": ESTIMATE}, COST)
+    numbers = run_metrics.candidate_metrics(MANIFEST, RECORD | {"energy_per_query_j": ESTIMATE}, COST)
     assert packing == "deflate"
     assert {column.split("`")[1] for column in state["selectedColumns"]} <= numbers.keys()
     charts = state["compareRunCharts"]

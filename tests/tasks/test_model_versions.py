@@ -1,20 +1,20 @@
-"""The joint with MLflow, on an embedded store."""
+"""Versions and aliases in an embedded store."""
 
 from __future__ import annotations
 
 import pytest
 
-from tasks.registry import creating, model_versions
+from tasks.registry import get_or_create, model_versions
 
-pytestmark = pytest.mark.filterwarnings("default")  # MLflow's store says much to itself
+pytestmark = pytest.mark.filterwarnings("default")  # MLflow emits warnings about its own code
 
 
-def test_the_model_is_made_once_and_aliases_of_devices_that_are_gone_are_taken_away(tmp_path, monkeypatch):
+def test_the_model_is_created_once_and_aliases_of_removed_devices_are_deleted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     client = model_versions.client()
     for _ in range(2):
-        creating.ensure_model(client)
+        get_or_create.ensure_model(client)
     versions = [client.create_model_version(model_versions.MODEL, source="file:///nowhere").version for _ in range(3)]
     for device, version in zip(("phone", "board"), versions, strict=False):
         model_versions.move_champion(device, str(version))

@@ -1,4 +1,4 @@
-"""Experiments, runs and versions in MLflow, each found or created, also if another process creates it meanwhile."""
+"""Finds or creates experiments, runs and versions in MLflow, also if another process creates them at the same time."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ EXPERIMENT = "lilliput"
 SEARCHES = "searches"
 EVALUATION_TAG = "lilliput.evaluation_sha256"
 DESCRIPTION_CHARS = 5000  # of a version: MLflow's column in a database other than SQLite
-RUN_TAG_CHARS = 8000  # of the value of a run's tag, which MLflow cuts or refuses beyond
+RUN_TAG_CHARS = 8000  # MLflow cuts or refuses a longer value of a run's tag
 _NOTES = {
-    EXPERIMENT: "One run a candidate of the compression graph: its evaluation, what making it cost, what devices made "
-    "of it. *Views > Four metrics* compares them; the tag `lilliput.run` says what was registered together. Energy is "
+    EXPERIMENT: "One run per candidate of the compression graph: its evaluation, cost, and measurements on devices. "
+    "*Views > Four metrics* compares them; runs registered together share the tag `lilliput.run`. Energy is "
     "an estimate unless `energy_source` names a counter. Champions: the registered model `lilliput`.",
-    SEARCHES: "One run a search of sequences of strategies, with a run a trial beneath it.",
+    SEARCHES: "One run per search of sequences of strategies, with a nested run per trial.",
 }
 _EXISTS, _MISSING = "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"
-_SAME_RUNS = 100  # as many processes may create the same run at the same time
+_MAX_DUPLICATES = 100  # processes that may create the same run at the same time
 
 
 def experiment_id(client: MlflowClient, name: str = EXPERIMENT) -> str:
-    """The id of the experiment, which is created if there is none, and restored if it was deleted."""
-    found = client.get_experiment_by_name(name) or _create_experiment(client, name)
-    if found.lifecycle_stage == LifecycleStage.DELETED:
-        _restore_experiment(client, found)
-    return found.experiment_id
+    """Returns the id of the experiment; creates it if it is missing and restores it if it was deleted."""
+    experiment = client.get_experiment_by_name(name) or _create_experiment(client, name)
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        _restore_experiment(client, experiment)
+    return experiment.experiment_id
 
 
 def _create_experiment(client: MlflowClient, name: str) -> Experiment:
     tags = {
-        "mlflow.experimentKind": "custom_model_development",  # else the UI opens on chat traces: there are none
+        "mlflow.experimentKind": "custom_model_development",  # otherwise the UI opens an empty page of chat traces
         "mlflow.note.content": _NOTES[name],
         **({VIEW_TAG: four_metrics_view()} if name == EXPERIMENT else {}),
     }
-    # Beside a SQLite file, so that they move together. A server knows where its artefacts go.
+    # Beside a SQLite file, so that they can be moved together. A server chooses its own location.
     database = sqlite_file(tracking_uri())
-    place = (database.parent / ARTIFACTS).as_uri() if database else None
+    location = (database.parent / ARTIFACTS).as_uri() if database else None
     try:
-        return client.get_experiment(client.create_experiment(name, artifact_location=place, tags=tags))
+        return client.get_experiment(client.create_experiment(name, artifact_location=location, tags=tags))
     except MlflowException as error:
         created = client.get_experiment_by_name(name) if error.error_code == _EXISTS else None
         if created is None:
@@ -64,16 +64,16 @@ def _restore_experiment(client: MlflowClient, experiment: Experiment) -> None:
     except MlflowException:
         if client.get_experiment(experiment.experiment_id).lifecycle_stage == LifecycleStage.DELETED:
             raise
-    _say(
+    _print_note(
         f"experiment {experiment.name} was deleted, and is restored with all of its runs (`mlflow gc` would remove it)"
     )
 
 
 def ensure_model(client: MlflowClient) -> None:
-    """Creates the registered model if there is none.
+    """Creates the registered model if it is missing.
 
     Raises:
-        RegistryError: something else in the registry has its name.
+        RegistryError: a prompt in the registry has its name.
     """
     if registered_model(client) is not None:
         return
@@ -91,9 +91,9 @@ def ensure_model(client: MlflowClient) -> None:
 
 
 def registered_model(client: MlflowClient) -> RegisteredModel | None:
-    """The registered model, if any. By a search: to get it by name, MLflow reads all versions to find the latest."""
-    found = client.search_registered_models(f"name = '{MODEL}'", max_results=1)
-    return found[0] if found else None
+    """Returns the registered model, or None. A search avoids that MLflow reads all versions to find the latest."""
+    models = client.search_registered_models(f"name = '{MODEL}'", max_results=1)
+    return models[0] if models else None
 
 
 def find_or_create_run(
@@ -103,44 +103,44 @@ def find_or_create_run(
     identity: Mapping[str, str],
     tags: Mapping[str, str] | None = None,
 ) -> Run:
-    """The run whose tags hold `identity`, created with these and `tags` if there is none.
+    """Returns the run whose tags contain `identity`; creates it with these and `tags` if it is missing.
 
-    MLflow allows a second one at the same time: then all take the oldest and delete their own. If clocks or the order
-    of requests leave two, `create_version` deletes the second one.
+    If several processes create it at the same time, each returns the oldest run and deletes its own. If clocks or the
+    order of requests leave two, `create_version` deletes the second.
     """
-    if known := _runs(client, experiment, identity):
-        return known[0]
+    if existing := _find_runs(client, experiment, identity):
+        return existing[0]
     created = client.create_run(experiment, run_name=name, tags={**identity, **(tags or {})})
-    first = next(iter(_runs(client, experiment, identity)), created)
+    first = next(iter(_find_runs(client, experiment, identity)), created)
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)
     return first
 
 
-def _runs(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> list[Run]:
-    """The runs with `identity`, the oldest first."""
-    wanted = " and ".join(f"tags.`{key}` = '{text}'" for key, text in identity.items())
-    found = client.search_runs([experiment], wanted, max_results=_SAME_RUNS)
-    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+def _find_runs(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> list[Run]:
+    """Returns the runs whose tags contain `identity`, the oldest first."""
+    query = " and ".join(f"tags.`{key}` = '{text}'" for key, text in identity.items())
+    runs = client.search_runs([experiment], query, max_results=_MAX_DUPLICATES)
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
 def find_version(client: MlflowClient, evaluation_sha256: str) -> str | None:
-    """The first version registered for exactly this evaluation whose run exists; None if there is none."""
-    found = client.search_model_versions(f"name = '{MODEL}' and tags.`{EVALUATION_TAG}` = '{evaluation_sha256}'")
-    numbers = sorted((int(version.version), version.run_id) for version in found)
-    return next((str(number) for number, run_id in numbers if run_id and _run(client, run_id)), None)
+    """Returns the first version of exactly this evaluation whose run exists; None if there is none."""
+    versions = client.search_model_versions(f"name = '{MODEL}' and tags.`{EVALUATION_TAG}` = '{evaluation_sha256}'")
+    numbers = sorted((int(version.version), version.run_id) for version in versions)
+    return next((str(number) for number, run_id in numbers if run_id and _find_run(client, run_id)), None)
 
 
 def create_version(client: MlflowClient, evaluation_sha256: str, **settings: Any) -> str:
-    """Creates a version for an evaluation; where another process did so at the same time, the first one is returned.
+    """Creates a version for an evaluation; returns the first one if another process created it at the same time.
 
     Args:
         client: of the store.
-        evaluation_sha256: of the evaluation's record; becomes a tag.
+        evaluation_sha256: digest of the evaluation's record; becomes a tag.
         settings: `source`, `run_id`, `tags` and `description` of `MlflowClient.create_model_version`.
     """
     tags = {**settings.pop("tags"), EVALUATION_TAG: evaluation_sha256}
-    description = shortened(settings.pop("description"))
+    description = truncate(settings.pop("description"))
     created = client.create_model_version(MODEL, tags=tags, description=description, **settings)
     first = find_version(client, evaluation_sha256) or str(created.version)
     if first != str(created.version):
@@ -150,32 +150,32 @@ def create_version(client: MlflowClient, evaluation_sha256: str, **settings: Any
     return first
 
 
-def shortened(text: str, most: int = DESCRIPTION_CHARS) -> str:
-    """`text`, cut to `most` characters, with an ellipsis where it was cut."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def truncate(text: str, max_chars: int = DESCRIPTION_CHARS) -> str:
+    """Returns `text`, cut to `max_chars` characters with an ellipsis if it is longer."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
 
 
-def run_of(client: MlflowClient, version: str) -> str:
-    """The id of the run of `version`, which is restored if it was deleted.
+def active_run_id(client: MlflowClient, version: str) -> str:
+    """Returns the id of the run of `version`; restores the run if it was deleted.
 
     Raises:
-        RegistryError: the run was removed for good.
+        RegistryError: the run was removed permanently.
     """
     run_id = client.get_model_version(MODEL, version).run_id
-    run = _run(client, run_id) if run_id else None
+    run = _find_run(client, run_id) if run_id else None
     if run is None:
         raise RegistryError(
-            f"MLflow at {tracking_uri()} has no run for version {version} of {MODEL}: it was removed for good. "
+            f"MLflow at {tracking_uri()} has no run for version {version} of {MODEL}: it was removed permanently. "
             "`dvc repro -f -s register promote` registers the candidate again"
         )
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
         client.restore_run(run.info.run_id)
-        _say(f"the run of version {version} of {MODEL} was deleted, and is restored")
+        _print_note(f"the run of version {version} of {MODEL} was deleted, and is restored")
     return run.info.run_id
 
 
-def _run(client: MlflowClient, run_id: str) -> Run | None:
-    """The run, deleted or not; None if it was removed for good."""
+def _find_run(client: MlflowClient, run_id: str) -> Run | None:
+    """Returns the run, deleted or not; None if it was removed permanently."""
     try:
         return client.get_run(run_id)
     except MlflowException as error:
@@ -184,5 +184,5 @@ def _run(client: MlflowClient, run_id: str) -> Run | None:
         return None
 
 
-def _say(message: str) -> None:
+def _print_note(message: str) -> None:
     print(f"MLflow at {tracking_uri()}: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Whose turn it is on a machine: trainings that share it hold it together, whatever measures holds it alone."""
+"""The machine lock: trainings may share it, stages that measure hold it exclusively."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tasks.process.machine_lock import machine_for
+from tasks.process.machine_lock import machine_lock
 
 
 @pytest.fixture
@@ -19,17 +19,17 @@ def machine(tmp_path, monkeypatch):
     return monkeypatch
 
 
-def asked(stage: str, terminal: io.StringIO) -> Future:
-    """Another process's turn, given back as soon as it has it."""
+def lock_once(stage: str, terminal: io.StringIO) -> Future:
+    """Acquires and releases the lock in another thread, like another process."""
 
     def turn() -> None:
-        with machine_for(stage, terminal):
+        with machine_lock(stage, terminal):
             pass
 
     return ThreadPoolExecutor(1).submit(turn)
 
 
-def until_told(text: str, terminal: io.StringIO) -> None:
+def wait_for_output(text: str, terminal: io.StringIO) -> None:
     deadline = time.monotonic() + 60
     while text not in terminal.getvalue():
         assert time.monotonic() < deadline
@@ -48,15 +48,15 @@ def until_told(text: str, terminal: io.StringIO) -> None:
         ("1", "compress@a", "evaluate@b", False),
     ],
 )
-def test_who_waits_for_whom(machine, share, holder, other, waits):
+def test_which_stage_waits_for_which(machine, share, holder, other, waits):
     if share:
         machine.setenv("LILLIPUT_SHARE_MACHINE", share)
     terminal = io.StringIO()
     with ExitStack() as held:
-        held.enter_context(machine_for(holder, terminal))
-        turn = asked(other, terminal)
+        held.enter_context(machine_lock(holder, terminal))
+        turn = lock_once(other, terminal)
         if waits:
-            until_told(f"{other}: waiting", terminal)
+            wait_for_output(f"{other}: waiting", terminal)
             assert not turn.done()
         else:
             turn.result(60)
@@ -65,12 +65,12 @@ def test_who_waits_for_whom(machine, share, holder, other, waits):
     assert ("waiting" in terminal.getvalue()) == waits
 
 
-def test_a_default_run_waits_for_those_that_share(machine):
+def test_an_exclusive_run_waits_for_shared_trainings(machine):
     machine.setenv("LILLIPUT_SHARE_MACHINE", "trainings")
     terminal = io.StringIO()
-    with machine_for("compress@a", terminal):
+    with machine_lock("compress@a", terminal):
         machine.delenv("LILLIPUT_SHARE_MACHINE")
-        turn = asked("compress@b", terminal)
-        until_told("compress@b: waiting", terminal)
+        turn = lock_once("compress@b", terminal)
+        wait_for_output("compress@b: waiting", terminal)
         assert not turn.done()
     turn.result(60)

@@ -1,4 +1,4 @@
-"""Experiments, models, runs and versions: created once by several processes, and found again after a deletion."""
+"""Experiments, models, runs and versions are created once by several processes, and restored after a deletion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lilliput.errors import RegistryError
 from lilliput.runtime.torch import TorchRuntime
 from tasks import layout
 from tasks.promote import promote
-from tasks.registry import creating, model_versions
+from tasks.registry import get_or_create, model_versions
 from tests.tasks.test_promotion import EVEN, Project
 
 # MLflow, SQLAlchemy and pandas emit warnings about their own code.
@@ -33,19 +33,19 @@ START_S = 120
 REGISTER = """
 import json, sys, time
 from pathlib import Path
-from tasks.registry import creating
+from tasks.registry import get_or_create
 from tasks.registry import model_folder
 from tasks.registry import model_versions
 Path(f"ready-{sys.argv[1]}").touch()
 while not Path("go").exists():
     time.sleep(0.01)
 client = model_versions.client()
-creating.ensure_model(client)
-experiment = creating.experiment_id(client)
-run_id = creating.find_or_create_run(client, experiment, "base", {creating.EVALUATION_TAG: "e"}).info.run_id
+get_or_create.ensure_model(client)
+experiment = get_or_create.experiment_id(client)
+run_id = get_or_create.find_or_create_run(client, experiment, "base", {get_or_create.EVALUATION_TAG: "e"}).info.run_id
 source = model_folder.model_uri(client, run_id)
-version = creating.create_version(client, "e", source=source, run_id=run_id, tags={}, description="")
-print(json.dumps([experiment, version, creating.run_of(client, version)]))
+version = get_or_create.create_version(client, "e", source=source, run_id=run_id, tags={}, description="")
+print(json.dumps([experiment, version, get_or_create.active_run_id(client, version)]))
 """
 
 
@@ -65,7 +65,7 @@ def project(tiny_params, checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of a tracking server whose artefacts go through it, as those of scripts/services.py do."""
+    """Yields the address of a tracking server that proxies artefacts, as in scripts/services.py."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +78,7 @@ def server(tmp_path_factory):
         process = subprocess.Popen(command, cwd=folder, env=settings, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + START_S
-        while not _is_well(f"http://127.0.0.1:{port}/health"):
+        while not _is_healthy(f"http://127.0.0.1:{port}/health"):
             assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
@@ -87,14 +87,14 @@ def server(tmp_path_factory):
         process.wait(60)
 
 
-def _is_well(address):
+def _is_healthy(address):
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(address).is_success
     return False
 
 
 def _register_at_once(folder: Path, address: str) -> tuple[MlflowClient, str, str]:
-    """Several processes register the same evaluation; they get the same experiment, version and run."""
+    """Registers one evaluation in several processes, and checks that they get the same experiment, version and run."""
     settings = os.environ | {"MLFLOW_TRACKING_URI": address, "PYTHONPATH": str(PROJECT)}
     commands = [[sys.executable, "-W", "ignore", "-c", REGISTER, str(number)] for number in range(AT_ONCE)]
     running = [
@@ -115,23 +115,23 @@ def _register_at_once(folder: Path, address: str) -> tuple[MlflowClient, str, st
     return client, experiment, run_id
 
 
-def test_first_registrations_at_the_same_time_agree_in_a_database(tmp_path):
+def test_simultaneous_first_registrations_agree_in_a_database(tmp_path):
     client, experiment, run_id = _register_at_once(tmp_path, f"sqlite:///{tmp_path}/shared/mlflow.db")
     assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
 
 
 @pytest.mark.night
-def test_first_registrations_at_the_same_time_agree_on_a_server(tmp_path, server):
+def test_simultaneous_first_registrations_agree_on_a_server(tmp_path, server):
     client, experiment, run_id = _register_at_once(tmp_path, server)
     assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
     client.delete_experiment(experiment)
-    for left in [tmp_path / "go", *tmp_path.glob("ready-*")]:
-        left.unlink()
-    assert _register_at_once(tmp_path, server)[1:] == (experiment, run_id)  # restored by all of them, created by none
+    for path in [tmp_path / "go", *tmp_path.glob("ready-*")]:
+        path.unlink()
+    assert _register_at_once(tmp_path, server)[1:] == (experiment, run_id)  # restored, not created again
 
 
-class Overtaken:
-    """A client whose `create_…` calls come second: another process has made the same call just before."""
+class RacingClient:
+    """A client whose `create_…` calls come second, as if another process had just made the same call."""
 
     def __init__(self, client):
         self._client = client
@@ -148,13 +148,15 @@ class Overtaken:
         return twice
 
 
-def test_what_another_process_has_created_meanwhile_is_taken(client):
-    overtaken = Overtaken(client)
-    creating.ensure_model(overtaken)
-    experiment = creating.experiment_id(overtaken)
-    run_id = creating.find_or_create_run(overtaken, experiment, "base", {creating.EVALUATION_TAG: "e"}).info.run_id
+def test_objects_created_by_another_process_meanwhile_are_used(client):
+    racing = RacingClient(client)
+    get_or_create.ensure_model(racing)
+    experiment = get_or_create.experiment_id(racing)
+    run_id = get_or_create.find_or_create_run(
+        racing, experiment, "base", {get_or_create.EVALUATION_TAG: "e"}
+    ).info.run_id
     settings = {"source": "file:///nowhere", "run_id": run_id, "tags": {}, "description": ""}
-    assert creating.create_version(overtaken, "e", **settings) == "1"
+    assert get_or_create.create_version(racing, "e", **settings) == "1"
     assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
     assert [int(version.version) for version in client.search_model_versions("name = 'lilliput'")] == [1]
 
@@ -162,47 +164,49 @@ def test_what_another_process_has_created_meanwhile_is_taken(client):
 def test_a_prompt_with_the_models_name_is_one_clear_error(client):
     client.register_prompt("lilliput", "a template")
     with pytest.raises(RegistryError, match="has a prompt with the name lilliput"):
-        creating.ensure_model(client)
+        get_or_create.ensure_model(client)
 
 
-def test_a_deleted_experiment_is_restored_and_said_to_be(client, capsys):
-    experiment = creating.experiment_id(client)
-    run_id = creating.find_or_create_run(client, experiment, "base", {"key": "value"}).info.run_id
+def test_a_deleted_experiment_is_restored_with_a_note(client, capsys):
+    experiment = get_or_create.experiment_id(client)
+    run_id = get_or_create.find_or_create_run(client, experiment, "base", {"key": "value"}).info.run_id
     client.delete_experiment(experiment)
-    assert creating.experiment_id(client) == experiment
-    assert creating.find_or_create_run(client, experiment, "base", {"key": "value"}).info.run_id == run_id
+    assert get_or_create.experiment_id(client) == experiment
+    assert get_or_create.find_or_create_run(client, experiment, "base", {"key": "value"}).info.run_id == run_id
     assert "experiment lilliput was deleted, and is restored" in capsys.readouterr().err
 
 
-def test_registering_goes_on_after_anything_was_deleted(project, capsys):
+def test_registration_works_after_any_deletion(project, capsys):
     client, versions = model_versions.client(), project.evaluate(EVEN)
     (experiment,) = client.search_experiments(filter_string="name = 'lilliput'")
-    run_of = {name: creating.run_of(client, version) for name, version in versions.items()}
+    run_of = {name: get_or_create.active_run_id(client, version) for name, version in versions.items()}
     client.delete_experiment(experiment.experiment_id)
     assert project.evaluate(EVEN) == versions
     client.delete_run(run_of["a"])
     client.delete_model_version("lilliput", versions["b"])
     again = project.evaluate(EVEN)
     assert (again["base"], again["a"]) == (versions["base"], versions["a"])
-    assert creating.run_of(client, again["b"]) == run_of["b"] and again["b"] != versions["b"]
+    assert get_or_create.active_run_id(client, again["b"]) == run_of["b"] and again["b"] != versions["b"]
     assert f"the run of version {versions['a']} of lilliput was deleted, and is restored" in capsys.readouterr().err
     client.delete_registered_model("lilliput")
-    assert {name: creating.run_of(client, version) for name, version in project.evaluate(EVEN).items()} == run_of
+    assert {
+        name: get_or_create.active_run_id(client, version) for name, version in project.evaluate(EVEN).items()
+    } == run_of
 
 
-def test_a_run_that_was_removed_for_good_is_logged_anew(project):
+def test_a_permanently_removed_run_is_logged_again(project):
     client, versions = model_versions.client(), project.evaluate(EVEN)
-    run_id = creating.run_of(client, versions["a"])
+    run_id = get_or_create.active_run_id(client, versions["a"])
     client.delete_run(run_id)
     client._tracking_client.store._hard_delete_run(run_id)  # as `mlflow gc` does
-    with pytest.raises(RegistryError, match=r"removed for good\. `dvc repro -f -s register promote`"):
-        creating.run_of(client, versions["a"])
+    with pytest.raises(RegistryError, match=r"removed permanently\. `dvc repro -f -s register promote`"):
+        get_or_create.active_run_id(client, versions["a"])
     again = project.evaluate(EVEN)
     assert again["a"] != versions["a"] and again["b"] == versions["b"]
-    assert client.get_run(creating.run_of(client, again["a"])).data.metrics["accuracy_choice"] == 0.6
+    assert client.get_run(get_or_create.active_run_id(client, again["a"])).data.metrics["accuracy_choice"] == 0.6
 
 
-def test_a_promotion_of_deleted_versions_says_what_to_do(project):
+def test_a_promotion_of_deleted_versions_names_the_remedy(project):
     client = model_versions.client()
     project.evaluate(EVEN)
     client.delete_registered_model("lilliput")
@@ -212,22 +216,22 @@ def test_a_promotion_of_deleted_versions_says_what_to_do(project):
     promote(project.params("laptop"))
 
 
-def test_long_and_many_values_are_kept_within_mlflows_limits(client, monkeypatch):
+def test_long_and_many_values_respect_the_limits_of_mlflow(client, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
-    creating.ensure_model(client)
-    run_id = client.create_run(creating.experiment_id(client)).info.run_id
+    get_or_create.ensure_model(client)
+    run_id = client.create_run(get_or_create.experiment_id(client)).info.run_id
     params = {f"key-{number}": "v" * 7000 for number in range(130)}
     model_versions.log_run(client, run_id, params, {"loss": 0.5}, {"loss": [(1, 0.5)] * 1500}, {})
     logged = client.get_run(run_id).data
     assert len(logged.params) == 130
     assert {len(value) for value in logged.params.values()} == {6000}
     settings = {"source": "file:///nowhere", "run_id": run_id, "tags": {}}
-    version = creating.create_version(client, "e", description="d" * 6000, **settings)
+    version = get_or_create.create_version(client, "e", description="d" * 6000, **settings)
     assert len(client.get_model_version("lilliput", version).description) == 5000
 
 
 @pytest.mark.night
-def test_another_machine_opens_the_champion_from_the_server_alone(project, server, opened, tmp_path, monkeypatch):
+def test_another_machine_opens_the_champion_from_the_server_only(project, server, opened, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     home = Path.cwd()
     project.evaluate(EVEN | {"base": 150})
