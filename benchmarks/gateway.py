@@ -1,10 +1,10 @@
-"""What the gateway adds to the bare runtime, beside litellm's proxy; what a cache hit and a routing decision take.
+"""Latency of the gateway over the bare runtime, compared with litellm's proxy; of a cache hit and of a decision.
 
 python -m flows.deploy phone-4gb && python -m benchmarks.gateway deployments/phone-4gb
 
-Client, gateway, llama.cpp's server and litellm's proxy are processes of their own, connections are kept, and the ways
-take turns on the same questions, one at a time, so that a busy machine disturbs all alike: compared is the difference
-of each pair. The gateway serves as `python -m lilliput.serve` does; only its router sends everything to the device.
+Client, gateway, llama.cpp's server and litellm's proxy are separate processes with kept-alive connections. They take
+turns on the same questions, one request at a time, so that other load affects all equally; the result is the difference
+of each pair. The gateway serves as `python -m lilliput.serve` does, except that its router always selects the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import httpx
 import typer
 
 from benchmarks.record import Row, SideFailed, own_versions, python_of, versions_of
-from lilliput.offload.policy import Always, Conditions
+from lilliput.offload.policy import Conditions, FixedRouter
 from lilliput.serve.deployment import read_current
 from lilliput.serve.factory import open_service
 
@@ -40,9 +40,9 @@ model_list:
     litellm_params: {{model: openai/device, api_base: "{bare}/v1", api_key: "{bare_key}"}}
 general_settings: {{master_key: {key}}}
 """
-WHOLE_TOKENS = 256  # an answer that is cut off is not cached
-KEY = f"sk-{secrets.token_hex(24)}"  # litellm will not start without; the gateway ignores it
-_KEYS: dict[str, str] = {}  # of the bare runtime, by address
+WHOLE_TOKENS = 256  # a truncated answer is not cached
+KEY = f"sk-{secrets.token_hex(24)}"  # litellm requires one; the gateway ignores it
+_KEYS: dict[str, str] = {}  # API keys of the bare runtime, by address
 Mode = Literal["bare", "cached"]
 
 
@@ -51,7 +51,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="questions of each kind")] = 100,
     serve: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Writes results/gateway.json: milliseconds at p50 and p90 of each."""
+    """Writes results/gateway.json: milliseconds at p10, p50 and p90 of each."""
     if serve:
         return _serve(folder, serve)
     row = Row(
@@ -64,46 +64,51 @@ def main(
     with _gateway(folder, "cached") as (url, _, _), httpx.Client(timeout=60, trust_env=False) as client:
         _hits(row, client, url, rounds)
     _decisions(row, folder, rounds)
-    found = {name: facts["p50_ms"] for name, facts in row.sides.items()}
-    reached = (
-        f"{found['gateway, added']:.1f} ms added (litellm's proxy "
-        + (f"{found['litellm, added']:.1f}" if "litellm, added" in found else "not run")
-        + f"), {found['hit, same wording']:.1f} ms a hit, {found['hit, other wording']:.1f} ms by another wording with "
-        f"its embedding, {found['decision, embedded already']:.2f} ms a decision"
+    p50_ms = {name: facts["p50_ms"] for name, facts in row.sides.items()}
+    summary = (
+        f"{p50_ms['gateway, added']:.1f} ms added (litellm's proxy "
+        + (f"{p50_ms['litellm, added']:.1f}" if "litellm, added" in p50_ms else "not run")
+        + f"), {p50_ms['hit, same wording']:.1f} ms a hit, {p50_ms['hit, other wording']:.1f} ms by another wording "
+        f"with its embedding, {p50_ms['decision, embedded already']:.2f} ms a decision"
     )
     met = (
-        found["gateway, added"] <= 3 and found["hit, other wording"] <= 15 and found["decision, embedded already"] <= 2
+        p50_ms["gateway, added"] <= 3
+        and p50_ms["hit, other wording"] <= 15
+        and p50_ms["decision, embedded already"] <= 2
     )
-    row.write(reached, met, versions=own_versions("uvicorn", "fastapi", "aiohttp", "xllamacpp"))
+    row.write(summary, met, versions=own_versions("uvicorn", "fastapi", "aiohttp", "xllamacpp"))
 
 
-def _overhead(row: Row, client: httpx.Client, ways: dict[str, str], system: dict[str, str], rounds: int) -> None:
+def _overhead(row: Row, client: httpx.Client, urls: dict[str, str], system: dict[str, str], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with _litellm(ways["bare"], Path(scratch)) as proxy:
-                _pairs(row, client, ways | {"litellm": proxy}, system, rounds)
+            with _litellm(urls["bare"], Path(scratch)) as proxy:
+                _pairs(row, client, urls | {"litellm": proxy}, system, rounds)
         except SideFailed as failed:
             row.absent("litellm", str(failed))
-            _pairs(row, client, ways, system, rounds)
+            _pairs(row, client, urls, system, rounds)
 
 
-def _pairs(row: Row, client: httpx.Client, ways: dict[str, str], system: dict[str, str], rounds: int) -> None:
-    for url in ways.values():
+def _pairs(row: Row, client: httpx.Client, urls: dict[str, str], system: dict[str, str], rounds: int) -> None:
+    for url in urls.values():
         for place in PLACES[:3]:
             _ask(client, url, QUESTION.format(place), system)
-    told: dict[str, list[float]] = {name: [] for name in ways}
+    seconds_by_name: dict[str, list[float]] = {name: [] for name in urls}
     for number in range(rounds):
         question = QUESTION.format(PLACES[number % len(PLACES)])
-        _ask(client, ways["bare"], question, system)  # the first has the prompt computed, which all others reuse
-        names = list(ways)
+        _ask(client, urls["bare"], question, system)  # fills the prompt cache for the measured requests
+        names = list(urls)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            told[name].append(_seconds(partial(_ask, client, ways[name], question, system)))
-    for name, seconds in told.items():
+            seconds_by_name[name].append(_seconds(partial(_ask, client, urls[name], question, system)))
+    for name, seconds in seconds_by_name.items():
         _add(row, name, seconds)
         if name != "bare":
             versions = versions_of("litellm", ("litellm",)) if name == "litellm" else {}
             _add(
-                row, f"{name}, added", [own - bare for own, bare in zip(seconds, told["bare"], strict=True)], **versions
+                row,
+                f"{name}, added",
+                [value - bare for value, bare in zip(seconds, seconds_by_name["bare"], strict=True)],
+                **versions,
             )
 
 
@@ -111,7 +116,7 @@ def _hits(row: Row, client: httpx.Client, url: str, rounds: int) -> None:
     for place in PLACES:
         _ask(client, url, QUESTION.format(place), max_tokens=WHOLE_TOKENS)
     _add(row, "hit, same wording", [_cached(client, url, QUESTION.format(PLACES[n % 10])) for n in range(rounds)])
-    # Wordings that nobody has embedded yet.
+    # Wordings without a cached embedding.
     wordings = [REWORDED.format(PLACES[n % 10], "very " * (n // 10)) for n in range(min(rounds, 50))]
     _add(row, "hit, other wording", [_cached(client, url, wording) for wording in wordings])
 
@@ -121,15 +126,15 @@ def _decisions(row: Row, folder: Path, rounds: int) -> None:
     assert deployment is not None
     import torch
 
-    torch.set_num_threads(1)  # as the gateway's own process
+    torch.set_num_threads(1)  # as in the gateway's process
     service = open_service(deployment, folder)
     try:
-        conditions = Conditions(service.setting.link)
+        conditions = Conditions(service.info.link)
         questions = [f"{QUESTION.format(PLACES[n % 10])} {n}" for n in range(rounds)]
 
         def decide(question: str) -> None:
-            if service.router.before(question, conditions) is None:
-                service.router.after(question, [-0.1, -0.5, -0.01], conditions)
+            if service.router.route_question(question, conditions) is None:
+                service.router.route_answer(question, [-0.1, -0.5, -0.01], conditions)
 
         decide("What else?")
         _add(row, "decision, embedding included", [_seconds(partial(decide, question)) for question in questions])
@@ -139,7 +144,7 @@ def _decisions(row: Row, folder: Path, rounds: int) -> None:
 
 
 def _serve(folder: Path, mode: str) -> None:
-    """The gateway's process: says where it and the runtime behind it are, and serves until its input ends."""
+    """The gateway's process: prints the addresses of gateway and runtime, then serves until its standard input ends."""
     import asyncio
 
     import uvicorn
@@ -152,11 +157,11 @@ def _serve(folder: Path, mode: str) -> None:
         raise typer.BadParameter(f"{folder}: nothing is deployed here")
     service = open_service(deployment, folder)
     cache = service.cache if mode == "cached" else None
-    if cache is not None:  # of this trial's questions alone, and every wording near enough
+    if cache is not None:  # only answers of this run, and a threshold that every rewording reaches
         cache._version, cache._threshold = f"benchmark/{time.time_ns()}", 0.5
-    # Named as litellm's configuration names it; a gateway answers only for its own model.
+    # The model name of litellm's configuration: a gateway rejects other names.
     model = replace(service.model, name="device")
-    service = replace(service, router=Always("device"), cache=cache, model=model)
+    service = replace(service, router=FixedRouter("device"), cache=cache, model=model)
     key = service.device._headers["Authorization"].removeprefix("Bearer ")
     bare = str(service.device._chat).removesuffix("/v1/chat/completions")
     server = uvicorn.Server(
@@ -183,12 +188,12 @@ def _gateway(folder: Path, mode: Mode) -> Iterator[tuple[str, str, dict[str, str
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},  # as `lilliput.serve` has it
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},  # as in `lilliput.serve`
     ) as process:
         assert process.stdout and process.stdin
-        told = json.loads(next(line for line in process.stdout if line.startswith("{")))
-        _KEYS[told["bare"]] = told["key"]
-        yield told["url"], told["bare"], {"role": "system", "content": told["system"]}
+        message = json.loads(next(line for line in process.stdout if line.startswith("{")))
+        _KEYS[message["bare"]] = message["key"]
+        yield message["url"], message["bare"], {"role": "system", "content": message["system"]}
         process.stdin.close()
         process.wait(60)
 
@@ -217,16 +222,16 @@ def _litellm(bare: str, scratch: Path) -> Iterator[str]:
     ):
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
         try:
-            while not _lives(url):
+            while not _is_up(url):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SideFailed("its proxy did not start in two minutes")
+                    raise SideFailed("the proxy did not start within two minutes")
                 time.sleep(0.5)
             yield url
         finally:
             process.terminate()
 
 
-def _lives(url: str) -> bool:
+def _is_up(url: str) -> bool:
     with suppress(httpx.HTTPError):
         return httpx.get(f"{url}/health/liveliness", timeout=5, trust_env=False).status_code == 200
     return False

@@ -1,14 +1,14 @@
-"""Who should answer: the learned router against chance, confidence, RouteLLM's factorisation and the oracle.
+"""Routing quality: the learned router against chance, confidence, RouteLLM's factorisation and the oracle.
 
 python -m benchmarks.routing phone-4gb       # after the stage offload@phone-4gb
 
-All rank the same questions, which device and edge server both answered; what is fitted is fitted on the other folds.
-The area is that between the curve over the share offloaded and chance, as a share of the oracle's (akin to APGR).
+All rank the same questions, which both device and edge server answered. Fits use the other folds. The score is the area
+between the curve over the offloaded share and chance, divided by the oracle's (similar to APGR).
 
-RouteLLM's package is not run: it embeds through OpenAI's API. What stands here under its name is a re-implementation of
-its matrix factorisation (arXiv 2406.18665) on the same pairs and the same sentence embeddings as ours: p(server better)
-= σ(w · ((v_server − v_device) ∘ W x)), cross-entropy, Adam at 3e-4 with weight decay 1e-5, batches of 64, 128
-dimensions. There are few pairs, so it gets many epochs, of which the best by questions set aside is kept.
+RouteLLM's package is not run, because it embeds through OpenAI's API. This file re-implements its matrix factorisation
+(arXiv 2406.18665) on the same pairs and sentence embeddings: p(server better) = σ(w · ((v_server − v_device) ∘ W x)),
+cross-entropy, Adam at 3e-4 with weight decay 1e-5, batches of 64, 128 dimensions. There are few pairs, so it trains for
+many epochs and keeps the best one on validation questions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from benchmarks.record import Row, own_versions
 from lilliput.embedding.sentence_embedder import open_embedder
 from lilliput.offload.fit import cross_fit, features, folds_of, held_out_worth
-from lilliput.offload.judge import _sure, areas
+from lilliput.offload.judge import areas, device_confidence
 from lilliput.offload.outcomes import Outcomes
 from lilliput.params import load_params
 from lilliput.wheels import default_cache
@@ -34,7 +34,7 @@ EPOCHS, BATCH, DIMENSIONS, VALIDATION = 170, 64, 128, 0.15
 
 
 class Factorisation(torch.nn.Module):
-    """Two models' vectors and a projection of the question; logits that the server answers better."""
+    """Two model vectors and a projection of the question; gives the logit that the server answers better."""
 
     def __init__(self, dimensions: int) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ class Factorisation(torch.nn.Module):
         self.weigh = torch.nn.Linear(DIMENSIONS, 1, bias=False)
 
     def forward(self, questions: torch.Tensor) -> torch.Tensor:
-        """Of unit vectors (questions, dimensions), float32 (questions,)."""
+        """Logits, float32 of shape (questions,), for unit vectors of shape (questions, dimensions)."""
         device, server = torch.nn.functional.normalize(self.models.weight, dim=-1)
         return self.weigh((server - device) * self.project(questions))[:, 0]
 
 
 def main(
     device: Annotated[str, typer.Argument(help="a name under `serving`")] = "phone-4gb",
-    project: Annotated[Path, typer.Option(help="where the stage's answers lie")] = Path(),
-    seeds: Annotated[int, typer.Option(help="of the folds and of RouteLLM's beginnings")] = 5,
+    project: Annotated[Path, typer.Option(help="folder with the stage's answers")] = Path(),
+    seeds: Annotated[int, typer.Option(help="number of seeds for folds and RouteLLM's initial weights")] = 5,
 ) -> None:
     """Writes results/routing.json."""
     row = Row("routing", "Routing: area under accuracy and cost, share of the oracle's", "nearest to the oracle")
@@ -59,29 +59,29 @@ def main(
     serving = params.serving[device]
     lines = (project / "offload" / device / "answers.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines]
-    outcomes = Outcomes.of(answers)
+    outcomes = Outcomes.from_rows(answers)
     vectors = open_embedder(params.caching.embedder, default_cache()).embed([answer["question"] for answer in answers])
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in ("learned, before", "learned, after", "routellm mf")}
     for seed in range(seeds):
         folds = folds_of(answers, serving.offload.folds, serving.offload.seed + seed)
         for look in ("before", "after"):
-            known = features(answers, vectors, look)
-            fitted = cross_fit(known, outcomes, folds, vectors.shape[1])
-            drawn[f"learned, {look}"].append(held_out_worth(known, fitted, folds))
+            x = features(answers, vectors, look)
+            fitted = cross_fit(x, outcomes, folds, vectors.shape[1])
+            drawn[f"learned, {look}"].append(held_out_worth(x, fitted, folds))
         drawn["routellm mf"].append(_factorised(vectors, outcomes.gain > 0.0, folds, seed))
-    fixed = {"threshold": [-_sure(answers)], "oracle": [outcomes.gain]}
+    fixed = {"threshold": [-device_confidence(answers)], "oracle": [outcomes.gain]}
     for name, scores in (drawn | fixed).items():
-        found = [areas(score, outcomes, params.evaluation.seed, params.evaluation.resamples) for score in scores]
+        draws = [areas(score, outcomes, params.evaluation.seed, params.evaluation.resamples) for score in scores]
         row.add(
             name,
             **{
                 metric: {
-                    "mean": float(np.mean([one[metric]["value"] for one in found])),
-                    "fold_draws": [round(one[metric]["value"], 4) for one in found],
-                    "interval_of_first": [found[0][metric]["low"], found[0][metric]["high"]],
-                    "n": found[0][metric]["n"],
+                    "mean": float(np.mean([one[metric]["value"] for one in draws])),
+                    "fold_draws": [round(one[metric]["value"], 4) for one in draws],
+                    "interval_of_first": [draws[0][metric]["low"], draws[0][metric]["high"]],
+                    "n": draws[0][metric]["n"],
                 }
-                for metric in found[0]
+                for metric in draws[0]
             },
             versions=own_versions("torch", "scikit-learn"),
         )
@@ -94,39 +94,39 @@ def main(
     )
     reach = {name: facts["both"]["mean"] for name, facts in row.sides.items() if name not in ("oracle", "random")}
     best = max(reach, key=reach.__getitem__)
-    told = ", ".join(f"{name} {value:.2f}" for name, value in reach.items())
-    row.write(f"{told} of the oracle's area (n = {len(answers)})", best.startswith("learned"))
+    summary = ", ".join(f"{name} {value:.2f}" for name, value in reach.items())
+    row.write(f"{summary} of the oracle's area (n = {len(answers)})", best.startswith("learned"))
 
 
 def _factorised(vectors: np.ndarray, better: np.ndarray, folds: np.ndarray, seed: int) -> np.ndarray:
-    """For each question the logit of a factorisation fitted on the other folds."""
-    found = np.zeros(len(vectors))
+    """Logit of each question by a factorisation fitted on the other folds."""
+    logits = np.zeros(len(vectors))
     questions, labels = torch.tensor(vectors), torch.tensor(better, dtype=torch.float32)
     for fold in np.unique(folds):
         held_out = torch.tensor(folds == fold)
         model = _fit(questions[~held_out], labels[~held_out], seed)
         with torch.inference_mode():
-            found[folds == fold] = model(questions[held_out]).numpy()
-    return found
+            logits[folds == fold] = model(questions[held_out]).numpy()
+    return logits
 
 
 def _fit(questions: torch.Tensor, labels: torch.Tensor, seed: int) -> Factorisation:
     torch.manual_seed(seed)
     order = torch.randperm(len(questions))
-    aside, learnt = order[: round(VALIDATION * len(order))], order[round(VALIDATION * len(order)) :]
+    validation, train = order[: round(VALIDATION * len(order))], order[round(VALIDATION * len(order)) :]
     model = Factorisation(questions.shape[1])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, weight_decay=1e-5)
     best, kept = float("inf"), model.state_dict()
     for _ in range(EPOCHS):
-        for rows in learnt[torch.randperm(len(learnt))].split(BATCH):
+        for rows in train[torch.randperm(len(train))].split(BATCH):
             loss = binary_cross_entropy_with_logits(model(questions[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.inference_mode():
-            validation = binary_cross_entropy_with_logits(model(questions[aside]), labels[aside]).item()
-        if validation < best:
-            best, kept = validation, {name: value.clone() for name, value in model.state_dict().items()}
+            loss = binary_cross_entropy_with_logits(model(questions[validation]), labels[validation]).item()
+        if loss < best:
+            best, kept = loss, {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)
     return model
 

@@ -40,8 +40,8 @@ from lilliput.serve.deployment import (
     PROXY_HELP,
     admin_token,
     read_current,
+    remove_unused,
     roll_back,
-    tidy,
 )
 from lilliput.serve.deployment import deploy as make_current
 from tasks.process.folder_lock import folder_lock
@@ -113,7 +113,7 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
             for name, content in files.items():  # what is served stays what is said to be served
                 _restore(home / name, content)
             raise
-        tidy(home)
+        remove_unused(home)
         current = read_current(home)
     assert current is not None
     version = f" (version {current.model.version})" if current.model.version else ""

@@ -9,7 +9,7 @@ from lilliput.artifacts import MANIFEST, file_sha256, read_manifest
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.offload.fitted_router import CACHE
-from lilliput.serve.deployment import Deployed, Deployment, keep, keep_router
+from lilliput.serve.deployment import DeployedModel, Deployment, store_model, store_router
 from tasks import layout
 from tasks.registry import model_versions
 
@@ -29,12 +29,12 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         known = ", ".join(params.serving) or "none"
         raise ConfigError(f"serving: no settings for {device}; params.yaml has under serving: {known}")
     model, compiled = _champion(device)
-    keep(compiled, home, model.sha256)
+    store_model(compiled, home, model.sha256)
     edge = None
     if serving.edge.candidate is not None:
         folder = layout.compiled(serving.edge.candidate, TARGET)
-        edge = Deployed(name=serving.edge.candidate, sha256=read_manifest(folder).artifact_sha256)
-        keep(folder, home, edge.sha256)
+        edge = DeployedModel(name=serving.edge.candidate, sha256=read_manifest(folder).artifact_sha256)
+        store_model(folder, home, edge.sha256)
     return Deployment(
         device=device,
         model=model,
@@ -43,13 +43,13 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         links=params.links,
         profile=params.devices[device],
         system_prompt=params.data.system_prompt,
-        router=keep_router(layout.offload(device), home) if serving.policy == "learned" else None,
+        router=store_router(layout.offload(device), home) if serving.policy == "learned" else None,
         embedder=params.caching.embedder,
         threshold=_threshold(device),
     )
 
 
-def _champion(device: str) -> tuple[Deployed, Path]:
+def _champion(device: str) -> tuple[DeployedModel, Path]:
     """Returns the champion of `device` in the registry and the folder of its compiled model."""
     alias = f"champion-{device}"
     version = model_versions.version_of(alias)
@@ -69,7 +69,7 @@ def _champion(device: str) -> tuple[Deployed, Path]:
             "`git checkout` and `dvc pull`"
         )
     manifest = read_manifest(folder)
-    return Deployed(name=name, sha256=manifest.artifact_sha256, version=str(version.version)), folder
+    return DeployedModel(name=name, sha256=manifest.artifact_sha256, version=str(version.version)), folder
 
 
 def _threshold(device: str) -> float | None:

@@ -13,7 +13,7 @@ from lilliput.config import Params
 from lilliput.data.corpus import Corpus, read_corpus
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import DataError
-from lilliput.llama_server.process import LlamaServer, Serving
+from lilliput.llama_server.process import LlamaServer, ServerSettings
 from lilliput.offload.fitted_router import CACHE, ROUTER
 from lilliput.offload.model_pair import GGUF, pair_of
 from lilliput.recipes.recipe import recipe_of
@@ -28,8 +28,8 @@ ANSWERS = "answers.jsonl"
 def offload(params: Params, device: str) -> None:
     """Writes offload/<device>/ (answers, router, cache threshold, curves) and offload/<device>.json."""
     from lilliput.embedding.sentence_embedder import open_embedder
-    from lilliput.offload.collect import ask_both, draw
-    from lilliput.offload.judge import judge
+    from lilliput.offload.collect import ask_both, draw_questions
+    from lilliput.offload.judge import judge_policies
     from lilliput.runtime.torch import cpu_threads
 
     serving, folder = params.serving[device], layout.offload(device)
@@ -45,11 +45,11 @@ def offload(params: Params, device: str) -> None:
         )
     with measured_cost(layout.offload_record(device)) as record, cpu_threads(1):
         with _open_backends(params, device) as (local, edge, client):
-            questions = draw(usable, serving.offload.questions, serving.offload.seed)
+            questions = draw_questions(usable, serving.offload.questions, serving.offload.seed)
             prompt, max_tokens = params.data.system_prompt, serving.offload.max_new_tokens
             rows = ask_both(questions, local, edge, embedder, prompt, max_tokens, client)
         vectors = embedder.embed([row["question"] for row in rows])
-        result, router = judge(rows, vectors, params, device)
+        result, router = judge_policies(rows, vectors, params, device)
         write_text(folder / ANSWERS, "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows))
         write_json(folder / CURVES, result.pop("curves"))
         identity = {"pair": list(pair), "embedder_sha256": embedder.sha256}
@@ -73,24 +73,26 @@ def _open_backends(params: Params, device: str) -> Iterator[Any]:
     import httpx
 
     from lilliput.config import EDGE_KEY
-    from lilliput.offload.collect import End
+    from lilliput.offload.collect import Endpoint
 
     serving, profile = params.serving[device], params.devices[device]
     edge, bundle = serving.edge, layout.BUNDLES / device
     verify(bundle)
-    local_serving = Serving(str(bundle / GGUF), profile.threads, profile.context_tokens)
+    local_serving = ServerSettings(str(bundle / GGUF), profile.threads, profile.context_tokens)
     with httpx.Client() as client, LlamaServer(local_serving) as local:
-        device_endpoint = End(device, local.url, {"logprobs": True}, _bearer(local.key), clock=local.cpu_seconds)
+        device_endpoint = Endpoint(device, local.url, {"logprobs": True}, _bearer(local.key), clock=local.cpu_seconds)
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
             headers = _bearer(key) if key else {}
-            yield device_endpoint, End("the edge server", str(edge.url), {"model": edge.model}, headers), client
+            yield device_endpoint, Endpoint("the edge server", str(edge.url), {"model": edge.model}, headers), client
             return
         folder = layout.compiled(edge.candidate, "gguf")
         verify(folder)
-        edge_serving = Serving(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
+        edge_serving = ServerSettings(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
         with LlamaServer(edge_serving) as server:
-            edge_endpoint = End("the edge server", server.url, headers=_bearer(server.key), clock=server.cpu_seconds)
+            edge_endpoint = Endpoint(
+                "the edge server", server.url, headers=_bearer(server.key), clock=server.cpu_seconds
+            )
             yield device_endpoint, edge_endpoint, client
 
 

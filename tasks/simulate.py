@@ -11,7 +11,7 @@ from lilliput.artifacts import write_json, write_text
 from lilliput.config import Params
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
-from lilliput.offload.policy import Always, Router, Threshold
+from lilliput.offload.policy import FixedRouter, Router, ThresholdRouter
 from lilliput.wheels import default_cache
 from tasks import layout
 from tasks.offload import ANSWERS
@@ -79,7 +79,7 @@ def _routers(params: Params, device: str, rows: list[dict[str, Any]], embedder: 
     serving = params.serving[device]
     looks: tuple[Literal["before", "after"], ...] = ("before", "after")
     return {
-        "device": Always("device"),
-        "server": Always("server"),
-        "threshold": Threshold(serving.least_confidence),
+        "device": FixedRouter("device"),
+        "server": FixedRouter("server"),
+        "threshold": ThresholdRouter(serving.least_confidence),
     } | {f"learned_{look}": held_out_router(rows, embedder, params, device, look) for look in looks}

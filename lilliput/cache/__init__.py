@@ -1,1 +1,1 @@
-"""The answer cache: answers by similar questions, its threshold, and what it saves."""
+"""The answer cache: semantic lookup, its similarity threshold, and a measurement of its savings."""

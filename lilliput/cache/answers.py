@@ -1,4 +1,4 @@
-"""A semantic answer cache: an answer is given again to the same question, and to one that means the same."""
+"""A semantic answer cache: reuses an answer for the same question and for paraphrases of it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Literal
 import numpy as np
 from filelock import FileLock
 
-from lilliput.cache.distinguishing_words import names_in, plain
+from lilliput.cache.distinguishing_words import distinguishing_words, normalize_wording
 from lilliput.config import Place
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
 
 LOCK_TIMEOUT_S = 30.0
-FORMAT = 4  # of the table, kept as SQLite's user_version; answers of another format are dropped
+FORMAT = 4  # of the table, stored as SQLite's user_version; answers in another format are deleted
 _SCHEMA = f"""
 create table if not exists answers (
     version text not null, wording text not null, names text not null, vector blob not null, question text not null,
@@ -35,14 +35,14 @@ _NEXT_USE = "(select coalesce(max(used), 0) + 1 from answers)"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A complete answer, to be kept.
+class CachedAnswer:
+    """A complete answer.
 
     Attributes:
-        text: of the answer; not empty.
-        place: where it was given, the device or the server.
-        model: that gave it.
-        prompt_tokens: of the question as it was asked, by the tokenizer of `model`.
+        text: not empty.
+        place: the device or the server.
+        model: the model's name.
+        prompt_tokens: of the original question, by the model's tokenizer.
         completion_tokens: of the answer, likewise.
     """
 
@@ -54,42 +54,42 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Hit:
-    """An answer found.
+class CacheHit:
+    """A stored answer that matches a query.
 
     Attributes:
-        answer: that was kept.
-        question: that it was given to, as it was asked.
-        wording: of that question, as the cache compares it.
-        similarity: of the two questions; 1.0 for the same wording.
-        kind: whether the wording is the same.
+        answer: the stored answer.
+        question: the question that it originally answered.
+        wording: the normalized wording of that question.
+        similarity: cosine similarity of both questions; 1.0 for the same wording.
+        kind: exact for the same wording, else semantic.
     """
 
-    answer: Answer
+    answer: CachedAnswer
     question: str
     wording: str
     similarity: float
     kind: Literal["exact", "semantic"]
 
 
-class Asked:
-    """A question as the cache compares it; embedded at most once, and only when that is needed.
+class CacheQuery:
+    """A question to look up or to store. Embedded at most once, and only on demand.
 
     Attributes:
-        question: as it was asked.
-        wording: that an exact hit must share.
-        version: that every hit must share.
+        question: the original text.
+        wording: the normalized text; equal for an exact hit.
+        version: cache version and routing rule; equal for every hit.
     """
 
     def __init__(self, question: str, version: str, embedder: Embedder) -> None:
-        self.question, self.wording, self.version = question, plain(question), version
+        self.question, self.wording, self.version = question, normalize_wording(question), version
         self._embedder = embedder
 
     @cached_property
     def names(self) -> str:
-        """What a semantic hit must share; empty if only the same wording may hit."""
-        # A vector of the beginning alone would make one question of all that begin alike.
-        return names_in(self.question) if self._embedder.fits(self.wording) else ""
+        """The distinguishing words, equal for a semantic hit; empty if only the same wording may hit."""
+        # The vector of a truncated text would match all questions with the same beginning.
+        return distinguishing_words(self.question) if self._embedder.fits(self.wording) else ""
 
     @cached_property
     def vector(self) -> np.ndarray:
@@ -100,67 +100,69 @@ class Asked:
 class AnswerCache:
     """Answers in an SQLite file, which threads and processes may share.
 
-    A question hits by the same wording (but for spaces and the final mark), or if its names and numbers are the same
-    and its embedding is more alike than `threshold`. One that names nothing hits by its wording alone: nothing would
-    tell "the largest planet" from "the smallest". So does one that is longer than the embedder reads.
+    A question hits if its wording is the same (except spaces and the final mark), or if its distinguishing words are
+    the same and the cosine similarity is above `threshold`. A question without distinguishing words hits by its wording
+    only, because embeddings do not separate "the largest planet" from "the smallest". So does a question that is longer
+    than the embedder's input.
 
     Args:
-        path: the file; made if it is not there.
-        embedder: for similarities; another embedder finds none of this one's answers.
-        version: all that the answers depend on and that stays while the cache is open: models, system prompt,
-            settings. Another version finds none of its answers.
+        path: the file; created if missing.
+        embedder: for similarities. Answers are separate for each embedder.
+        version: identifies models, system prompt and settings. Answers are separate for each version.
         threshold: similarity above which two questions count as the same, from `fit_threshold`.
-        capacity: how many answers are kept, of all versions together; those not used for longest go first.
+        capacity: largest number of answers, all versions together; the least recently used ones are deleted.
 
     Raises:
-        ArtifactError: `path` is no file of such a cache.
+        ArtifactError: `path` is not a file of such a cache.
     """
 
     def __init__(self, path: Path, embedder: Embedder, version: str, threshold: float, capacity: int) -> None:
         self._path, self._embedder = path, embedder
         self._version, self._threshold, self._capacity = f"{version}/{embedder.sha256}", threshold, capacity
-        # Under a lock: two that change the journal at once are told that the file is busy, without any wait.
+        # Under a lock: SQLite does not wait, but fails, when two connections change the journal mode at once.
         with FileLock(f"{path}.lock"), _connected(path) as connection:
-            connection.execute("pragma journal_mode = wal")  # readers do not wait for a writer, nor it for the disk
+            connection.execute(
+                "pragma journal_mode = wal"
+            )  # readers do not wait for a writer, a writer not for the disk
             if connection.execute("pragma user_version").fetchone()[0] != FORMAT:
                 connection.execute("drop table if exists answers")
             connection.executescript(_SCHEMA)
 
     def count(self) -> int:
-        """How many answers are kept, of all versions."""
+        """The number of answers, all versions together."""
         with _connected(self._path) as connection:
             return connection.execute("select count(*) from answers").fetchone()[0]
 
-    def asked(self, question: str, rule: str = "") -> Asked:
-        """`question`, to look up and to store under.
+    def query(self, question: str, rule: str = "") -> CacheQuery:
+        """A query for `find` and `store`.
 
         Args:
-            question: as it was asked.
-            rule: by which it is decided who answers; another rule finds none of its answers.
+            question: the original text.
+            rule: the routing rule. Answers are separate for each rule.
         """
-        return Asked(question, f"{self._version}/{rule}", self._embedder)
+        return CacheQuery(question, f"{self._version}/{rule}", self._embedder)
 
-    def find(self, asked: Asked, most_tokens: int | None = None) -> Hit | None:
+    def find(self, query: CacheQuery, most_tokens: int | None = None) -> CacheHit | None:
         """The answer to the same question, else to the most similar one above the threshold; marks it as used.
 
         Args:
-            asked: the question.
-            most_tokens: that an answer may have; a longer one is no hit. None for no limit.
+            query: the question.
+            most_tokens: limit of the answer's tokens; a longer answer does not hit. None for no limit.
         """
         with _connected(self._path) as connection:
-            hit = self._exact(connection, asked) or self._semantic(connection, asked)
+            hit = self._exact(connection, query) or self._semantic(connection, query)
             if hit is None or (most_tokens is not None and hit.answer.completion_tokens > most_tokens):
                 return None
             connection.execute(
                 f"update answers set used = {_NEXT_USE} where version = ? and wording = ?",
-                (asked.version, hit.wording),
+                (query.version, hit.wording),
             )
             return hit
 
-    def store(self, asked: Asked, answer: Answer) -> None:
-        """Keeps `answer`, in the place of an earlier one to the same wording; what is over the capacity goes."""
-        vector = asked.vector.astype("<f4").tobytes() if asked.names else b""
-        row = (asked.version, asked.wording, asked.names, vector, asked.question, *astuple(answer))
+    def store(self, query: CacheQuery, answer: CachedAnswer) -> None:
+        """Stores `answer`, replaces an earlier one for the same wording, and deletes answers beyond the capacity."""
+        vector = query.vector.astype("<f4").tobytes() if query.names else b""
+        row = (query.version, query.wording, query.names, vector, query.question, *astuple(answer))
         with _connected(self._path) as connection:
             connection.execute("begin immediate")
             connection.execute(
@@ -172,39 +174,39 @@ class AnswerCache:
             )
             connection.execute("commit")
 
-    def _exact(self, connection: sqlite3.Connection, asked: Asked) -> Hit | None:
+    def _exact(self, connection: sqlite3.Connection, query: CacheQuery) -> CacheHit | None:
         row = connection.execute(
-            f"select {_ANSWER} from answers where version = ? and wording = ?", (asked.version, asked.wording)
+            f"select {_ANSWER} from answers where version = ? and wording = ?", (query.version, query.wording)
         ).fetchone()
-        return Hit(Answer(*row[1:]), row[0], asked.wording, 1.0, "exact") if row else None
+        return CacheHit(CachedAnswer(*row[1:]), row[0], query.wording, 1.0, "exact") if row else None
 
-    def _semantic(self, connection: sqlite3.Connection, asked: Asked) -> Hit | None:
-        if not asked.names:
+    def _semantic(self, connection: sqlite3.Connection, query: CacheQuery) -> CacheHit | None:
+        if not query.names:
             return None
         rows = connection.execute(
             f"select vector, wording, {_ANSWER} from answers where version = ? and names = ? order by wording",
-            (asked.version, asked.names),
+            (query.version, query.names),
         ).fetchall()
         if not rows:
             return None
-        similarities = np.stack([np.frombuffer(row[0], "<f4") for row in rows]) @ asked.vector
+        similarities = np.stack([np.frombuffer(row[0], "<f4") for row in rows]) @ query.vector
         best = int(similarities.argmax())
         if not similarities[best] > self._threshold:
             return None
         _, wording, question, *answer = rows[best]
-        return Hit(Answer(*answer), question, wording, float(similarities[best]), "semantic")
+        return CacheHit(CachedAnswer(*answer), question, wording, float(similarities[best]), "semantic")
 
 
 def clear(path: Path) -> int:
-    """Deletes all answers in the cache at `path`, also while a gateway uses it, and returns how many there were.
+    """Deletes all answers in the cache at `path`, also while a gateway uses it, and returns their number.
 
     Raises:
-        ArtifactError: `path` is no file of such a cache.
+        ArtifactError: `path` is not a file of such a cache.
     """
     if not path.exists():
         return 0
     with _connected(path) as connection:
-        connection.execute("pragma secure_delete = on")  # questions and answers are in clear
+        connection.execute("pragma secure_delete = on")  # questions and answers are stored as plain text
         deleted = connection.execute("delete from answers").rowcount
         connection.execute("vacuum")
         connection.execute("pragma wal_checkpoint(truncate)")
@@ -213,14 +215,14 @@ def clear(path: Path) -> int:
 
 @contextmanager
 def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection of its own for each call, so that no thread meets another's; every statement commits itself."""
+    """Opens a connection in autocommit mode. One for each call, because threads must not share connections."""
     try:
         with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)) as connection:
             connection.execute("pragma synchronous = normal")
-            connection.execute("pragma trusted_schema = off")  # a foreign file's schema calls no function
+            connection.execute("pragma trusted_schema = off")  # the schema of an untrusted file must not call functions
             yield connection
-    # A row that is in the form of the table but not of an answer: its vector too short, a count that is a text.
+    # ValueError, TypeError: a row that fits the table but is not an answer, as with a truncated vector.
     except (sqlite3.DatabaseError, ValueError, TypeError) as error:
         raise ArtifactError(
-            f"{path}: no answer cache ({error}); if it stays so, delete the file, and it is made anew"
+            f"{path}: not a readable answer cache ({error}); if this persists, delete the file: it is created anew"
         ) from None

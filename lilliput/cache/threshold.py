@@ -1,4 +1,4 @@
-"""The similarity above which two questions count as the same, fitted to a budget of false hits on labelled pairs."""
+"""The similarity threshold of the answer cache, fitted on labelled pairs to a budget of false hits."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lilliput.cache.distinguishing_words import names_in
+from lilliput.cache.distinguishing_words import distinguishing_words
 from lilliput.data.questions import Question
 from lilliput.embedding.embedder import Embedder
 from lilliput.recipes.asking import subject, wordings
 from lilliput.recipes.recipe import Recipe, Relation
 from lilliput.statistics.intervals import rate
 
-EXACT_ONLY = 1.0  # no cosine is larger, so only the same wording hits
+EXACT_ONLY = 1.0  # no cosine is larger, so only exact hits remain
 Kind = Literal["paraphrase", "other_entity", "other_relation", "opposite"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two questions; only a `paraphrase` asks for the same."""
+    """Two questions. Only those of a `paraphrase` have the same meaning."""
 
     kind: Kind
     first: str
@@ -31,15 +31,15 @@ class Pair:
 
     @property
     def same_names(self) -> bool:
-        """Whether the cache would compare their embeddings at all."""
-        return names_in(self.first) == names_in(self.second) != ""
+        """Whether the cache compares their embeddings: same distinguishing words, at least one."""
+        return distinguishing_words(self.first) == distinguishing_words(self.second) != ""
 
 
 def labelled_pairs(questions: Sequence[Question], recipe: Recipe, facts: int, seed: int) -> list[Pair]:
     """Pairs from up to `facts` answerable questions of a recipe.
 
-    For each fact: two of its wordings; the same phrasing about another entity; and the same entity with every other
-    relation that it could be asked for, the opposite one included ("What is the capital of Lima?").
+    For each fact: two of its wordings; the same wording with another entity; and the same entity with every other
+    relation of its type, including the inverse one ("What is the capital of Lima?").
     """
     rng = random.Random(f"{seed}/pairs")
     known = [subject(question) for question in questions if question.answerable]
@@ -48,59 +48,61 @@ def labelled_pairs(questions: Sequence[Question], recipe: Recipe, facts: int, se
         entities.setdefault(relation, []).append(entity)
     pairs = []
     for relation, entity in rng.sample(known, min(facts, len(known))):
-        asked = wordings(relation, entity, recipe)
-        place = rng.randrange(len(asked))
-        others: list[tuple[Kind, Sequence[str]]] = [("paraphrase", [text for text in asked if text != asked[place]])]
-        strangers = [other for other in entities[relation] if other != entity]
-        others.append(("other_entity", [wordings(relation, other, recipe)[place] for other in strangers]))
-        for other, kind in _relatives(relation, recipe):
+        texts_of_fact = wordings(relation, entity, recipe)
+        place = rng.randrange(len(texts_of_fact))
+        others: list[tuple[Kind, Sequence[str]]] = [
+            ("paraphrase", [text for text in texts_of_fact if text != texts_of_fact[place]])
+        ]
+        other_entities = [other for other in entities[relation] if other != entity]
+        others.append(("other_entity", [wordings(relation, other, recipe)[place] for other in other_entities]))
+        for other, kind in _related_relations(relation, recipe):
             others.append((kind, wordings(other, entity, recipe)))
-        pairs += [Pair(kind, asked[place], rng.choice(texts)) for kind, texts in others if texts]
+        pairs += [Pair(kind, texts_of_fact[place], rng.choice(texts)) for kind, texts in others if texts]
     return pairs
 
 
 def similarities(pairs: Sequence[Pair], embedder: Embedder) -> np.ndarray:
-    """The cosine of each pair's embeddings, of shape (pairs,); −1 where the names differ, so that nothing hits."""
+    """Cosine similarity of each pair, shape (pairs,); −1 where the distinguishing words differ."""
     compared = [place for place, pair in enumerate(pairs) if pair.same_names]
-    found = np.full(len(pairs), -1.0)
+    cosines = np.full(len(pairs), -1.0)
     texts = sorted({text for place in compared for text in (pairs[place].first, pairs[place].second)})
     if texts:
         vectors = dict(zip(texts, embedder.embed(texts), strict=True))
-        found[compared] = [float(vectors[pairs[place].first] @ vectors[pairs[place].second]) for place in compared]
-    return found
+        cosines[compared] = [float(vectors[pairs[place].first] @ vectors[pairs[place].second]) for place in compared]
+    return cosines
 
 
-def fit_threshold(pairs: Sequence[Pair], found: np.ndarray, budget: float) -> float:
-    """The lowest threshold above which at most a share `budget` of the different questions of the same names lie.
+def fit_threshold(pairs: Sequence[Pair], cosines: np.ndarray, budget: float) -> float:
+    """The lowest threshold at which at most a share `budget` of the non-paraphrases with the same names hit.
 
-    Pairs whose names differ are left out: however many there are, they would only loosen it.
+    Pairs with different names never hit. They are excluded, because they would only loosen the threshold.
     """
     wrong = sorted(
-        (float(s) for pair, s in zip(pairs, found, strict=True) if pair.kind != "paraphrase" and pair.same_names),
+        (float(s) for pair, s in zip(pairs, cosines, strict=True) if pair.kind != "paraphrase" and pair.same_names),
         reverse=True,
     )
     allowed = math.floor(budget * len(wrong))
     return wrong[allowed] if allowed < len(wrong) else -1.0
 
 
-def judge_pairs(pairs: Sequence[Pair], found: np.ndarray, threshold: float) -> dict[str, dict[str, Any]]:
-    """The share of each kind of pair that hits, with its interval; all but `paraphrase` are wrong hits.
+def pair_hit_rates(pairs: Sequence[Pair], cosines: np.ndarray, threshold: float) -> dict[str, dict[str, Any]]:
+    """Hit rate of each kind of pair, with its interval. All hits but those of `paraphrase` are wrong.
 
-    `same_names` are the wrong pairs of the same names, which the budget is about.
+    `same_names` has the non-paraphrases with the same names, to which the budget applies.
     """
-    rows = [(pair, bool(similarity > threshold)) for pair, similarity in zip(pairs, found, strict=True)]
+    rows = [(pair, bool(similarity > threshold)) for pair, similarity in zip(pairs, cosines, strict=True)]
     groups = {kind: [hit for pair, hit in rows if pair.kind == kind] for kind in sorted({p.kind for p in pairs})}
     groups["same_names"] = [hit for pair, hit in rows if pair.kind != "paraphrase" and pair.same_names]
     return {name: estimate.as_dict() for name, hits in groups.items() if (estimate := rate(hits))}
 
 
-def _relatives(relation: str, recipe: Recipe) -> list[tuple[str, Kind]]:
-    """Relations that `relation`'s entities have too, and the one that leads back from its answers."""
+def _related_relations(relation: str, recipe: Recipe) -> list[tuple[str, Kind]]:
+    """Other relations of the same entity type, and the inverse relation."""
     relations: dict[str, Relation] = {str(name): spec for name, spec in recipe.relations.items()}
-    mine, found = relations[relation], list[tuple[str, Kind]]()
+    own, related = relations[relation], list[tuple[str, Kind]]()
     for name, spec in relations.items():
-        if name != relation and spec.asks_about == mine.asks_about:
-            found.append((name, "other_relation"))
-        elif (spec.asks_about, spec.answer) == (mine.answer, mine.asks_about):
-            found.append((name, "opposite"))
-    return found
+        if name != relation and spec.asks_about == own.asks_about:
+            related.append((name, "other_relation"))
+        elif (spec.asks_about, spec.answer) == (own.answer, own.asks_about):
+            related.append((name, "opposite"))
+    return related

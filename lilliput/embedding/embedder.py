@@ -1,4 +1,4 @@
-"""What turns texts into vectors, whoever does it: without torch, which takes seconds to import."""
+"""The interface of sentence embedders. Does not import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import numpy as np
 
 
 class Embedder(Protocol):
-    """Turns texts into vectors; `sha256` tells the vectors of one embedder from those of another."""
+    """Turns texts into vectors. Embedders with one `sha256` give the same vectors."""
 
     sha256: str
 
     def fits(self, text: str) -> bool:
-        """Whether the embedder reads all of `text`."""
+        """Whether `text` is within the embedder's input length."""
         ...
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 of shape (texts, dimensions); their dot product is the cosine similarity.
 
         Raises:
-            DataError: a text is longer than the embedder reads; `fits` tells before.
+            DataError: a text is too long; `fits` checks that.
         """
         ...
 
 
-class Remembering:
-    """An embedder that keeps the vectors of the last texts: cache and router ask for the same question."""
+class CachingEmbedder:
+    """Caches the vectors of recent texts: answer cache and router embed the same question."""
 
     def __init__(self, embedder: Embedder, texts: int = 1024) -> None:
         self.sha256 = embedder.sha256
-        self._one = lru_cache(texts)(lambda text: embedder.embed([text])[0])
+        self._embed_one = lru_cache(texts)(lambda text: embedder.embed([text])[0])
         self._fits = lru_cache(texts)(embedder.fits)
 
     def fits(self, text: str) -> bool:
-        """Whether the embedder reads all of `text`."""
+        """Whether `text` is within the embedder's input length."""
         return self._fits(text)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """As the embedder's own, one text after another."""
-        return np.stack([self._one(text) for text in texts])
+        """Unit vectors, float32 of shape (texts, dimensions), computed one by one."""
+        return np.stack([self._embed_one(text) for text in texts])

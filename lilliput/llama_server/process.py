@@ -1,7 +1,7 @@
-"""llama.cpp's own server on loopback, in a process of its own that ends with the one that started it.
+"""llama.cpp's server on loopback, in a child process that ends with its parent.
 
-Every local user, and every web page that this user opens, can send requests to a port of loopback. So each process has
-a random key, which it reads from its standard input: a command line and an environment can be read by others.
+Every local user, and every web page that the user opens, can send requests to a loopback port. So each process has a
+random key. It reads the key from standard input, because other users can read command lines and environments.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lilliput.runtime.loopback import require_key
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What is served, and with how much.
+class ServerSettings:
+    """Settings of a server.
 
     Attributes:
         file: a GGUF file.
         threads: CPU threads.
-        context_tokens: of prompt and answer together, for each slot.
-        slots: requests answered at once.
+        context_tokens: prompt and answer together, per slot.
+        slots: concurrent requests.
     """
 
     file: str
@@ -43,23 +43,23 @@ class Serving:
 
 
 class LlamaServer:
-    """Starts llama.cpp's server at once; `url` answers as soon as the constructor returns.
+    """Starts llama.cpp's server. It accepts requests when the constructor returns.
 
     Attributes:
-        url: of the server, without `/v1`.
-        key: that requests have to bear; only `/health` answers without.
-        file: that is served.
+        url: its address, without `/v1`.
+        key: the API key that all requests but `/health` need.
+        file: the served file.
 
     Args:
-        serving: what is served.
-        deadline_s: for opening the model.
+        settings: settings of the server.
+        deadline_s: time limit for opening the model.
 
     Raises:
         ArtifactError: the model does not open, or not in time.
     """
 
-    def __init__(self, serving: Serving, deadline_s: float = 60.0) -> None:
-        self.key, self.file = secrets.token_urlsafe(32), serving.file
+    def __init__(self, settings: ServerSettings, deadline_s: float = 60.0) -> None:
+        self.key, self.file = secrets.token_urlsafe(32), settings.file
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lilliput.llama_server.process"],
             stdin=subprocess.PIPE,
@@ -68,45 +68,45 @@ class LlamaServer:
             text=True,
             env=environment_without_secrets(),
         )
-        self._account = psutil.Process(self._process.pid)
-        told: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._listener = threading.Thread(target=self._listen, args=(told,), daemon=True)
+        self._process_info = psutil.Process(self._process.pid)
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._listener = threading.Thread(target=self._listen, args=(lines,), daemon=True)
         self._listener.start()
         try:
-            self._send(json.dumps({"serving": asdict(serving), "key": self.key}))
-            self.url = json.loads(told.get(timeout=deadline_s))["url"]
+            self._send(json.dumps({"serving": asdict(settings), "key": self.key}))
+            self.url = json.loads(lines.get(timeout=deadline_s))["url"]
         except (queue.Empty, ValueError, KeyError):
             self.stop()
-            raise ArtifactError(f"{serving.file}: llama.cpp's server did not start in {deadline_s:g} s") from None
+            raise ArtifactError(f"{settings.file}: llama.cpp's server did not start in {deadline_s:g} s") from None
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, which the listener hears
+        with suppress(BrokenPipeError):  # the process has ended; the listener notices that
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
-    def _listen(self, told: queue.SimpleQueue[str]) -> None:
+    def _listen(self, lines: queue.SimpleQueue[str]) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
-                told.put(line)
-        told.put("")  # it has ended
+                lines.put(line)
+        lines.put("")  # the process has ended
 
     @property
     def running(self) -> bool:
-        """Whether its process is there."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def cpu_seconds(self) -> float | None:
-        """Those that its process has used; None once it has ended."""
+        """CPU-seconds that the process has used; None once it has ended."""
         try:
-            used = self._account.cpu_times()
+            used = self._process_info.cpu_times()
         except psutil.Error:
             return None
         return used.user + used.system
 
     def stop(self) -> None:
-        """Ends it; answers under way are lost."""
+        """Kills the process; running requests fail."""
         self._process.kill()
         self._process.wait()
         self._listener.join()
@@ -122,14 +122,14 @@ class LlamaServer:
         self.stop()
 
 
-def _serve(serving: Serving, key: str) -> None:
+def _serve(settings: ServerSettings, key: str) -> None:
     import xllamacpp
 
-    engine: Any = xllamacpp  # compiled, and without types
+    engine: Any = xllamacpp  # a compiled module without type hints
     params = engine.CommonParams()
-    params.model.path = str(Path(serving.file))
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = serving.context_tokens * serving.slots, serving.slots, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = serving.threads
+    params.model.path = str(Path(settings.file))
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = settings.context_tokens * settings.slots, settings.slots, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads
     params.warmup, params.verbosity, params.use_jinja = False, 0, True
     require_key(params, key)
     server = engine.Server(params)
@@ -138,5 +138,5 @@ def _serve(serving: Serving, key: str) -> None:
 
 
 if __name__ == "__main__":
-    _told = json.loads(sys.stdin.readline())
-    _serve(Serving(**_told["serving"]), _told["key"])
+    _message = json.loads(sys.stdin.readline())
+    _serve(ServerSettings(**_message["serving"]), _message["key"])

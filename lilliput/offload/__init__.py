@@ -1,1 +1,1 @@
-"""Device or edge server: policies, learned routers, links, and how they are fitted and judged."""
+"""Routing between device and edge server: policies, learned routers, links, their fit and evaluation."""

@@ -1,4 +1,4 @@
-"""Device and edge server asked the same held-out questions, over HTTP as the gateway asks them."""
+"""Records the answers of device and edge server to the same held-out questions, with the gateway's HTTP requests."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
-class End:
-    """A server that answers.
+class Endpoint:
+    """A server to ask.
 
     Attributes:
         name: for messages.
         url: of its OpenAI-compatible API, without `/v1`.
-        body: what each request says besides the question.
-        headers: what each request bears, as an API key.
-        clock: of the CPU-seconds that its process has used; None where that cannot be seen.
+        body: additional fields of each request.
+        headers: additional headers of each request, as an API key.
+        clock: returns the CPU-seconds that its process has used; None where they are unknown.
     """
 
     name: str
@@ -40,8 +40,8 @@ class End:
     clock: Callable[[], float | None] | None = None
 
 
-def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """Up to `count` questions in a drawn order: each relation, and what nobody can know, with its share of the set."""
+def draw_questions(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """Up to `count` questions in random order, with the set's shares of each relation and of unanswerable questions."""
     drawn = spread(questions, count, seed)
     random.Random(f"{seed}/offload").shuffle(drawn)
     return drawn
@@ -49,39 +49,39 @@ def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]
 
 def ask_both(
     questions: Sequence[Question],
-    device: End,
-    server: End,
+    device: Endpoint,
+    server: Endpoint,
     embedder: Embedder,
     system_prompt: str,
     max_new_tokens: int,
     client: httpx.Client,
 ) -> list[dict[str, Any]]:
-    """A row for each question: both answers with their verdicts, seconds, CPU-seconds and bytes, device first.
+    """A row for each question: both answers with their verdicts, seconds, CPU-seconds and bytes.
 
-    One request at a time, greedy. Of the device's tokens the log-likelihoods (nats) are asked, as the gateway does.
-    What embedding the question takes is told too: a router that looks at the question spends it.
+    Sends one request at a time, greedy, to the device first. As in the gateway, the device also returns log-likelihoods
+    (nats) of its tokens. Each row also has the time and CPU-seconds of embedding the question, which a router may need.
 
     Args:
-        questions: to ask.
-        device: with the compiled model.
-        server: what is offloaded to.
+        questions: the questions to ask.
+        device: the server of the compiled model.
+        server: the edge server.
         embedder: of the learned router.
-        system_prompt: the line before each question.
-        max_new_tokens: of an answer.
-        client: over which both are reached.
+        system_prompt: the system line of each request.
+        max_new_tokens: limit of an answer.
+        client: HTTP client for both.
 
     Raises:
-        ArtifactError: an end does not answer as an OpenAI-compatible server does.
+        ArtifactError: an endpoint does not answer like an OpenAI-compatible server.
     """
 
-    def ask(end: End, question: Question) -> dict[str, Any]:
+    def ask(endpoint: Endpoint, question: Question) -> dict[str, Any]:
         messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question.question}]
-        body = {"messages": messages, "temperature": 0.0, "max_tokens": max_new_tokens, "stream": False} | end.body
-        answer = _post(client, end, body)
+        body = {"messages": messages, "temperature": 0.0, "max_tokens": max_new_tokens, "stream": False} | endpoint.body
+        answer = _post(client, endpoint, body)
         return answer | verdict_row(answer["text"], question, judge(answer["text"], question))
 
-    for end in (device, server):
-        ask(end, questions[0])  # warms up, and leaves in its cache what all prompts begin with
+    for endpoint in (device, server):
+        ask(endpoint, questions[0])  # warm-up; also caches the common prefix of all prompts
     embedder.embed([questions[0].question])
     rows = []
     for question in tqdm(questions, desc="offload", unit="question", delay=1.0):
@@ -102,15 +102,15 @@ def ask_both(
     return rows
 
 
-def _post(client: httpx.Client, end: End, asked: dict[str, Any]) -> dict[str, Any]:
-    """What `end` answers: its text, the log-likelihoods it tells, and what it took."""
-    sent = json.dumps(asked).encode()
-    cpu_before, started = _read(end.clock), time.perf_counter()
+def _post(client: httpx.Client, endpoint: Endpoint, request: dict[str, Any]) -> dict[str, Any]:
+    """Text, log-likelihoods and cost of the answer of `endpoint`."""
+    content = json.dumps(request).encode()
+    cpu_before, started = _read(endpoint.clock), time.perf_counter()
     try:
         response = client.post(
-            f"{end.url}/v1/chat/completions",
-            content=sent,
-            headers={"Content-Type": "application/json"} | end.headers,
+            f"{endpoint.url}/v1/chat/completions",
+            content=content,
+            headers={"Content-Type": "application/json"} | endpoint.headers,
             timeout=_TIMEOUT_S,
         )
         seconds = time.perf_counter() - started
@@ -119,15 +119,15 @@ def _post(client: httpx.Client, end: End, asked: dict[str, Any]) -> dict[str, An
         text, logprobs = text_of(body).strip(), logprobs_of(body)
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            f"{end.name} at {end.url} gives no usable answer ({type(error).__name__}: {error})"
+            f"{endpoint.name} at {endpoint.url} gives no usable answer ({type(error).__name__}: {error})"
         ) from None
-    cpu_after = _read(end.clock)
+    cpu_after = _read(endpoint.clock)
     return {
         "text": text,
         "logprobs": logprobs,
         "seconds": seconds,
         "cpu_s": None if cpu_before is None or cpu_after is None else cpu_after - cpu_before,
-        "up_bytes": len(sent),
+        "up_bytes": len(content),
         "down_bytes": len(response.content),
     }
 

@@ -1,4 +1,4 @@
-"""Opens the router that params.yaml asks for, from what the stage `offload` has fitted."""
+"""Opens the router of params.yaml; a learned one from the record of the stage `offload`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from lilliput.config import ServingConfig
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
-from lilliput.offload.learned import Fitted, Learned, Point, Table
-from lilliput.offload.policy import Always, Router, Threshold
+from lilliput.offload.learned import LearnedRouter, OperatingPoint, OperatingTable, WorthModel
+from lilliput.offload.policy import FixedRouter, Router, ThresholdRouter
 
 ROUTER, CACHE = "router.json", "cache.json"
 
@@ -19,38 +19,38 @@ def open_router(serving: ServingConfig, folder: Path, embedder: Embedder | None,
     """The router of `serving`.
 
     Args:
-        serving: policy, look and what the policy needs.
-        folder: of the stage `offload` for this device; read by `learned` alone.
-        embedder: needed by `learned` alone.
-        pair: what answers on the device and at the edge, from `pair_of`.
+        serving: policy, look, and the settings of the policy.
+        folder: output of the stage `offload` for this device; only for `learned`.
+        embedder: only for `learned`.
+        pair: device model and edge server, from `pair_of`.
 
     Raises:
-        ArtifactError: `learned`, and nothing was fitted, or it was for another pair or with another embedder.
+        ArtifactError: the policy is `learned`, and there is no fit for this pair and embedder.
     """
     if serving.policy == "threshold":
-        return Threshold(serving.least_confidence)
+        return ThresholdRouter(serving.least_confidence)
     if serving.policy != "learned":
-        return Always(serving.policy)
+        return FixedRouter(serving.policy)
     if embedder is None:
         raise ArtifactError("serving: the policy `learned` needs the embedder of `caching.embedder`")
     record = read_router(folder, pair, embedder.sha256)
     try:
-        of_look = record["looks"][serving.look]
-        tables = {link: table_of(raw) for link, raw in of_look["links"].items()}
-        fitted = Fitted.from_dict(of_look["fitted"])
+        look_record = record["looks"][serving.look]
+        tables = {link: table_of(raw) for link, raw in look_record["links"].items()}
+        fitted = WorthModel.from_dict(look_record["fitted"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"{folder / ROUTER}: no fitted router ({type(error).__name__}: {error}); run the stage `offload` for this "
-            "device again"
+            f"{folder / ROUTER}: not a valid router ({type(error).__name__}: {error}); run the stage `offload` for "
+            "this device again"
         ) from None
-    return Learned(fitted, tables, serving.look, serving.objective, serving.saver_percent, embedder)
+    return LearnedRouter(fitted, tables, serving.look, serving.objective, serving.saver_percent, embedder)
 
 
 def read_router(folder: Path, pair: tuple[str, str], embedder_sha256: str) -> dict[str, Any]:
-    """What was fitted in `folder`.
+    """The fitted record in `folder`.
 
     Raises:
-        ArtifactError: nothing, or for another pair or with another embedder.
+        ArtifactError: it is missing, unreadable, or for another pair or embedder.
     """
     path = folder / ROUTER
     remedy = "run the stage `offload` for this device again"
@@ -70,7 +70,7 @@ def read_router(folder: Path, pair: tuple[str, str], embedder_sha256: str) -> di
     return record
 
 
-def table_of(raw: dict[str, Any]) -> Table:
-    """A table of operating points as the record holds it."""
-    points = tuple(Point(**point) for point in raw["points"])
-    return Table(points, raw["server_accuracy"], raw["server_hallucination"])
+def table_of(raw: dict[str, Any]) -> OperatingTable:
+    """The table of operating points in a record."""
+    points = tuple(OperatingPoint(**point) for point in raw["points"])
+    return OperatingTable(points, raw["server_accuracy"], raw["server_hallucination"])

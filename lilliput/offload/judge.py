@@ -1,4 +1,4 @@
-"""Judges every policy for offloading on questions that device and edge server both answered."""
+"""Evaluates every routing policy on questions that both device and edge server answered."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from lilliput.config import LinkConfig, Params, ServingConfig
 from lilliput.offload.fit import LOOKS, STEPS, cross_fit, features, fit, folds_of, held_out_worth, link_costs, tabulate
-from lilliput.offload.learned import ALWAYS, NEVER, Look, pick
+from lilliput.offload.learned import ALWAYS, NEVER, Look, select_point
 from lilliput.offload.links import battery_percent
-from lilliput.offload.outcomes import Outcomes, costs, mixed
+from lilliput.offload.outcomes import Outcomes, expected_value, question_costs
 from lilliput.offload.policy import confidence
 from lilliput.statistics import intervals
 
@@ -22,13 +22,13 @@ ESTIMATE = {"source": "declared", "measured": False}
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy's decisions on the questions asked.
+    """A policy's decisions on the recorded questions.
 
     Attributes:
-        sent: to the server, 0.0 or 1.0 for each question; between them, with that probability.
-        score: what it ranks questions by, most worth the server first; None if it ranks none.
-        embeds: 1.0 where it embeds the question, for each or for all.
-        looks: 1.0 where it looks at the device's answer.
+        sent: probability that each question goes to the server; 0.0 or 1.0 for a deterministic policy.
+        score: ranks questions, largest first to the server; None for a policy without a ranking.
+        embeds: 1.0 where it embeds the question; one value or one for each question.
+        looks: 1.0 where it needs the device's answer first; likewise.
     """
 
     sent: np.ndarray
@@ -47,58 +47,60 @@ def policies(
 ) -> dict[str, Policy]:
     """Every policy over `link`, with a full battery.
 
-    The learned ones choose their point for each fold by the figures of the other folds. `random` sends as many as
-    `learned_before`; `oracle` sends what the server answers better, and nothing else.
+    The learned policies select the operating point of each fold by the figures of the other folds. `random` offloads
+    the same share as `learned_before`; `oracle` offloads exactly the questions that the server answers better.
     """
-    outcomes = Outcomes.of(rows)
-    none = np.zeros(len(rows))
-    sure = _sure(rows)
-    found = {
-        "device": Policy(none),
-        "server": Policy(none + 1.0),
-        "threshold": Policy((sure < serving.least_confidence).astype(float), -sure, looks=1.0),
+    outcomes = Outcomes.from_rows(rows)
+    nowhere = np.zeros(len(rows))
+    confidences = device_confidence(rows)
+    by_name = {
+        "device": Policy(nowhere),
+        "server": Policy(nowhere + 1.0),
+        "threshold": Policy((confidences < serving.least_confidence).astype(float), -confidences, looks=1.0),
     }
-    at_once = costs(rows, link, watts_per_core)
+    fixed_costs = question_costs(rows, link, watts_per_core)
     for look in LOOKS:
         spent = link_costs(rows, link, watts_per_core, look)
         thresholds = np.zeros(len(rows))
         for fold in np.unique(folds):
             others = folds != fold
-            table = tabulate(worth[look][others], spent.where(others), at_once.where(others), outcomes.where(others))
-            point, _ = pick(table, serving.objective, serving.objective.energy_budget_j)
+            table = tabulate(
+                worth[look][others], spent.select(others), fixed_costs.select(others), outcomes.select(others)
+            )
+            point, _ = select_point(table, serving.objective, serving.objective.energy_budget_j)
             thresholds[~others] = point.threshold
         sent = (worth[look] > thresholds).astype(float)
         embeds = (~np.isin(thresholds, (NEVER, ALWAYS))).astype(float)
-        found[f"learned_{look}"] = Policy(sent, worth[look], embeds, embeds * (look == "after"))
-    found["random"] = Policy(none + found["learned_before"].sent.mean())
-    found["oracle"] = Policy((outcomes.gain > 0.0).astype(float), outcomes.gain)
-    return found
+        by_name[f"learned_{look}"] = Policy(sent, worth[look], embeds, embeds * (look == "after"))
+    by_name["random"] = Policy(nowhere + by_name["learned_before"].sent.mean())
+    by_name["oracle"] = Policy((outcomes.gain > 0.0).astype(float), outcomes.gain)
+    return by_name
 
 
-def _sure(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The score of the policy `threshold` for each question; 0 where the device said nothing."""
+def device_confidence(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The confidence of the device in each answer, shape (questions,); 0 for an empty answer."""
     return np.array([confidence(row["device"]["logprobs"]) or 0.0 for row in rows])
 
 
 def figures(
     policy: Policy, rows: Sequence[Mapping[str, Any]], link: LinkConfig, params: Params, device: str
 ) -> dict[str, Any]:
-    """What `policy` brings and costs over `link`; seconds, joules and percent of the battery are estimates.
+    """Quality and cost of `policy` over `link`. Seconds, joules and battery percentages are estimates.
 
-    `over_random` is the difference from sending as many questions at random, paired by question.
+    `over_random` is the paired difference from offloading the same share of questions at random.
     """
     config, serving = params.evaluation, params.serving[device]
-    outcomes = Outcomes.of(rows)
+    outcomes = Outcomes.from_rows(rows)
     watts = params.devices[device].watts_per_core
-    spent = costs(rows, link, watts, embeds=policy.embeds, looks=policy.looks)
-    certain = bool(np.isin(policy.sent, (0.0, 1.0)).all())
+    spent = question_costs(rows, link, watts, embeds=policy.embeds, looks=policy.looks)
+    deterministic = bool(np.isin(policy.sent, (0.0, 1.0)).all())
 
     def share(values: np.ndarray) -> dict[str, Any]:
-        if certain:
+        if deterministic:
             return intervals.as_dict(intervals.rate([bool(value) for value in values]))
         return intervals.as_dict(intervals.mean(values, config.seed, config.resamples))
 
-    energy_j = mixed(policy.sent, spent.device_j, spent.server_j)
+    energy_j = expected_value(policy.sent, spent.device_j, spent.server_j)
     energy = intervals.as_dict(intervals.mean(energy_j, config.seed, config.resamples))
     percent = {key: battery_percent(energy[key], serving.battery_wh) for key in ("value", "low", "high")}
     more = policy.sent - policy.sent.mean()
@@ -106,8 +108,8 @@ def figures(
     parts = {"accuracy": outcomes.answerable, "hallucination_rate": np.ones(len(rows), dtype=bool)}
     return {
         "offloaded": float(policy.sent.mean()),
-        "accuracy": share(mixed(policy.sent, **outcomes.right)[outcomes.answerable]),
-        "hallucination_rate": share(mixed(policy.sent, **outcomes.hallucinated)),
+        "accuracy": share(expected_value(policy.sent, **outcomes.right)[outcomes.answerable]),
+        "hallucination_rate": share(expected_value(policy.sent, **outcomes.hallucinated)),
         "latency_ms": _quantiles(1e3 * spent.device_s, 1e3 * spent.server_s, policy.sent) | ESTIMATE,
         "energy_per_query_j": energy | ESTIMATE,
         "battery_percent_per_query": percent | {"n": energy["n"]} | ESTIMATE,
@@ -132,17 +134,17 @@ def _quantiles(device: np.ndarray, server: np.ndarray, sent: np.ndarray) -> dict
 def areas(
     score: np.ndarray, outcomes: Outcomes, seed: int, resamples: int, against: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """How well `score` ranks questions, whatever the threshold: 0 for chance, 1 for the best order in hindsight.
+    """How well `score` ranks questions, over all thresholds: 0 for a random order, 1 for the best order in hindsight.
 
-    The area between the curve of accuracy (of hallucinations spared, of both) over the share offloaded and that of
-    random offloading, divided by the same area of the oracle. It is akin to RouteLLM's APGR (arXiv 2406.18665).
+    The area between the curve of accuracy (of avoided hallucinations, of both) over the offloaded share and that of
+    random offloading, divided by the oracle's area. Similar to RouteLLM's APGR (arXiv 2406.18665).
 
     Args:
-        score: of each question; most worth the server first.
+        score: of each question; the largest goes to the server first.
         outcomes: of the same questions.
         seed: of the bootstrap.
-        resamples: how many.
-        against: another score; the areas are then differences from its areas, paired by question.
+        resamples: of the bootstrap.
+        against: another score; the areas are then paired differences from its areas.
     """
     answerable, everything = outcomes.answerable, np.ones(len(score), dtype=bool)
     gains = {
@@ -152,8 +154,8 @@ def areas(
     }
 
     def area(draw: np.ndarray) -> np.ndarray:
-        own = _area(draw[..., 0], draw[..., -1])
-        return own if against is None else own - _area(draw[..., 1], draw[..., -1])
+        score_area = _area(draw[..., 0], draw[..., -1])
+        return score_area if against is None else score_area - _area(draw[..., 1], draw[..., -1])
 
     columns = [score] if against is None else [score, against]
     return {
@@ -163,7 +165,7 @@ def areas(
 
 
 def _area(score: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Of shape (…,) for score and gain of shape (…, n); 0 where nothing is to be gained by any order."""
+    """Normalized area, shape (…,), for score and gain of shape (…, n); 0 where no order gains anything."""
     order = np.argsort(-score, axis=-1, kind="stable")
     won = np.cumsum(np.take_along_axis(gain, order, axis=-1), axis=-1)
     best = np.cumsum(-np.sort(-gain, axis=-1), axis=-1)
@@ -173,13 +175,13 @@ def _area(score: np.ndarray, gain: np.ndarray) -> np.ndarray:
 
 
 def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
-    """Accuracy and hallucination rate at equal steps of the share offloaded, most worth the server first."""
+    """Accuracy and hallucination rate at equal steps of the offloaded share, in the order of `score`."""
     order = np.argsort(-score, kind="stable")
     points = []
     for step in range(STEPS + 1):
         sent = np.zeros(len(score))
         sent[order[: round(step * len(score) / STEPS)]] = 1.0
-        hallucinated = float(mixed(sent, **outcomes.hallucinated).mean())
+        hallucinated = float(expected_value(sent, **outcomes.hallucinated).mean())
         points.append(
             {
                 "offloaded": float(sent.mean()),
@@ -190,13 +192,13 @@ def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
     return points
 
 
-def judge(
+def judge_policies(
     rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, params: Params, device: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What every policy reaches over every link, and the router: both looks, fitted on all questions.
+    """The figures of every policy over every link, and the record of the router, fitted on all questions.
 
-    All figures of the learned router are of fits that have not seen the entity asked about, and of thresholds chosen on
-    the other folds. The operating points that go with the router are of all folds together.
+    The figures of the learned router come from fits without the question's entity and from thresholds of the other
+    folds. The operating points in the router's record come from all folds.
 
     Args:
         rows: of `ask_both`.
@@ -208,17 +210,17 @@ def judge(
         ConfigError: there are more folds than entities.
     """
     serving, watts = params.serving[device], params.devices[device].watts_per_core
-    outcomes = Outcomes.of(rows)
+    outcomes = Outcomes.from_rows(rows)
     folds = folds_of(rows, serving.offload.folds, serving.offload.seed)
-    known = {look: features(rows, vectors, look) for look in LOOKS}
+    feature_rows = {look: features(rows, vectors, look) for look in LOOKS}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a fit that does not converge is no fit
-        held_out = {look: cross_fit(known[look], outcomes, folds, vectors.shape[1]) for look in LOOKS}
-        fitted = {look: fit(known[look], outcomes, vectors.shape[1]) for look in LOOKS}
-    worth: dict[Look, np.ndarray] = {look: held_out_worth(known[look], held_out[look], folds) for look in LOOKS}
-    scores = {"threshold": -_sure(rows)} | {f"learned_{look}": worth[look] for look in LOOKS}
+        warnings.simplefilter("error")  # an unconverged fit is an error
+        held_out = {look: cross_fit(feature_rows[look], outcomes, folds, vectors.shape[1]) for look in LOOKS}
+        fitted = {look: fit(feature_rows[look], outcomes, vectors.shape[1]) for look in LOOKS}
+    worth: dict[Look, np.ndarray] = {look: held_out_worth(feature_rows[look], held_out[look], folds) for look in LOOKS}
+    scores = {"threshold": -device_confidence(rows)} | {f"learned_{look}": worth[look] for look in LOOKS}
     config = params.evaluation
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "links": {},
         "curves": {name: curve(score, outcomes) for name, score in (scores | {"oracle": outcomes.gain}).items()},
         "areas": {name: areas(score, outcomes, config.seed, config.resamples) for name, score in scores.items()},
@@ -230,10 +232,12 @@ def judge(
     }
     looks: dict[str, Any] = {look: {"fitted": fitted[look].as_dict(), "links": {}} for look in LOOKS}
     for name, link in params.links.items():
-        of_link = policies(rows, worth, folds, link, watts, serving)
-        found["links"][name] = {policy: figures(of, rows, link, params, device) for policy, of in of_link.items()}
-        at_once = costs(rows, link, watts)
+        by_policy = policies(rows, worth, folds, link, watts, serving)
+        record["links"][name] = {
+            policy: figures(decisions, rows, link, params, device) for policy, decisions in by_policy.items()
+        }
+        fixed_costs = question_costs(rows, link, watts)
         for look in LOOKS:
             spent = link_costs(rows, link, watts, look)
-            looks[look]["links"][name] = asdict(tabulate(worth[look], spent, at_once, outcomes))
-    return found, {"looks": looks}
+            looks[look]["links"][name] = asdict(tabulate(worth[look], spent, fixed_costs, outcomes))
+    return record, {"looks": looks}

@@ -1,13 +1,13 @@
-"""What the way to the edge server costs: seconds and joules of a request over a radio link. All of it is reckoned.
+"""A model of radio links: estimated seconds and joules of a request to the edge server.
 
-One request and its answer over a connection that is open already, a packet holding `PACKET_BYTES`:
+One request and its answer over an open connection, in packets of `PACKET_BYTES`:
 
-- transfer: a round trip + bytes ÷ rate, up and down + the resends × `resend_s`. Each packet is sent until it arrives,
-  so `loss` ÷ (1 − `loss`) resends are expected of each;
-- a resend is begun after two round trips without an answer (the tail loss probe of RFC 8985; a request has too few
-  packets for duplicate acknowledgements to tell sooner), but not before `LEAST_RESEND_S`, Linux's least timeout;
-- radio: joules a byte × bytes + active watts × (transfer + the server's seconds) + tail watts × tail (the power model
-  of Huang et al., MobiSys 2012). A resend costs time, its bytes are not counted again.
+- transfer = round trip + bytes ÷ rate, up and down + resends × `resend_s`. A packet is sent until it arrives, so
+  `loss` ÷ (1 − `loss`) resends per packet are expected;
+- a resend starts after two round trips without an answer (the tail loss probe of RFC 8985; a request has too few
+  packets for duplicate acknowledgements), but not before `LEAST_RESEND_S`, Linux's minimum timeout;
+- radio = joules per byte × bytes + active watts × (transfer + the server's seconds) + tail watts × tail (the power
+  model of Huang et al., MobiSys 2012). A resend costs time; its bytes are not counted again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Request:
 
     Attributes:
         up_bytes: of the request's body.
-        down_bytes: of the answer's.
-        server_s: from the request's arrival to its answer.
+        down_bytes: of the answer's body.
+        server_s: response time of the server.
     """
 
     up_bytes: int
@@ -37,48 +37,48 @@ class Request:
 
     @property
     def packets(self) -> int:
-        """Of both directions."""
+        """Packets in both directions."""
         return sum(math.ceil(count / PACKET_BYTES) for count in (self.up_bytes, self.down_bytes))
 
 
 def expected_resends(request: Request, link: LinkConfig) -> float:
-    """How many packets of `request` have to be sent again, on average."""
+    """Expected number of resent packets of `request`."""
     return request.packets * link.loss / (1.0 - link.loss)
 
 
 def resend_s(link: LinkConfig) -> float:
-    """What it takes to notice that a packet is lost."""
+    """Seconds until a lost packet is detected."""
     return max(LEAST_RESEND_S, 2.0 * link.round_trip_ms / 1e3)
 
 
 def transfer_s(request: Request, link: LinkConfig, resends: float | None = None) -> float:
-    """Seconds on the way, both ways together; with the expected resends if none are given."""
-    again = expected_resends(request, link) if resends is None else resends
+    """Transfer seconds in both directions; with the expected resends if none are given."""
+    count = expected_resends(request, link) if resends is None else resends
     sending_s = 8e-6 * (request.up_bytes / link.up_mbit_per_s + request.down_bytes / link.down_mbit_per_s)
-    return link.round_trip_ms / 1e3 + sending_s + again * resend_s(link)
+    return link.round_trip_ms / 1e3 + sending_s + count * resend_s(link)
 
 
 def latency_s(request: Request, link: LinkConfig, resends: float | None = None) -> float:
-    """From sending `request` to holding its answer."""
+    """Seconds from sending `request` to receiving its answer."""
     return transfer_s(request, link, resends) + request.server_s
 
 
 def active_j(request: Request, link: LinkConfig, resends: float | None = None) -> float:
-    """What the device's radio draws for `request` until the answer is there, waiting for the server included."""
+    """Joules of the device's radio from sending `request` to its answer, including the wait for the server."""
     sent_j = request.up_bytes * link.up_j_per_byte + request.down_bytes * link.down_j_per_byte
     return sent_j + link.active_watts * latency_s(request, link, resends)
 
 
 def tail_j(link: LinkConfig, until_next_s: float = math.inf) -> float:
-    """What it draws afterwards; a next request that comes before the tail's end cuts it short."""
+    """Joules of the radio after the answer; the next request ends the tail."""
     return link.tail_watts * min(link.tail_s, until_next_s)
 
 
 def radio_j(request: Request, link: LinkConfig) -> float:
-    """What a request that stands alone costs the device: its expected active joules, and a whole tail."""
+    """Expected joules of an isolated request: active joules and a complete tail."""
     return active_j(request, link) + tail_j(link)
 
 
 def battery_percent(energy_j: float, battery_wh: float) -> float:
-    """What share of a full battery `energy_j` is, in percent."""
+    """`energy_j` in percent of a full battery."""
     return 100.0 * energy_j / (battery_wh * 3600.0)

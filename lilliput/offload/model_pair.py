@@ -1,4 +1,4 @@
-"""Identity of a pair of device model and edge server: routers and figures hold for one pair alone."""
+"""Identity of a pair of device model and edge server. Routers and figures are valid for one pair only."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ GGUF = "model.gguf"
 
 
 def pair_of(device: Manifest, edge: EdgeConfig, server: Manifest | None) -> tuple[str, str]:
-    """What tells one pair of device model and edge server from another, which routers and figures do not carry over to.
+    """Identifies a pair of device model and edge server.
 
     Args:
-        device: of the device's bundle.
-        edge: what answers what the device leaves.
-        server: of the edge candidate's compiled form; None for a server elsewhere.
+        device: manifest of the device's bundle.
+        edge: settings of the edge server.
+        server: manifest of the compiled edge candidate; None for a remote server.
 
     Returns:
-        The sha256 of the device's GGUF file, and of the server's; or the server's address and model.
+        The sha256 of the device's GGUF file; the sha256 of the server's GGUF file, or the server's address and model.
 
     Raises:
         ArtifactError: a manifest names no GGUF file.

@@ -1,4 +1,4 @@
-"""Who answers: the device, or the edge server. Decided before an answer, or after a first look at the device's own."""
+"""Routing policies: device or edge server, decided before generation or after the device's answer (cascade)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lilliput.config import Place
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Where a question goes, by which score, and why."""
+class RoutingDecision:
+    """The chosen place, the score behind the choice, and the reason as text."""
 
     place: Place
     score: float | None
@@ -21,11 +21,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a decision may depend on besides the question.
+    """The state of the device, on which a decision may depend.
 
     Attributes:
-        link: over which the edge server would be reached, by its name in params.yaml.
-        battery_percent: what the device's battery holds yet.
+        link: the present link to the edge server, by its name in params.yaml.
+        battery_percent: charge of the device's battery.
     """
 
     link: str
@@ -33,71 +33,71 @@ class Conditions:
 
 
 class Router(Protocol):
-    """A policy. One that cannot tell before it has seen the device's answer says None first."""
+    """A routing policy."""
 
-    def before(self, question: str, conditions: Conditions) -> Decision | None:
-        """The decision on the question alone; None to look at the device's answer first."""
+    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
+        """The decision before generation; None if it needs the device's answer (cascade)."""
         ...
 
-    def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
-        """The decision once the device has answered, by the log-likelihoods (nats) of its own tokens."""
+    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+        """The decision after the device's answer, by the log-likelihoods (nats) of its tokens."""
         ...
 
     def rule(self, question: str, conditions: Conditions) -> str:
-        """The rule for `question` under `conditions`; where two conditions have one rule, they get one decision."""
+        """A text that identifies the decision rule under `conditions`. Equal rules decide equally on a question."""
         ...
 
 
 @dataclass(frozen=True)
-class Always:
+class FixedRouter:
     """The policies `device` and `server`."""
 
     place: Place
 
-    def before(self, question: str, conditions: Conditions) -> Decision:
-        """Always the same."""
+    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision:
+        """The fixed place."""
         del question, conditions
-        return Decision(self.place, None, f"policy {self.place}")
+        return RoutingDecision(self.place, None, f"policy {self.place}")
 
-    def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
-        """Always the same."""
+    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+        """The fixed place."""
         del token_logprobs
-        return self.before(question, conditions)
+        return self.route_question(question, conditions)
 
     def rule(self, question: str, conditions: Conditions) -> str:
-        """Always the same."""
+        """The fixed place."""
         del question, conditions
         return self.place
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """The policy `threshold`: the device's answer stands if it is sure enough of it.
+class ThresholdRouter:
+    """The policy `threshold`: a cascade that keeps the device's answer if its confidence reaches `least`.
 
-    The score is the geometric mean of its tokens' probabilities, between 0 and 1.
+    Confidence is the geometric mean of the token probabilities, between 0 and 1.
     """
 
     least: float
 
-    def before(self, question: str, conditions: Conditions) -> None:
-        """Looks at the answer first."""
+    def route_question(self, question: str, conditions: Conditions) -> None:
+        """None: this policy needs the device's answer."""
         del question, conditions
 
-    def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
-        """The device, if its score reaches the threshold; an empty answer never does."""
+    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+        """The device if its confidence reaches the threshold. An empty answer has no confidence."""
         del question, conditions
         score = confidence(token_logprobs)
         if score is not None and score >= self.least:
-            return Decision("device", score, f"confidence {score:.3f} ≥ {self.least:g}")
-        told = "no tokens" if score is None else f"confidence {score:.3f} < {self.least:g}"
-        return Decision("server", score, told)
+            return RoutingDecision("device", score, f"confidence {score:.3f} ≥ {self.least:g}")
+        reason = "no tokens" if score is None else f"confidence {score:.3f} < {self.least:g}"
+        return RoutingDecision("server", score, reason)
 
     def rule(self, question: str, conditions: Conditions) -> str:
-        """The threshold, whatever link and battery."""
+        """The threshold; link and battery do not matter."""
         del question, conditions
         return f"confidence {self.least!r}"
 
 
 def confidence(token_logprobs: Sequence[float]) -> float | None:
-    """The geometric mean of the tokens' probabilities; None without tokens."""
+    """The geometric mean of the token probabilities; None without tokens."""
     return math.exp(sum(token_logprobs) / len(token_logprobs)) if token_logprobs else None

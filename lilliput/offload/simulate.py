@@ -1,8 +1,8 @@
-"""Days of traffic played through a router: what they do to a battery, and who answers over which link.
+"""Simulates days of traffic through a router: battery charge, and the place of each answer by link.
 
-The router is the gateway's own, asked in the gateway's order; answers, their verdicts, seconds and bytes are those that
-the stage `offload` recorded; the links are those of `links.py`, with losses drawn and a tail that ends where the next
-request begins. Seconds, joules and percents are estimates.
+The router is the gateway's, called in the gateway's order. Answers, verdicts, seconds and bytes come from the stage
+`offload`. Links follow `links.py`, with random losses and a tail that the next request ends. Seconds, joules and
+percentages are estimates.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from pydantic import ValidationError
 from lilliput.config import LinkConfig, Section
 from lilliput.config.section import LinkName, NotNegativeFloat
 from lilliput.errors import DataError
-from lilliput.offload.links import Request, active_j, latency_s, tail_j
-from lilliput.offload.policy import Conditions, Decision, Router
+from lilliput.offload.links import active_j, latency_s, tail_j
+from lilliput.offload.outcomes import request_of
+from lilliput.offload.policy import Conditions, Router, RoutingDecision
 
 DAY_S = 86_400.0
-# Questions an hour from midnight on, in parts of the day's: few at night, most in the evening.
-_HOURS = (1, 0, 0, 0, 0, 1, 2, 4, 5, 4, 4, 5, 6, 5, 4, 4, 5, 6, 7, 8, 8, 7, 5, 3)
-_AT_HOME = (*range(8), *range(19, 24))
+# Relative number of questions in each hour from midnight: few at night, most in the evening.
+_HOURLY_WEIGHTS = (1, 0, 0, 0, 0, 1, 2, 4, 5, 4, 4, 5, 6, 5, 4, 4, 5, 6, 7, 8, 8, 7, 5, 3)
+_HOURS_AT_HOME = (*range(8), *range(19, 24))
 
 
 class Event(Section):
-    """A question at a time: a line of a trace file.
+    """A question at a point in time: one line of a trace file.
 
     Attributes:
-        at_s: since the first midnight.
+        at_s: seconds since the first midnight.
         id: of a recorded question.
-        link: that is there then.
-        charging: whether the battery is being charged then.
+        link: the available link.
+        charging: whether the battery is being charged.
     """
 
     at_s: NotNegativeFloat
@@ -48,13 +49,13 @@ class Event(Section):
 
 @dataclass(frozen=True)
 class Phone:
-    """What the battery lives on.
+    """Battery and power of a phone.
 
     Attributes:
-        battery_wh: what it holds, full.
-        watts_per_core: what a busy core draws.
-        background_watts: what everything else draws all the time; declared.
-        charging_watts: what a charger brings; declared.
+        battery_wh: capacity.
+        watts_per_core: power of a busy core.
+        background_watts: constant power of everything else; declared, not measured.
+        charging_watts: power of the charger; declared, not measured.
     """
 
     battery_wh: float
@@ -64,65 +65,66 @@ class Phone:
 
 
 @dataclass(frozen=True)
-class Served:
-    """What came of an event."""
+class ServedRequest:
+    """The result of an event."""
 
     event: Event
-    decision: Decision
+    decision: RoutingDecision
     latency_s: float
     energy_j: float
     battery_percent: float
 
 
 @dataclass
-class _State:
-    """Between two events: what the battery holds, until when the device is busy, and what the radio has done."""
+class _PhoneState:
+    """State between two events: battery charge, end of the device's last answer, and last use of the radio."""
 
     battery_j: float
     at_s: float = 0.0
     device_free_s: float = 0.0
     radio_end_s: float = -math.inf
     radio_link: LinkConfig | None = None
-    served: list[Served] = field(default_factory=list)
+    served: list[ServedRequest] = field(default_factory=list)
 
 
 def draw_trace(
     questions: Sequence[str], links: Sequence[str], home: str, days: int, queries_per_day: int, seed: int
 ) -> list[Event]:
-    """Traffic with a daily rhythm: few questions at night, most in the evening.
+    """Random traffic with a daily rhythm: few questions at night, most in the evening.
 
-    From 19 to 8 o'clock the phone is at home, charged from midnight on; on the way, each hour has a link of its own.
+    The phone is at home from 19:00 to 8:00, and charges from midnight to 8:00. Away from home, each hour has a random
+    link.
 
     Args:
-        questions: ids; each is as likely as any other.
-        links: that occur on the way.
+        questions: ids, drawn uniformly.
+        links: the links away from home.
         home: the link at home.
-        days: how many.
-        queries_per_day: how many, spread by the rhythm.
-        seed: of all draws.
+        days: number of days.
+        queries_per_day: number of queries, distributed by the rhythm.
+        seed: of all random draws.
     """
     rng = random.Random(f"{seed}/trace")
     events = []
     for day in range(days):
         away = {hour: rng.choice(list(links)) for hour in range(24)}
-        for hour in sorted(rng.choices(range(24), _HOURS, k=queries_per_day)):
+        for hour in sorted(rng.choices(range(24), _HOURLY_WEIGHTS, k=queries_per_day)):
             at_s = day * DAY_S + 3600.0 * (hour + rng.random())
-            link = home if hour in _AT_HOME else away[hour]
+            link = home if hour in _HOURS_AT_HOME else away[hour]
             events.append(Event(at_s=at_s, id=rng.choice(list(questions)), link=link, charging=hour < 8))
     return sorted(events, key=lambda event: event.at_s)
 
 
 def read_trace(path: Path, questions: Iterable[str], links: Iterable[str]) -> list[Event]:
-    """The events of a JSON Lines file, in the order of their times.
+    """The events of a JSON Lines file, in order of time.
 
     Raises:
-        DataError: the file is missing, or a line is no event, or names a question or a link that is not there.
+        DataError: the file is missing, or a line is not an event, or its question or link is unknown.
     """
-    known, there = set(questions), set(links)
+    known_questions, known_links = set(questions), set(links)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give a trace as JSON Lines, or none") from None
+        raise DataError(f"{path}: no such file; give a JSON Lines file, or no file for a random trace") from None
     events = []
     for number, line in enumerate(lines, 1):
         try:
@@ -130,8 +132,8 @@ def read_trace(path: Path, questions: Iterable[str], links: Iterable[str]) -> li
         except ValidationError as error:
             problem = error.errors()[0]
             raise DataError(f"{path}:{number}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-        if event.id not in known or event.link not in there:
-            unknown = f"question {event.id!r}" if event.id not in known else f"link {event.link!r}"
+        if event.id not in known_questions or event.link not in known_links:
+            unknown = f"question {event.id!r}" if event.id not in known_questions else f"link {event.link!r}"
             raise DataError(f"{path}:{number}: the {unknown} is not among those recorded")
         events.append(event)
     return sorted(events, key=lambda event: event.at_s)
@@ -145,37 +147,37 @@ def simulate(
     phone: Phone,
     seed: int,
     embeds: bool = False,
-) -> list[Served]:
-    """What comes of each event of `trace`; the battery is full at first, and the device answers one at a time.
+) -> list[ServedRequest]:
+    """The result of each event of `trace`. The battery is full at first; the device answers one request at a time.
 
     Args:
-        trace: in the order of time.
-        rows: of lilliput/offload/collect.py, for every question of the trace.
-        router: who answers.
+        trace: events in order of time.
+        rows: of `ask_both`, for every question of the trace.
+        router: routes the questions.
         links: by name.
-        phone: its battery.
+        phone: battery and power.
         seed: of the losses.
-        embeds: whether `router` embeds the questions it scores; what that takes is added where it did.
+        embeds: whether `router` embeds the questions that it scores; adds the cost of the embedding.
     """
     by_id = {row["id"]: row for row in rows}
     rng = np.random.default_rng(seed)
-    state = _State(battery_j=phone.battery_wh * 3600.0)
+    state = _PhoneState(battery_j=phone.battery_wh * 3600.0)
     for event in trace:
-        _let_pass(state, event, phone)
+        _advance(state, event, phone)
         _serve(state, event, by_id[event.id], router, links[event.link], phone, rng, embeds)
     return state.served
 
 
-def _let_pass(state: _State, event: Event, phone: Phone) -> None:
-    """Charges and drains the battery until `event`; a charger that is there at an event was there since the last."""
-    passed_s = event.at_s - state.at_s
+def _advance(state: _PhoneState, event: Event, phone: Phone) -> None:
+    """Charges and drains the battery until `event`. A charger at the event charges since the last event."""
+    elapsed_s = event.at_s - state.at_s
     watts = phone.background_watts - (phone.charging_watts if event.charging else 0.0)
-    state.battery_j = min(phone.battery_wh * 3600.0, max(0.0, state.battery_j - watts * passed_s))
+    state.battery_j = min(phone.battery_wh * 3600.0, max(0.0, state.battery_j - watts * elapsed_s))
     state.at_s = event.at_s
 
 
 def _serve(
-    state: _State,
+    state: _PhoneState,
     event: Event,
     row: Mapping[str, Any],
     router: Router,
@@ -186,38 +188,37 @@ def _serve(
 ) -> None:
     full_j = phone.battery_wh * 3600.0
     conditions = Conditions(event.link, 100.0 * state.battery_j / full_j)
-    now_s, spent_j, asked = event.at_s, 0.0, False
-    decision = router.before(row["question"], conditions)
+    now_s, spent_j, device_asked = event.at_s, 0.0, False
+    decision = router.route_question(row["question"], conditions)
     if decision is None:
-        now_s, spent_j, asked = *_ask_device(state, row, phone, now_s), True
-        decision = router.after(row["question"], row["device"]["logprobs"], conditions)
+        now_s, spent_j, device_asked = *_ask_device(state, row, phone, now_s), True
+        decision = router.route_answer(row["question"], row["device"]["logprobs"], conditions)
     if embeds and decision.score is not None:
         now_s += row["embed_s"]
         spent_j += row["embed_cpu_s"] * phone.watts_per_core
     if decision.place == "server":
         now_s, joules = _ask_server(state, row, link, now_s, rng)
         spent_j += joules
-    elif not asked:
+    elif not device_asked:
         now_s, joules = _ask_device(state, row, phone, now_s)
         spent_j += joules
     state.battery_j = max(0.0, state.battery_j - spent_j)
     percent = 100.0 * state.battery_j / full_j
-    state.served.append(Served(event, decision, now_s - event.at_s, spent_j, percent))
+    state.served.append(ServedRequest(event, decision, now_s - event.at_s, spent_j, percent))
 
 
-def _ask_device(state: _State, row: Mapping[str, Any], phone: Phone, now_s: float) -> tuple[float, float]:
-    """When the device has answered, and its joules; it waits until it has done with the one before."""
+def _ask_device(state: _PhoneState, row: Mapping[str, Any], phone: Phone, now_s: float) -> tuple[float, float]:
+    """Time of the device's answer, and its joules. The request waits for the one before it."""
     done_s = max(now_s, state.device_free_s) + row["device"]["seconds"]
     state.device_free_s = done_s
     return done_s, row["device"]["cpu_s"] * phone.watts_per_core
 
 
 def _ask_server(
-    state: _State, row: Mapping[str, Any], link: LinkConfig, now_s: float, rng: np.random.Generator
+    state: _PhoneState, row: Mapping[str, Any], link: LinkConfig, now_s: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """When the server's answer is there, and the radio's joules: a whole tail, less what the last had too much."""
-    told = row["server"]
-    request = Request(told["up_bytes"], told["down_bytes"], told["seconds"])
+    """Time of the server's answer, and the radio's joules, minus the unused part of the last request's tail."""
+    request = request_of(row)
     resends = float(rng.negative_binomial(request.packets, 1.0 - link.loss))
     done_s = now_s + latency_s(request, link, resends)
     joules = active_j(request, link, resends) + tail_j(link)
@@ -227,8 +228,8 @@ def _ask_server(
     return done_s, joules
 
 
-def summarise(served: Sequence[Served], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Battery by day, share offloaded by link, accuracy, hallucination rate, latency and joules of what was served."""
+def summarise(served: Sequence[ServedRequest], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Battery by day, offloaded share by link, accuracy, hallucination rate, latency and joules of all answers."""
     by_id = {row["id"]: row for row in rows}
     answers = [by_id[s.event.id][s.decision.place] for s in served]
     answerable = [by_id[s.event.id]["answerable"] for s in served]
@@ -250,29 +251,29 @@ def summarise(served: Sequence[Served], rows: Sequence[Mapping[str, Any]]) -> di
     }
 
 
-def _offloaded(served: Sequence[Served]) -> float:
+def _offloaded(served: Sequence[ServedRequest]) -> float:
     return sum(s.decision.place == "server" for s in served) / len(served)
 
 
-class ByQuestion:
-    """A router that leaves each question to one of several: to the one fitted without its entity, say."""
+class PerQuestionRouter:
+    """Routes each question with its own router, as with the one fitted without its entity."""
 
     def __init__(self, routers: Mapping[str, Router]) -> None:
         self._routers = routers
 
-    def before(self, question: str, conditions: Conditions) -> Decision | None:
-        """As the question's own router."""
-        return self._routers[question].before(question, conditions)
+    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
+        """The decision of the question's router before generation."""
+        return self._routers[question].route_question(question, conditions)
 
-    def after(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> Decision:
-        """As the question's own router."""
-        return self._routers[question].after(question, token_logprobs, conditions)
+    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+        """The decision of the question's router after the device's answer."""
+        return self._routers[question].route_answer(question, token_logprobs, conditions)
 
     def rule(self, question: str, conditions: Conditions) -> str:
-        """As the question's own router."""
+        """The rule of the question's router."""
         return self._routers[question].rule(question, conditions)
 
 
 def trace_lines(events: Iterable[Event]) -> str:
-    """`events` as JSON Lines, as `read_trace` reads them."""
+    """`events` as JSON Lines, the format of `read_trace`."""
     return "".join(json.dumps(event.model_dump(mode="json"), sort_keys=True) + "\n" for event in events)

@@ -1,1 +1,1 @@
-"""What stands between a question and a model: answers that need not be made again."""
+"""The HTTP gateway: routes chat requests to the device, the edge server or the answer cache."""

@@ -1,4 +1,4 @@
-"""Serves a deployment: `python -m lilliput.serve deployments/<device>`; flows.deploy starts and updates it."""
+"""Serves a deployment: `python -m lilliput.serve deployments/<device>`. flows.deploy starts and updates it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lilliput.serve.api import Admin, App
 from lilliput.serve.deployment import PROXY_HELP, Deployment, admin_token, read_current
 from lilliput.serve.factory import open_service
 from lilliput.serve.gateway import Gateway
-from lilliput.serve.instance_lock import announce, owning
+from lilliput.serve.instance_lock import hold_folder, write_gateway_file
 from lilliput.serve.middleware import LOOPBACK
 from lilliput.serve.page import page_routes
 from lilliput.serve.service import Service
@@ -31,41 +31,41 @@ WATCH_S, RESTART_S = 1.0, 10.0
 log = logging.getLogger("lilliput.gateway")
 
 
-class Serving:
-    """The gateway of one folder: what it serves, and that it goes on doing so."""
+class RunningGateway:
+    """The gateway of one folder: replaces its service on deployments and after crashes."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self.gateway = Gateway(self._open())
-        self._drains: set[asyncio.Task[None]] = set()
+        self._draining: set[asyncio.Task[None]] = set()
 
-    async def take_over(self) -> None:
-        """Puts what is deployed now in the place of what is served; the latter ends with its last answer."""
+    async def switch_deployment(self) -> None:
+        """Serves the current deployment from now on. The old service ends with its last answer."""
         service = await asyncio.to_thread(self._open)
         drain = asyncio.create_task(self.gateway.replace(service))
-        self._drains.add(drain)
-        drain.add_done_callback(self._drains.discard)
-        await asyncio.sleep(0)  # it has taken over; what is under way may take its time
+        self._draining.add(drain)
+        drain.add_done_callback(self._draining.discard)
+        await asyncio.sleep(0)  # lets `replace` switch the service; draining continues in the background
 
     async def watch(self) -> None:
-        """Starts the models anew if the process of one has died."""
+        """Restarts all models when the process of one has died."""
         while True:
             await asyncio.sleep(WATCH_S)
             if self.gateway.service.running():
                 continue
-            log.error("a model's process has died; all are started anew")
+            log.error("a model's process has died; restarting all models")
             try:
-                await self.take_over()
-            except Exception as error:  # whatever it was, it is tried again: nobody else would start the models
-                log.error("it does not start: %s: %s", type(error).__name__, error)
+                await self.switch_deployment()
+            except Exception as error:  # any error: retry, because nothing else restarts the models
+                log.error("the models do not start: %s: %s", type(error).__name__, error)
                 await asyncio.sleep(RESTART_S)
 
     def _open(self) -> Service:
-        return open_service(deployed_in(self._home), self._home)
+        return open_service(require_deployment(self._home), self._home)
 
 
-def deployed_in(home: Path) -> Deployment:
-    """The deployment that `home` holds.
+def require_deployment(home: Path) -> Deployment:
+    """The current deployment of `home`.
 
     Raises:
         ArtifactError: there is none.
@@ -77,51 +77,50 @@ def deployed_in(home: Path) -> Deployment:
 
 
 def serve(home: Path, host: str, port: int, proxies: Sequence[str] = ()) -> None:
-    """Serves what is deployed in `home` until it is told to stop.
+    """Serves the current deployment of `home` until the process is stopped.
 
     Args:
-        home: the deployment's folder.
+        home: the deployment folder.
         host: an address of this machine.
-        port: 0 for any that is free.
-        proxies: addresses or networks of reverse proxies: whom they name in X-Forwarded-For is the client. From
-            everyone else that header counts for nothing.
+        port: 0 for any free port.
+        proxies: addresses or networks of trusted reverse proxies. Only their X-Forwarded-For names the client.
 
     Raises:
-        ConfigError: a host beyond loopback or a proxy without a token, or a proxy that is no address.
+        ConfigError: a host beyond loopback or a proxy without a token, or an invalid proxy address.
         BusyError: another gateway serves `home`.
-        LilliputError: what is deployed does not open.
+        LilliputError: the deployment does not open.
     """
     token = os.environ.get(TOKEN) or None
     if host.lower() not in LOOPBACK and token is None:
         raise ConfigError(
             f"--host {host}: beyond loopback a bearer token is required; set {TOKEN}, or stay on 127.0.0.1"
         )
-    _require_proxies(proxies, token)
-    deployed_in(home)  # before the lock, which makes its folder
-    with owning(home):
+    _check_proxies(proxies, token)
+    require_deployment(home)  # before the lock, which creates the folder
+    with hold_folder(home):
         _serve(home, host, port, token, proxies)
 
 
-def _require_proxies(proxies: Sequence[str], token: str | None) -> None:
+def _check_proxies(proxies: Sequence[str], token: str | None) -> None:
     for proxy in proxies:
         try:
             ipaddress.ip_network(proxy)
         except ValueError:
             raise ConfigError(
-                f"--proxy {proxy}: no IP address or network; write 127.0.0.1, ::1 or 10.0.0.0/24, say"
+                f"--proxy {proxy}: not an IP address or network; write for example 127.0.0.1, ::1 or 10.0.0.0/24"
             ) from None
     if proxies and token is None:
         raise ConfigError(f"--proxy {proxies[0]}: behind a proxy a bearer token is required; set {TOKEN}")
 
 
 def _serve(home: Path, host: str, port: int, token: str | None, proxies: Sequence[str]) -> None:
-    serving = Serving(home)
-    app = App(serving.gateway, token, Admin(admin_token(home), serving.take_over), page_routes())
-    asyncio.run(_run(uvicorn.Server(server_config(app, host, port, proxies)), serving, home))
+    running = RunningGateway(home)
+    app = App(running.gateway, token, Admin(admin_token(home), running.switch_deployment), page_routes())
+    asyncio.run(_run(uvicorn.Server(server_config(app, host, port, proxies)), running, home))
 
 
 def server_config(app: App, host: str, port: int, proxies: Sequence[str] = ()) -> uvicorn.Config:
-    """How uvicorn serves `app`; the arguments are those of `serve`."""
+    """uvicorn's settings for `app`; arguments as in `serve`."""
     return uvicorn.Config(
         app,
         host,
@@ -129,30 +128,30 @@ def server_config(app: App, host: str, port: int, proxies: Sequence[str] = ()) -
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=bool(proxies),  # by default any process of this machine could give itself another address
+        proxy_headers=bool(proxies),  # uvicorn's default trusts the header from any local process
         forwarded_allow_ips=list(proxies),
-        timeout_keep_alive=60,  # five seconds, the default, cut clients short that come again after as many
+        timeout_keep_alive=60,  # the default, 5 s, breaks clients that send a request every 5 s
         timeout_graceful_shutdown=30,
     )
 
 
-async def _run(server: uvicorn.Server, serving: Serving, home: Path) -> None:
-    work = asyncio.create_task(server.serve())
-    while not server.started and not work.done():
+async def _run(server: uvicorn.Server, running: RunningGateway, home: Path) -> None:
+    serving = asyncio.create_task(server.serve())
+    while not server.started and not serving.done():
         await asyncio.sleep(0.02)
     if server.started:
         host, port = server.servers[0].sockets[0].getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        announce(home, address)
+        write_gateway_file(home, address)
         print(json.dumps({"url": address}), flush=True)
-    watch = asyncio.create_task(serving.watch())
+    watch = asyncio.create_task(running.watch())
     try:
-        await work
+        await serving
     finally:
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
-        await serving.gateway.close()
+        await running.gateway.close()
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -169,7 +168,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # For embedding a question now and then: a second thread wins nothing by then, and doubles the CPU-seconds.
+    # For occasional embeddings a second thread saves no time and doubles the CPU-seconds.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         serve(folder, host, port, proxy or [])

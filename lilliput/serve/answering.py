@@ -1,4 +1,4 @@
-"""Answers one request: from the answer cache, by the device's model or by the edge server, as the router decides."""
+"""Answers one request: from the answer cache, the device's model or the edge server, as the router decides."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lilliput.cache.answers import Answer, AnswerCache, Asked, Hit
+from lilliput.cache.answers import AnswerCache, CachedAnswer, CacheHit, CacheQuery
 from lilliput.config import Place
 from lilliput.errors import ArtifactError
 from lilliput.llama_server.completions import (
     COMPLETE,
     Chunks,
     Usage,
-    completion,
     finish_of,
-    joined,
+    join_chunks,
     logprobs_of,
+    new_completion,
     text_of,
     usage_of,
 )
-from lilliput.offload.policy import Conditions, Decision
-from lilliput.serve.backends import End, EndDown, EndFailed
+from lilliput.offload.policy import Conditions, RoutingDecision
+from lilliput.serve.backends import Backend, BackendDown, BackendFailed
 from lilliput.serve.chat import Chat
-from lilliput.serve.costs import Spent
+from lilliput.serve.costs import ResourceUsage
 from lilliput.serve.service import Service
 
 log = logging.getLogger("lilliput.gateway")
-_CACHE_FAILS = (ArtifactError, sqlite3.Error, OSError)  # damaged, locked for too long, or the disk is full
+_CACHE_ERRORS = (ArtifactError, sqlite3.Error, OSError)  # damaged file, lock timeout, full disk
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Limits:
     """Limits on requests and answers.
 
     Attributes:
-        body_bytes: of a request.
-        max_tokens: of an answer; a request for more gets this many.
-        waiting: requests that may wait for a slot; beyond that 503 with Retry-After.
-        requests_per_minute: of one client; beyond that 429 with Retry-After.
-        write_s: within which a client reads what a stream has sent it; else the stream ends.
+        body_bytes: largest request body.
+        max_tokens: largest answer; a request for more gets this many tokens.
+        waiting: requests that may wait for a slot; further ones get 503 with Retry-After.
+        requests_per_minute: per client; further ones get 429 with Retry-After.
+        write_s: longest time that one write of a stream waits for its client; then the stream ends.
     """
 
     body_bytes: int = 64 * 1024
@@ -56,12 +56,12 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Caching:
-    """What a request allows the answer cache.
+class CacheControl:
+    """The use of the answer cache that a request allows.
 
     Attributes:
         lookup: whether the answer may come from the cache.
-        store: whether the answer may be kept.
+        store: whether the answer may be stored.
     """
 
     lookup: bool = True
@@ -69,11 +69,11 @@ class Caching:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """An answer: whole (`body`), or in pieces (`chunks`), of which the first has arrived."""
+class RoutedAnswer:
+    """An answer with its origin: complete (`body`), or as a stream (`chunks`) whose first chunk has arrived."""
 
     place: Place | Literal["cache"]
-    decision: Decision
+    decision: RoutingDecision
     body: dict[str, Any] | None = None
     chunks: Chunks | None = None
 
@@ -83,249 +83,262 @@ class Overloaded(Exception):
 
 
 class Unanswered(Exception):
-    """Neither device nor server gave a usable answer."""
+    """Neither the device nor the edge server gave a usable answer."""
 
 
 class Unavailable(Unanswered):
-    """The process of the device's model is not running; it is being started again."""
+    """The process of the device's model is not running. The gateway restarts it."""
 
 
 class Computation:
     """Computes the answer to one request.
 
     Args:
-        service: that answers.
+        service: the deployed service.
         chat: the request.
         conditions: link and battery.
-        caching: what the request allows.
-        limits: on tokens and on waiting.
+        cache_control: the use of the answer cache that the request allows.
+        limits: limits on tokens and on waiting requests.
 
     Attributes:
-        spent: what it has taken so far.
+        usage: the resources used so far.
     """
 
-    def __init__(self, service: Service, chat: Chat, conditions: Conditions, caching: Caching, limits: Limits) -> None:
+    def __init__(
+        self, service: Service, chat: Chat, conditions: Conditions, cache_control: CacheControl, limits: Limits
+    ) -> None:
         self._service, self._chat, self._conditions = service, chat, conditions
-        self._caching, self._limits = caching, limits
+        self._cache_control, self._limits = cache_control, limits
         self._edge_failed = False
-        self.spent = Spent()
+        self.usage = ResourceUsage()
 
-    async def run(self) -> Answered:
-        """The answer; in pieces if the request asks for a stream and a model answers at once.
+    async def run(self) -> RoutedAnswer:
+        """The answer; a stream if the request asks for one and a model answers without cascade.
 
         Raises:
-            Overloaded: too many wait for the device or the edge server.
-            Unanswered: neither device nor server gave a usable answer.
+            Overloaded: too many requests wait for the device or the edge server.
+            Unanswered: neither the device nor the edge server gave a usable answer.
             Unavailable: likewise, because the device's process is not running.
-            EndRefused: the request is at fault.
+            BackendRejected: the request is invalid for the model.
         """
-        if hit := await self._cached():
+        if hit := await self._cached_answer():
             return hit
         try:
-            return await self._routed()
+            return await self._route()
         except Unanswered as error:
-            return await self._instead_of_device(error)
+            return await self._replace_device_answer(error)
 
-    async def _routed(self) -> Answered:
-        router, question, looked = self._service.router, self._chat.question, None
-        decision = await self.spent.thinking(lambda: router.before(question, self._conditions))
+    async def _route(self) -> RoutedAnswer:
+        """Routes before generation. If the router needs the device's answer first, generates it, then routes (cascade).
+
+        If the edge server fails, the device answers.
+        """
+        router, question, device_body = self._service.router, self._chat.question, None
+        decision = await self.usage.run_in_thread(lambda: router.route_question(question, self._conditions))
         if decision is None:
-            looked = await self._whole_from_device(look=True)
-            tokens = logprobs_of(looked)
-            decision = await self.spent.thinking(lambda: router.after(question, tokens, self._conditions))
+            device_body = await self._device_completion(for_router=True)
+            tokens = logprobs_of(device_body)
+            decision = await self.usage.run_in_thread(lambda: router.route_answer(question, tokens, self._conditions))
         if decision.place == "server":
             try:
                 return await self._from_edge(decision)
-            except EndFailed as error:  # the fallback is not stored: the router wants the server's answer
+            except BackendFailed as error:  # the fallback is not stored: the router wants the server's answer
                 self._edge_failed = True
                 reason = f"{decision.reason}, but the edge server {error}"
-                return await self._from_device(Decision("device", decision.score, reason), looked, store=False)
-        return await self._from_device(decision, looked)
+                fallback = RoutingDecision("device", decision.score, reason)
+                return await self._from_device(fallback, device_body, store=False)
+        return await self._from_device(decision, device_body)
 
-    async def _instead_of_device(self, error: Unanswered) -> Answered:
-        """The edge server's answer in place of the device's, if the router may send requests there; not stored."""
+    async def _replace_device_answer(self, error: Unanswered) -> RoutedAnswer:
+        """The edge server's answer instead of the device's, if the policy allows it; not stored."""
         rule = self._service.router.rule(self._chat.question, self._conditions)
         if self._edge_failed or self._service.edge is None or rule == "device":
             raise error
         try:
-            return await self._from_edge(Decision("server", None, str(error)), store=False)
-        except EndFailed:
+            return await self._from_edge(RoutingDecision("server", None, str(error)), store=False)
+        except BackendFailed:
             raise error from None
 
-    async def _from_edge(self, decision: Decision, *, store: bool = True) -> Answered:
+    async def _from_edge(self, decision: RoutingDecision, *, store: bool = True) -> RoutedAnswer:
         edge = self._service.edge
         if edge is None:
-            raise EndFailed("is not there")
-        request = self._request(edge)
+            raise BackendFailed("is not configured")
+        request = self._backend_request(edge)
         if self._chat.stream:
             chunks = self._edge_chunks(edge, request)
-            return await _begun("server", decision, self._stored_at_end("server", chunks) if store else chunks)
+            return await _first_chunk("server", decision, self._store_at_end("server", chunks) if store else chunks)
         async with self._edge_slot(edge) as left_s:
-            with self.spent.on_edge():
-                self.spent.up_bytes += len(json.dumps(request))
-                body = await edge.ask(request, left_s) | {"model": str(self._service.setting.edge)}
-        self.spent.down_bytes += len(json.dumps(body))
+            with self.usage.measure_edge():
+                self.usage.up_bytes += len(json.dumps(request))
+                body = await edge.ask(request, left_s) | {"model": str(self._service.info.edge)}
+        self.usage.down_bytes += len(json.dumps(body))
         if store:
             await self._store("server", body)
-        return Answered("server", decision, body)
+        return RoutedAnswer("server", decision, body)
 
-    async def _edge_chunks(self, edge: End, request: Mapping[str, Any]) -> Chunks:
+    async def _edge_chunks(self, edge: Backend, request: Mapping[str, Any]) -> Chunks:
         async with self._edge_slot(edge) as left_s:
-            with self.spent.on_edge():
-                self.spent.up_bytes += len(json.dumps(request))
+            with self.usage.measure_edge():
+                self.usage.up_bytes += len(json.dumps(request))
                 async with aclosing(edge.stream(request, left_s)) as chunks:
                     async for chunk in chunks:
-                        self.spent.down_bytes += len(json.dumps(chunk))
-                        yield chunk | {"model": str(self._service.setting.edge)}
+                        self.usage.down_bytes += len(json.dumps(chunk))
+                        yield chunk | {"model": str(self._service.info.edge)}
 
-    async def _from_device(self, decision: Decision, looked: dict[str, Any] | None, *, store: bool = True) -> Answered:
-        if looked is None and self._chat.stream:
+    async def _from_device(
+        self, decision: RoutingDecision, device_body: dict[str, Any] | None, *, store: bool = True
+    ) -> RoutedAnswer:
+        """The device's answer: `device_body` if the router has already asked for it."""
+        if device_body is None and self._chat.stream:
             chunks = self._device_chunks()
-            return await _begun("device", decision, self._stored_at_end("device", chunks) if store else chunks)
-        body = looked or await self._whole_from_device()
+            return await _first_chunk("device", decision, self._store_at_end("device", chunks) if store else chunks)
+        body = device_body or await self._device_completion()
         if store:
             await self._store("device", body)
-        return Answered("device", decision, body)
+        return RoutedAnswer("device", decision, body)
 
-    async def _whole_from_device(self, *, look: bool = False) -> dict[str, Any]:
-        device, request = self._service.device, self._request(self._service.device, look=look)
-        async with self._slot(self._service.free):
-            with self.spent.on_device(device.clock):
+    async def _device_completion(self, *, for_router: bool = False) -> dict[str, Any]:
+        device, request = self._service.device, self._backend_request(self._service.device, for_router=for_router)
+        async with self._slot(self._service.device_semaphore):
+            with self.usage.measure_device(device.clock):
                 try:
-                    return await device.ask(request) | {"model": self._service.model.name}  # not where its file is
-                except EndFailed as error:
-                    raise _no_device(error) from None
+                    # The backend calls the model by its file's path; clients get the model's name.
+                    return await device.ask(request) | {"model": self._service.model.name}
+                except BackendFailed as error:
+                    raise _device_error(error) from None
 
     async def _device_chunks(self) -> Chunks:
-        device, request = self._service.device, self._request(self._service.device)
-        async with self._slot(self._service.free):
-            with self.spent.on_device(device.clock):
+        device, request = self._service.device, self._backend_request(self._service.device)
+        async with self._slot(self._service.device_semaphore):
+            with self.usage.measure_device(device.clock):
                 try:
                     async with aclosing(device.stream(request)) as chunks:
                         async for chunk in chunks:
                             yield chunk | {"model": self._service.model.name}
-                except EndFailed as error:
-                    raise _no_device(error) from None
+                except BackendFailed as error:
+                    raise _device_error(error) from None
 
     @asynccontextmanager
-    async def _slot(self, free: asyncio.Semaphore, wait_s: float | None = None) -> AsyncIterator[None]:
-        """A turn on an end; given back when the answer is there or nobody waits for it any more.
+    async def _slot(self, semaphore: asyncio.Semaphore, wait_s: float | None = None) -> AsyncIterator[None]:
+        """Holds a slot of a backend until the answer is complete or all its clients have left.
 
         Raises:
             Overloaded: too many requests wait already.
-            EndFailed: no turn within `wait_s`.
+            BackendFailed: no slot became free within `wait_s`.
         """
         service = self._service
-        if free.locked() and service.waiting >= self._limits.waiting:
+        if semaphore.locked() and service.waiting >= self._limits.waiting:
             raise Overloaded
         service.waiting += 1
         try:
             async with asyncio.timeout(wait_s):
-                await free.acquire()
+                await semaphore.acquire()
         except TimeoutError:
-            raise EndFailed(f"was busy for {wait_s:g} s") from None
+            raise BackendFailed(f"was busy for {wait_s:g} s") from None
         finally:
             service.waiting -= 1
         try:
             yield
         finally:
-            free.release()
+            semaphore.release()
 
     @asynccontextmanager
-    async def _edge_slot(self, edge: End) -> AsyncIterator[float]:
-        """A turn on the edge server; the seconds of its deadline that are left after waiting."""
-        free, began = self._service.edge_free, time.monotonic()
-        if free is None:
+    async def _edge_slot(self, edge: Backend) -> AsyncIterator[float]:
+        """Holds a slot of the edge server; yields the seconds that remain of its timeout after waiting."""
+        semaphore, began = self._service.edge_semaphore, time.monotonic()
+        if semaphore is None:
             yield edge.timeout_s
             return
         if not edge.up:
-            raise EndFailed("was down")  # without waiting for those that find that out
-        async with self._slot(free, edge.timeout_s):
+            raise BackendFailed("was down")  # fails at once: the requests ahead in the queue test the server
+        async with self._slot(semaphore, edge.timeout_s):
             yield edge.timeout_s - (time.monotonic() - began)
 
-    def _request(self, end: End, *, look: bool = False) -> dict[str, Any]:
+    def _backend_request(self, backend: Backend, *, for_router: bool = False) -> dict[str, Any]:
         system_prompt = self._service.model.system_prompt
-        request = self._chat.for_model(system_prompt, self._limits.max_tokens, end.model, end.control_tokens)
-        # Probabilities only where somebody looks at them: llama.cpp sorts the whole vocabulary for each. It sends 20
-        # alternatives per token unless it is told how many, and no probabilities at all if it is told none.
-        looks = {"logprobs": True, "top_logprobs": max(1, self._chat.top_logprobs or 0)}
-        return request | (looks if look or self._chat.logprobs else {})
+        request = self._chat.for_model(system_prompt, self._limits.max_tokens, backend.model, backend.control_tokens)
+        # Log-probabilities only on demand: llama.cpp sorts the whole vocabulary for each token. By default it sends 20
+        # alternatives per token, and for `top_logprobs: 0` it sends no log-probabilities at all.
+        logprobs = {"logprobs": True, "top_logprobs": max(1, self._chat.top_logprobs or 0)}
+        return request | (logprobs if for_router or self._chat.logprobs else {})
 
     @property
     def _cache(self) -> AnswerCache | None:
         return self._service.cache if self._chat.cacheable else None
 
-    def _asked(self, cache: AnswerCache) -> Asked:
+    def _cache_query(self, cache: AnswerCache) -> CacheQuery:
         question = self._chat.question
-        return cache.asked(question, self._service.router.rule(question, self._conditions))
+        return cache.query(question, self._service.router.rule(question, self._conditions))
 
-    async def _cached(self) -> Answered | None:
+    async def _cached_answer(self) -> RoutedAnswer | None:
         cache = self._cache
-        if cache is None or not self._caching.lookup:
+        if cache is None or not self._cache_control.lookup:
             return None
         try:
-            hit = await self.spent.thinking(lambda: self._found(cache))
-        except _CACHE_FAILS as error:
-            return log.error("the answer cache cannot be read, and answers are given without it: %s", error)
+            hit = await self.usage.run_in_thread(lambda: self._find(cache))
+        except _CACHE_ERRORS as error:
+            return log.error("the answer cache cannot be read; the model answers instead: %s", error)
         if hit is None:
             return None
-        decision = Decision(
-            "device", hit.similarity, f"{hit.kind} hit in the answer cache, from the {hit.answer.place}"
-        )
-        usage = await self._usage_of_hit(hit)
-        return Answered("cache", decision, completion(hit.answer.text, hit.answer.model, usage))
+        reason = f"{hit.kind} hit in the answer cache, from the {hit.answer.place}"
+        usage = await self._hit_usage(hit)
+        completion = new_completion(hit.answer.text, hit.answer.model, usage)
+        return RoutedAnswer("cache", RoutingDecision("device", hit.similarity, reason), completion)
 
-    def _found(self, cache: AnswerCache) -> Hit | None:
-        hit = cache.find(self._asked(cache), self._chat.most_tokens(self._limits.max_tokens))
+    def _find(self, cache: AnswerCache) -> CacheHit | None:
+        hit = cache.find(self._cache_query(cache), self._chat.most_tokens(self._limits.max_tokens))
         if hit is None or hit.kind == "exact":
             return hit
-        # Another wording may go elsewhere by the same rule.
-        decision = self._service.router.before(self._chat.question, self._conditions)
+        # The same rule may route another wording to another backend; then the hit does not count.
+        decision = self._service.router.route_question(self._chat.question, self._conditions)
         return hit if decision is None or decision.place == hit.answer.place else None
 
-    async def _usage_of_hit(self, hit: Hit) -> Usage | None:
-        """Token counts of a cached answer; the device's model counts a prompt in another wording."""
+    async def _hit_usage(self, hit: CacheHit) -> Usage | None:
+        """Token counts of a cached answer; the device's model counts the prompt of another wording."""
         prompt_tokens = hit.answer.prompt_tokens
         if hit.question != self._chat.question:
-            prompt_tokens = await self._service.device.count_prompt(self._request(self._service.device))
+            device = self._service.device
+            prompt_tokens = await device.count_prompt(self._backend_request(device))
         return None if prompt_tokens is None else Usage(prompt_tokens, hit.answer.completion_tokens)
 
-    async def _stored_at_end(self, place: Place, chunks: Chunks) -> Chunks:
-        """Passes `chunks` on, and stores the answer that they add up to after the last one."""
-        seen = []
+    async def _store_at_end(self, place: Place, chunks: Chunks) -> Chunks:
+        """Yields `chunks`, then stores the complete answer."""
+        sent = []
         async with aclosing(chunks):
             async for chunk in chunks:
-                seen.append(chunk)
+                sent.append(chunk)
                 yield chunk
-        await self._store(place, joined(seen))
+        await self._store(place, join_chunks(sent))
 
     async def _store(self, place: Place, body: Mapping[str, Any]) -> None:
-        """Stores an answer that is complete, not empty, and of counted tokens."""
+        """Stores an answer that is complete, not empty, and has token counts."""
         cache, usage, text = self._cache, usage_of(body), text_of(body)
-        if cache is None or usage is None or not self._caching.store:
+        if cache is None or usage is None or not self._cache_control.store:
             return
         if finish_of(body) != COMPLETE or not text.strip():
             return
-        answer = Answer(text, place, body["model"], usage.prompt_tokens, usage.completion_tokens)
+        answer = CachedAnswer(text, place, body["model"], usage.prompt_tokens, usage.completion_tokens)
         try:
-            await asyncio.to_thread(lambda: cache.store(self._asked(cache), answer))
-        except _CACHE_FAILS as error:
-            log.error("the answer cache cannot be written, and the answer is not stored: %s", error)
+            await asyncio.to_thread(lambda: cache.store(self._cache_query(cache), answer))
+        except _CACHE_ERRORS as error:
+            log.error("the answer cache cannot be written; the answer is not stored: %s", error)
 
 
-def _no_device(error: EndFailed) -> Unanswered:
+def _device_error(error: BackendFailed) -> Unanswered:
     message = f"the device {error}"
-    return Unavailable(f"{message}; it is being started again") if isinstance(error, EndDown) else Unanswered(message)
+    if isinstance(error, BackendDown):
+        return Unavailable(f"{message}; it is being started again")
+    return Unanswered(message)
 
 
-async def _begun(place: Place, decision: Decision, chunks: Chunks) -> Answered:
-    """An answer in `chunks`, once the first has arrived: until then another backend can still answer."""
+async def _first_chunk(place: Place, decision: RoutingDecision, chunks: Chunks) -> RoutedAnswer:
+    """Waits for the first chunk, and returns the stream. If this raises, another backend can still answer."""
     first = await anext(chunks)
 
-    async def all_of_them() -> Chunks:
+    async def all_chunks() -> Chunks:
         async with aclosing(chunks):
             yield first
             async for chunk in chunks:
                 yield chunk
 
-    return Answered(place, decision, chunks=all_of_them())
+    return RoutedAnswer(place, decision, chunks=all_chunks())

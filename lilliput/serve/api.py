@@ -1,4 +1,7 @@
-"""The gateway as an ASGI application that speaks OpenAI's chat API."""
+"""The gateway's HTTP interface: an ASGI application with OpenAI's chat API.
+
+A chat request goes through `AccessControl`, `Gateway.reply`, `SingleFlight` and `Computation` to a `Backend`.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lilliput.errors import LilliputError
 from lilliput.offload.policy import Conditions
-from lilliput.serve.answering import Caching, Overloaded, Unanswered, Unavailable
-from lilliput.serve.backends import EndRefused
+from lilliput.serve.answering import CacheControl, Overloaded, Unanswered, Unavailable
+from lilliput.serve.backends import BackendRejected
 from lilliput.serve.chat import Chat
-from lilliput.serve.gateway import Gateway, Reply, told
-from lilliput.serve.middleware import Doors, problem
+from lilliput.serve.gateway import Gateway, Reply, reply_metadata
+from lilliput.serve.middleware import AccessControl, error_body
 
 Result = TypeVar("Result")
 log = logging.getLogger("lilliput.gateway")
-GONE = 499  # the client; nobody reads this
-RESTART_S = 5  # what starting a model again takes, roughly
+CLIENT_CLOSED_REQUEST = 499  # status of a request whose client has disconnected; nobody receives it
+RESTART_S = 5  # rough time to restart a model
 
 
 @dataclass(frozen=True)
 class Admin:
-    """Who may have another champion deployed, and what does it.
+    """Access to the endpoint `/deployment`.
 
     Attributes:
-        token: that has to be borne.
-        deploy: puts what is to be deployed in the place of the present service, which stays if that fails.
+        token: the value that the header `x-lilliput-admin` must have.
+        deploy: replaces the present service by the current deployment; if that fails, the present service stays.
     """
 
     token: str
@@ -51,10 +54,10 @@ class App:
     """The gateway's application.
 
     Args:
-        gateway: that answers.
-        token: that requests have to bear; None on loopback.
-        admin: how another champion is deployed; None for never.
-        page: further routes, the page's.
+        gateway: answers the requests.
+        token: the bearer token that requests need; None on loopback.
+        admin: enables `/deployment`; None disables it.
+        page: the routes of the chat page.
     """
 
     def __init__(
@@ -66,15 +69,21 @@ class App:
     ) -> None:
         self.gateway, self.admin = gateway, admin
         app = FastAPI(title="Lilliput gateway", lifespan=self._lifespan, docs_url=None, redoc_url=None)
-        app.add_exception_handler(RequestValidationError, _invalid)
-        app.add_exception_handler(HTTPException, _other)
-        app.add_exception_handler(Exception, _bug)
-        for routes in (_looking_after(self), _listing(self), _chatting(self), _deploying(self), page):
+        app.add_exception_handler(RequestValidationError, _validation_error)
+        app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(Exception, _internal_error)
+        for routes in (
+            _operation_routes(self),
+            _model_routes(self),
+            _chat_routes(self),
+            _deployment_routes(self),
+            page,
+        ):
             if routes is not None:
                 app.include_router(routes)
         self.openapi = app.openapi
         limits = gateway.limits
-        self._app: ASGIApp = Doors(app, token, limits.body_bytes, limits.requests_per_minute)
+        self._app: ASGIApp = AccessControl(app, token, limits.body_bytes, limits.requests_per_minute)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -82,12 +91,12 @@ class App:
         await self.gateway.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """The ASGI interface."""
         await self._app(scope, receive, send)
 
 
-def _looking_after(app: App) -> APIRouter:
-    """What those who run it look at."""
+def _operation_routes(app: App) -> APIRouter:
+    """Health, metrics and status."""
     routes, gateway = APIRouter(), app.gateway
 
     @routes.head("/health", include_in_schema=False)
@@ -103,20 +112,20 @@ def _looking_after(app: App) -> APIRouter:
     @routes.get("/status")
     async def status() -> dict[str, Any]:
         service = gateway.service
-        setting = service.setting
-        edge = None if service.edge is None else {"name": setting.edge, "up": service.edge.up}
+        info = service.info
+        edge = None if service.edge is None else {"name": info.edge, "up": service.edge.up}
         links = {
             name: {"round_trip_ms": link.round_trip_ms, "up_mbit_per_s": link.up_mbit_per_s}
             for name, link in service.costs.links.items()
         }
         return {
-            "device": setting.device,
+            "device": info.device,
             "model": service.model.name,
             "version": service.model.version,
-            "policy": setting.policy,
+            "policy": info.policy,
             "edge": edge,
             "links": links,
-            "link": setting.link,
+            "link": info.link,
             "battery_wh": service.costs.battery_wh,
             "cache": service.cache is not None,
         }
@@ -124,8 +133,8 @@ def _looking_after(app: App) -> APIRouter:
     return routes
 
 
-def _listing(app: App) -> APIRouter:
-    """The models of OpenAI's API: the one that is served."""
+def _model_routes(app: App) -> APIRouter:
+    """OpenAI's model list, with the one model that is served."""
     routes, gateway = APIRouter(prefix="/v1"), app.gateway
 
     @routes.head("/models", include_in_schema=False)
@@ -144,41 +153,43 @@ def _listing(app: App) -> APIRouter:
     return routes
 
 
-def _chatting(app: App) -> APIRouter:
-    """The chat completions of OpenAI's API."""
+def _chat_routes(app: App) -> APIRouter:
+    """OpenAI's chat completions."""
     routes, gateway = APIRouter(prefix="/v1"), app.gateway
 
     @routes.post("/chat/completions")
     async def chat(
-        asked: Chat,
+        body: Chat,
         request: Request,
         link: Annotated[str | None, Header(alias="x-lilliput-link", max_length=40)] = None,
         battery: Annotated[float, Header(alias="x-lilliput-battery-percent", ge=0.0, le=100.0)] = 100.0,
         cache_control: Annotated[str, Header(max_length=200)] = "",
     ) -> Response:
         served = gateway.service.model.name
-        if asked.model is not None and asked.model != served:
-            return _unknown_model(asked.model, served)
+        if body.model is not None and body.model != served:
+            return _unknown_model(body.model, served)
         known = gateway.service.costs.links
         if link is not None and link not in known:
             return _error(400, f"x-lilliput-link: one of {', '.join(known)}", "invalid_request_error")
-        conditions = Conditions(link or gateway.service.setting.link, battery)
+        conditions = Conditions(link or gateway.service.info.link, battery)
         try:
-            reply = await _unless_gone(request, gateway.reply(asked, conditions, _caching(cache_control)))
-        except (Overloaded, Unanswered, EndRefused) as error:
-            return _failure(error)
+            reply = await _until_disconnect(
+                request, gateway.reply(body, conditions, _parse_cache_control(cache_control))
+            )
+        except (Overloaded, Unanswered, BackendRejected) as error:
+            return _failure_response(error)
         if reply is None:
-            return Response(status_code=GONE)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         if reply.chunks is not None:
-            return _Stream(reply, gateway.limits.write_s)
+            return _StreamResponse(reply, gateway.limits.write_s)
         await reply.close()
         return JSONResponse(reply.body, headers=_headers(reply))
 
     return routes
 
 
-def _deploying(app: App) -> APIRouter | None:
-    """Takes over another champion, while the present one answers on."""
+def _deployment_routes(app: App) -> APIRouter | None:
+    """`/deployment`: replaces the served champion without an interruption."""
     if app.admin is None:
         return None
     routes, admin = APIRouter(include_in_schema=False), app.admin
@@ -186,40 +197,40 @@ def _deploying(app: App) -> APIRouter | None:
     @routes.post("/deployment")
     async def deployment(request: Request) -> Response:
         if not hmac.compare_digest(request.headers.get("x-lilliput-admin", "").encode(), admin.token.encode()):
-            return _error(401, "the token of this gateway's own folder is required", "invalid_admin_token")
+            return _error(401, "the admin token of this gateway's folder is required", "invalid_admin_token")
         try:
             await admin.deploy()
         except LilliputError as error:
-            return _error(409, f"{error}; what was served before is served on", "not_deployed")
+            return _error(409, f"{error}; the previous deployment is still served", "not_deployed")
         return JSONResponse({"model": app.gateway.service.model.name, "version": app.gateway.service.model.version})
 
     return routes
 
 
-class _Stream(StreamingResponse):
-    """A reply in pieces; what it holds is given back however it ends.
+class _StreamResponse(StreamingResponse):
+    """A streamed reply. Closes the reply in any case.
 
     Args:
         reply: the reply.
-        write_s: how long one write may wait for the client; uvicorn and starlette wait as long as it is connected.
+        write_s: time limit of one write; without it, uvicorn and starlette wait as long as the client is connected.
     """
 
     def __init__(self, reply: Reply, write_s: float) -> None:
-        unbuffered = {"X-Accel-Buffering": "no"}  # nginx would keep the pieces until there are many
+        unbuffered = {"X-Accel-Buffering": "no"}  # else nginx buffers the chunks
         super().__init__(_events(reply), media_type="text/event-stream", headers=_headers(reply) | unbuffered)
         self._reply, self._write_s = reply, write_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """The ASGI interface."""
 
-        async def in_time(message: Message) -> None:
+        async def send_in_time(message: Message) -> None:
             async with asyncio.timeout(self._write_s):
                 await send(message)
 
         try:
-            await super().__call__(scope, receive, in_time)
-        except TimeoutError:  # of a write: _events reports every other error to the client
-            log.warning("a stream is ended: its client has read nothing for %g s", self._write_s)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:  # of a write; _events sends every other error to the client
+            log.warning("stream ended: the client has read nothing for %g s", self._write_s)
         finally:
             await self._reply.close()
 
@@ -229,58 +240,57 @@ async def _events(reply: Reply) -> AsyncIterator[str]:
     try:
         async for chunk in reply.chunks:
             yield f"data: {json.dumps(chunk)}\n\n"
-    except Exception as error:  # the status has gone out: this is all that can be said
+    except Exception as error:  # the status has been sent already, so the error is sent as an event
         kind = "unanswered" if isinstance(error, Unanswered) else "broken_off"
-        yield f"data: {json.dumps(problem(f'the answer broke off: {error}', kind))}\n\n"
+        yield f"data: {json.dumps(error_body(f'the answer broke off: {error}', kind))}\n\n"
         return
     yield "data: [DONE]\n\n"
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """What `work` comes to; None, and no more work, once the client has gone."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+async def _until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`; cancels it and returns None if the client disconnects first."""
+    task, disconnect = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         return None
     finally:
-        for each in (task, gone):
+        for each in (task, disconnect):
             if not each.done():
                 each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _failure(error: Overloaded | Unanswered | EndRefused) -> JSONResponse:
-    """The response to a request that got no answer."""
+def _failure_response(error: Overloaded | Unanswered | BackendRejected) -> JSONResponse:
+    """The error response to a request without an answer."""
     if isinstance(error, Overloaded):
         return _error(
             503, "too many requests wait for the device or the edge server", "overloaded", {"Retry-After": "1"}
         )
-    if isinstance(error, EndRefused):
+    if isinstance(error, BackendRejected):
         return _error(400, str(error), "invalid_request_error")
     if isinstance(error, Unavailable):
         return _error(503, str(error), "unavailable", {"Retry-After": str(RESTART_S)})
     return _error(502, str(error), "unanswered", {"Retry-After": "1"})
 
 
-def _caching(cache_control: str) -> Caching:
-    """What a Cache-Control header allows (RFC 9111, 5.2.1): `no-cache` and `max-age=0` ask for a new answer, `no-store`
-    for one that is not kept."""
-    directives = {part.strip().lower() for part in cache_control.split(",")}
-    return Caching(lookup=not directives & {"no-cache", "max-age=0"}, store="no-store" not in directives)
+def _parse_cache_control(header: str) -> CacheControl:
+    """Parses Cache-Control (RFC 9111, 5.2.1): `no-cache` and `max-age=0` skip the lookup, `no-store` the storing."""
+    directives = {part.strip().lower() for part in header.split(",")}
+    return CacheControl(lookup=not directives & {"no-cache", "max-age=0"}, store="no-store" not in directives)
 
 
 def _headers(reply: Reply) -> dict[str, str]:
-    """The same as the body's own part, as far as it is known when headers go out."""
+    """The metadata of the body as headers, as far as it is known before the body is sent."""
     return {
         f"x-lilliput-{name.replace('_', '-')}": urllib.parse.quote(value, safe=" ") if name == "reason" else str(value)
-        for name, value in told(reply).items()
+        for name, value in reply_metadata(reply).items()
         if value is not None and value is not False
     }
 
@@ -291,42 +301,42 @@ def _model(name: str) -> dict[str, Any]:
 
 def _unknown_model(name: str, known: str) -> JSONResponse:
     message = f"the model {name!r} is not served here; {known!r} is"
-    return JSONResponse(problem(message, "invalid_request_error", code="model_not_found", param="model"), 404)
+    return JSONResponse(error_body(message, "invalid_request_error", code="model_not_found", param="model"), 404)
 
 
 def _error(
     status: int, message: str, kind: str, headers: Mapping[str, str] | None = None, param: str | None = None
 ) -> JSONResponse:
-    return JSONResponse(problem(message, kind, param=param), status, dict(headers or {}))
+    return JSONResponse(error_body(message, kind, param=param), status, dict(headers or {}))
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    fault = _clearest(error.errors())
-    message, place = fault["msg"].removeprefix("Value error, "), fault["loc"]
+    fault = _clearest_fault(error.errors())
+    message, location = fault["msg"].removeprefix("Value error, "), fault["loc"]
     if fault["type"] == "json_invalid":
-        return _error(400, f"body: not JSON, from character {place[-1]} on", "invalid_request_error")
-    if len(place) == 1 and "json" not in request.headers.get("content-type", ""):
+        return _error(400, f"body: not JSON, from character {location[-1]} on", "invalid_request_error")
+    if len(location) == 1 and "json" not in request.headers.get("content-type", ""):
         return _error(400, "body: send JSON, with Content-Type: application/json", "invalid_request_error")
-    if len(place) == 1:  # of the whole body: the message names the field
+    if len(location) == 1:  # an error of the whole body: the message names the field
         field = re.match(r"(\w+)(?:, \w+)*: ", message)
         return _error(400, message if field else f"body: {message}", "invalid_request_error", param=field and field[1])
-    # Names of a field's alternative types ("constrained-str") are of no use to a client.
-    named = [str(part) for part in place[1:] if place[0] != "body" or str(part).replace("_", "").isalnum()]
-    return _error(400, f"{'.'.join(named)}: {message}", "invalid_request_error", param=str(place[1]))
+    # Without the names of a field's alternative types ("constrained-str"), which do not help a client.
+    path = [str(part) for part in location[1:] if location[0] != "body" or str(part).replace("_", "").isalnum()]
+    return _error(400, f"{'.'.join(path)}: {message}", "invalid_request_error", param=str(location[1]))
 
 
-def _clearest(faults: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Of the first field's faults, one for each alternative type, the innermost: "'image_url' … does not match …"."""
+def _clearest_fault(faults: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The innermost fault of the first field. A field has a fault for each of its alternative types."""
     of_field = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
     return max(of_field, key=lambda fault: (len(fault["loc"]), fault["type"] not in {"string_type", "list_type"}))
 
 
-async def _other(_: Request, error: Exception) -> Response:
+async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _error(error.status_code, str(error.detail), "invalid_request_error", error.headers)
 
 
-async def _bug(_: Request, error: Exception) -> Response:
-    """The last resort; the traceback is in the log."""
-    return _error(500, f"an error of the gateway itself ({type(error).__name__}); its log has more", "internal_error")
+async def _internal_error(_: Request, error: Exception) -> Response:
+    """The response to an unexpected exception; the log has the traceback."""
+    return _error(500, f"internal error of the gateway ({type(error).__name__}); see its log", "internal_error")

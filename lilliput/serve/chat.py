@@ -1,4 +1,4 @@
-"""Requests to OpenAI's chat API, as far as a small model on a device can serve them."""
+"""Requests to OpenAI's chat API, limited to the fields that a small model on a device can serve."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lilliput.chat.control_tokens import ControlTokens
 from lilliput.serve.schema_limits import check_schema
 
-# What other clients may send along and a model on a device has no use for.
-_NOT_HERE = ("tools", "functions", "tool_choice", "function_call", "audio", "modalities", "prediction")
-# Values of these that ask for text alone. Without tools, `auto` is `none`.
-_TEXT_ALONE = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
+# Fields that ask for more than text.
+_UNSUPPORTED = ("tools", "functions", "tool_choice", "function_call", "audio", "modalities", "prediction")
+# Values of these fields that ask for text only. Without tools, `auto` means `none`.
+_TEXT_ONLY = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
 _PLAIN = {"messages", "model", "max_tokens", "max_completion_tokens", "stream", "stream_options", "temperature", "n"}
-# Values that change nothing in a greedy answer.
+# Values without effect on a greedy answer.
 _DEFAULTS = {
     "top_p": 1.0,
     "frequency_penalty": 0.0,
@@ -23,18 +23,18 @@ _DEFAULTS = {
     "logprobs": False,
     "response_format": {"type": "text"},
 }
-LARGEST_SEED = 2**32 - 2  # for llama.cpp, the next one means "draw a seed"
+LARGEST_SEED = 2**32 - 2  # llama.cpp draws a seed for the next value
 
 
 class TextPart(BaseModel):
-    """A piece of a message's text."""
+    """A part of a message's text."""
 
     type: Literal["text"]
     text: Annotated[str, Field(max_length=32_768)]
 
 
 class RefusalPart(BaseModel):
-    """A piece of an assistant's turn that refused to answer."""
+    """A part of an assistant's turn that refuses to answer."""
 
     type: Literal["refusal"]
     refusal: Annotated[str, Field(max_length=32_768)]
@@ -50,7 +50,7 @@ Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class Message(BaseModel):
-    """One turn of a chat. Only an assistant's turn may have no content, or parts that are refusals."""
+    """One turn of a chat. Only an assistant's turn may lack content or contain refusals."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)] | None = None
@@ -58,9 +58,9 @@ class Message(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text_alone(cls, raw: Any) -> Any:
+    def _is_text_only(cls, raw: Any) -> Any:
         if isinstance(raw, Mapping) and (given := [k for k in ("tool_calls", "function_call", "audio") if raw.get(k)]):
-            raise ValueError(f"{', '.join(given)}: not supported; a turn is text alone")
+            raise ValueError(f"{', '.join(given)}: not supported; a turn is text only")
         return raw
 
     @model_validator(mode="after")
@@ -72,20 +72,20 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        """The text of the turn in one piece; of an assistant's turn without content, its refusal."""
+        """The complete text of the turn; for an assistant's turn without content, its refusal."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or self.refusal or ""
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class ResponseFormat(BaseModel):
-    """A form that the answer has to have; llama.cpp holds the model to it."""
+    """The required format of the answer; llama.cpp enforces it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
@@ -100,9 +100,9 @@ class ResponseFormat(BaseModel):
 
 
 class Chat(BaseModel):
-    """A request to /v1/chat/completions. What it does not know is left out on the way to the model.
+    """A request to /v1/chat/completions.
 
-    Only what is named here is handed on: any other key could lift the limits.
+    Only these fields are passed to the model: an unknown field could bypass the limits.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -125,58 +125,62 @@ class Chat(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _asks_for_words_alone(cls, raw: Any) -> Any:
-        if isinstance(raw, Mapping) and (asked := _asks_for_more(raw)):
-            raise ValueError(f"{', '.join(asked)}: not supported; the answer is text alone")
+    def _asks_for_text_only(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and (fields := _unsupported_fields(raw)):
+            raise ValueError(f"{', '.join(fields)}: not supported; the answer is text only")
         return raw
 
     @field_validator("stop")
     @classmethod
-    def _stops_at_text(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        """None for empty texts alone: they stop nothing."""
+    def _drop_empty_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        """Removes empty texts, which stop nothing; None if no other text is left."""
         return ([text for text in stop if text] if isinstance(stop, list) else stop) or None
 
     @model_validator(mode="after")
-    def _asks_for_probabilities_first(self) -> Chat:
+    def _has_logprobs_for_top_logprobs(self) -> Chat:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs to be true")
         return self
 
     @property
     def question(self) -> str:
-        """The last thing the user said."""
+        """The user's last message."""
         return next((message.text for message in reversed(self.messages) if message.role == "user"), "")
 
     @property
     def cacheable(self) -> bool:
-        """Whether the answer follows from one question alone: a single turn, answered greedily, in no special form."""
-        return [message.role for message in self.messages] == ["user"] and not self.temperature and not self._special()
+        """Whether the answer depends only on one question: a single turn, greedy decoding, no special options."""
+        return (
+            [message.role for message in self.messages] == ["user"]
+            and not self.temperature
+            and not self._has_special_options()
+        )
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream is to end with a chunk of token counts."""
+        """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def _special(self) -> bool:
-        asked = self.model_dump(exclude_none=True)
-        return any(name not in _PLAIN and _DEFAULTS.get(name) != value for name, value in asked.items())
+    def _has_special_options(self) -> bool:
+        fields = self.model_dump(exclude_none=True)
+        return any(name not in _PLAIN and _DEFAULTS.get(name) != value for name, value in fields.items())
 
     def most_tokens(self, limit: int) -> int:
-        """New tokens that the answer may have: what the request asks for, and no more than `limit`."""
+        """Largest number of new tokens: the request's own limit, at most `limit`."""
         return min(self.max_completion_tokens or self.max_tokens or limit, limit)
 
     def for_model(
         self, system_prompt: str, limit: int, model: str | None, control_tokens: ControlTokens | None = None
     ) -> dict[str, Any]:
-        """The request as an end gets it: greedy unless it says otherwise, with at most `limit` new tokens.
+        """The request to a backend: greedy unless the client sets a temperature, with at most `limit` new tokens.
 
         Args:
-            system_prompt: put first if the request has none.
-            limit: of new tokens.
-            model: as the end calls it; None for no name.
-            control_tokens: split in all turns of the request, so that nobody forges a turn.
+            system_prompt: added if the request has none.
+            limit: largest number of new tokens.
+            model: the backend's model name; None to send none.
+            control_tokens: split in all turns of the request, so that a text cannot forge a turn.
         """
-        plain = control_tokens.split if control_tokens else str
+        neutralize = control_tokens.split if control_tokens else str
         settings = self.model_dump(
             exclude_none=True,
             exclude={"messages", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"},
@@ -184,20 +188,20 @@ class Chat(BaseModel):
         if self.seed is not None:
             settings["seed"] = self.seed % (LARGEST_SEED + 1)
         turns = [
-            {"role": "system" if message.role == "developer" else message.role, "content": plain(message.text)}
+            {"role": "system" if message.role == "developer" else message.role, "content": neutralize(message.text)}
             for message in self.messages
         ]
         if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system_prompt})
-        named = {"model": model} if model else {}
-        return {"temperature": 0.0, **settings, **named, "messages": turns, "max_tokens": self.most_tokens(limit)}
+        model_field = {"model": model} if model else {}
+        return {"temperature": 0.0, **settings, **model_field, "messages": turns, "max_tokens": self.most_tokens(limit)}
 
 
-def _asks_for_more(raw: Mapping[str, Any]) -> list[str]:
-    """Fields of a request that ask for more than text; tools that must not be called are no such thing."""
+def _unsupported_fields(raw: Mapping[str, Any]) -> list[str]:
+    """Fields of a request that ask for more than text. Tools count only if they may be called."""
     unused = ("tools", "functions") if "none" in (raw.get("tool_choice"), raw.get("function_call")) else ()
     return [
         name
-        for name in _NOT_HERE
-        if raw.get(name) and name not in unused and raw[name] not in _TEXT_ALONE.get(name, ())
+        for name in _UNSUPPORTED
+        if raw.get(name) and name not in unused and raw[name] not in _TEXT_ONLY.get(name, ())
     ]

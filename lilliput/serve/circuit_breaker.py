@@ -1,4 +1,4 @@
-"""A circuit breaker: what fails again and again is left alone for a while."""
+"""A circuit breaker: pauses requests to a backend that fails repeatedly."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Callable
 
 
 class Breaker:
-    """Opens after `failures` in a row; after `rest_s` one request may try, and closes it again if that goes well."""
+    """Opens after `failures` in a row. After `rest_s` it admits one request, and closes if that succeeds."""
 
     def __init__(self, failures: int = 3, rest_s: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._rest_s, self._clock = failures, rest_s, clock
+        self._failure_limit, self._rest_s, self._clock = failures, rest_s, clock
         self._failures, self._opened = 0, 0.0
 
     @property
     def closed(self) -> bool:
-        """Whether all is well, or the rest is over."""
-        return self._failures < self._most or self._clock() - self._opened >= self._rest_s
+        """Whether there are few failures, or the pause is over."""
+        return self._failures < self._failure_limit or self._clock() - self._opened >= self._rest_s
 
     def admits(self) -> bool:
-        """Whether this request may pass; after a rest, one at a time."""
-        if self._failures < self._most:
+        """Whether this request may be sent; after a pause, one at a time."""
+        if self._failures < self._failure_limit:
             return True
         if not self.closed:
             return False
-        self._opened = self._clock()  # this one tries; others wait for how it goes
+        self._opened = self._clock()  # this request tries; the others wait for its result
         return True
 
     def failed(self) -> None:
-        """A request failed."""
+        """Counts a failed request."""
         self._failures += 1
         self._opened = self._clock()
 
     def succeeded(self) -> None:
-        """A request went well."""
+        """Closes the breaker after a successful request."""
         self._failures = 0

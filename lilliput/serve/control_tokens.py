@@ -1,8 +1,8 @@
-"""The control tokens of a compiled model, read from its file.
+"""Reads the control tokens of a compiled model from its file.
 
-llama.cpp's server applies the chat template and then reads every control token in the result as one, also those in a
-message's content. It has no option against that, and its other endpoints do not give answers of the chat API; so the
-gateway splits them.
+llama.cpp's server applies the chat template, then parses control tokens in the whole prompt, also those in a message's
+content. It has no option to prevent this, and its other endpoints do not speak the chat API. So the gateway splits
+control tokens in messages.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from lilliput.chat.control_tokens import ControlTokens, looks_like_control
 from lilliput.errors import ArtifactError
 
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
-_NORMAL, _BYTE = 1, 6  # gguf.TokenType: neither is found by its text
-_USER_DEFINED = 4  # found by its text, and often harmless: runs of spaces, say
+_NORMAL, _BYTE = 1, 6  # gguf.TokenType: neither is parsed from text
+_USER_DEFINED = 4  # parsed from text, and often harmless, as runs of spaces
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
 def read_control_tokens(path: Path) -> ControlTokens:
-    """The control tokens that the GGUF file at `path` declares, with user-defined ones that look like control tokens.
+    """The control tokens in the GGUF file at `path`, and the user-defined tokens that look like control tokens.
 
     Raises:
-        ArtifactError: it has no vocabulary, or is no GGUF file.
+        ArtifactError: the file has no vocabulary, or is not a GGUF file.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            known = _Metadata(content).arrays({TOKENS, TYPES})
-        pairs = list(zip(known[TOKENS], known[TYPES], strict=True))
+            arrays = _Metadata(content).arrays({TOKENS, TYPES})
+        pairs = list(zip(arrays[TOKENS], arrays[TYPES], strict=True))
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise ArtifactError(
             f"{path}: the vocabulary cannot be read ({type(error).__name__}: {error}); compile the model again"
@@ -47,43 +47,43 @@ def _is_control(text: str, kind: int) -> bool:
 
 
 class _Metadata:
-    """Arrays of a GGUF file's head; gguf's own reader takes seconds for a vocabulary, this one hundredths."""
+    """Reads arrays in a GGUF header; the gguf package takes seconds for a vocabulary, this class hundredths."""
 
     def __init__(self, content: mmap.mmap) -> None:
-        self._content, self._place = content, 4
+        self._content, self._offset = content, 4
         if content[:4] != b"GGUF":
-            raise ValueError("no GGUF file")
+            raise ValueError("not a GGUF file")
 
     def arrays(self, names: set[str]) -> dict[str, Sequence[Any]]:
         _, _, count = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
-        found = {}
+        arrays = {}
         for _ in range(count):
             name, value = self._string(), self._value(self._scalar("I"))
             if name in names:
-                found[name] = value
-            if len(found) == len(names):
+                arrays[name] = value
+            if len(arrays) == len(names):
                 break
-        return found
+        return arrays
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._scalar(_SCALARS[kind])
-        of, count = self._scalar("I"), self._scalar("Q")
-        if of in (_STRING, _ARRAY):
-            return [self._value(of) for _ in range(count)]
-        return self._scalars(f"<{count}{_SCALARS[of]}")
+        element, count = self._scalar("I"), self._scalar("Q")
+        if element in (_STRING, _ARRAY):
+            return [self._value(element) for _ in range(count)]
+        return self._scalars(f"<{count}{_SCALARS[element]}")
 
     def _string(self) -> str:
         length = self._scalar("Q")
-        self._place += length
-        return self._content[self._place - length : self._place].decode("utf-8", errors="replace")
+        self._offset += length
+        return self._content[self._offset - length : self._offset].decode("utf-8", errors="replace")
 
     def _scalar(self, kind: str) -> Any:
         return self._scalars(f"<{kind}")[0]
 
     def _scalars(self, form: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(form, self._content, self._place)
-        self._place += struct.calcsize(form)
+        values = struct.unpack_from(form, self._content, self._offset)
+        self._offset += struct.calcsize(form)
         return values

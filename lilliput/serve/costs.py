@@ -1,4 +1,4 @@
-"""What an answer takes: seconds that were measured, joules and battery that are estimated."""
+"""Cost of an answer: seconds are measured, joules and battery are estimated."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one answer.
+    """Cost of one answer.
 
     Attributes:
-        seconds: that the gateway took.
-        link_seconds: that the link would have added; an estimate, 0 for what the device answers.
-        energy_j: that the device spends; None where the CPU-seconds of its model are not known.
-        battery_percent: the share of a full battery that this is.
+        seconds: time in the gateway.
+        link_seconds: time that the link would add; an estimate, 0 for the device's answers.
+        energy_j: energy of the device; None where the CPU-seconds of its model are unknown.
+        battery_percent: the same energy in percent of a full battery.
     """
 
     seconds: float
@@ -33,18 +33,18 @@ class Cost:
 
     @property
     def energy_source(self) -> str:
-        """As evaluation records call it."""
+        """The source in the terms of evaluation records."""
         return "unavailable" if self.energy_j is None else "estimate_tdp"
 
 
-class Spent:
-    """What an answer has taken so far: filled in while it is made.
+class ResourceUsage:
+    """Resources that an answer has used so far.
 
     Attributes:
-        cpu_s: CPU-seconds on the device; None once some could not be read.
-        up_bytes: sent to the edge server.
-        down_bytes: got from it.
-        edge_s: that it took to answer.
+        cpu_s: CPU-seconds on the device; None once a reading failed.
+        up_bytes: bytes sent to the edge server.
+        down_bytes: bytes received from it.
+        edge_s: its response time.
     """
 
     def __init__(self) -> None:
@@ -55,8 +55,8 @@ class Spent:
         self._running: tuple[Callable[[], float | None], float] | None = None
 
     @contextmanager
-    def on_device(self, clock: Callable[[], float | None] | None) -> Iterator[None]:
-        """Adds what `clock`, of CPU-seconds, advances; a clock or a reading of None says that it is not known."""
+    def measure_device(self, clock: Callable[[], float | None] | None) -> Iterator[None]:
+        """Adds the CPU-seconds that `clock` advances. Without a clock or a reading, `cpu_s` becomes None."""
         begun = clock() if clock else None
         if clock is None or begun is None:
             self.cpu_s = None
@@ -67,8 +67,8 @@ class Spent:
         finally:
             self.cpu_s, self._running = self.cpu_seconds(), None
 
-    async def thinking(self, work: Callable[[], Result]) -> Result:
-        """What `work` of the gateway itself, done in a thread, comes to; adds the CPU-seconds of that thread."""
+    async def run_in_thread(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` of the gateway in a thread and returns its result; adds the CPU-seconds of that thread."""
 
         def timed() -> tuple[Result, float]:
             begun = time.thread_time()
@@ -79,8 +79,8 @@ class Spent:
         return result
 
     @contextmanager
-    def on_edge(self) -> Iterator[None]:
-        """Adds the seconds that pass."""
+    def measure_edge(self) -> Iterator[None]:
+        """Adds the elapsed time to `edge_s`."""
         begun = time.perf_counter()
         try:
             yield
@@ -88,7 +88,7 @@ class Spent:
             self.edge_s += time.perf_counter() - begun
 
     def cpu_seconds(self) -> float | None:
-        """Those of the device until now."""
+        """CPU-seconds of the device until now; None where unknown."""
         if self.cpu_s is None or self._running is None:
             return self.cpu_s
         clock, begun = self._running
@@ -97,20 +97,20 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Device:
-    """What an answer costs on a device: the watts, battery and links that params.yaml declares for it."""
+class DeviceCosts:
+    """Converts resources to costs with the watts, battery and links that params.yaml declares for a device."""
 
     watts_per_core: float
     battery_wh: float
     links: Mapping[str, LinkConfig]
 
-    def cost(self, spent: Spent, link: str) -> Cost:
-        """Of what was `spent`, if the edge server was reached over `link`."""
-        cpu_s = spent.cpu_seconds()
+    def cost(self, usage: ResourceUsage, link: str) -> Cost:
+        """The cost of `usage`, if the edge server was reached over `link`."""
+        cpu_s = usage.cpu_seconds()
         energy_j, link_s = None if cpu_s is None else cpu_s * self.watts_per_core, 0.0
-        if spent.up_bytes:
-            request = Request(spent.up_bytes, spent.down_bytes, spent.edge_s)
+        if usage.up_bytes:
+            request = Request(usage.up_bytes, usage.down_bytes, usage.edge_s)
             link_s = transfer_s(request, self.links[link])
             energy_j = None if energy_j is None else energy_j + radio_j(request, self.links[link])
         share = None if energy_j is None else battery_percent(energy_j, self.battery_wh)
-        return Cost(time.perf_counter() - spent.started, link_s, energy_j, share)
+        return Cost(time.perf_counter() - usage.started, link_s, energy_j, share)

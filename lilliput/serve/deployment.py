@@ -1,12 +1,12 @@
-"""What a gateway serves, in a folder of its own: models that stay while others are made, and what to do with them.
+"""The deployment folder of a device. It keeps its own copies of the models, so that later runs do not change them.
 
 deployments/<device>/
-├── current.json, previous.json   what is served, and what was before
+├── current.json, previous.json   the current and the previous deployment
 ├── models/<sha256>/              the compiled models of both, verified
-├── routers/<sha256>/             what was fitted for them
+├── routers/<sha256>/             the fitted routers of both
 ├── answers.db                    the answer cache, which survives restarts
-├── admin-token                   for who may have another champion taken over
-├── gateway.json, gateway.log     the process that serves
+├── admin-token                   allows a process to replace the served champion
+├── gateway.json, gateway.log     the gateway's process
 └── gateway.lock                  held by that process: a folder has one gateway
 """
 
@@ -30,13 +30,13 @@ ANSWERS, ADMIN_TOKEN, GATEWAY = "answers.db", "admin-token", "gateway.json"
 PROXY_HELP = "address of a reverse proxy before the gateway (repeatable); a token in LILLIPUT_TOKEN is required"
 
 
-class Deployed(BaseModel):
-    """A compiled model that is served.
+class DeployedModel(BaseModel):
+    """A compiled model in a deployment.
 
     Attributes:
-        name: of the candidate.
-        sha256: of the compiled artefact; its folder under `models/` is called so.
-        version: in the registry; None where it is not of the registry's choice.
+        name: the candidate.
+        sha256: of the compiled artefact; also the name of its folder under `models/`.
+        version: in the registry; None for a model that params.yaml selects.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,23 +46,23 @@ class Deployed(BaseModel):
 
 
 class Deployment(BaseModel):
-    """All that a gateway is started with.
+    """The complete configuration of a gateway.
 
     Attributes:
-        model: on the device.
-        edge: beside it; None where the edge server is elsewhere.
-        serving: how it is served.
-        profile: of the device.
-        router: the sha256 of what was fitted for these two, by which its folder under `routers/` is called; None where
-            the policy needs none.
+        model: the model on the device.
+        edge: the model of a local edge server; None for a remote server.
+        serving: serving settings of the device.
+        profile: hardware profile of the device.
+        router: sha256 of the router fitted for both models, also the name of its folder under `routers/`; None for a
+            policy without a fit.
         embedder: for the answer cache and the learned router.
-        threshold: of similarity in the answer cache; None for answers to the same wording alone.
+        threshold: similarity threshold of the answer cache; None for exact hits only.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     device: str
-    model: Deployed
-    edge: Deployed | None
+    model: DeployedModel
+    edge: DeployedModel | None
     serving: ServingConfig
     links: dict[str, LinkConfig]
     profile: DeviceConfig
@@ -71,26 +71,26 @@ class Deployment(BaseModel):
     embedder: EmbedderConfig
     threshold: float | None
 
-    def folder_of(self, deployed: Deployed, home: Path) -> Path:
-        """Where `deployed` lies."""
+    def folder_of(self, deployed: DeployedModel, home: Path) -> Path:
+        """The folder of `deployed`."""
         return home / MODELS / deployed.sha256
 
     @property
-    def models(self) -> list[Deployed]:
-        """Those that are served from here."""
+    def models(self) -> list[DeployedModel]:
+        """The models that this machine serves."""
         return [self.model] + ([self.edge] if self.edge else [])
 
 
-def keep(compiled: Path, home: Path, sha256: str) -> None:
-    """Puts the compiled model in `compiled` under `home`, where no later run touches it; links where it can.
+def store_model(compiled: Path, home: Path, sha256: str) -> None:
+    """Copies the compiled model in `compiled` to `home`, with hard links where possible.
 
     Raises:
-        ArtifactError: it is not whole, or is another one than `sha256` says.
+        ArtifactError: it is incomplete or altered, or its sha256 is not `sha256`.
     """
     manifest = verify(compiled)
     if manifest.artifact_sha256 != sha256:
         raise ArtifactError(
-            f"{compiled}: holds another model ({manifest.artifact_sha256[:12]}) than was promoted ({sha256[:12]}); "
+            f"{compiled}: holds another model ({manifest.artifact_sha256[:12]}) than the promoted one ({sha256[:12]}); "
             "run the pipeline to its end, or `dvc checkout`"
         )
     target = home / MODELS / sha256
@@ -102,11 +102,11 @@ def keep(compiled: Path, home: Path, sha256: str) -> None:
             link_or_copy(compiled / name, partial / name)
 
 
-def keep_router(fitted: Path, home: Path) -> str:
-    """Puts what the stage `offload` fitted in the folder `fitted` under `home`, too, and returns its sha256.
+def store_router(fitted: Path, home: Path) -> str:
+    """Copies the router that the stage `offload` fitted in `fitted` to `home`, and returns its sha256.
 
     Raises:
-        ArtifactError: nothing was fitted.
+        ArtifactError: `fitted` has no router.
     """
     path = fitted / ROUTER
     if not path.exists():
@@ -119,36 +119,36 @@ def keep_router(fitted: Path, home: Path) -> str:
 
 
 def deploy(deployment: Deployment, home: Path) -> None:
-    """Makes `deployment` the current one, and the one before the previous."""
-    former = read_current(home)
-    if former == deployment:
+    """Makes `deployment` current, and the current one previous. No change if it is current already."""
+    current = read_current(home)
+    if current == deployment:
         return
-    if former is not None:
-        _write(home / PREVIOUS, former)
+    if current is not None:
+        _write(home / PREVIOUS, current)
     _write(home / CURRENT, deployment)
 
 
 def roll_back(home: Path) -> Deployment:
-    """Swaps the current deployment and the previous one, and returns what is current then.
+    """Swaps the current and the previous deployment, and returns the new current one.
 
     Raises:
-        ArtifactError: there is no previous one.
+        ArtifactError: there is no previous deployment.
     """
     current, previous = read_current(home), _read(home / PREVIOUS)
     if previous is None or current is None:
-        raise ArtifactError(f"{home}: nothing was deployed before, so there is nothing to go back to")
+        raise ArtifactError(f"{home}: there is no previous deployment to roll back to")
     _write(home / CURRENT, previous)
     _write(home / PREVIOUS, current)
     return previous
 
 
 def read_current(home: Path) -> Deployment | None:
-    """What is deployed; None if nothing is yet."""
+    """The current deployment; None before the first one."""
     return _read(home / CURRENT)
 
 
 def admin_token(home: Path) -> str:
-    """The secret of this folder, made at the first call; only its owner reads it."""
+    """The admin token of this folder, created at the first call; only the file's owner can read it."""
     path = home / ADMIN_TOKEN
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -160,24 +160,24 @@ def admin_token(home: Path) -> str:
     return token
 
 
-def verified(deployment: Deployment, deployed: Deployed, home: Path) -> Path:
-    """The GGUF file of `deployed`, every byte checked.
+def verified_model_file(deployment: Deployment, deployed: DeployedModel, home: Path) -> Path:
+    """The GGUF file of `deployed`, after a check of every byte.
 
     Raises:
-        ArtifactError: it is missing, altered, or another model.
+        ArtifactError: it is missing or altered, or is another model.
     """
     folder = deployment.folder_of(deployed, home)
     if verify(folder).artifact_sha256 != deployed.sha256:
-        raise ArtifactError(f"{folder}: another model than its name says; remove it and deploy again")
+        raise ArtifactError(f"{folder}: holds another model than its name says; remove it and deploy again")
     return folder / GGUF
 
 
-def tidy(home: Path) -> None:
-    """Removes the models and routers of neither deployment."""
-    deployments = [was for name in (CURRENT, PREVIOUS) if (was := _read(home / name))]
-    kept = {was.router for was in deployments} | {model.sha256 for was in deployments for model in was.models}
+def remove_unused(home: Path) -> None:
+    """Removes models and routers that neither deployment uses."""
+    deployments = [deployment for name in (CURRENT, PREVIOUS) if (deployment := _read(home / name))]
+    used = {one.router for one in deployments} | {model.sha256 for one in deployments for model in one.models}
     for folder in [*(home / MODELS).glob("[!.]*"), *(home / ROUTERS).glob("[!.]*")]:
-        if folder.name not in kept:
+        if folder.name not in used:
             remove(folder)
 
 
@@ -187,7 +187,9 @@ def _read(path: Path) -> Deployment | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: no deployment ({type(error).__name__}); remove it and deploy again") from None
+        raise ArtifactError(
+            f"{path}: not a valid deployment ({type(error).__name__}); remove it and deploy again"
+        ) from None
 
 
 def _write(path: Path, deployment: Deployment) -> None:

@@ -1,4 +1,4 @@
-"""Device first: routes a question to the cache, the device's model or the edge server, and says what that cost."""
+"""The gateway: answers requests by the device, its edge server or the answer cache, and reports what each one cost."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lilliput.llama_server.completions import Chunks, finish_of, with_logprobs
-from lilliput.offload.policy import Conditions, Decision
-from lilliput.serve.answering import Caching, Computation, Limits
+from lilliput.offload.policy import Conditions, RoutingDecision
+from lilliput.serve.answering import CacheControl, Computation, Limits
 from lilliput.serve.chat import Chat
 from lilliput.serve.costs import Cost
 from lilliput.serve.service import Service
-from lilliput.serve.single_flight import Flights, Share
+from lilliput.serve.single_flight import SingleFlight, Subscription
 
 log = logging.getLogger("lilliput.gateway")
 DRAIN_S = 120.0
@@ -25,41 +25,43 @@ DRAIN_S = 120.0
 
 @dataclass
 class Reply:
-    """An answer, where it came from and why.
+    """An answer with its origin and its cost.
 
     Attributes:
-        body: the whole chat completion; None where it comes in pieces.
-        chunks: the pieces, as they come; None where nobody asked for a stream.
-        cost: what it took; None as long as it is not at its end.
-        shared: whether it was being made for an equal request already.
+        place: `device`, `server` or `cache`.
+        decision: the router's decision and its reason.
+        body: the complete chat completion; None for a stream.
+        chunks: the chunks of a stream, as they arrive; None for a complete answer.
+        cost: None until the answer is complete.
+        shared: whether an equal request had already started this computation.
     """
 
     place: str
-    decision: Decision
+    decision: RoutingDecision
     body: dict[str, Any] | None = None
     chunks: Chunks | None = None
     cost: Cost | None = None
     shared: bool = False
-    _held: AsyncExitStack = field(default_factory=AsyncExitStack)
+    _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def close(self) -> None:
-        """Gives back what it held, at its end or before. Has to be called."""
-        await self._held.aclose()
+        """Releases the computation. Must be called, also when the answer is not read to its end."""
+        await self._resources.aclose()
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What belongs to one request on its way through the gateway."""
+    """One request on its way through the gateway."""
 
     service: Service
     chat: Chat
     conditions: Conditions
-    share: Share
+    subscription: Subscription
     started: float
 
     @property
     def top_logprobs(self) -> int | None:
-        """Alternatives per token that the client asked for; None if it asked for no log-probabilities."""
+        """Requested alternatives per token; None without log-probabilities."""
         return self.chat.top_logprobs or 0 if self.chat.logprobs else None
 
 
@@ -67,14 +69,14 @@ class Gateway:
     """Routes requests between a device, an edge server and an answer cache.
 
     Args:
-        service: what answers.
-        limits: what is taken on.
+        service: the deployed service.
+        limits: limits on requests and answers.
     """
 
     def __init__(self, service: Service, limits: Limits | None = None) -> None:
         self.service, self.limits = service, limits or Limits()
         self.registry = CollectorRegistry()
-        self._flights = Flights()
+        self._flights = SingleFlight()
         self._shared = Counter(
             "lilliput_shared_answers", "Answers computed for an equal request", registry=self.registry
         )
@@ -90,86 +92,88 @@ class Gateway:
         waiting.set_function(lambda: self.service.waiting)
 
     async def close(self) -> None:
-        """Ends the present service."""
+        """Closes the present service."""
         await self.service.close()
 
     async def replace(self, service: Service, drain_s: float = DRAIN_S) -> None:
-        """Puts `service` in the place of the present one, which ends when its last answer has been given."""
+        """Sends new requests to `service`. Closes the old service after its last answer, or after `drain_s`."""
         old, self.service = self.service, service
         deadline = time.monotonic() + drain_s
-        while old.under_way and time.monotonic() < deadline:
+        while old.active_requests and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await old.close()
 
-    async def reply(self, chat: Chat, conditions: Conditions, caching: Caching | None = None) -> Reply:
-        """The answer to `chat`: whole, or as a stream if it asks for one.
+    async def reply(self, chat: Chat, conditions: Conditions, cache_control: CacheControl | None = None) -> Reply:
+        """The answer to `chat`: complete, or a stream if the request asks for one.
 
         Args:
             chat: the request.
             conditions: link and battery.
-            caching: what the request allows the answer cache; everything if None.
+            cache_control: the use of the answer cache that the request allows; None allows everything.
 
         Raises:
-            Overloaded: too many wait for the device or the edge server.
-            Unanswered: neither device nor server gave a usable answer.
-            EndRefused: the request is at fault.
+            Overloaded: too many requests wait for the device or the edge server.
+            Unanswered: neither the device nor the edge server gave a usable answer.
+            BackendRejected: the request is invalid for the model.
         """
-        started, service = time.perf_counter(), self.service  # which stays, whatever is deployed meanwhile
-        service.under_way += 1
+        started, service = time.perf_counter(), self.service  # the same service to the end, also during a deployment
+        service.active_requests += 1
         try:
-            async with AsyncExitStack() as held:
-                held.callback(service.left)
-                share = self._share(service, chat, conditions, caching or Caching())
-                held.push_async_callback(share.leave)
-                reply = await self._reply(_Request(service, chat, conditions, share, started))
-                reply._held.push_async_callback(held.pop_all().aclose)
+            async with AsyncExitStack() as resources:
+                resources.callback(service.finish_request)
+                subscription = self._subscribe(service, chat, conditions, cache_control or CacheControl())
+                resources.push_async_callback(subscription.leave)
+                reply = await self._reply(_Request(service, chat, conditions, subscription, started))
+                reply._resources.push_async_callback(resources.pop_all().aclose)
                 return reply
         except BaseException as error:
             self._failures.labels(type(error).__name__).inc()
             raise
 
-    def _share(self, service: Service, chat: Chat, conditions: Conditions, caching: Caching) -> Share:
+    def _subscribe(
+        self, service: Service, chat: Chat, conditions: Conditions, cache_control: CacheControl
+    ) -> Subscription:
+        """Joins a running computation of an equal request, or starts a new one."""
         key = None
-        if chat.cacheable and caching == Caching():
+        if chat.cacheable and cache_control == CacheControl():
             rule = service.router.rule(chat.question, conditions)
-            # The service's id is its own while a computation holds it; a new champion answers anew.
+            # `id` is unique here: a running computation keeps its service alive. A new champion computes anew.
             key = (id(service), chat.question, chat.most_tokens(self.limits.max_tokens), conditions.link, rule)
-        return self._flights.join(key, lambda: Computation(service, chat, conditions, caching, self.limits))
+        return self._flights.join(key, lambda: Computation(service, chat, conditions, cache_control, self.limits))
 
     async def _reply(self, request: _Request) -> Reply:
-        answered = await request.share.answered()
-        reply = Reply(answered.place, answered.decision, shared=request.share.joined)
+        answer = await request.subscription.answer()
+        reply = Reply(answer.place, answer.decision, shared=request.subscription.joined)
         if request.chat.stream:
-            reply.chunks = self._for_client(reply, request)
+            reply.chunks = self._client_chunks(reply, request)
         else:
-            reply.body = with_logprobs(await request.share.body(), request.top_logprobs)
+            reply.body = with_logprobs(await request.subscription.body(), request.top_logprobs)
             self._settle(reply, request)
-            reply.body["lilliput"] = told(reply)
+            reply.body["lilliput"] = reply_metadata(reply)
         return reply
 
-    async def _for_client(self, reply: Reply, request: _Request) -> Chunks:
-        """The chunks, with usage and log-probabilities only as asked for; the one that ends the answer has its cost."""
+    async def _client_chunks(self, reply: Reply, request: _Request) -> Chunks:
+        """The chunks, with usage and log-probabilities on request only. The chunk that ends the answer has its cost."""
         wants_usage = request.chat.wants_usage
-        async for chunk in request.share.chunks():
+        async for chunk in request.subscription.chunks():
             if not chunk["choices"] and not wants_usage:
                 continue
             sent = with_logprobs({"usage": None} | chunk if wants_usage else chunk, request.top_logprobs)
             if finish_of(chunk):
                 self._settle(reply, request)
-                sent["lilliput"] = told(reply)
+                sent["lilliput"] = reply_metadata(reply)
             yield sent
 
     def _settle(self, reply: Reply, request: _Request) -> None:
-        """Says what `reply` cost, and counts it."""
-        cost = request.service.costs.cost(request.share.spent, request.conditions.link)
-        pays = request.share.settle()
-        own = {} if pays else {"energy_j": 0.0, "battery_percent": 0.0}
-        reply.cost = replace(cost, seconds=time.perf_counter() - request.started, **own)
+        """Sets the cost of `reply`, and adds it to metrics and log."""
+        cost = request.service.costs.cost(request.subscription.usage, request.conditions.link)
+        free = {} if request.subscription.settle() else {"energy_j": 0.0, "battery_percent": 0.0}
+        reply.cost = replace(cost, seconds=time.perf_counter() - request.started, **free)
         self._answers.labels(reply.place).inc()
         self._shared.inc(reply.shared)
         self._seconds.labels(reply.place).observe(reply.cost.seconds)
         self._joules.labels(reply.place).inc(reply.cost.energy_j or 0.0)
-        # Never what was asked.
+        # The log never contains the question.
         log.info(
             "%s in %.3f s%s: %s (score %s)",
             reply.place,
@@ -180,14 +184,14 @@ class Gateway:
         )
 
 
-def told(reply: Reply) -> dict[str, Any]:
-    """Where an answer came from, why, and what it cost, as the gateway's own part of a body."""
+def reply_metadata(reply: Reply) -> dict[str, Any]:
+    """Origin, reason and cost of an answer: the field `lilliput` of a response body."""
     decision = reply.decision
-    head = {"place": reply.place, "reason": decision.reason, "score": decision.score, "shared": reply.shared}
+    origin = {"place": reply.place, "reason": decision.reason, "score": decision.score, "shared": reply.shared}
     cost = reply.cost
     if cost is None:
-        return head
-    return head | {
+        return origin
+    return origin | {
         "seconds": round(cost.seconds, 6),
         "link_seconds": round(cost.link_seconds, 6),
         "energy_j": cost.energy_j,

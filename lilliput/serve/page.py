@@ -1,4 +1,4 @@
-"""The page to see it: a chat in one file, which the gateway serves at `/` and which asks nobody else for anything."""
+"""The chat page: one file, served at `/`, that requests nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _PAGE = Path(__file__).with_name("page.html")
 
 
 def page_routes() -> APIRouter:
-    """`/`, for everybody: the page asks for the gateway's token itself, so it must be had without one."""
+    """The route `/`. It needs no token: the page itself asks the user for the token."""
     page = _PAGE.read_text(encoding="utf-8")
     headers = {
-        "Content-Security-Policy": _policy(page),
+        "Content-Security-Policy": _content_security_policy(page),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",  # asked for each time, sent again only when it has changed
+        "Cache-Control": "no-cache",  # revalidated each time, sent only after a change
         "ETag": f'"{hashlib.sha256(page.encode()).hexdigest()}"',
     }
     routes = APIRouter()
@@ -33,13 +33,13 @@ def page_routes() -> APIRouter:
     return routes
 
 
-def _policy(page: str) -> str:
-    """Nothing but the page's own script and style, known by their sha256, and requests to where it came from."""
+def _content_security_policy(page: str) -> str:
+    """Allows the page's own script and style, by their sha256, and requests to the gateway. Forbids all else."""
     return "; ".join(
         [
             "default-src 'none'",
-            f"script-src {_allowed(page, 'script')}",
-            f"style-src {_allowed(page, 'style')}",
+            f"script-src {_hashes(page, 'script')}",
+            f"style-src {_hashes(page, 'style')}",
             "connect-src 'self'",
             "img-src data:",  # the icon
             "base-uri 'none'",
@@ -49,7 +49,7 @@ def _policy(page: str) -> str:
     )
 
 
-def _allowed(page: str, tag: str) -> str:
+def _hashes(page: str, tag: str) -> str:
     texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
     return " ".join(f"'sha256-{digest}'" for digest in digests)

@@ -1,4 +1,4 @@
-"""What answers at present: a model on the device, its edge server, the router made for the two, and their cache."""
+"""The deployed service: a model on the device, its edge server, their router and their answer cache."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 from lilliput.cache.answers import AnswerCache
 from lilliput.offload.policy import Router
-from lilliput.serve.backends import End
-from lilliput.serve.costs import Device
+from lilliput.serve.backends import Backend
+from lilliput.serve.costs import DeviceCosts
 
 
 @dataclass(frozen=True)
-class Model:
-    """What answers on the device.
+class ServedModel:
+    """The model on the device.
 
     Attributes:
-        name: as `/v1/models` tells it.
+        name: its name in `/v1/models`.
         version: its sha256.
-        system_prompt: the line it was tuned with, put before questions that bring none.
+        system_prompt: the system line of its tuning; added to requests that have none.
     """
 
     name: str
@@ -28,14 +28,14 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a gateway stands for.
+class DeploymentInfo:
+    """The settings of a deployment that `/status` reports.
 
     Attributes:
-        device: whose champion answers.
-        policy: of the router.
-        edge: how the edge server is called; None where there is none.
-        link: over which it is reached unless a request says otherwise.
+        device: the device name in params.yaml.
+        policy: the routing policy.
+        edge: the model name of the edge server; None without an edge server.
+        link: the link to the edge server, unless a request names another one.
     """
 
     device: str
@@ -46,27 +46,29 @@ class Setting:
 
 @dataclass
 class Service:
-    """What answers at present; a new champion brings another.
+    """All parts of one deployment. A new champion brings a new service.
 
     Attributes:
-        setting: what it stands for.
-        costs: what an answer takes on the device.
-        model: on the device.
-        device: what runs it.
-        edge: the edge server; None where there is none.
-        router: made for these two.
-        cache: answers that these two gave before; None for none.
-        slots: of the device.
-        edge_slots: of the edge server; None where it is elsewhere, and keeps its own queue.
-        running: whether what was started for it is there.
-        stop: ends what was started for it.
+        info: the settings that `/status` reports.
+        costs: converts CPU-seconds and bytes to joules, for this device.
+        model: the model on the device.
+        device: the backend that runs this model.
+        edge: the edge server; None without one.
+        router: fitted for this pair of models.
+        cache: earlier answers of this pair; None without a cache.
+        slots: concurrent requests on the device.
+        edge_slots: concurrent requests on the edge server; None for a remote server, which has its own queue.
+        running: whether all processes of the service are running.
+        stop: ends these processes.
+        waiting: number of requests that wait for a slot.
+        active_requests: number of requests without a complete answer.
     """
 
-    setting: Setting
-    costs: Device
-    model: Model
-    device: End
-    edge: End | None
+    info: DeploymentInfo
+    costs: DeviceCosts
+    model: ServedModel
+    device: Backend
+    edge: Backend | None
     router: Router
     cache: AnswerCache | None = None
     slots: int = 1
@@ -74,21 +76,21 @@ class Service:
     running: Callable[[], bool] = lambda: True
     stop: Callable[[], None] = lambda: None
     waiting: int = 0
-    under_way: int = 0
-    free: asyncio.Semaphore = field(init=False)
-    edge_free: asyncio.Semaphore | None = field(init=False)
+    active_requests: int = 0
+    device_semaphore: asyncio.Semaphore = field(init=False)
+    edge_semaphore: asyncio.Semaphore | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.free = asyncio.Semaphore(self.slots)
-        self.edge_free = None if self.edge_slots is None else asyncio.Semaphore(self.edge_slots)
+        self.device_semaphore = asyncio.Semaphore(self.slots)
+        self.edge_semaphore = None if self.edge_slots is None else asyncio.Semaphore(self.edge_slots)
 
-    def left(self) -> None:
-        """A request is at its end."""
-        self.under_way -= 1
+    def finish_request(self) -> None:
+        """Counts one request as finished."""
+        self.active_requests -= 1
 
     async def close(self) -> None:
-        """Lets go of its ends, and stops what was started for it."""
-        for end in (self.device, self.edge):
-            if end is not None:
-                await end.close()
+        """Closes the connections to both backends and stops the service's processes."""
+        for backend in (self.device, self.edge):
+            if backend is not None:
+                await backend.close()
         await asyncio.to_thread(self.stop)

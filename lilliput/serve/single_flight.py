@@ -1,7 +1,7 @@
-"""Single flight: equal requests that come while one of them is being answered share its answer.
+"""Single flight: concurrent equal requests share one computation and its answer.
 
-A computation runs in a task of its own. The request that started it may leave; it ends when all have left. The first
-request that stays pays for it, the others cost nothing.
+A computation runs in its own task. The request that started it may leave; the computation is cancelled when all
+requests have left. The first request that stays pays for it; the others cost nothing.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Callable, Hashable
 from contextlib import aclosing
 from typing import Any
 
-from lilliput.llama_server.completions import Chunks, as_chunks, joined
-from lilliput.serve.answering import Answered, Computation, Unanswered
-from lilliput.serve.costs import Spent
+from lilliput.llama_server.completions import Chunks, completion_chunks, join_chunks
+from lilliput.serve.answering import Computation, RoutedAnswer, Unanswered
+from lilliput.serve.costs import ResourceUsage
 
 
-class Flights:
-    """Computations in progress, which other requests may join."""
+class SingleFlight:
+    """The running computations, by key."""
 
     def __init__(self) -> None:
         self._flights: dict[Hashable, Flight] = {}
 
-    def join(self, key: Hashable | None, start: Callable[[], Computation]) -> Share:
-        """A share in the computation under `key`, which `start` makes if there is none.
+    def join(self, key: Hashable | None, start: Callable[[], Computation]) -> Subscription:
+        """Subscribes to the computation of `key`, and starts it if it is not running.
 
         Args:
             key: equal for requests that may share an answer; None for a request that does not share.
-            start: makes the computation.
+            start: creates the computation.
         """
         if key is None:
             return Flight(start()).join()
@@ -39,89 +39,89 @@ class Flights:
 
 
 class Flight:
-    """Runs `computation` in a task of its own, until it is done or the last request has left.
+    """Runs `computation` in its own task until it is done or the last subscriber has left.
 
     Attributes:
-        spent: what the computation has taken so far.
+        usage: the resources that the computation has used so far.
     """
 
     def __init__(self, computation: Computation) -> None:
-        self.spent = computation.spent
+        self.usage = computation.usage
         self._computation = computation
-        self._shares: list[Share] = []
+        self._subscriptions: list[Subscription] = []
         self._paid = False
-        self._answered: Answered | None = None
+        self._answer: RoutedAnswer | None = None
         self._chunks: list[dict[str, Any]] = []
         self._error: Exception | None = None
         self._ended = False
-        self._news = asyncio.Event()
+        self._progress = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
     @property
     def open(self) -> bool:
-        """Whether another request may join: the computation goes on, and a request waits for it."""
+        """Whether another request may join: the computation is still running."""
         return not self._ended
 
-    def join(self) -> Share:
-        """A share for one more request."""
-        share = Share(self, bool(self._shares))
-        self._shares.append(share)
-        return share
+    def join(self) -> Subscription:
+        """Returns a subscription for one more request."""
+        subscription = Subscription(self, bool(self._subscriptions))
+        self._subscriptions.append(subscription)
+        return subscription
 
-    async def leave(self, share: Share) -> None:
-        """Gives `share` back; the computation ends with the last one."""
-        self._shares.remove(share)
-        if not self._shares and not self._ended:
+    async def leave(self, subscription: Subscription) -> None:
+        """Ends `subscription`; cancels the computation with the last one."""
+        self._subscriptions.remove(subscription)
+        if not self._subscriptions and not self._ended:
             self._ended = True
             self._task.cancel()
-            await asyncio.wait({self._task})  # if this wait is cancelled, the computation still ends in order
+            await asyncio.wait({self._task})  # if this wait is cancelled, the computation still cleans up
 
-    def settle(self, share: Share) -> bool:
-        """Whether `share` pays for the computation: only the first one that has not left, and only once."""
-        pays = not self._paid and self._shares[0] is share
+    def settle(self, subscription: Subscription) -> bool:
+        """Whether `subscription` pays for the computation: only the oldest remaining one, and only once."""
+        pays = not self._paid and self._subscriptions[0] is subscription
         self._paid = self._paid or pays
         return pays
 
-    async def answered(self) -> Answered:
-        """The answer, once it is there or has begun to come.
+    async def answer(self) -> RoutedAnswer:
+        """The answer, once it is complete or its first chunk has arrived.
 
         Raises:
-            Exception: that of the computation.
+            Exception: the computation's error.
         """
-        while self._answered is None:
+        while self._answer is None:
             if self._error:
                 raise self._error
-            await self._news.wait()
-        return self._answered
+            await self._progress.wait()
+        return self._answer
 
     async def chunks(self) -> Chunks:
-        """All chunks from the first on, as they come.
+        """Yields all chunks from the first one on, as they arrive.
 
         Raises:
-            Exception: that of the computation.
+            Exception: the computation's error.
         """
-        place = 0
+        position = 0
         while True:
-            for chunk in self._chunks[place:]:
-                place += 1
+            for chunk in self._chunks[position:]:
+                position += 1
                 yield chunk
-            if place < len(self._chunks):
+            if position < len(self._chunks):
                 continue
             if self._error:
                 raise self._error
             if self._ended:
                 return
-            await self._news.wait()
+            await self._progress.wait()
 
     async def _run(self) -> None:
         try:
-            self._answered = await self._computation.run()
-            self._announce()
-            if self._answered.chunks is not None:
-                async with aclosing(self._answered.chunks) as chunks:
+            self._answer = await self._computation.run()
+            self._notify()
+            if self._answer.chunks is not None:
+                async with aclosing(self._answer.chunks) as chunks:
                     async for chunk in chunks:
                         self._chunks.append(chunk)
-                        self._announce()
+                        self._notify()
         except asyncio.CancelledError:
             self._error = Unanswered("the computation was stopped")
             raise
@@ -129,53 +129,53 @@ class Flight:
             self._error = error
         finally:
             self._ended = True
-            self._announce()
+            self._notify()
 
-    def _announce(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+    def _notify(self) -> None:
+        self._progress.set()
+        self._progress = asyncio.Event()
 
 
-class Share:
-    """One request's share in a computation.
+class Subscription:
+    """One request's view of a computation. All methods raise the computation's error.
 
     Attributes:
-        joined: whether the computation was there before the request.
+        joined: whether the computation was running before the request.
     """
 
     def __init__(self, flight: Flight, joined: bool) -> None:
         self._flight, self.joined = flight, joined
 
     @property
-    def spent(self) -> Spent:
-        """What the computation has taken so far."""
-        return self._flight.spent
+    def usage(self) -> ResourceUsage:
+        """The resources that the computation has used so far."""
+        return self._flight.usage
 
     def settle(self) -> bool:
         """Whether this request pays for the computation."""
         return self._flight.settle(self)
 
     async def leave(self) -> None:
-        """Gives the share back; must be called."""
+        """Ends the subscription; must be called."""
         await self._flight.leave(self)
 
-    async def answered(self) -> Answered:
-        """Who answers and why, once that is known; raises what the computation raises."""
-        return await self._flight.answered()
+    async def answer(self) -> RoutedAnswer:
+        """The answer, once its origin is known: complete, or with its first chunk."""
+        return await self._flight.answer()
 
     async def body(self) -> dict[str, Any]:
-        """The whole completion; raises what the computation raises."""
-        answered = await self._flight.answered()
-        if answered.body is not None:
-            return dict(answered.body)
-        return joined([chunk async for chunk in self._flight.chunks()])
+        """The complete chat completion."""
+        answer = await self._flight.answer()
+        if answer.body is not None:
+            return dict(answer.body)
+        return join_chunks([chunk async for chunk in self._flight.chunks()])
 
     async def chunks(self) -> Chunks:
-        """The answer in chunks, as they come; raises what the computation raises."""
-        answered = await self._flight.answered()
-        if answered.body is None:
+        """Yields the answer in chunks, as they arrive."""
+        answer = await self._flight.answer()
+        if answer.body is None:
             async for chunk in self._flight.chunks():
                 yield chunk
         else:
-            for chunk in as_chunks(answered.body):
+            for chunk in completion_chunks(answer.body):
                 yield chunk

@@ -1,4 +1,4 @@
-"""How ends are reached: aiohttp, whose parser is compiled, behind httpx's interface for transports."""
+"""HTTP transport to the backends: aiohttp, whose parser is compiled, behind httpx's transport interface."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import yarl
 KEEPALIVE_S = 60.0
 
 
-class Wire(httpx.AsyncBaseTransport):
-    """HTTP/1.1 over connections that are kept; nothing is followed, decompressed or taken from the environment.
+class AiohttpTransport(httpx.AsyncBaseTransport):
+    """HTTP/1.1 with keep-alive; without redirects, decompression and environment variables.
 
     Args:
-        connections: at most, at a time.
+        connections: largest number of concurrent connections.
     """
 
     def __init__(self, connections: int = 256) -> None:
         self._connections, self._session = connections, None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """The response to `request`, its body still to be read.
+        """The response to `request`, with an unread body.
 
         Raises:
-            httpx.TransportError: the other side is not there, or not in time.
+            httpx.TransportError: the server cannot be reached, or did not respond in time.
         """
         limits = request.extensions["timeout"]
         if self._session is not None and self._session.closed:
             raise httpx.NetworkError("the connections are closed")
-        with _translated():
-            response = await self._opened().request(
+        with _httpx_errors():
+            response = await self._open_session().request(
                 request.method,
                 yarl.URL(str(request.url), encoded=True),
                 data=request.content or None,
@@ -42,8 +42,8 @@ class Wire(httpx.AsyncBaseTransport):
             )
         return httpx.Response(response.status, headers=response.raw_headers, stream=_Body(response))
 
-    def _opened(self) -> aiohttp.ClientSession:
-        """Made at the first request: it belongs to the loop that runs then."""
+    def _open_session(self) -> aiohttp.ClientSession:
+        """The session; created at the first request, because it belongs to the running event loop."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEPALIVE_S)
             self._session = aiohttp.ClientSession(
@@ -52,7 +52,7 @@ class Wire(httpx.AsyncBaseTransport):
         return self._session
 
     async def aclose(self) -> None:
-        """Lets go of all connections."""
+        """Closes all connections."""
         if self._session is not None:
             await self._session.close()
 
@@ -62,16 +62,16 @@ class _Body(httpx.AsyncByteStream):
         self._response = response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _translated():
+        with _httpx_errors():
             async for piece in self._response.content.iter_any():
                 yield piece
 
     async def aclose(self) -> None:
-        self._response.close()  # a connection whose answer was read to its end has been given back by then
+        self._response.close()  # no effect after a complete read, which returns the connection to the pool
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _httpx_errors() -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:

@@ -4,8 +4,8 @@ import threading
 import numpy as np
 import pytest
 
-from lilliput.cache.answers import Answer, AnswerCache, clear
-from lilliput.cache.distinguishing_words import names_in
+from lilliput.cache.answers import AnswerCache, CachedAnswer, clear
+from lilliput.cache.distinguishing_words import distinguishing_words
 from lilliput.errors import ArtifactError
 from tests.serve.conftest import BagOfWords
 
@@ -18,48 +18,48 @@ def make(tmp_path):
     return made
 
 
-def keep(cache, question, answer, tokens=2):
-    cache.store(cache.asked(question), Answer(answer, "device", "pocket", 20, tokens))
+def store(cache, question, answer, tokens=2):
+    cache.store(cache.query(question), CachedAnswer(answer, "device", "pocket", 20, tokens))
 
 
-def found(cache, question):
-    hit = cache.find(cache.asked(question))
+def lookup(cache, question):
+    hit = cache.find(cache.query(question))
     return hit and (hit.kind, hit.answer.text)
 
 
-def test_the_same_wording_hits_exactly_whatever_its_spaces_and_final_mark(make):
-    cache = make(threshold=2.0)  # no similarity reaches it
-    keep(cache, "What is the capital of Peru?", "Lima")
-    assert found(cache, " What  is the capital of Peru") == ("exact", "Lima")
-    assert found(cache, "Which city is the capital of Peru?") is None
+def test_exact_hit_ignores_spaces_and_final_mark(make):
+    cache = make(threshold=2.0)  # above every similarity
+    store(cache, "What is the capital of Peru?", "Lima")
+    assert lookup(cache, " What  is the capital of Peru") == ("exact", "Lima")
+    assert lookup(cache, "Which city is the capital of Peru?") is None
 
 
 def test_an_exact_hit_needs_no_embedding(make):
     embedder = BagOfWords()
     cache = make(embedder=embedder)
-    keep(cache, "What is the capital of Peru?", "Lima")
+    store(cache, "What is the capital of Peru?", "Lima")
     del embedder.embedded[:]
-    assert found(cache, "What is the capital of Peru?") == ("exact", "Lima")
+    assert lookup(cache, "What is the capital of Peru?") == ("exact", "Lima")
     assert embedder.embedded == []
 
 
-def test_a_paraphrase_hits_where_its_cosine_is_above_the_threshold(make):
+def test_paraphrase_hits_above_the_threshold(make):
     first, second = "What is the capital of Peru?", "Which city is the capital of Peru?"
-    cosine = 5 / np.sqrt(6 * 7)  # is, the, capital, of, Peru are in both
+    cosine = 5 / np.sqrt(6 * 7)  # both have is, the, capital, of, Peru
     for threshold, expected in ((cosine - 1e-4, ("semantic", "Lima")), (cosine + 1e-4, None)):
         cache = make(threshold=threshold)
-        keep(cache, first, "Lima")
-        assert found(cache, second) == expected
-    hit = make(threshold=0.0).find(cache.asked(second))
+        store(cache, first, "Lima")
+        assert lookup(cache, second) == expected
+    hit = make(threshold=0.0).find(cache.query(second))
     assert hit.similarity == pytest.approx(cosine, abs=1e-6)
     assert hit.wording == first.rstrip("?")
 
 
-def test_the_most_similar_question_of_the_same_names_answers(make):
+def test_most_similar_question_with_the_same_names_hits(make):
     cache = make(threshold=0.1)
-    keep(cache, "Which part of the world is Peru in?", "Americas")
-    keep(cache, "What is the capital of Peru?", "Lima")
-    assert found(cache, "Which city is the capital of Peru?") == ("semantic", "Lima")
+    store(cache, "Which part of the world is Peru in?", "Americas")
+    store(cache, "What is the capital of Peru?", "Lima")
+    assert lookup(cache, "Which city is the capital of Peru?") == ("semantic", "Lima")
 
 
 SIGNS = [("C#", "C"), ("C♯", "C"), ("–5", "5"), ("−5", "5"), ("$5", "€5"), (".NET", "NET"), (".5", "5"), ("Na⁺", "Na")]
@@ -85,7 +85,7 @@ SIGNS += [
 
 
 @pytest.mark.parametrize(
-    ("kept", "asked"),
+    ("stored", "question"),
     [
         ("What is the capital of Peru?", "What is the capital of Cuba?"),
         ("What is the capital of Guinea?", "What is the capital of Equatorial Guinea?"),
@@ -120,132 +120,137 @@ SIGNS += [
         ("क्या दिल्ली भारत है?", "क्या दलला भारत है?"),
     ],
 )
-def test_another_name_number_sign_order_or_denial_never_hits(make, kept, asked):
-    cache = make(threshold=-2.0)  # every similarity is above it
-    keep(cache, kept, "no")
-    assert found(cache, asked) is None
-    assert found(cache, kept) == ("exact", "no")
+def test_different_name_number_sign_order_or_negation_never_hits(make, stored, question):
+    cache = make(threshold=-2.0)  # below every similarity
+    store(cache, stored, "no")
+    assert lookup(cache, question) is None
+    assert lookup(cache, stored) == ("exact", "no")
 
 
-def test_a_question_longer_than_the_embedder_reads_hits_by_its_wording_alone(make):
+def test_too_long_question_hits_only_exactly(make):
     preamble = "Peru has many cities. " * 3
     embedder = BagOfWords(most_words=12)
     cache = make(embedder=embedder, threshold=-2.0)
     first, second = preamble + "What is the capital?", preamble + "What is the longest river?"
-    keep(cache, first, "Lima")
-    keep(cache, "What is the capital of Peru?", "Lima!")  # short, and with the same names
-    assert found(cache, second) is None
-    assert found(cache, first + " ") == ("exact", "Lima")
+    store(cache, first, "Lima")
+    store(cache, "What is the capital of Peru?", "Lima!")  # short, and with the same names
+    assert lookup(cache, second) is None
+    assert lookup(cache, first + " ") == ("exact", "Lima")
     assert embedder.embedded == ["What is the capital of Peru"]
 
 
-def test_names_are_found_wherever_they_stand_and_openings_are_none():
-    assert names_in("Malabo is the capital of which country?") == names_in("Of which country is Malabo the capital?")
-    assert names_in("What is the name of Guinea-Bissau's capital?") == "Guinea-Bissau"
-    assert names_in("Who ruled the Maldives’ islands in 1990?") == "Maldives 1990"
-    assert names_in("What is the largest planet?") == ""
+def test_distinguishing_words_ignore_position_and_first_words():
+    assert distinguishing_words("Malabo is the capital of which country?") == distinguishing_words(
+        "Of which country is Malabo the capital?"
+    )
+    assert distinguishing_words("What is the name of Guinea-Bissau's capital?") == "Guinea-Bissau"
+    assert distinguishing_words("Who ruled the Maldives’ islands in 1990?") == "Maldives 1990"
+    assert distinguishing_words("What is the largest planet?") == ""
 
 
-def test_the_least_recently_used_goes_when_it_is_full(make):
+def test_least_recently_used_answer_is_deleted(make):
     cache = make(capacity=3, threshold=2.0)
     for name in ("Peru", "Cuba", "Iran"):
-        keep(cache, f"Where is {name}?", name)
-    assert found(cache, "Where is Peru?")  # used again, so that Cuba is the oldest now
-    keep(cache, "Where is Chad?", "Chad")
-    kept = [name for name in ("Peru", "Cuba", "Iran", "Chad") if found(cache, f"Where is {name}?")]
+        store(cache, f"Where is {name}?", name)
+    assert lookup(cache, "Where is Peru?")  # used again, so Cuba is now the least recently used
+    store(cache, "Where is Chad?", "Chad")
+    kept = [name for name in ("Peru", "Cuba", "Iran", "Chad") if lookup(cache, f"Where is {name}?")]
     assert (cache.count(), kept) == (3, ["Peru", "Iran", "Chad"])
 
 
-def test_it_agrees_with_a_plain_lru_over_a_random_sequence(make):
+def test_equals_a_reference_lru_on_a_random_sequence(make):
     cache, plain = make(capacity=5, threshold=2.0), {}
     for number in np.random.default_rng(0).zipf(1.3, size=100) % 12:
         question = f"Where is Town {number}?"
-        assert (found(cache, question) is not None) == (number in plain)
+        assert (lookup(cache, question) is not None) == (number in plain)
         if number not in plain:
-            keep(cache, question, str(number))
-        plain[number] = plain.pop(number, None)  # to the end: used last
+            store(cache, question, str(number))
+        plain[number] = plain.pop(number, None)  # moves it to the end: most recently used
         if len(plain) > 5:
             del plain[next(iter(plain))]
 
 
-def test_another_version_or_embedder_finds_nothing_of_it(make):
+def test_versions_and_embedders_have_separate_answers(make):
     question = "What is the capital of Peru?"
-    keep(make("old"), question, "Lima")
-    assert found(make("new"), question) is None
-    assert found(make("old", embedder=BagOfWords("b" * 64)), question) is None
-    keep(make("new"), question, "Lima!")
-    assert found(make("old"), question) == ("exact", "Lima")
+    store(make("old"), question, "Lima")
+    assert lookup(make("new"), question) is None
+    assert lookup(make("old", embedder=BagOfWords("b" * 64)), question) is None
+    store(make("new"), question, "Lima!")
+    assert lookup(make("old"), question) == ("exact", "Lima")
     assert make("old").count() == 2
 
 
-def test_it_is_there_after_reopening_and_a_newer_answer_replaces_the_old(make):
-    keep(make(), "What is the capital of Peru?", "Cusco")
-    keep(make(), "What is the capital of Peru?", "Lima")
-    assert found(make(), "Which city is the capital of Peru?") == ("semantic", "Lima")
+def test_answers_persist_and_newer_ones_replace_older_ones(make):
+    store(make(), "What is the capital of Peru?", "Cusco")
+    store(make(), "What is the capital of Peru?", "Lima")
+    assert lookup(make(), "Which city is the capital of Peru?") == ("semantic", "Lima")
     assert make().count() == 1
 
 
-def test_another_rule_finds_nothing_of_it(make):
+def test_rules_have_separate_answers(make):
     cache = make(threshold=-2.0)
     for rule, answer in (("device", "far"), ("server", "in South America")):
-        cache.store(cache.asked("Where is Peru?", rule), Answer(answer, "device", "m", 1, 2))
+        cache.store(cache.query("Where is Peru?", rule), CachedAnswer(answer, "device", "m", 1, 2))
     for question in ("Where is Peru?", "Where on earth is Peru?"):
-        texts = [cache.find(cache.asked(question, rule)).answer.text for rule in ("device", "server")]
+        texts = [cache.find(cache.query(question, rule)).answer.text for rule in ("device", "server")]
         assert texts == ["far", "in South America"]
-        assert cache.find(cache.asked(question, "another")) is None
+        assert cache.find(cache.query(question, "another")) is None
 
 
-def test_cleared_it_is_empty_and_no_question_is_left_in_the_file(make, tmp_path):
+def test_clear_removes_all_text_from_the_file(make, tmp_path):
     cache = make()
     for name in ("Peru", "Cuba"):
-        keep(cache, f"Where is {name}?", "there")
+        store(cache, f"Where is {name}?", "there")
     assert clear(tmp_path / "answers.sqlite") == 2
-    assert (cache.count(), found(cache, "Where is Peru?")) == (0, None)
+    assert (cache.count(), lookup(cache, "Where is Peru?")) == (0, None)
     assert not any(b"Peru" in file.read_bytes() for file in tmp_path.iterdir())
-    keep(cache, "Where is Peru?", "there")  # it goes on working
-    assert found(cache, "Where is Peru?") == ("exact", "there")
+    store(cache, "Where is Peru?", "there")  # it still works
+    assert lookup(cache, "Where is Peru?") == ("exact", "there")
 
 
-def test_clearing_what_is_not_there_makes_no_file(tmp_path):
+def test_clear_does_not_create_a_file(tmp_path):
     assert clear(tmp_path / "answers.sqlite") == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_answer_of_more_tokens_than_may_be_given_is_no_hit(make):
+def test_answer_above_the_token_limit_does_not_hit(make):
     cache = make(threshold=0.1)
-    keep(cache, "What is the capital of Peru?", "It is Lima", tokens=4)
+    store(cache, "What is the capital of Peru?", "It is Lima", tokens=4)
     for question in ("What is the capital of Peru?", "Which city is the capital of Peru?"):
-        hits = {most: cache.find(cache.asked(question), most) is not None for most in (3, 4, None)}
+        hits = {most: cache.find(cache.query(question), most) is not None for most in (3, 4, None)}
         assert hits == {3: False, 4: True, None: True}
 
 
-def test_a_hit_says_who_answered_what_and_in_how_many_tokens(make):
+def test_hit_has_original_question_and_answer(make):
     cache = make()
-    keep(cache, " What is the capital of Peru?", "Lima", tokens=2)
-    hit = cache.find(cache.asked("What is the capital of Peru?"))
-    assert (hit.question, hit.answer) == (" What is the capital of Peru?", Answer("Lima", "device", "pocket", 20, 2))
+    store(cache, " What is the capital of Peru?", "Lima", tokens=2)
+    hit = cache.find(cache.query("What is the capital of Peru?"))
+    assert (hit.question, hit.answer) == (
+        " What is the capital of Peru?",
+        CachedAnswer("Lima", "device", "pocket", 20, 2),
+    )
 
 
-def test_answers_of_an_older_format_are_dropped(make, tmp_path):
+def test_answers_in_an_older_format_are_deleted(make, tmp_path):
     with sqlite3.connect(tmp_path / "answers.sqlite") as connection:
         connection.execute("create table answers (version, wording, names, vector, answer, used)")
         connection.execute("insert into answers values ('v1', 'What is the capital of Peru', '', x'', 'L', 1)")
     connection.close()
     cache = make()
-    assert (cache.count(), found(cache, "What is the capital of Peru?")) == (0, None)
-    keep(cache, "What is the capital of Peru?", "Lima")
+    assert (cache.count(), lookup(cache, "What is the capital of Peru?")) == (0, None)
+    store(cache, "What is the capital of Peru?", "Lima")
     assert make().count() == 1
 
 
-def test_threads_that_open_and_use_one_file_lose_nothing(make, tmp_path):
+def test_threads_share_one_file(make, tmp_path):
     problems = []
 
     def work(name):
         try:
             cache = make(capacity=1000)
             for number in range(25):
-                keep(cache, f"Where is {name} {number}?", f"{name}{number}")
-                assert found(cache, f"Where is {name} {number}?") == ("exact", f"{name}{number}")
+                store(cache, f"Where is {name} {number}?", f"{name}{number}")
+                assert lookup(cache, f"Where is {name} {number}?") == ("exact", f"{name}{number}")
         except Exception as error:
             problems.append(error)
 
@@ -258,7 +263,7 @@ def test_threads_that_open_and_use_one_file_lose_nothing(make, tmp_path):
     assert make().count() == 100
 
 
-def test_a_file_that_is_no_cache_is_refused_by_name(make, tmp_path):
+def test_a_file_that_is_not_a_cache_is_rejected(make, tmp_path):
     (tmp_path / "answers.sqlite").write_text("not a database, though long enough to be one" * 50)
-    with pytest.raises(ArtifactError, match=r"answers\.sqlite: no answer cache .*delete the file"):
+    with pytest.raises(ArtifactError, match=r"answers\.sqlite: not a readable answer cache .*delete the file"):
         make()

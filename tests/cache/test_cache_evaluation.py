@@ -8,8 +8,8 @@ from lilliput.cache.evaluation import (
     CACHE,
     PLAIN,
     PREFIX,
+    CachingVariant,
     Query,
-    Way,
     ask_stream,
     draw_stream,
     measure_caching,
@@ -39,22 +39,24 @@ def questions():
         for country, city in CAPITALS.items()
         for relation, text, answer in (("capital", CAPITAL, city), ("demonym", PEOPLE, f"{country}ian"))
     ]
-    nobody = Question(id="invented/capital/Xia", question=CAPITAL.format("Xia"), answerable=False, group="invented/Xia")
-    return {question.id: question for question in [*known, nobody]}
+    unanswerable = Question(
+        id="invented/capital/Xia", question=CAPITAL.format("Xia"), answerable=False, group="invented/Xia"
+    )
+    return {question.id: question for question in [*known, unanswerable]}
 
 
 class Scripted:
-    """Answers each question as the script says; a runtime as far as streams go."""
+    """A runtime that streams scripted answers."""
 
     name = "scripted"
 
     def __init__(self, tokenizer, script):
-        self.tokenizer, self.script, self.asked = tokenizer, script, []
+        self.tokenizer, self.script, self.questions = tokenizer, script, []
 
     def stream(self, prompt, max_tokens):
         text = self.tokenizer.decode(prompt)
         question = next(question for question in self.script if f"\n{question}<" in text)
-        self.asked.append(question)
+        self.questions.append(question)
         yield from [*self.tokenizer(self.script[question])["input_ids"], self.tokenizer.eos_token_id][:max_tokens]
 
 
@@ -66,12 +68,12 @@ def meter(tiny_params):
 def ask(queries, script, tokenizer, params, meter, path, threshold=-2.0):
     runtime = Scripted(tokenizer, script)
     cache = AnswerCache(path / "a.sqlite", BagOfWords(), "v", threshold, 100)
-    ways = {PLAIN: Way(runtime), PREFIX: Way(runtime), CACHE: Way(runtime, cache)}
-    rows = ask_stream(queries, ways, tokenizer, params, meter)
+    variants = {PLAIN: CachingVariant(runtime), PREFIX: CachingVariant(runtime), CACHE: CachingVariant(runtime, cache)}
+    rows = ask_stream(queries, variants, tokenizer, params, meter)
     return runtime, rows, [row for row in rows if row["way"] == CACHE]
 
 
-def test_hits_wrong_hits_and_the_hallucination_they_add(tokenizer, tiny_params, meter, questions, tmp_path):
+def test_hits_wrong_hits_and_added_hallucinations(tokenizer, tiny_params, meter, questions, tmp_path):
     peru, people, xia = questions["capital/Peru"], questions["demonym/Peru"], questions["invented/capital/Xia"]
     script = {
         peru.question: "Lima",
@@ -80,32 +82,30 @@ def test_hits_wrong_hits_and_the_hallucination_they_add(tokenizer, tiny_params, 
         xia.question: "Xiaville",
     }
     queries = [
-        Query(peru, peru.question),  # asked and kept
+        Query(peru, peru.question),  # generated and stored
         Query(peru, peru.question),  # exact
         Query(peru, CITY.format("Peru")),  # semantic, and right
-        Query(people, people.question),  # semantic, and wrong: the threshold lets everything of Peru pass
-        Query(xia, xia.question),  # another name: asked
+        Query(people, people.question),  # semantic, and wrong: the threshold accepts all questions about Peru
+        Query(xia, xia.question),  # another name: generated
     ]
     runtime, rows, cached = ask(queries, script, tokenizer, tiny_params, meter, tmp_path)
     assert [row["hit"] for row in cached] == [None, "exact", "semantic", "semantic", None]
     assert [row["wrong"] for row in cached] == [False, False, False, True, False]
     assert [row["text"] for row in cached] == ["Lima", "Lima", "Lima", "Lima", "Xiaville"]
-    assert len(runtime.asked) == 1 + 5 + 5 + 2  # to warm up, plainly, with the prefix, and what the cache did not hold
+    assert len(runtime.questions) == 1 + 5 + 5 + 2  # warm-up, plain, with prefix, and cache misses
 
     found = summarise(rows, meter, tiny_params.evaluation)
     assert (found["hit_rate"]["value"], found["exact_hit_rate"]["value"]) == (0.6, 0.2)
     assert (found["wrong_hit_rate"]["value"], found["wrong_share_of_semantic_hits"]["value"]) == (0.2, 0.5)
-    assert found["hallucination_rate"]["plain"]["value"] == 0.2  # of Xia alone: it declines the people of Peru
-    assert found["hallucination_rate"]["cache"]["value"] == 0.4  # "Lima" is not what they are called
+    assert found["hallucination_rate"]["plain"]["value"] == 0.2  # only Xia: the model abstains on the people of Peru
+    assert found["hallucination_rate"]["cache"]["value"] == 0.4  # "Lima" is a wrong answer
     assert found["differences"]["cache"]["hallucination_rate"]["value"] == pytest.approx(0.2)
     assert found["changed_answers"] == {"prefix": 0, "cache": 1, "both": 1}
     energies = {way: np.mean([row["energy_j"] for row in rows if row["way"] == way]) for way in (PREFIX, CACHE)}
     assert found["saved_j_per_query"]["cache"]["value"] == pytest.approx(energies[PREFIX] - energies[CACHE])
 
 
-def test_with_a_threshold_nothing_reaches_only_the_same_wording_hits(
-    tokenizer, tiny_params, meter, questions, tmp_path
-):
+def test_unreachable_threshold_allows_only_exact_hits(tokenizer, tiny_params, meter, questions, tmp_path):
     peru = questions["capital/Peru"]
     script = {peru.question: "Lima", CITY.format("Peru"): "Lima"}
     queries = [Query(peru, peru.question), Query(peru, CITY.format("Peru")), Query(peru, peru.question)]
@@ -113,7 +113,7 @@ def test_with_a_threshold_nothing_reaches_only_the_same_wording_hits(
     assert [row["hit"] for row in cached] == [None, None, "exact"]
 
 
-def test_an_answer_that_is_cut_off_or_empty_is_not_kept(tokenizer, tiny_params, meter, questions, tmp_path):
+def test_truncated_or_empty_answer_is_not_stored(tokenizer, tiny_params, meter, questions, tmp_path):
     peru, cuba = questions["capital/Peru"], questions["capital/Cuba"]
     most = tiny_params.evaluation.max_new_tokens
     script = {peru.question: "Lima " * most, cuba.question: " "}
@@ -122,7 +122,7 @@ def test_an_answer_that_is_cut_off_or_empty_is_not_kept(tokenizer, tiny_params, 
     assert [row["hit"] for row in cached] == [None] * 4
 
 
-def test_a_counter_that_needs_repetitions_finds_no_answer_of_its_own(
+def test_repetitions_for_an_energy_counter_do_not_hit_their_own_answer(
     tokenizer, tiny_params, meter, questions, tmp_path
 ):
     meter.shortest_window_s = 0.02
@@ -132,7 +132,7 @@ def test_a_counter_that_needs_repetitions_finds_no_answer_of_its_own(
     assert [row["hit"] for row in cached] == [None, "exact"]
 
 
-def test_the_stream_is_zipf_like_and_reworded_as_often_as_said(tiny_params, questions, recipe):
+def test_stream_follows_zipf_and_paraphrase_share(tiny_params, questions, recipe):
     config = tiny_params.caching.model_copy(update={"queries": 20_000, "zipf_exponent": 1.0, "paraphrase_share": 0.25})
     queries = draw_stream(list(questions.values()), recipe, config)
     counts = sorted((sum(q.question is question for q in queries) for question in questions.values()), reverse=True)
@@ -156,7 +156,7 @@ class Sized(BagOfWords):
     size_bytes = 1000
 
 
-def test_a_whole_measurement_adds_up_and_is_json_without_nan(checkpoint, tiny_params, questions, recipe):
+def test_complete_measurement_is_consistent_and_valid_json(checkpoint, tiny_params, questions, recipe):
     rows = list(questions.values())
     measured = measure_caching(
         checkpoint,
@@ -170,16 +170,16 @@ def test_a_whole_measurement_adds_up_and_is_json_without_nan(checkpoint, tiny_pa
     )
     record = json.loads(json.dumps(measured.record, allow_nan=False))
     assert len(measured.answers) == 3 * record["queries"] == 3 * tiny_params.caching.queries
-    assert record["changed_answers"]["prefix"] == 0  # the prefix changes what is run, not what comes out
+    assert record["changed_answers"]["prefix"] == 0  # prefix reuse does not change answers
     assert record["cache_bytes"] > 1000
-    assert record["hit_rate"]["value"] == 0  # a random model is cut off at every answer, so nothing is kept
+    assert record["hit_rate"]["value"] == 0  # all answers of a random model are truncated, so none is stored
     assert record["pairs"]["train"]["same_names"]["value"] <= tiny_params.caching.false_hit_budget
     assert record["pairs"]["train"]["other_entity"]["value"] == 0
     for way, rate in record["hallucination_rate"].items():
         assert rate["value"] == np.mean([row["hallucinated"] for row in measured.answers if row["way"] == way])
 
 
-def test_a_question_file_is_measured_with_exact_hits_alone(checkpoint, tiny_params, questions):
+def test_without_recipe_only_exact_hits_are_measured(checkpoint, tiny_params, questions):
     rows = [*questions.values()]
     record = measure_caching(
         checkpoint,

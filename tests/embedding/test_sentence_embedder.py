@@ -40,7 +40,7 @@ def plain(model, text):
     return (mean / mean.norm()).numpy()
 
 
-def test_a_batch_gives_each_text_the_normalised_mean_of_its_own_hidden_states(packed):
+def test_batched_embeddings_equal_normalized_means_of_hidden_states(packed):
     config, cache, model = packed
     embedder = open_embedder(config, cache)
     expected = np.stack([plain(model, text) for text in TEXTS])
@@ -49,7 +49,7 @@ def test_a_batch_gives_each_text_the_normalised_mean_of_its_own_hidden_states(pa
     assert embedder.sha256 == config.sha256
 
 
-def test_a_text_longer_than_the_model_reads_is_refused_and_fits_says_so_before(packed):
+def test_too_long_text_is_rejected_and_does_not_fit(packed):
     config, cache, _ = packed
     embedder = open_embedder(config, cache)
     reads, too_long = " ".join("a" * 254), " ".join("a" * 255)  # and a token before, and one after
@@ -59,13 +59,13 @@ def test_a_text_longer_than_the_model_reads_is_refused_and_fits_says_so_before(p
         embedder.embed(["a b", too_long])
 
 
-def test_a_wheel_without_safetensors_is_refused(packed, tmp_path):
+def test_wheel_without_safetensors_is_rejected(packed, tmp_path):
     pin = keep_wheel(tmp_path / "wheels", "pickled", {"m/config.json": b"{}", "m/pytorch_model.bin": b"pickle"})
     with pytest.raises(SourceError, match=r"no file m/model\.safetensors"):
         open_embedder(EmbedderConfig(**pin, folder="m"), tmp_path / "wheels")
 
 
-def test_the_shipped_embedder_knows_paraphrases_from_other_questions(tiny_params):
+def test_default_embedder_separates_paraphrases(tiny_params):
     try:
         embedder = open_embedder(tiny_params.caching.embedder, default_cache())
     except SourceError as error:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lilliput import wheels
-from lilliput.cache.answers import Answer, AnswerCache
+from lilliput.cache.answers import AnswerCache, CachedAnswer
 from lilliput.config import SourceConfig, WheelPin
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.wheels import extract_member, read_members
@@ -140,7 +140,7 @@ def test_pins_name_a_package_and_a_version_and_nothing_else(package, version):
         WheelPin(package=package, version=version, sha256="0" * 64)
 
 
-ANSWER = Answer("There.", "device", "pocket", 20, 3)
+ANSWER = CachedAnswer("There.", "device", "pocket", 20, 3)
 
 
 class _Embedder:
@@ -158,7 +158,7 @@ def test_damaged_answer_caches(count, tmp_path):
     path = tmp_path / "answers.db"
     cache = AnswerCache(path, _Embedder(), "v", 0.5, 10)
     for town in ("Paris", "Rome", "Lima"):
-        cache.store(cache.asked(f"Where is {town}?"), ANSWER)
+        cache.store(cache.query(f"Where is {town}?"), ANSWER)
     import sqlite3
 
     connection = sqlite3.connect(path)
@@ -172,9 +172,9 @@ def test_damaged_answer_caches(count, tmp_path):
         path.write_bytes(content)
         try:
             found = AnswerCache(path, _Embedder(), "v", 0.5, 10)
-            found.find(found.asked("Where is Paris?"))
-            found.find(found.asked("Where on earth is Paris?"))
-            found.store(found.asked("Where is Oslo?"), ANSWER)
+            found.find(found.query("Where is Paris?"))
+            found.find(found.query("Where on earth is Paris?"))
+            found.store(found.query("Where is Oslo?"), ANSWER)
         except ArtifactError as error:
             assert str(path) in str(error)
 
@@ -186,9 +186,9 @@ def test_a_row_that_is_no_answer_is_told_as_a_damaged_cache(tmp_path):
 
     path = tmp_path / "answers.db"
     cache = AnswerCache(path, _Embedder(), "v", 0.5, 10)
-    cache.store(cache.asked("Where is Paris?"), ANSWER)
+    cache.store(cache.query("Where is Paris?"), ANSWER)
     with sqlite3.connect(path) as connection:
         connection.execute("update answers set vector = x'00'")
     connection.close()
-    with pytest.raises(ArtifactError, match=r"no answer cache .*delete the file"):
-        cache.find(cache.asked("Where on earth is Paris?"))
+    with pytest.raises(ArtifactError, match=r"not a readable answer cache .*delete the file"):
+        cache.find(cache.query("Where on earth is Paris?"))

@@ -340,12 +340,12 @@ def test_what_crashes_llama_cpp_is_told_as_a_model_that_does_not_open(little_ggu
 @pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"PK\x03\x04"])
 def test_a_server_that_cannot_open_its_model_is_told_at_once(content, tmp_path):
-    from lilliput.llama_server.process import LlamaServer, Serving
+    from lilliput.llama_server.process import LlamaServer, ServerSettings
 
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=str(path)):
-        LlamaServer(Serving(str(path), 1, 64))
+        LlamaServer(ServerSettings(str(path), 1, 64))
 
 
 @pytest.mark.slow

@@ -206,10 +206,10 @@ def test_damaged_deployments(count, tmp_path, tiny_params):
 def test_a_deployment_cannot_point_out_of_its_folder(tmp_path):
     from pydantic import ValidationError
 
-    from lilliput.serve.deployment import Deployed
+    from lilliput.serve.deployment import DeployedModel
 
     with pytest.raises(ValidationError):
-        Deployed(name="a", sha256="../../elsewhere")
+        DeployedModel(name="a", sha256="../../elsewhere")
 
 
 class _Embedder:

@@ -16,7 +16,7 @@ from lilliput.artifacts import write_json
 from lilliput.config import EdgeConfig
 from lilliput.devices import runs
 from lilliput.errors import ConfigError, SourceError
-from lilliput.llama_server.process import LlamaServer, Serving
+from lilliput.llama_server.process import LlamaServer, ServerSettings
 from lilliput.params import load_params
 from lilliput.wheels import fetch_wheel
 from tasks import __main__ as commands
@@ -167,7 +167,7 @@ def test_processes_that_open_models_are_given_no_secrets(canaries, monkeypatch, 
     monkeypatch.setattr(subprocess, "Popen", note)
     starts = (
         lambda: runs.run_on_device(runs.Job("gguf", "x", 1, 1), memory_bytes=None, deadline_s=1.0),
-        lambda: LlamaServer(Serving("x", 1, 1)),
+        lambda: LlamaServer(ServerSettings("x", 1, 1)),
         lambda: prove_reload(tmp_path, torch.zeros(1), 0.0),
         lambda: onnx._run(["x"], tmp_path, 1.0),
     )

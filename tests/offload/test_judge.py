@@ -1,4 +1,4 @@
-"""Both ends asked over paper, and policies judged against figures worked out by hand."""
+"""Requests to fake endpoints, and policy figures checked against manual calculations."""
 
 import itertools
 import json
@@ -11,13 +11,13 @@ from sklearn.linear_model import LogisticRegression
 from lilliput.config import LinkConfig, ObjectiveConfig
 from lilliput.data.questions import Question
 from lilliput.errors import ArtifactError, ConfigError
-from lilliput.offload.collect import End, ask_both, draw
+from lilliput.offload.collect import Endpoint, ask_both, draw_questions
 from lilliput.offload.fit import EMBEDDING_SCALE, STRENGTH, cross_fit, fit, folds_of, held_out_worth, tabulate
-from lilliput.offload.judge import Policy, areas, curve, figures, judge, policies
+from lilliput.offload.judge import Policy, areas, curve, figures, judge_policies, policies
 from lilliput.offload.learned import ALWAYS, NEVER
-from lilliput.offload.outcomes import Costs, Outcomes, costs
-from lilliput.serve.service import Model
-from tests.serve import paper
+from lilliput.offload.outcomes import Outcomes, QuestionCosts, question_costs
+from lilliput.serve.service import ServedModel
+from tests.serve import fakes
 from tests.serve.conftest import BagOfWords
 
 LINK = LinkConfig(
@@ -34,12 +34,12 @@ LINK = LinkConfig(
 
 
 def row(number, device, server, *, answerable=True, logprob=-0.1, group=None, question=None):
-    """A question that each end answers right (R), wrong (W), or not (A); half a second and a whole one."""
+    """A row whose endpoints answer right (R), wrong (W) or abstain (A), in 0.5 s and 1 s."""
 
     def answer(verdict, seconds):
         right, abstained = verdict == "R" if answerable else None, verdict == "A"
-        told = {"right": right, "abstained": abstained, "hallucinated": verdict == "W", "logprobs": [logprob]}
-        return told | {"seconds": seconds, "cpu_s": 0.4, "up_bytes": 500, "down_bytes": 500, "text": verdict}
+        verdict_fields = {"right": right, "abstained": abstained, "hallucinated": verdict == "W", "logprobs": [logprob]}
+        return verdict_fields | {"seconds": seconds, "cpu_s": 0.4, "up_bytes": 500, "down_bytes": 500, "text": verdict}
 
     return {
         "id": f"q/{number}",
@@ -56,15 +56,15 @@ def row(number, device, server, *, answerable=True, logprob=-0.1, group=None, qu
 FOUR = [row(0, "W", "R"), row(1, "R", "R"), row(2, "R", "W"), row(3, "W", "A", answerable=False)]
 
 
-class Ends:
-    """A paper device and server that answer by a script, and remember what they were asked."""
+class FakeEndpoints:
+    """A device and a server that send scripted answers and record the requests."""
 
     def __init__(self, script):
-        self.script, self.asked = script, []
+        self.script, self.requests = script, []
 
     def __call__(self, request):
         body = json.loads(request.content)
-        self.asked.append((request.url.host, body, dict(request.headers)))
+        self.requests.append((request.url.host, body, dict(request.headers)))
         text = self.script[request.url.host, body["messages"][-1]["content"]]
         if text is None:
             return httpx.Response(200, text="<html>")
@@ -75,80 +75,81 @@ class Ends:
 
 
 def ask(script, questions):
-    ends = Ends(script)
-    device = End("device", "http://device", {"logprobs": True})
-    server = End("the edge server", "http://server", {"model": "large"}, {"Authorization": "Bearer k"})
-    with httpx.Client(transport=httpx.MockTransport(ends)) as client:
-        return ends, ask_both(questions, device, server, BagOfWords(), "Briefly.", 9, client)
+    endpoints = FakeEndpoints(script)
+    device = Endpoint("device", "http://device", {"logprobs": True})
+    server = Endpoint("the edge server", "http://server", {"model": "large"}, {"Authorization": "Bearer k"})
+    with httpx.Client(transport=httpx.MockTransport(endpoints)) as client:
+        return endpoints, ask_both(questions, device, server, BagOfWords(), "Briefly.", 9, client)
 
 
 PERU = Question(id="capital/Peru", question="Capital of Peru?", answer="Lima", group="country/Peru")
 XIA = Question(id="invented/capital/Xia", question="Capital of Xia?", answerable=False, group="invented/Xia")
 
 
-def test_both_are_asked_alike_and_judged():
+def test_both_endpoints_get_the_same_question_and_verdicts():
     script = {
         ("device", PERU.question): "Quito",
         ("server", PERU.question): "Lima.",
         ("device", XIA.question): "I don't know.",
         ("server", XIA.question): "Xiaville",
     }
-    ends, rows = ask(script, [PERU, XIA])
-    told = [
-        [(r[end]["right"], r[end]["abstained"], r[end]["hallucinated"]) for end in ("device", "server")] for r in rows
+    endpoints, rows = ask(script, [PERU, XIA])
+    verdicts = [
+        [(r[place]["right"], r[place]["abstained"], r[place]["hallucinated"]) for place in ("device", "server")]
+        for r in rows
     ]
-    assert told == [
+    assert verdicts == [
         [(False, False, True), (True, False, False)],
         [(None, True, False), (None, False, True)],
     ]
     assert (rows[0]["device"]["logprobs"], rows[0]["server"]["logprobs"]) == ([-0.25], [])
-    assert [host for host, _, _ in ends.asked] == ["device", "server", "device", "server", "device", "server"]
-    assert ends.asked[-1][2]["authorization"] == "Bearer k"
-    asked = json.dumps(ends.asked[-1][1]).encode()
-    assert rows[1]["server"]["up_bytes"] == len(asked)
-    assert rows[1]["server"]["cpu_s"] is None  # of a process that cannot be seen
+    assert [host for host, _, _ in endpoints.requests] == ["device", "server", "device", "server", "device", "server"]
+    assert endpoints.requests[-1][2]["authorization"] == "Bearer k"
+    content = json.dumps(endpoints.requests[-1][1]).encode()
+    assert rows[1]["server"]["up_bytes"] == len(content)
+    assert rows[1]["server"]["cpu_s"] is None  # unknown for a remote process
 
 
-def test_both_are_asked_as_the_gateway_asks_them():
+def test_collected_requests_equal_the_gateway_s():
     script = {("device", PERU.question): "a", ("server", PERU.question): "b"}
-    ends, _ = ask(script, [PERU])
-    by_gateway = paper.Paper()
+    endpoints, _ = ask(script, [PERU])
+    by_gateway = fakes.FakeBackends()
     body = {"messages": [{"role": "user", "content": PERU.question}], "max_tokens": 9}
-    router = paper.Always("server")
-    paper.ask(paper.app(by_gateway, router, model=Model("m", "v", "Briefly.")), body)
-    [asked] = by_gateway.asked["server"]
-    assert ends.asked[1][1] == asked | {"model": "large"}
-    assert ends.asked[0][1] == asked | {"logprobs": True}
+    router = fakes.FixedRouter("server")
+    fakes.ask(fakes.app(by_gateway, router, model=ServedModel("m", "v", "Briefly.")), body)
+    [request] = by_gateway.requests["server"]
+    assert endpoints.requests[1][1] == request | {"model": "large"}
+    assert endpoints.requests[0][1] == request | {"logprobs": True}
 
 
-def test_an_end_that_gives_no_answer_is_told_with_its_address():
+def test_error_of_an_unusable_answer_names_the_address():
     with pytest.raises(ArtifactError, match="the edge server at http://server gives no usable answer"):
         ask({("device", PERU.question): "a", ("server", PERU.question): None}, [PERU])
 
 
-def test_questions_are_drawn_with_the_share_nobody_knows_and_the_same_each_time():
+def test_drawn_questions_keep_the_unanswerable_share_and_are_reproducible():
     known = [Question(id=f"capital/{n}", question="?", answer="a", group=f"g{n}") for n in range(80)]
-    nobody = [Question(id=f"invented/{n}", question="?", answerable=False, group=f"x{n}") for n in range(20)]
-    drawn = draw([*known, *nobody], 50, 1)
+    unanswerable = [Question(id=f"invented/{n}", question="?", answerable=False, group=f"x{n}") for n in range(20)]
+    drawn = draw_questions([*known, *unanswerable], 50, 1)
     assert (len(drawn), sum(not question.answerable for question in drawn)) == (50, 10)
-    assert draw([*known, *nobody], 50, 1) == drawn != draw([*known, *nobody], 50, 2)
+    assert draw_questions([*known, *unanswerable], 50, 1) == drawn != draw_questions([*known, *unanswerable], 50, 2)
 
 
-def test_what_each_end_costs_by_hand():
-    spent = costs(FOUR[:1], LINK, 2.0)
+def test_costs_by_hand():
+    spent = question_costs(FOUR[:1], LINK, 2.0)
     remote_s = 0.1 + 0.001 + 1.0
     remote_j = 0.1 + 1.0 * remote_s + 0.5 * 2.0
     by_hand = {"device_s": 0.5, "server_s": remote_s, "device_j": 0.8, "server_j": remote_j}
     assert {name: values[0] for name, values in vars(spent).items()} == pytest.approx(by_hand)
-    looked = costs(FOUR[:1], LINK, 2.0, embeds=1.0, looks=1.0)
+    looked = question_costs(FOUR[:1], LINK, 2.0, embeds=1.0, looks=1.0)
     by_hand = {"device_s": 0.51, "server_s": 0.51 + remote_s, "device_j": 0.84, "server_j": 0.84 + remote_j}
     assert {name: values[0] for name, values in vars(looked).items()} == pytest.approx(by_hand)
 
 
-def test_operating_points_are_what_each_threshold_does():
-    worth, outcomes = np.array([0.5, 0.1, -0.2, 0.3]), Outcomes.of(FOUR)
-    spent = Costs(*(np.array(values, dtype=float) for values in ([1] * 4, [3] * 4, [10] * 4, [20] * 4)))
-    at_once = Costs(*(np.array(values, dtype=float) for values in ([0.5] * 4, [2] * 4, [9] * 4, [19] * 4)))
+def test_operating_points_by_hand():
+    worth, outcomes = np.array([0.5, 0.1, -0.2, 0.3]), Outcomes.from_rows(FOUR)
+    spent = QuestionCosts(*(np.array(values, dtype=float) for values in ([1] * 4, [3] * 4, [10] * 4, [20] * 4)))
+    at_once = QuestionCosts(*(np.array(values, dtype=float) for values in ([0.5] * 4, [2] * 4, [9] * 4, [19] * 4)))
     table = tabulate(worth, spent, at_once, outcomes)
     assert [point.threshold for point in table.points] == pytest.approx([NEVER, 0.4, 0.2, -0.05, ALWAYS])
     assert [point.offloaded for point in table.points] == [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -159,36 +160,36 @@ def test_operating_points_are_what_each_threshold_does():
     assert (table.server_accuracy, table.server_hallucination) == (pytest.approx(2 / 3), 0.25)
 
 
-def test_a_fit_is_scikit_learn_s_on_scaled_features():
+def test_fit_equals_scikit_learn_on_scaled_features():
     rng = np.random.default_rng(0)
     known = np.hstack([rng.normal(0, 0.05, (60, 8)), rng.normal(5, 3, (60, 2))])
     rows = [row(n, "R" if known[n, 8] > 5 else "W", "R") for n in range(60)]
-    found = fit(known, Outcomes.of(rows), 8)
+    found = fit(known, Outcomes.from_rows(rows), 8)
     scaled = (known - known.mean(0)) / np.where(np.arange(10) < 8, EMBEDDING_SCALE, known.std(0))
     peer = LogisticRegression(C=STRENGTH, max_iter=1000).fit(scaled, known[:, 8] > 5)
     assert found.probabilities(known)[:, 0] == pytest.approx(peer.predict_proba(scaled)[:, 1])
-    # The server was always right and never hallucinated: (60 + ½) : ½, whatever is asked.
+    # The server was always right and never hallucinated: (60 + ½) : ½, for every question.
     assert found.probabilities(known)[:, 1] == pytest.approx(60.5 / 61)
     assert found.probabilities(known)[:, 3] == pytest.approx(0.5 / 61)
 
 
-def test_no_entity_is_judged_by_a_fit_that_has_seen_it():
+def test_cross_fitting_separates_entities():
     rows = [row(n, "R" if n % 2 else "W", "R", group=f"g{n // 4}") for n in range(40)]
     folds = folds_of(rows, 5, 1)
     by_group = {r["group"]: set(folds[[q["group"] == r["group"] for q in rows]]) for r in rows}
     assert all(len(found) == 1 for found in by_group.values())
     assert set(folds) == set(range(5))
-    # A feature that is nothing but the entity's own verdict is worth nothing once the entity is held out.
-    outcomes = Outcomes.of(rows)
+    # A feature that identifies the entity has no value when the entity is held out.
+    outcomes = Outcomes.from_rows(rows)
     known = np.eye(40)
     worth = held_out_worth(known, cross_fit(known, outcomes, folds, 0), folds)
     assert np.ptp(worth[folds == 0]) == pytest.approx(0.0)
-    with pytest.raises(ConfigError, match="20 folds need as many entities; 10 are asked about"):
+    with pytest.raises(ConfigError, match="20 folds need at least as many entities; the questions have 10"):
         folds_of(rows, 20, 1)
 
 
 def area_by_hand(score, gain):
-    """The mean over every share of what the order wins beyond chance, over what the best order does."""
+    """The gain of the order above chance, averaged over all shares, divided by that of the best order."""
     n = len(gain)
 
     def over(order):
@@ -198,9 +199,9 @@ def area_by_hand(score, gain):
     return over(own) / max(over(order) for order in itertools.permutations(range(n)))
 
 
-def test_an_area_is_one_for_the_best_order_and_zero_for_chance():
+def test_area_is_one_for_the_best_order_and_zero_for_chance():
     rows = [*FOUR, row(4, "W", "W"), row(5, "A", "R")]
-    outcomes = Outcomes.of(rows)
+    outcomes = Outcomes.from_rows(rows)
     score = np.array([0.1, 0.9, 0.2, 0.7, 0.4, 0.3])
     found = areas(score, outcomes, 0, 100)
     assert found["both"]["value"] == pytest.approx(area_by_hand(score, outcomes.gain))
@@ -210,14 +211,14 @@ def test_an_area_is_one_for_the_best_order_and_zero_for_chance():
         for order in itertools.islice(itertools.permutations(range(6)), 720)
     ]
     assert np.mean(every) == pytest.approx(0.0, abs=1e-9)
-    nothing = Outcomes.of([row(n, "R", "R") for n in range(4)])
+    nothing = Outcomes.from_rows([row(n, "R", "R") for n in range(4)])
     assert areas(np.arange(4.0), nothing, 0, 100)["both"]["value"] == 0.0
     against = areas(outcomes.gain, outcomes, 0, 100, against=score)["both"]
     assert against["value"] == pytest.approx(1.0 - found["both"]["value"])
 
 
-def test_a_curve_leads_from_the_device_alone_to_the_server_alone():
-    points = curve(np.array([0.9, 0.0, -0.9, 0.5]), Outcomes.of(FOUR))
+def test_curve_spans_device_only_to_server_only():
+    points = curve(np.array([0.9, 0.0, -0.9, 0.5]), Outcomes.from_rows(FOUR))
     assert (points[0]["offloaded"], points[-1]["offloaded"]) == (0.0, 1.0)
     assert (points[0]["accuracy"], points[-1]["accuracy"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     middle = next(point for point in points if point["offloaded"] == 0.5)
@@ -243,20 +244,20 @@ def test_figures_of_a_policy_by_hand(params):
     percent = 100 * (0.4 * watts + remote_j) / 2 / (15.0 * 3600)
     assert found["battery_percent_per_query"]["value"] == pytest.approx(percent)
     assert found["latency_ms"]["p90"] == pytest.approx(1e3 * remote_s)
-    # At random half of each question would go: 2/3 + ½ · 0 right answers, and ½ + ½ · (¼ − ½) hallucinations.
+    # At random, half of each question is offloaded: 2/3 + ½ · 0 right answers, and ½ + ½ · (¼ − ½) hallucinations.
     assert found["over_random"]["accuracy"]["value"] == pytest.approx(1.0 - 2 / 3)
     assert found["over_random"]["hallucination_rate"]["value"] == pytest.approx(0.0 - 0.375)
 
 
-def test_random_is_what_its_share_gives_on_average(params):
+def test_random_policy_has_expected_values(params):
     found = figures(Policy(np.full(4, 0.25)), FOUR, LINK, params, "phone-4gb")
     assert found["accuracy"]["value"] == pytest.approx(2 / 3)
     assert found["hallucination_rate"]["value"] == pytest.approx(0.75 * 0.5 + 0.25 * 0.25)
     assert (found["latency_ms"]["p50"], found["latency_ms"]["p90"]) == pytest.approx((500.0, 1101.0))
 
 
-def told(count):
-    """Questions whose wording says that the device errs, and whose tokens do, too; the server is always right."""
+def predictable_rows(count):
+    """Questions whose wording and tokens both reveal that the device errs; the server is always right."""
     hard = [n % 3 == 0 for n in range(count)]
     texts = [f"{'obscure' if bad else 'famous'} {n}" for n, bad in enumerate(hard)]
     return [
@@ -265,10 +266,10 @@ def told(count):
     ]
 
 
-def test_what_the_wording_tells_is_learned_and_beats_chance(params):
-    rows = told(60)
+def test_learned_policy_beats_chance_on_predictable_questions(params):
+    rows = predictable_rows(60)
     vectors = BagOfWords().embed([r["question"] for r in rows])
-    found, router = judge(rows, vectors, params, "phone-4gb")
+    found, router = judge_policies(rows, vectors, params, "phone-4gb")
     by_policy = found["links"]["wifi"]
     assert by_policy["learned_before"]["accuracy"]["value"] == 1.0
     assert by_policy["learned_before"]["offloaded"] == pytest.approx(1 / 3)
@@ -277,11 +278,11 @@ def test_what_the_wording_tells_is_learned_and_beats_chance(params):
     assert found["areas"]["learned_before"]["both"]["value"] == pytest.approx(1.0)
     assert found["areas_over_threshold"]["learned_before"]["both"]["value"] == pytest.approx(0.0)
     assert json.loads(json.dumps(router, allow_nan=False)).keys() == {"looks"}
-    assert judge(rows, vectors, params, "phone-4gb") == (found, router)
+    assert judge_policies(rows, vectors, params, "phone-4gb") == (found, router)
 
 
-def test_a_budget_that_no_request_fits_keeps_everything_on_the_device_unlooked(params):
-    rows = told(40)
+def test_a_too_small_energy_budget_keeps_all_questions_on_the_device(params):
+    rows = predictable_rows(40)
     serving = params.serving["phone-4gb"]
     tight = serving.objective.model_copy(update={"energy_budget_j": 0.35})
     worth = {look: np.linspace(-1, 1, 40) for look in ("before", "after")}

@@ -1,4 +1,4 @@
-"""The learned router by hand: small weights, small tables, an embedder whose vectors can be worked out."""
+"""The learned router, checked by hand with small weights and tables."""
 
 import json
 import math
@@ -13,17 +13,17 @@ from lilliput.offload.fitted_router import open_router
 from lilliput.offload.learned import (
     ALWAYS,
     NEVER,
-    Fitted,
-    Learned,
-    Point,
-    Table,
+    LearnedRouter,
+    OperatingPoint,
+    OperatingTable,
+    WorthModel,
     budget_j,
-    pick,
     question_features,
+    select_point,
     token_features,
 )
 from lilliput.offload.model_pair import pair_of
-from lilliput.offload.policy import Always, Conditions, Threshold
+from lilliput.offload.policy import Conditions, FixedRouter, ThresholdRouter
 from tests.serve.conftest import BagOfWords
 
 OBJECTIVE = ObjectiveConfig(energy_budget_j=1.0, max_accuracy_drop=0.1, max_hallucination_rise=0.1)
@@ -31,10 +31,10 @@ PERU, CUBA = "What is the capital of Peru", "How many of 12 live in Cuba"
 
 
 def point(threshold, latency_s, energy_j, accuracy, hallucination=0.2):
-    return Point(threshold, 0.5, latency_s, energy_j, accuracy, hallucination)
+    return OperatingPoint(threshold, 0.5, latency_s, energy_j, accuracy, hallucination)
 
 
-TABLE = Table(
+TABLE = OperatingTable(
     (point(NEVER, 0.1, 0.2, 0.4), point(0.3, 0.2, 0.9, 0.55), point(0.0, 0.3, 1.5, 0.65), point(ALWAYS, 0.4, 3.0, 0.6)),
     server_accuracy=0.6,
     server_hallucination=0.2,
@@ -42,16 +42,18 @@ TABLE = Table(
 
 
 def test_probabilities_are_logistic_in_standardised_features():
-    fitted = Fitted(np.array([1.0]), np.array([2.0]), np.array([[1.0], [0.0], [-1.0], [0.0]]), np.array([0, 1, 0, -1]))
+    fitted = WorthModel(
+        np.array([1.0]), np.array([2.0]), np.array([[1.0], [0.0], [-1.0], [0.0]]), np.array([0, 1, 0, -1])
+    )
     found = fitted.probabilities(np.array([[5.0]]))[0]
     by_hand = [1 / (1 + math.exp(-x)) for x in (2.0, 1.0, -2.0, -1.0)]
     assert found == pytest.approx(by_hand)
     assert fitted.worth(np.array([[5.0]]))[0] == pytest.approx(by_hand[1] - by_hand[0] + by_hand[2] - by_hand[3])
-    again = Fitted.from_dict(json.loads(json.dumps(fitted.as_dict())))
+    again = WorthModel.from_dict(json.loads(json.dumps(fitted.as_dict())))
     assert (again.probabilities(np.array([[5.0]])) == found).all()
 
 
-def test_features_are_what_can_be_told_of_question_and_tokens():
+def test_features_of_question_and_tokens():
     vectors = BagOfWords().embed([PERU, CUBA])
     found = question_features([PERU, CUBA], vectors)
     assert (found[:, :-4] == vectors).all()
@@ -60,31 +62,31 @@ def test_features_are_what_can_be_told_of_question_and_tokens():
 
 
 @pytest.mark.parametrize(
-    ("budget", "threshold", "told"),
+    ("budget", "threshold", "reason"),
     [
-        (1.0, 0.3, "within 1 J"),  # 0.55 is above the floor of 0.5, and quicker than what is better still
+        (1.0, 0.3, "within 1 J"),  # 0.55 is above the floor of 0.5, and faster than the better points
         (9.0, 0.3, "within 9 J"),
-        (0.5, NEVER, "0.100 short of the quality aimed at, within 0.5 J"),  # quality yields before energy
-        (0.1, NEVER, "over the energy budget of 0.1 J whoever answers"),
+        (0.5, NEVER, "0.100 short of the target quality, within 0.5 J"),  # quality yields before energy
+        (0.1, NEVER, "every choice exceeds the energy budget of 0.1 J"),
     ],
 )
-def test_the_point_is_the_quickest_within_budget_and_quality_and_quality_yields_first(budget, threshold, told):
-    found, why = pick(TABLE, OBJECTIVE, budget)
-    assert (found.threshold, why) == (threshold, told)
+def test_fastest_point_within_budget_and_quality_is_selected(budget, threshold, reason):
+    found, why = select_point(TABLE, OBJECTIVE, budget)
+    assert (found.threshold, why) == (threshold, reason)
 
 
-def test_a_hallucination_ceiling_rules_points_out_too():
-    table = Table((point(0.3, 0.1, 0.5, 0.6, 0.31), point(0.0, 0.2, 0.5, 0.6, 0.29)), 0.6, 0.2)
-    assert pick(table, OBJECTIVE, 1.0)[0].threshold == 0.0
+def test_hallucination_ceiling_excludes_points():
+    table = OperatingTable((point(0.3, 0.1, 0.5, 0.6, 0.31), point(0.0, 0.2, 0.5, 0.6, 0.29)), 0.6, 0.2)
+    assert select_point(table, OBJECTIVE, 1.0)[0].threshold == 0.0
 
 
-def test_below_the_saver_s_percent_the_budget_shrinks_in_proportion():
+def test_budget_shrinks_with_a_low_battery():
     assert [budget_j(OBJECTIVE, percent, 20.0) for percent in (100, 20, 10, 0)] == [1.0, 1.0, 0.5, 0.0]
     assert budget_j(OBJECTIVE, 0.0, 0.0) == 1.0
 
 
 def learned(embedder, look="before", tables=None):
-    """Worth is sigmoid(digits − 1) − 0.5 before, and by the least of the tokens' log-likelihoods after."""
+    """Worth is sigmoid(digits − 1) − 0.5 before generation; after it, it depends on the least log-likelihood."""
     tokens = 5 if look == "after" else 0
     weights = np.zeros((4, 256 + 4 + tokens))
     weights[1, 258 + 1] = 1.0
@@ -92,43 +94,43 @@ def learned(embedder, look="before", tables=None):
         weights[1] = 0.0
         weights[1, 260 + 1] = -1.0
     size = weights.shape[1]
-    fitted = Fitted(np.zeros(size), np.ones(size), weights, np.array([0.0, -1.0, 0.0, 0.0]))
-    return Learned(fitted, tables or {"wifi": TABLE}, look, OBJECTIVE, 20.0, embedder)
+    fitted = WorthModel(np.zeros(size), np.ones(size), weights, np.array([0.0, -1.0, 0.0, 0.0]))
+    return LearnedRouter(fitted, tables or {"wifi": TABLE}, look, OBJECTIVE, 20.0, embedder)
 
 
-def test_before_an_answer_the_question_decides():
-    router = learned(BagOfWords(), tables={"wifi": Table((point(0.1, 0.1, 0.1, 0.6),), 0.6, 0.2)})
-    far, near = router.before(CUBA, Conditions("wifi")), router.before(PERU, Conditions("wifi"))
+def test_router_before_generation_uses_the_question():
+    router = learned(BagOfWords(), tables={"wifi": OperatingTable((point(0.1, 0.1, 0.1, 0.6),), 0.6, 0.2)})
+    far, near = router.route_question(CUBA, Conditions("wifi")), router.route_question(PERU, Conditions("wifi"))
     assert (far.place, far.score) == ("server", pytest.approx(1 / (1 + math.exp(-1)) - 0.5))
     assert (near.place, near.score) == ("device", pytest.approx(1 / (1 + math.exp(1)) - 0.5))
     assert far.reason == "worth +0.231 > +0.100 (wifi, within 1 J)"
-    assert router.after(CUBA, [-0.1], Conditions("wifi")) == far
+    assert router.route_answer(CUBA, [-0.1], Conditions("wifi")) == far
 
 
-def test_after_an_answer_its_tokens_decide():
+def test_router_after_generation_uses_tokens():
     router = learned(BagOfWords(), "after")
-    assert router.before(PERU, Conditions("wifi")) is None
-    assert router.after(PERU, [-0.1, -4.0], Conditions("wifi")).place == "server"
-    assert router.after(PERU, [-0.1, -0.1], Conditions("wifi")).place == "device"
+    assert router.route_question(PERU, Conditions("wifi")) is None
+    assert router.route_answer(PERU, [-0.1, -4.0], Conditions("wifi")).place == "server"
+    assert router.route_answer(PERU, [-0.1, -0.1], Conditions("wifi")).place == "device"
 
 
 @pytest.mark.parametrize("look", ["before", "after"])
-def test_where_all_go_one_way_nothing_is_looked_at_and_an_unknown_link_is_left_alone(look):
+def test_fixed_decisions_need_no_embedding(look):
     embedder = BagOfWords()
-    always = Table((point(ALWAYS, 0.1, 0.1, 0.6),), 0.6, 0.2)
+    always = OperatingTable((point(ALWAYS, 0.1, 0.1, 0.6),), 0.6, 0.2)
     router = learned(embedder, look, {"wifi": TABLE, "lan": always})
-    saving = router.before(PERU, Conditions("wifi", battery_percent=5.0))
+    saving = router.route_question(PERU, Conditions("wifi", battery_percent=5.0))
     assert (saving.place, saving.score) == ("device", None)
-    assert "short of the quality" in saving.reason
-    assert router.before(PERU, Conditions("lan")).place == "server"
-    strange = router.before(PERU, Conditions("pigeon"))
-    assert (strange.place, strange.reason) == ("device", "nothing is known of the link pigeon")
+    assert "short of the target quality" in saving.reason
+    assert router.route_question(PERU, Conditions("lan")).place == "server"
+    strange = router.route_question(PERU, Conditions("pigeon"))
+    assert (strange.place, strange.reason) == ("device", "no measurements for the link pigeon")
     assert embedder.embedded == []
 
 
 @pytest.mark.parametrize("look", ["before", "after"])
-def test_the_rule_changes_with_what_link_and_battery_call_for(look):
-    always = Table((point(ALWAYS, 0.1, 0.1, 0.6),), 0.6, 0.2)
+def test_rule_depends_on_link_and_battery(look):
+    always = OperatingTable((point(ALWAYS, 0.1, 0.1, 0.6),), 0.6, 0.2)
     embedder = BagOfWords()
     router = learned(embedder, look, {"wifi": TABLE, "lan": always})
     rules = {
@@ -147,13 +149,16 @@ def test_the_rule_changes_with_what_link_and_battery_call_for(look):
 
 
 @pytest.mark.parametrize("look", ["before", "after"])
-def test_a_question_longer_than_the_embedder_reads_goes_to_the_server_where_the_link_allows_it(look):
+def test_too_long_question_goes_to_the_server_if_the_link_allows_it(look):
     embedder = BagOfWords(most_words=5)
     router = learned(embedder, look)
-    for decision in (router.before(PERU, Conditions("wifi")), router.after(PERU, [-0.1], Conditions("wifi"))):
+    for decision in (
+        router.route_question(PERU, Conditions("wifi")),
+        router.route_answer(PERU, [-0.1], Conditions("wifi")),
+    ):
         assert (decision.place, decision.score) == ("server", None)
-        assert decision.reason == "the question is longer than the router reads"
-    assert router.before(PERU, Conditions("wifi", battery_percent=5.0)).place == "device"
+        assert decision.reason == "the question is longer than the router's input"
+    assert router.route_question(PERU, Conditions("wifi", battery_percent=5.0)).place == "device"
     assert embedder.embedded == []
 
 
@@ -167,7 +172,7 @@ def serving(tiny_params):
 
 @pytest.fixture
 def folder(tmp_path):
-    fitted = Fitted(np.zeros(260), np.ones(260), np.zeros((4, 260)), np.zeros(4))
+    fitted = WorthModel(np.zeros(260), np.ones(260), np.zeros((4, 260)), np.zeros(4))
     point_record = vars(point(0.0, 0.1, 0.1, 0.6))
     table = {"points": [point_record], "server_accuracy": 0.6, "server_hallucination": 0.2}
     look = {"fitted": fitted.as_dict(), "links": {"wifi": table}}
@@ -176,9 +181,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_fitted_router_opens_for_its_own_pair(serving, folder):
+def test_fitted_router_opens_for_its_pair(serving, folder):
     router = open_router(serving, folder, BagOfWords(), PAIR)
-    assert router.before(PERU, Conditions("wifi")).score == 0.0
+    assert router.route_question(PERU, Conditions("wifi")).score == 0.0
 
 
 @pytest.mark.parametrize(
@@ -190,21 +195,21 @@ def test_the_fitted_router_opens_for_its_own_pair(serving, folder):
         (PAIR, None, "needs the embedder"),
     ],
 )
-def test_it_opens_for_no_other(serving, folder, pair, embedder, message):
+def test_fitted_router_rejects_another_pair_or_embedder(serving, folder, pair, embedder, message):
     with pytest.raises(ArtifactError, match=message):
         open_router(serving, folder, embedder, pair)
 
 
-def test_without_a_fit_there_is_no_learned_router_and_other_policies_need_none(serving, tmp_path):
+def test_only_the_learned_policy_needs_a_fit(serving, tmp_path):
     with pytest.raises(ArtifactError, match="no router is fitted yet"):
         open_router(serving, tmp_path, BagOfWords(), PAIR)
     fixed = serving.model_copy(update={"policy": "server"})
-    assert open_router(fixed, tmp_path, None, PAIR) == Always("server")
+    assert open_router(fixed, tmp_path, None, PAIR) == FixedRouter("server")
     threshold = serving.model_copy(update={"policy": "threshold"})
-    assert open_router(threshold, tmp_path, None, PAIR) == Threshold(serving.least_confidence)
+    assert open_router(threshold, tmp_path, None, PAIR) == ThresholdRouter(serving.least_confidence)
 
 
-def test_a_pair_is_told_by_files_or_by_address():
+def test_pair_identity_from_files_or_address():
     def manifest(sha256):
         return Manifest.model_construct(files={"model.gguf": sha256})
 

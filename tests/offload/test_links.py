@@ -1,4 +1,4 @@
-"""Links by hand: every figure below is worked out on paper."""
+"""The link model; every figure is calculated by hand."""
 
 import pytest
 
@@ -29,7 +29,7 @@ LINK = LinkConfig(
 REQUEST = Request(up_bytes=1000, down_bytes=4000, server_s=0.3)  # one packet up, three down
 
 
-def test_a_transfer_is_round_trip_bytes_and_resends():
+def test_transfer_time_by_hand():
     assert REQUEST.packets == 4
     assert expected_resends(REQUEST, LINK) == pytest.approx(4 * 0.25)
     assert transfer_s(REQUEST, LINK, resends=0) == pytest.approx(0.050 + 0.001 + 0.002)
@@ -37,26 +37,26 @@ def test_a_transfer_is_round_trip_bytes_and_resends():
     assert latency_s(REQUEST, LINK, resends=2) == pytest.approx(0.053 + 0.4 + 0.3)
 
 
-def test_a_loss_is_noticed_after_two_round_trips_but_not_before_the_least_timeout():
+def test_resend_after_two_round_trips_or_the_minimum_timeout():
     assert resend_s(LINK) == 0.2
     assert resend_s(LINK.model_copy(update={"round_trip_ms": 400.0})) == pytest.approx(0.8)
 
 
-def test_the_radio_draws_for_bytes_waiting_and_tail():
+def test_radio_energy_by_hand():
     assert active_j(REQUEST, LINK, resends=0) == pytest.approx(0.002 + 0.004 + 0.353)
     assert radio_j(REQUEST, LINK) == pytest.approx(0.006 + 0.553 + 5.0)
 
 
-def test_a_request_within_the_tail_cuts_it_short():
+def test_next_request_ends_the_tail():
     assert tail_j(LINK, until_next_s=2.0) == pytest.approx(1.0)
     assert tail_j(LINK, until_next_s=11.0) == tail_j(LINK) == pytest.approx(5.0)
 
 
-def test_a_battery_s_percents():
+def test_energy_as_battery_percent():
     assert battery_percent(540.0, 15.0) == pytest.approx(1.0)
 
 
-def test_the_declared_links_are_those_of_the_paper_s_unit():
+def test_declared_links_match_the_published_figures():
     """mW/Mbps is nJ/bit: 438.39 of them are 3.5 µJ a byte."""
     from pathlib import Path
 

@@ -4,15 +4,15 @@ import re
 
 import pytest
 
-from lilliput.offload.judge import judge
+from lilliput.offload.judge import judge_policies
 from lilliput.report import charts
 from lilliput.report.page import render
-from tests.offload.test_judge import row, told
+from tests.offload.test_judge import predictable_rows, row
 from tests.serve.conftest import BagOfWords
 
 
 def record(rows, params):
-    found, _ = judge(rows, BagOfWords().embed([r["question"] for r in rows]), params, "phone-4gb")
+    found, _ = judge_policies(rows, BagOfWords().embed([r["question"] for r in rows]), params, "phone-4gb")
     policies = found["links"]["wifi"]
     drawn = [charts.offloading(policies), charts.offloaded_shares(found["curves"], policies)]
     head = {"candidate": "pocket", "edge": "lora", "link": "wifi", "questions": len(rows)}
@@ -39,7 +39,7 @@ def params(tiny_params):
 
 
 def test_every_policy_has_a_row_estimates_are_marked_and_nothing_is_left_out(params):
-    html = page({"phone-4gb": record(told(30), params)})
+    html = page({"phone-4gb": record(predictable_rows(30), params)})
     section = html[html.index('<h2 id="offloading-phone-4gb">') :]
     section = section[: section.index("</section>")]
     rows = re.findall(r'<tr><th scope="row">([^<]+)</th>(.*?)</tr>', section, re.DOTALL)
@@ -53,7 +53,7 @@ def test_every_policy_has_a_row_estimates_are_marked_and_nothing_is_left_out(par
 
 
 def test_the_same_figures_draw_the_same_bytes(params):
-    assert record(told(30), params)["charts"] == record(told(30), params)["charts"]
+    assert record(predictable_rows(30), params)["charts"] == record(predictable_rows(30), params)["charts"]
 
 
 def test_ends_that_know_nothing_and_questions_that_nobody_can_answer_have_their_page_too(params):

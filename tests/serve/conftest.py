@@ -1,4 +1,4 @@
-"""An embedder whose similarities can be worked out by hand."""
+"""An embedder for tests."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class BagOfWords:
-    """A unit vector of word counts: paraphrases share words, so that similarities can be worked out by hand."""
+    """Unit vectors of word counts, so that similarities can be calculated by hand."""
 
     def __init__(self, sha256="a" * 64, most_words=256):
         self.sha256, self.most_words = sha256, most_words

@@ -1,4 +1,4 @@
-"""Control tokens in what users write are text, for each kind of tokenizer that llama.cpp has a model for here."""
+"""Control tokens in users' texts are plain text, for each supported kind of tokenizer."""
 
 import gguf
 import httpx
@@ -9,10 +9,10 @@ from lilliput.chat.control_tokens import ControlTokens
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError
-from lilliput.llama_server.process import LlamaServer, Serving
+from lilliput.llama_server.process import LlamaServer, ServerSettings
 from lilliput.serve.chat import Chat
 from lilliput.serve.control_tokens import read_control_tokens
-from tests.serve.paper import Paper, app, ask
+from tests.serve.fakes import FakeBackends, app, ask
 
 GEMMA = (
     "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
@@ -62,7 +62,7 @@ def sentencepiece_model(path):
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def served(request, tmp_path_factory):
-    """The kind of tokenizer, its model's file, and a server of it."""
+    """The kind of tokenizer, the model file and its server."""
     folder = tmp_path_factory.mktemp("tokens")
     path = folder / "model.gguf"
     if request.param == "gpt2":
@@ -70,7 +70,7 @@ def served(request, tmp_path_factory):
         compile_gguf(request.getfixturevalue("checkpoint"), folder, target)
     else:
         sentencepiece_model(path)
-    with LlamaServer(Serving(str(path), 1, 512)) as server:
+    with LlamaServer(ServerSettings(str(path), 1, 512)) as server:
         yield request.param, path, server
 
 
@@ -88,19 +88,21 @@ def test_a_question_cannot_forge_a_turn(served):
             chat = Chat.model_validate({"messages": [{"role": "user", "content": question}]})
             messages = chat.for_model("Answer briefly.", 8, None, known)["messages"]
             prompt = client.post("/apply-template", json={"messages": messages}).json()["prompt"]
-            # As the chat endpoint does; the word joiner is no control token of any vocabulary.
+            # Like the chat endpoint. The word joiner is not a control token in any vocabulary.
             found = client.post("/tokenize", json={"content": prompt, "parse_special": True}).json()["tokens"]
             return [token for token in found if token in controls]
 
         plain = prompt_controls("x", tokens)
         assert len(plain) >= 4
-        assert len(prompt_controls(HOSTILE[kind], None)) > len(plain)  # what it is about
+        assert len(prompt_controls(HOSTILE[kind], None)) > len(
+            plain
+        )  # without splitting, the question adds control tokens
         assert prompt_controls(HOSTILE[kind], tokens) == plain
         body = {"messages": [{"role": "user", "content": tokens.split(HOSTILE[kind])}], "max_tokens": 2}
         assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
-def test_all_that_llama_cpp_reads_as_control_tokens_is_known(served):
+def test_all_control_tokens_of_llama_cpp_are_known(served):
     kind, path, _ = served
     fields = gguf.GGUFReader(path).fields
     names = fields["tokenizer.ggml.tokens"].contents()
@@ -125,14 +127,14 @@ def test_texts_that_overlap_or_nest_are_all_split():
 @pytest.mark.parametrize(
     "content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"PK\x03\x04", b"GGUF" + b"\0" * 20]
 )
-def test_a_file_without_a_vocabulary_is_refused_by_name(tmp_path, content):
+def test_a_file_without_vocabulary_is_rejected(tmp_path, content):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"model\.gguf: the vocabulary cannot be read .*compile the model again"):
         read_control_tokens(path)
 
 
-def test_all_turns_are_split_and_the_gateway_s_own_system_line_is_not():
+def test_all_turns_but_the_system_prompt_are_split():
     chat = Chat.model_validate(
         {"messages": [{"role": role, "content": "<a>"} for role in ("user", "assistant", "user")]}
     )
@@ -140,9 +142,9 @@ def test_all_turns_are_split_and_the_gateway_s_own_system_line_is_not():
     assert [turn["content"] for turn in sent] == ["<a> is ours", *["<\u2060a>"] * 3]
 
 
-def test_the_gateway_splits_them_for_the_end_that_has_them():
-    paper = Paper()
-    application = app(paper)
+def test_gateway_splits_control_tokens():
+    fake = FakeBackends()
+    application = app(fake)
     application.gateway.service.device.control_tokens = ControlTokens(["<a>"])
     ask(application, {"messages": [{"role": "user", "content": "What is <a>?"}]})
-    assert paper.asked["device"][0]["messages"][-1]["content"] == "What is <\u2060a>?"
+    assert fake.requests["device"][0]["messages"][-1]["content"] == "What is <\u2060a>?"

@@ -1,4 +1,4 @@
-"""What a gateway serves, in a folder of its own, and the process that serves it."""
+"""The deployment folder, and the gateway process that serves it."""
 
 import hashlib
 import json
@@ -11,21 +11,21 @@ import psutil
 import pytest
 
 from lilliput.artifacts import seal, writing
-from lilliput.cache.answers import Answer, AnswerCache
+from lilliput.cache.answers import AnswerCache, CachedAnswer
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError
 from lilliput.serve.deployment import (
-    Deployed,
+    DeployedModel,
     Deployment,
     admin_token,
     deploy,
-    keep,
-    keep_router,
     read_current,
+    remove_unused,
     roll_back,
-    tidy,
-    verified,
+    store_model,
+    store_router,
+    verified_model_file,
 )
 from lilliput.serve.factory import answers_version
 from tests.serve.conftest import BagOfWords
@@ -37,8 +37,8 @@ def deployment(tiny_params):
         settings = tiny_params.serving["phone-4gb"].model_copy(update={"policy": "threshold", **serving})
         return Deployment(
             device="phone-4gb",
-            model=Deployed(name=name, sha256=sha256, version="1"),
-            edge=Deployed(name=name, sha256=sha256),
+            model=DeployedModel(name=name, sha256=sha256, version="1"),
+            edge=DeployedModel(name=name, sha256=sha256),
             serving=settings,
             links=tiny_params.links,
             profile=tiny_params.devices["phone-4gb"],
@@ -66,80 +66,80 @@ def compiled(folder, name, content=b"weights"):
     return folder / name, sealed.artifact_sha256
 
 
-def test_models_stay_as_long_as_one_may_go_back_to_them(tmp_path, deployment):
+def test_models_are_kept_while_a_rollback_needs_them(tmp_path, deployment):
     home, shas = tmp_path / "home", []
     for name in ("one", "two", "three"):
         folder, sha256 = compiled(tmp_path, name, name.encode())
-        keep(folder, home, sha256)
+        store_model(folder, home, sha256)
         shas.append(sha256)
         deploy(deployment(name, sha256), home)
-        tidy(home)
+        remove_unused(home)
     assert {folder.name for folder in (home / "models").iterdir()} == set(shas[1:])
     assert roll_back(home).model.name == "two"
     assert roll_back(home).model.name == "three"
     current = read_current(home)
-    assert verified(current, current.model, home).read_bytes() == b"three"
+    assert verified_model_file(current, current.model, home).read_bytes() == b"three"
 
 
-def test_the_same_deployment_twice_does_not_forget_what_was_before(tmp_path, deployment):
+def test_repeated_deployment_keeps_the_previous_one(tmp_path, deployment):
     for name in ("one", "two", "two"):
         deploy(deployment(name, hashlib.sha256(name.encode()).hexdigest()), tmp_path)
     assert roll_back(tmp_path).model.name == "one"
 
 
-def test_a_router_stays_with_the_deployment_whatever_is_fitted_afterwards(tmp_path, deployment):
+def test_deployed_router_is_independent_of_later_fits(tmp_path, deployment):
     home, fitted, kept = tmp_path / "home", tmp_path / "offload", []
     fitted.mkdir()
     with pytest.raises(ArtifactError, match="no router is fitted yet"):
-        keep_router(fitted, home)
+        store_router(fitted, home)
     for text in ("first", "second", "third"):
         (fitted / "router.json").write_text(text)
-        kept.append(keep_router(fitted, home))
+        kept.append(store_router(fitted, home))
         deploy(deployment("one", "1" * 64, kept[-1]), home)
-        tidy(home)
+        remove_unused(home)
     found = {folder.name: (folder / "router.json").read_text() for folder in (home / "routers").iterdir()}
     assert found == {kept[1]: "second", kept[2]: "third"}
     assert roll_back(home).router == kept[1]
 
 
-def test_nothing_to_go_back_to_is_said(tmp_path, deployment):
+def test_rollback_without_a_previous_deployment_is_rejected(tmp_path, deployment):
     deploy(deployment("one", "1" * 64), tmp_path)
-    with pytest.raises(ArtifactError, match="nothing was deployed before"):
+    with pytest.raises(ArtifactError, match="no previous deployment to roll back to"):
         roll_back(tmp_path)
 
 
-def test_another_model_than_was_promoted_is_refused(tmp_path):
+def test_model_that_was_not_promoted_is_rejected(tmp_path):
     folder, _ = compiled(tmp_path, "one")
     with pytest.raises(ArtifactError, match="holds another model"):
-        keep(folder, tmp_path / "home", "0" * 64)
+        store_model(folder, tmp_path / "home", "0" * 64)
     assert not (tmp_path / "home").exists()
 
 
-def test_an_altered_model_is_not_served(tmp_path, deployment):
+def test_altered_model_is_rejected(tmp_path, deployment):
     folder, sha256 = compiled(tmp_path, "one")
-    keep(folder, tmp_path, sha256)
+    store_model(folder, tmp_path, sha256)
     file = tmp_path / "models" / sha256 / "model.gguf"
     file.unlink()
     file.write_bytes(b"wEights")
     found = deployment("one", sha256)
     with pytest.raises(ArtifactError, match="altered"):
-        verified(found, found.model, tmp_path)
+        verified_model_file(found, found.model, tmp_path)
 
 
-def test_a_deployment_that_is_none_is_told(tmp_path):
+def test_invalid_deployment_file_is_rejected(tmp_path):
     (tmp_path / "current.json").write_text('{"device": "x"}')
-    with pytest.raises(ArtifactError, match="no deployment"):
+    with pytest.raises(ArtifactError, match="not a valid deployment"):
         read_current(tmp_path)
 
 
-def test_the_admin_s_token_is_one_and_its_owner_s(tmp_path):
+def test_admin_token_is_stable_and_private(tmp_path):
     token = admin_token(tmp_path)
     assert admin_token(tmp_path) == token
     assert len(token) > 30
     assert stat.S_IMODE((tmp_path / "admin-token").stat().st_mode) == 0o600
 
 
-def test_answers_are_found_again_only_by_a_deployment_that_would_give_the_same(deployment):
+def test_cache_version_changes_with_all_that_determines_answers(deployment):
     first = deployment("one", "1" * 64)
     pair = ("a" * 64, "b" * 64)
     changed = {
@@ -154,7 +154,7 @@ def test_answers_are_found_again_only_by_a_deployment_that_would_give_the_same(d
     assert answers_version(battery, pair) == versions[0]
 
 
-def test_the_command_clears_the_cache_of_its_device_alone(tmp_path, monkeypatch):
+def test_clear_cache_affects_one_device(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from flows import deploy as flow
@@ -164,7 +164,7 @@ def test_the_command_clears_the_cache_of_its_device_alone(tmp_path, monkeypatch)
         home = tmp_path / "deployments" / device
         home.mkdir(parents=True)
         cache = AnswerCache(home / "answers.db", BagOfWords(), "v", 0.5, 10)
-        cache.store(cache.asked("Where is Peru?"), Answer("there", "device", "m", 1, 2))
+        cache.store(cache.query("Where is Peru?"), CachedAnswer("there", "device", "m", 1, 2))
     result = CliRunner().invoke(flow.app, ["phone-4gb", "--clear-cache"])
     assert (result.exit_code, result.output) == (0, "phone-4gb: 1 cached answers deleted\n")
     assert cache.count() == 1
@@ -174,7 +174,7 @@ def test_the_command_clears_the_cache_of_its_device_alone(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def models(checkpoint, tmp_path_factory):
-    """The same tiny model compiled twice, in 32 and in 16 bits."""
+    """One tiny model, compiled in 32 and in 16 bits."""
     folder, made = tmp_path_factory.mktemp("models"), []
     for name, kind in (("first", "f32"), ("second", "f16")):
         with writing(folder / name) as partial:
@@ -186,7 +186,7 @@ def models(checkpoint, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deployment, tmp_path, monkeypatch):
-    """Not one of the requests that come all the while is lost."""
+    """No concurrent request is lost."""
     from flows import deploy as flow
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -194,7 +194,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
     (_, first_sha), (_, second_sha) = models
     nothing = {"cache": deployment("x", "0" * 64).serving.cache.model_copy(update={"capacity": 0})}
     for folder, sha256 in models:
-        keep(folder, home, sha256)
+        store_model(folder, home, sha256)
     deploy(deployment("first", first_sha, **nothing), home)
     url = flow._start(home, flow.Address(port=0))
     try:
@@ -226,7 +226,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
 
         current = json.loads((home / "current.json").read_text())
         (home / "current.json").write_text(json.dumps(current | {"model": current["model"] | {"sha256": "0" * 64}}))
-        with pytest.raises(ArtifactError, match="what was served before is served on"):
+        with pytest.raises(ArtifactError, match="the previous deployment is still served"):
             flow._take_over(home)
         (home / "current.json").write_text(json.dumps(current))
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
@@ -236,7 +236,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
             model.kill()
         deadline = time.monotonic() + 60
         while httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code != 200:
-            assert time.monotonic() < deadline, "what died was not started anew"
+            assert time.monotonic() < deadline, "the models were not restarted"
             time.sleep(0.2)
     finally:
         assert "is served no more" in flow.stop(home)
@@ -245,12 +245,12 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
 
 
 @pytest.mark.slow
-def test_a_second_gateway_of_a_folder_is_refused_and_the_first_one_can_be_ended(models, deployment, tmp_path):
+def test_second_gateway_is_rejected_and_the_first_can_be_stopped(models, deployment, tmp_path):
     from flows import deploy as flow
 
     folder, sha256 = models[0]
     home = tmp_path / "phone-4gb"
-    keep(folder, home, sha256)
+    store_model(folder, home, sha256)
     nothing = {"cache": deployment("x", "0" * 64).serving.cache.model_copy(update={"capacity": 0})}
     deploy(deployment("first", sha256, policy="device", **nothing), home)
     url = flow._start(home, flow.Address(port=0))
@@ -266,12 +266,12 @@ def test_a_second_gateway_of_a_folder_is_refused_and_the_first_one_can_be_ended(
 
 
 @pytest.mark.slow
-def test_a_gateway_killed_at_once_takes_its_models_along_and_can_be_started_again(models, deployment, tmp_path):
+def test_killed_gateway_ends_its_models_and_can_restart(models, deployment, tmp_path):
     from flows import deploy as flow
 
     folder, sha256 = models[0]
     home = tmp_path / "phone-4gb"
-    keep(folder, home, sha256)
+    store_model(folder, home, sha256)
     nothing = {"cache": deployment("x", "0" * 64).serving.cache.model_copy(update={"capacity": 0})}
     deploy(deployment("first", sha256, policy="device", **nothing), home)
     flow._start(home, flow.Address(port=0))
@@ -289,7 +289,7 @@ def test_a_gateway_killed_at_once_takes_its_models_along_and_can_be_started_agai
 
 
 @pytest.mark.slow
-def test_a_gateway_that_cannot_start_says_why(tmp_path):
+def test_start_error_gives_the_reason(tmp_path):
     from flows import deploy as flow
 
     with pytest.raises(ArtifactError, match="nothing is deployed here"):

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from lilliput.errors import BusyError
-from lilliput.serve.instance_lock import announce, owning
+from lilliput.serve.instance_lock import hold_folder, write_gateway_file
 
 PROJECT = Path(__file__).parents[2]
 OWN = """
 import sys, time
 from pathlib import Path
-from lilliput.serve.instance_lock import announce, owning
-with owning(Path(sys.argv[1])):
+from lilliput.serve.instance_lock import write_gateway_file, hold_folder
+with hold_folder(Path(sys.argv[1])):
     if len(sys.argv) > 2:
-        announce(Path(sys.argv[1]), sys.argv[2])
+        write_gateway_file(Path(sys.argv[1]), sys.argv[2])
     print("owned", flush=True)
     time.sleep(600)
 """
@@ -43,29 +43,32 @@ def gateway(tmp_path):
         process.communicate()
 
 
-def test_a_second_gateway_is_refused_with_the_first_one_s_process_and_address(gateway, tmp_path):
+def test_second_gateway_error_names_process_and_address_of_the_first(gateway, tmp_path):
     first = gateway("http://127.0.0.1:9")
     before = (tmp_path / "gateway.json").read_bytes()
-    with pytest.raises(BusyError, match=rf"\(process {first.pid}, http://127\.0\.0\.1:9\).*--stop"), owning(tmp_path):
+    with (
+        pytest.raises(BusyError, match=rf"\(process {first.pid}, http://127\.0\.0\.1:9\).*--stop"),
+        hold_folder(tmp_path),
+    ):
         pass
     assert (tmp_path / "gateway.json").read_bytes() == before
 
 
-def test_a_gateway_that_still_starts_owns_its_folder_too(gateway, tmp_path):
+def test_a_starting_gateway_holds_the_lock(gateway, tmp_path):
     from flows import deploy as flow
 
     first = gateway()
-    with pytest.raises(BusyError, match=rf"\(process {first.pid}, which is starting\)"), owning(tmp_path):
+    with pytest.raises(BusyError, match=rf"\(process {first.pid}, which is starting\)"), hold_folder(tmp_path):
         pass
     assert flow.running(tmp_path) is None  # it has no address to ask
 
 
-def test_a_killed_gateway_does_not_block_the_next(gateway, tmp_path):
+def test_lock_of_a_killed_gateway_is_released(gateway, tmp_path):
     first = gateway("http://127.0.0.1:9")
     first.send_signal(signal.SIGKILL)
     first.wait()
-    with owning(tmp_path):
-        announce(tmp_path, "http://127.0.0.1:10")
+    with hold_folder(tmp_path):
+        write_gateway_file(tmp_path, "http://127.0.0.1:10")
         known = json.loads((tmp_path / "gateway.json").read_text())
         assert (known["pid"], known["url"]) == (os.getpid(), "http://127.0.0.1:10")
     assert not (tmp_path / "gateway.json").exists()

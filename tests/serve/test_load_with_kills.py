@@ -1,4 +1,4 @@
-"""Sixty-four clients while the device's process is killed every ten seconds get answers or proper errors."""
+"""Sixty-four clients get answers or API errors while the device's process is killed every ten seconds."""
 
 import asyncio
 import json
@@ -16,23 +16,23 @@ from openai.types.shared.error_object import ErrorObject
 from lilliput.artifacts import seal, writing
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
-from lilliput.serve.deployment import Deployed, Deployment, deploy, keep
+from lilliput.serve.deployment import DeployedModel, Deployment, deploy, store_model
 
 CLIENTS, KILL_EVERY_S = 64, 10.0
-SECONDS = float(os.environ.get("LILLIPUT_LOAD_SECONDS", "30"))  # 120 for the whole trial
-PAUSE_S = (0.4, 1.2)  # all clients have one address, so that they share one limit of 100 requests a second
+SECONDS = float(os.environ.get("LILLIPUT_LOAD_SECONDS", "30"))  # 120 for the full test
+PAUSE_S = (0.4, 1.2)  # all clients share one address, so also one limit of 100 requests per second
 
 
 @pytest.fixture
 def home(checkpoint, tmp_path, tiny_params):
-    """A deployment of a tiny model that answers everything itself."""
+    """A deployment of a tiny model, without edge server and cache."""
     with writing(tmp_path / "model") as partial:
         compile_gguf(checkpoint, partial, GgufTarget(candidate="s", target="gguf", floats="f32", embeddings="f32"))
         sealed = seal(partial, candidate="small", strategy="gguf", config={}, parent=None, parameters=1, facts={})
     home = tmp_path / "phone-4gb"
-    keep(tmp_path / "model", home, sealed.artifact_sha256)
+    store_model(tmp_path / "model", home, sealed.artifact_sha256)
     settings = tiny_params.serving["phone-4gb"]
-    small = Deployed(name="small", sha256=sealed.artifact_sha256, version="1")
+    small = DeployedModel(name="small", sha256=sealed.artifact_sha256, version="1")
     served = Deployment(
         device="phone-4gb",
         model=small,
@@ -52,7 +52,7 @@ def home(checkpoint, tmp_path, tiny_params):
 
 
 class Clients:
-    """Ask until the time is over; what they got is counted, and what nobody may get is kept."""
+    """Send requests until a deadline; count the statuses and collect invalid responses."""
 
     def __init__(self, url):
         self._url, self._rng = url, random.Random(3)
@@ -78,16 +78,16 @@ class Clients:
                 continue
             self.statuses[response.status_code] += 1
             try:
-                await self._look_at(response, stream)
+                await self._check(response, stream)
             except Exception as error:
                 self.wrong.append(f"{response.status_code} {error!r}: {response.text[:300]}")
 
-    async def _look_at(self, response, stream):
+    async def _check(self, response, stream):
         if response.status_code == 200:
             if stream:
                 *_, last = [line for line in response.text.splitlines() if line]
                 if last != "data: [DONE]":
-                    self._broken(json.loads(last.removeprefix("data: ")))
+                    self._check_broken_stream(json.loads(last.removeprefix("data: ")))
                     return
             else:
                 assert response.json()["choices"][0]["finish_reason"] in ("stop", "length")
@@ -99,14 +99,14 @@ class Clients:
         assert 1 <= wait_s <= 10
         await asyncio.sleep(wait_s)  # as OpenAI's client does
 
-    def _broken(self, event):
+    def _check_broken_stream(self, event):
         assert ErrorObject.model_validate(event["error"], strict=True).type == "unanswered"
         self.broken_off += 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_device_killed_every_ten_seconds_under_load_costs_nothing_but_proper_errors(home, monkeypatch):
+def test_repeated_kills_under_load_cause_only_api_errors(home, monkeypatch):
     from flows import deploy as flow
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -114,7 +114,7 @@ def test_a_device_killed_every_ten_seconds_under_load_costs_nothing_but_proper_e
     gateway = psutil.Process(flow.running(home)["pid"])
     clients, kills = Clients(url), []
 
-    async def kill_all_the_while(until):
+    async def kill_repeatedly(until):
         while time.monotonic() + KILL_EVERY_S < until:
             await asyncio.sleep(KILL_EVERY_S)
             for model in gateway.children():
@@ -123,7 +123,7 @@ def test_a_device_killed_every_ten_seconds_under_load_costs_nothing_but_proper_e
 
     async def both():
         until = time.monotonic() + SECONDS
-        await asyncio.gather(clients.all(until), kill_all_the_while(until))
+        await asyncio.gather(clients.all(until), kill_repeatedly(until))
 
     try:
         asyncio.run(both())
@@ -134,6 +134,6 @@ def test_a_device_killed_every_ten_seconds_under_load_costs_nothing_but_proper_e
     assert clients.wrong == []
     assert len(kills) >= SECONDS // KILL_EVERY_S - 1
     for kill, after in zip(kills, [*kills[1:], kills[-1] + KILL_EVERY_S], strict=True):
-        assert any(kill < moment < after for moment in clients.answered_at), "what died was not started again"
+        assert any(kill < moment < after for moment in clients.answered_at), "the model was not restarted"
     assert "Traceback" not in log
     assert len(log) < 200 * sum(clients.statuses.values()) + 10_000

@@ -1,15 +1,15 @@
-"""OpenAI's own client, unchanged, over a real socket."""
+"""OpenAI's client, unmodified, over a real socket."""
 
 import openai
 import pytest
 
-from tests.serve.paper import ASK, Paper, app, completion, served
+from tests.serve.fakes import ASK, FakeBackends, app, completion, served
 
 
 @pytest.fixture(scope="module")
 def client():
     with (
-        served(app(Paper(device=completion("It is Lima")), token="secret")) as url,
+        served(app(FakeBackends(device=completion("It is Lima")), token="secret")) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as made,
     ):
         yield made
@@ -39,7 +39,7 @@ def test_models(client):
         client.chat.completions.create(model="gpt-4", messages=ASK["messages"])
 
 
-def test_errors_are_of_the_kinds_it_knows(client):
+def test_errors_raise_the_client_s_exceptions(client):
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
         client.chat.completions.create(model="pocket", messages=ASK["messages"], max_tokens=-1)
     with pytest.raises(openai.AuthenticationError):

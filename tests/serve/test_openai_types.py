@@ -1,4 +1,4 @@
-"""Requests and answers held against the types of OpenAI's own client: every nullable field, every kind of answer."""
+"""Requests and answers compared with the types of OpenAI's client: every nullable field, every kind of answer."""
 
 import asyncio
 import typing
@@ -12,20 +12,20 @@ from openai.types.shared.error_object import ErrorObject
 from pydantic import TypeAdapter
 
 from lilliput.cache.answers import AnswerCache
-from lilliput.offload.policy import Always, Threshold
-from tests.serve.paper import (
+from lilliput.offload.policy import FixedRouter, ThresholdRouter
+from tests.serve.fakes import (
     ASK,
     MODEL,
     PROMPT_TOKENS,
-    ByLength,
-    Paper,
+    FakeBackends,
+    FakeEmbedder,
     app,
     ask,
     client,
     completion,
-    pieces,
-    said,
     served,
+    stream_events,
+    stream_text,
 )
 
 BASE = ASK | {"model": "pocket"}
@@ -53,11 +53,11 @@ def valid(body, kind=completion_create_params.CompletionCreateParams):
 
 
 def strictly(kind, body):
-    """`body` in the client's type, which is otherwise read without any check."""
+    """`body` in the client's type, with strict validation."""
     return kind.model_validate(body, strict=True)
 
 
-def test_the_specification_has_the_nullable_fields_that_are_known():
+def test_specification_has_the_known_nullable_fields():
     assert {"stream", "stop", "n", "seed", "max_tokens", "temperature", "logprobs", "stream_options"} <= set(NULLABLE)
     assert len(NULLABLE) > 20
 
@@ -65,7 +65,7 @@ def test_the_specification_has_the_nullable_fields_that_are_known():
 @pytest.mark.parametrize("name", [*NULLABLE, "response_format", "tools", "tool_choice"])
 def test_each_nullable_field_may_be_null(name):
     body = BASE | {name: None}
-    [response] = ask(app(Paper()), valid(body) if name in NULLABLE else body)
+    [response] = ask(app(FakeBackends()), valid(body) if name in NULLABLE else body)
     assert response.status_code == 200, response.text
     strictly(ChatCompletion, response.json())
 
@@ -73,18 +73,18 @@ def test_each_nullable_field_may_be_null(name):
 @pytest.mark.parametrize("name", nullable(ChatCompletionAssistantMessageParam))
 def test_each_nullable_field_of_an_assistant_s_turn_may_be_null(name):
     turns = [*ASK["messages"], {"role": "assistant", "content": "Lima", name: None}, *ASK["messages"]]
-    [response] = ask(app(Paper()), valid(BASE | {"messages": turns}))
+    [response] = ask(app(FakeBackends()), valid(BASE | {"messages": turns}))
     assert response.status_code == 200, response.text
 
 
-def test_a_turn_without_content_or_with_a_refusal_reaches_the_model_as_text():
-    paper = Paper()
+def test_turns_without_content_or_with_refusals_become_text():
+    fake = FakeBackends()
     refusal = [{"type": "text", "text": "No: "}, {"type": "refusal", "refusal": "I may not."}]
     turns = [{"content": None}, {"content": None, "refusal": "Never."}, {"content": refusal}]
     messages = [*({"role": "assistant"} | turn for turn in turns), *ASK["messages"]]
-    [response] = ask(app(paper), valid(BASE | {"messages": messages}))
+    [response] = ask(app(fake), valid(BASE | {"messages": messages}))
     assert response.status_code == 200, response.text
-    sent = [turn["content"] for turn in paper.asked["device"][0]["messages"] if turn["role"] == "assistant"]
+    sent = [turn["content"] for turn in fake.requests["device"][0]["messages"] if turn["role"] == "assistant"]
     assert sent == ["", "Never.", "No: I may not."]
 
 
@@ -103,8 +103,8 @@ def test_a_turn_without_content_or_with_a_refusal_reaches_the_model_as_text():
     ],
     ids=lambda more: "-".join(more),
 )
-def test_what_asks_for_no_more_than_text_is_answered(more):
-    [response] = ask(app(Paper()), valid(BASE | more))
+def test_requests_for_text_only_are_answered(more):
+    [response] = ask(app(FakeBackends()), valid(BASE | more))
     assert response.status_code == 200, response.text
 
 
@@ -123,8 +123,8 @@ def test_what_asks_for_no_more_than_text_is_answered(more):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_served_names_the_field_in_an_error_of_the_client_s_type(more, param):
-    [response] = ask(app(Paper()), BASE | more)
+def test_unsupported_fields_are_named_in_the_error(more, param):
+    [response] = ask(app(FakeBackends()), BASE | more)
     assert response.status_code == 400
     error = strictly(ErrorObject, response.json()["error"])
     assert (error.type, error.param) == ("invalid_request_error", param)
@@ -140,8 +140,8 @@ def test_what_cannot_be_served_names_the_field_in_an_error_of_the_client_s_type(
     ],
     ids=lambda value: "",
 )
-def test_an_error_in_a_field_of_several_types_is_that_of_the_type_which_was_sent(content, message):
-    [response] = ask(app(Paper()), {"messages": [{"role": "user", "content": content}]})
+def test_error_of_a_union_field_is_that_of_the_sent_type(content, message):
+    [response] = ask(app(FakeBackends()), {"messages": [{"role": "user", "content": content}]})
     assert response.json()["error"]["message"].startswith(message)
 
 
@@ -152,9 +152,9 @@ def test_an_error_in_a_field_of_several_types_is_that_of_the_type_which_was_sent
         (b'{"messages":[{"role":"user","content":"x"}]}', "text/plain", "body: send JSON, with Content-Type:"),
     ],
 )
-def test_a_body_that_is_no_json_is_no_field_s_fault(body, sent_as, message):
+def test_error_of_an_invalid_json_body_names_no_field(body, sent_as, message):
     async def run():
-        async with client(app(Paper())) as http:
+        async with client(app(FakeBackends())) as http:
             return await http.post("/v1/chat/completions", content=body, headers={"Content-Type": sent_as})
 
     response = asyncio.run(run())
@@ -163,18 +163,18 @@ def test_a_body_that_is_no_json_is_no_field_s_fault(body, sent_as, message):
     assert error.message.startswith(message)
 
 
-def test_empty_stop_texts_stop_nothing_and_leave_the_answer_cacheable(tmp_path):
-    cache, paper = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10), Paper()
+def test_empty_stop_texts_are_dropped(tmp_path):
+    cache, fake = AnswerCache(tmp_path / "answers.db", FakeEmbedder(), MODEL.version, 0.9, 10), FakeBackends()
     bodies = [BASE | {"stop": stop} for stop in ("", [], [""], None)]
-    responses = ask(app(paper, cache=cache), *bodies)
+    responses = ask(app(fake, cache=cache), *bodies)
     assert [response.status_code for response in responses] == [200] * 4
-    assert ["stop" in asked for asked in paper.asked["device"]] == [False]
-    ask(app(paper), BASE | {"stop": ["", "x"]})
-    assert paper.asked["device"][-1]["stop"] == ["x"]
+    assert ["stop" in body for body in fake.requests["device"]] == [False]
+    ask(app(fake), BASE | {"stop": ["", "x"]})
+    assert fake.requests["device"][-1]["stop"] == ["x"]
 
 
-def test_head_and_a_final_slash_reach_the_models():
-    with served(app(Paper())) as url, httpx.Client(base_url=url) as http:
+def test_head_requests_and_trailing_slash():
+    with served(app(FakeBackends())) as url, httpx.Client(base_url=url) as http:
         for path in ("/health", "/v1/models", "/v1/models/pocket"):
             response = http.head(path)
             assert (response.status_code, response.content) == (200, b"")
@@ -182,14 +182,14 @@ def test_head_and_a_final_slash_reach_the_models():
         assert http.get("/v1/models/").json() == http.get("/v1/models").json()
 
 
-def test_a_seed_is_one_that_llama_cpp_does_not_draw_itself():
-    paper = Paper()
-    ask(app(paper), BASE | {"seed": -1}, BASE | {"seed": 2**32 - 1}, BASE | {"seed": 5})
-    assert [asked["seed"] for asked in paper.asked["device"]] == [2**32 - 2, 0, 5]
+def test_seeds_map_to_values_that_llama_cpp_does_not_randomize():
+    fake = FakeBackends()
+    ask(app(fake), BASE | {"seed": -1}, BASE | {"seed": 2**32 - 1}, BASE | {"seed": 5})
+    assert [body["seed"] for body in fake.requests["device"]] == [2**32 - 2, 0, 5]
 
 
-def test_models_are_the_client_s_and_an_unknown_one_is_not_found():
-    application = app(Paper())
+def test_model_list_and_unknown_model():
+    application = app(FakeBackends())
     [listed], [found] = ask(application, path="/v1/models"), ask(application, path="/v1/models/pocket")
     assert [strictly(Model, model) for model in listed.json()["data"]] == [strictly(Model, found.json())]
     for response in (*ask(application, path="/v1/models/gpt-4/turbo"), *ask(application, BASE | {"model": "gpt-4"})):
@@ -199,10 +199,10 @@ def test_models_are_the_client_s_and_an_unknown_one_is_not_found():
         assert "'pocket' is" in error.message
 
 
-def by_all(tmp_path, body):
-    """The responses to `body` by device, server, a first look, a fallback, and twice by the cache."""
-    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, -2.0, 10)
-    cached = app(Paper(), cache=cache)
+def answers_by_origin(tmp_path, body):
+    """The responses to `body` by device, server, cascade, fallback, and by an exact and a semantic cache hit."""
+    cache = AnswerCache(tmp_path / "answers.db", FakeEmbedder(), MODEL.version, -2.0, 10)
+    cached = app(FakeBackends(), cache=cache)
     other = {"messages": [{"role": "user", "content": "Which city is the capital of Peru?"}]}
     first, exact, semantic = ask(cached, body, body, body | other)
     assert [r.headers["x-lilliput-place"] for r in (first, exact, semantic)] == ["device", "cache", "cache"]
@@ -210,31 +210,31 @@ def by_all(tmp_path, body):
         "device": first,
         "exact hit": exact,
         "semantic hit": semantic,
-        "server": ask(app(Paper(), Always("server")), body)[0],
-        "first look": ask(app(Paper(), Threshold(0.5)), body)[0],
-        "fallback": ask(app(Paper(server=httpx.Response(500)), Always("server")), body)[0],
+        "server": ask(app(FakeBackends(), FixedRouter("server")), body)[0],
+        "cascade": ask(app(FakeBackends(), ThresholdRouter(0.5)), body)[0],
+        "fallback": ask(app(FakeBackends(server=httpx.Response(500)), FixedRouter("server")), body)[0],
     }
 
 
-def test_whole_answers_are_of_the_client_s_type_and_tell_their_tokens_whoever_gave_them(tmp_path):
-    for who, response in by_all(tmp_path, BASE).items():
+def test_complete_answers_match_the_client_s_type_and_have_usage(tmp_path):
+    for who, response in answers_by_origin(tmp_path, BASE).items():
         answer = strictly(ChatCompletion, response.json())
         assert answer.choices[0].finish_reason == "stop", who
         assert answer.choices[0].logprobs is None, who
         words = 3 if who == "server" else 1
-        prompt = 7 if who == "semantic hit" else PROMPT_TOKENS  # another wording: counted anew
+        prompt = 7 if who == "semantic hit" else PROMPT_TOKENS  # another wording: counted again
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, words + 1), who
         assert answer.usage.total_tokens == prompt + words + 1, who
 
 
 @pytest.mark.parametrize("wanted", [True, False, None])
-def test_streams_are_of_the_client_s_type_and_end_with_their_tokens_on_request(tmp_path, wanted):
+def test_streams_match_the_client_s_type_and_have_usage_on_request(tmp_path, wanted):
     options = None if wanted is None else {"include_usage": wanted}
-    for who, response in by_all(tmp_path, BASE | {"stream": True, "stream_options": options}).items():
-        *chunks, done = pieces(response)
+    for who, response in answers_by_origin(tmp_path, BASE | {"stream": True, "stream_options": options}).items():
+        *chunks, done = stream_events(response)
         assert done == "[DONE]", who
         read = [strictly(ChatCompletionChunk, chunk) for chunk in chunks]
-        assert said(chunks) == ("Lima, of course" if who == "server" else "Lima"), who
+        assert stream_text(chunks) == ("Lima, of course" if who == "server" else "Lima"), who
         usages = [chunk.usage for chunk in read]
         if wanted:
             assert all("usage" in chunk for chunk in chunks), who
@@ -247,32 +247,33 @@ def test_streams_are_of_the_client_s_type_and_end_with_their_tokens_on_request(t
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("router", [Always("device"), Threshold(0.5)], ids=["at once", "first look"])
-def test_log_probabilities_come_on_request_and_as_many_as_were_asked_for(router, stream):
+@pytest.mark.parametrize("router", [FixedRouter("device"), ThresholdRouter(0.5)], ids=["at once", "cascade"])
+def test_log_probabilities_on_request_only(router, stream):
     known = completion("Lima")
     known["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = ALTERNATIVES
 
     def found(more):
-        [response] = ask(app(Paper(device=known), router), valid(BASE | {"stream": stream} | more))
+        [response] = ask(app(FakeBackends(device=known), router), valid(BASE | {"stream": stream} | more))
         assert response.status_code == 200, response.text
         if not stream:
             return strictly(ChatCompletion, response.json()).choices[0].logprobs
-        chunks = [strictly(ChatCompletionChunk, chunk) for chunk in pieces(response)[:-1]]
+        chunks = [strictly(ChatCompletionChunk, chunk) for chunk in stream_events(response)[:-1]]
         return next((chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs), None)
 
     assert found({}) is None
     assert found({"logprobs": False}) is None
-    if stream and isinstance(router, Always):
-        return  # the fake's own stream has none
+    if stream and isinstance(router, FixedRouter):
+        return  # the fake's stream has none
     for top, expected in ((None, []), (0, []), (1, ["Lima"]), (5, ["Lima", "Cusco"])):
         [token] = found({"logprobs": True, "top_logprobs": top}).content
         assert (token.token, [other.token for other in token.top_logprobs]) == ("Lima", expected)
 
 
-def test_an_answer_to_a_first_look_is_no_larger_than_one_without():
+def test_cascade_does_not_enlarge_the_response():
     known = completion("Lima")
     known["choices"][0]["logprobs"]["content"] *= 20
     sizes = [
-        len(ask(app(Paper(device=known), router), BASE)[0].content) for router in (Always("device"), Threshold(0.5))
+        len(ask(app(FakeBackends(device=known), router), BASE)[0].content)
+        for router in (FixedRouter("device"), ThresholdRouter(0.5))
     ]
     assert max(sizes) < 900

@@ -1,4 +1,4 @@
-"""The page as it is sent: whole, allowed to run itself and nothing else."""
+"""The page as served: its content and its security policy."""
 
 import base64
 import hashlib
@@ -34,13 +34,13 @@ def test_only_the_page_s_own_script_and_style_may_run(client, policy, kind):
     assert policy[f"{kind}-src"] == [digest(inside)]
 
 
-def test_all_else_is_forbidden_but_asking_the_gateway(policy):
+def test_policy_allows_only_requests_to_the_gateway(policy):
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == ["'none'"]
     assert policy["connect-src"] == ["'self'"]
     assert not any("'unsafe-inline'" in allowed for allowed in policy.values())
 
 
-def test_the_page_names_no_other_host_and_no_style_or_handler_that_its_policy_forbids(client):
+def test_page_has_no_other_host_and_no_forbidden_style_or_handler(client):
     page = client.get("/").text
     assert re.findall(r"(?:src|href|action)\s*=\s*[\"'](?!#|data:)", page) == []
     assert set(re.findall(r"https?://[^'\"\s>]*", page)) == {"http://www.w3.org/2000/svg"}
@@ -48,7 +48,7 @@ def test_the_page_names_no_other_host_and_no_style_or_handler_that_its_policy_fo
     assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage", page) == []
 
 
-def test_it_is_sent_again_only_when_it_has_changed(client):
+def test_page_is_revalidated_by_etag(client):
     first = client.get("/")
     assert first.headers["content-type"] == "text/html; charset=utf-8"
     assert first.headers["cache-control"] == "no-cache"
@@ -58,6 +58,6 @@ def test_it_is_sent_again_only_when_it_has_changed(client):
     assert client.get("/", headers={"If-None-Match": '"another"'}).status_code == 200
 
 
-def test_its_head_can_be_had_alone(client):
+def test_page_supports_head_requests(client):
     response = client.head("/")
     assert (response.status_code, response.content) == (200, b"")

@@ -1,4 +1,4 @@
-"""The page in Chromium, before a gateway of paper: by keyboard, on a phone, in the dark."""
+"""The page in Chromium, before a gateway of fake: by keyboard, on a phone, in the dark."""
 
 import asyncio
 import json
@@ -57,16 +57,16 @@ CACHE = {"place": "cache", "reason": "exact hit in the answer cache", "score": N
 INJECTED = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
 
-class Paper:
-    """A gateway of paper: what it says, and what it was asked."""
+class FakeGateway:
+    """Sends scripted answers and records the requests. `completes`: whether streams end; None to let them wait."""
 
     def __init__(self):
         self.url = ""
         self.reset()
 
     def reset(self):
-        self.says, self.facts, self.token, self.refuses = ["Li", "ma"], DEVICE, None, None
-        self.streams, self.ends, self.asked = True, True, []
+        self.answers, self.facts, self.token, self.error = ["Li", "ma"], DEVICE, None, None
+        self.streams, self.completes, self.requests = True, True, []
 
     def app(self):
         app = FastAPI()
@@ -84,23 +84,23 @@ class Paper:
     async def _chat(self, request: Request):
         if self._unknown(request):
             return _error(401, "a bearer token is required")
-        self.asked.append((await request.json(), dict(request.headers)))
-        if self.refuses:
-            return _error(*self.refuses)
+        self.requests.append((await request.json(), dict(request.headers)))
+        if self.error:
+            return _error(*self.error)
         headers = {"x-lilliput-place": self.facts["place"], "x-lilliput-reason": quote(self.facts["reason"])}
         if self.streams:
             return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
-        told = {f"x-lilliput-{name.replace('_', '-')}": str(value) for name, value in self.facts.items() if value}
-        message = {"role": "assistant", "content": "".join(self.says)}
-        return JSONResponse({"choices": [{"index": 0, "message": message}]}, headers=told | headers)
+        metadata = {f"x-lilliput-{name.replace('_', '-')}": str(value) for name, value in self.facts.items() if value}
+        message = {"role": "assistant", "content": "".join(self.answers)}
+        return JSONResponse({"choices": [{"index": 0, "message": message}]}, headers=metadata | headers)
 
     async def _events(self):
-        for text in self.says:
+        for text in self.answers:
             yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': text}}]})}\n\n"
             await asyncio.sleep(0.02)
-        while self.ends is None:  # an answer without an end
+        while self.completes is None:  # a stream that does not end
             await asyncio.sleep(0.02)
-        if self.ends:
+        if self.completes:
             yield f"data: {json.dumps({'choices': [], 'lilliput': self.facts})}\n\ndata: [DONE]\n\n"
 
 
@@ -110,26 +110,26 @@ def _error(status, message, headers=None):
 
 
 @pytest.fixture(scope="module")
-def paper():
-    paper = Paper()
+def fake():
+    fake = FakeGateway()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        paper.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        server = uvicorn.Server(uvicorn.Config(paper.app(), log_level="warning"))
+        fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server = uvicorn.Server(uvicorn.Config(fake.app(), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield paper
-        paper.ends = True
+        yield fake
+        fake.completes = True
         server.should_exit = True
         thread.join()
 
 
 @pytest.fixture
-def page(browser, paper):
-    """The page, freshly loaded at a desk in the light; its size and light may be changed."""
-    paper.reset()
+def page(browser, fake):
+    """The page, freshly loaded in desktop size and light mode."""
+    fake.reset()
     prefer(browser, prefers_color_scheme="light")
     resize(browser, DESK)
-    visit(browser, paper.url)
+    visit(browser, fake.url)
     wait_for(browser, "document.querySelector('#link').options.length === 2")
     return browser
 
@@ -151,9 +151,9 @@ def total(page, title):
     return found.split("\n", 1)[1]
 
 
-def test_asked_by_keyboard_alone_an_answer_tells_where_it_came_from_why_and_what_it_cost(page, paper):
+def test_keyboard_use_shows_origin_reason_and_cost(page, fake):
     ask(page)
-    told = answered(page)
+    shown = answered(page)
     for fact in (
         "What is the capital of Peru?",
         "Lima",
@@ -164,15 +164,15 @@ def test_asked_by_keyboard_alone_an_answer_tells_where_it_came_from_why_and_what
         "score 0.91",
         "Why: confidence 0.913 ≥ 0.7",
     ):
-        assert fact in told
+        assert fact in shown
     assert page.switch_to.active_element.get_attribute("id") == "question"
-    [(body, headers)] = paper.asked
+    [(body, headers)] = fake.requests
     assert body["messages"] == [{"role": "user", "content": "What is the capital of Peru?"}]
     assert body["stream"] is True
     assert (headers["x-lilliput-link"], headers["x-lilliput-battery-percent"]) == ("wifi", "100")
 
 
-def test_all_that_can_be_done_is_reached_by_tab_in_the_order_it_stands_and_shows_the_focus(page):
+def test_all_controls_are_reachable_by_tab_in_order_with_visible_focus(page):
     page.execute_script("document.querySelector('.skip').focus()")
     reached = []
     for _ in range(7):
@@ -194,53 +194,53 @@ def test_every_field_and_button_has_a_name(page):
     assert [role for role, name in found if not name.strip()] == []
 
 
-def test_link_and_battery_are_switches_that_the_gateway_hears_of(page, paper):
+def test_link_and_battery_controls_set_headers(page, fake):
     page.execute_script("document.querySelector('#link').focus()")
     press(page, "ARROW_DOWN", "TAB", *["ARROW_LEFT"] * 3, "TAB")
     ask(page)
     answered(page)
-    headers = paper.asked[0][1]
+    headers = fake.requests[0][1]
     assert (headers["x-lilliput-link"], headers["x-lilliput-battery-percent"]) == ("poor", "97")
     assert page.execute_script("return document.querySelector('#battery-told').value") == "97 %"
 
 
-def test_totals_add_up_by_place_and_say_what_is_unknown_or_estimated(page, paper):
+def test_totals_by_place_mark_unknown_and_estimated_values(page, fake):
     for count, facts in enumerate((SERVER, CACHE, DEVICE), 1):
-        paper.facts = facts
+        fake.facts = facts
         ask(page)
-        told = answered(page, count)
-        assert ("J, from rapl" in told, "joules unknown" in told) == (facts is SERVER, facts is CACHE)
+        shown = answered(page, count)
+        assert ("J, from rapl" in shown, "joules unknown" in shown) == (facts is SERVER, facts is CACHE)
     assert [total(page, place) for place in ("device", "server", "cache")] == ["1", "1", "1"]
     assert total(page, "Joules") == "~4.1 and 1 × unknown"
     assert total(page, "Battery spent") == "~0.00046 % of 15 Wh"
 
 
-def test_an_answer_from_the_cache_can_be_asked_for_anew_and_both_stay(page, paper):
-    paper.facts = CACHE
+def test_cached_answer_can_be_regenerated_and_both_stay_visible(page, fake):
+    fake.facts = CACHE
     ask(page)
     answered(page)
-    paper.facts, paper.says = DEVICE, ["Lima!"]
+    fake.facts, fake.answers = DEVICE, ["Lima!"]
     page.execute_script("document.querySelector('.anew').focus()")
     assert page.switch_to.active_element.is_displayed()
     press(page, "ENTER")
     assert "Lima!" in answered(page, 2)
-    assert [headers.get("cache-control") == "no-cache" for _, headers in paper.asked] == [False, True]
+    assert [headers.get("cache-control") == "no-cache" for _, headers in fake.requests] == [False, True]
     assert [total(page, place) for place in ("cache", "device")] == ["1", "1"]
     shown = page.execute_script(
         "return [...document.querySelectorAll('.anew')].filter((it) => it.checkVisibility()).length"
     )
-    assert shown == 0  # the device's answer offers none, and the cached one was asked anew
+    assert shown == 0  # the device's answer offers none, and the cached one was regenerated
 
 
-def test_an_answer_in_one_piece_is_read_with_its_headers(page, paper):
-    paper.streams, paper.facts = False, {**DEVICE, "energy_source": "estimate_tdp"}
+def test_complete_answer_shows_its_metadata(page, fake):
+    fake.streams, fake.facts = False, {**DEVICE, "energy_source": "estimate_tdp"}
     ask(page)
-    told = answered(page)
+    shown = answered(page)
     for fact in ("Lima", "● device", "0.42 s", "~0.12 J, estimated", "Why: confidence 0.913 ≥ 0.7"):
-        assert fact in told
+        assert fact in shown
 
 
-def test_a_question_goes_alone_or_with_what_was_said(page, paper):
+def test_question_is_sent_alone_or_with_the_conversation(page, fake):
     ask(page, "first")
     answered(page, 1)
     ask(page, "second")
@@ -248,24 +248,24 @@ def test_a_question_goes_alone_or_with_what_was_said(page, paper):
     page.execute_script("document.querySelector('#whole').click()")
     ask(page, "third")
     answered(page, 3)
-    sent = [[message["content"] for message in body["messages"]] for body, _ in paper.asked]
+    sent = [[message["content"] for message in body["messages"]] for body, _ in fake.requests]
     assert sent == [["first"], ["second"], ["first", "Lima", "second", "Lima", "third"]]
 
 
-def test_shift_and_enter_make_a_new_line(page, paper):
+def test_shift_enter_inserts_a_line_break(page, fake):
     from selenium.webdriver import ActionChains, Keys
 
     press(page, "one")
     ActionChains(page).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).send_keys("two").perform()
-    assert paper.asked == []
+    assert fake.requests == []
     press(page, "ENTER")
     answered(page)
-    assert paper.asked[0][0]["messages"][0]["content"] == "one\ntwo"
+    assert fake.requests[0][0]["messages"][0]["content"] == "one\ntwo"
 
 
 @pytest.mark.parametrize("how", ["escape", "button"])
-def test_a_stopped_answer_keeps_what_it_said_and_the_next_question_is_answered(page, paper, how):
-    paper.ends = None
+def test_stopped_answer_keeps_its_text_and_the_next_question_works(page, fake, how):
+    fake.completes = None
     ask(page)
     wait_for(page, "document.querySelector('.answer').textContent === 'Lima'")
     if how == "escape":
@@ -275,10 +275,10 @@ def test_a_stopped_answer_keeps_what_it_said_and_the_next_question_is_answered(p
         assert page.switch_to.active_element.text == "Stop"
         press(page, "ENTER")
         page.execute_script("document.querySelector('#question').focus()")
-    told = answered(page)
-    assert "Lima" in told
-    assert "stopped by you after" in told
-    paper.ends = True
+    shown = answered(page)
+    assert "Lima" in shown
+    assert "stopped by you after" in shown
+    fake.completes = True
     ask(page)
     assert "● device" in answered(page, 2)
     assert total(page, "device") == "1"  # the stopped one is no answer
@@ -289,40 +289,40 @@ def test_a_stopped_answer_keeps_what_it_said_and_the_next_question_is_answered(p
     [
         ((503, "too many wait", {"Retry-After": "7"}), "Too many wait. Ask again in 7 s."),
         ((429, "too many questions", {"Retry-After": "2"}), "Too many questions. Ask again in 2 s."),
-        ((413, "at most 65536 bytes are taken"), "At most 65536 bytes are taken. Shorten it, or start over."),
+        ((413, "at most 65536 bytes are accepted"), "At most 65536 bytes are accepted. Shorten it, or start over."),
         ((400, "messages: too many"), "Messages: too many. Change the question and send it again"),
         ((502, "the device gave no usable answer"), "Look whether the model's server runs, then ask again."),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
-def test_a_refusal_says_what_to_do_and_can_be_asked_again(page, paper, refusal, shown):
-    paper.refuses = refusal
+def test_error_names_a_remedy_and_the_question_can_be_resent(page, fake, refusal, shown):
+    fake.error = refusal
     ask(page)
     assert shown in answered(page)
-    paper.refuses = None
+    fake.error = None
     page.execute_script("document.querySelector('.again').focus()")
     press(page, "ENTER")
     wait_for(page, "document.querySelector('.place')")
     assert "Lima" in answered(page)
-    assert [body["messages"][0]["content"] for body, _ in paper.asked] == ["What is the capital of Peru?"] * 2
+    assert [body["messages"][0]["content"] for body, _ in fake.requests] == ["What is the capital of Peru?"] * 2
 
 
-def test_an_answer_that_breaks_off_is_not_passed_off_as_whole(page, paper):
-    paper.ends = False
+def test_broken_answer_is_marked_incomplete(page, fake):
+    fake.completes = False
     ask(page)
     assert "The answer broke off." in answered(page)
     assert total(page, "device") == "0"
 
 
-def test_a_token_is_asked_for_once_and_the_question_is_sent_with_it(page, paper):
-    paper.token = "secret"
+def test_page_asks_for_the_token_once_and_resends_the_question(page, fake):
+    fake.token = "secret"
     ask(page)
-    for told in ("wrong", "secret"):
+    for token in ("wrong", "secret"):
         wait_for(page, "document.activeElement.id === 'token'")
-        press(page, told, "ENTER")
+        press(page, token, "ENTER")
     wait_for(page, "document.querySelector('.place')")
     assert "Lima" in answered(page)
-    [(body, headers)] = paper.asked
+    [(body, headers)] = fake.requests
     assert body["messages"][0]["content"] == "What is the capital of Peru?"
     assert headers["authorization"] == "Bearer secret"
     ask(page)
@@ -330,16 +330,16 @@ def test_a_token_is_asked_for_once_and_the_question_is_sent_with_it(page, paper)
     assert page.execute_script("return localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
-def test_what_a_model_says_is_text_and_never_runs(page, paper):
-    paper.says, paper.facts = [INJECTED], {**DEVICE, "reason": INJECTED, "place": INJECTED.replace('"', "")}
+def test_model_output_is_never_executed(page, fake):
+    fake.answers, fake.facts = [INJECTED], {**DEVICE, "reason": INJECTED, "place": INJECTED.replace('"', "")}
     ask(page, INJECTED)
-    told = answered(page)
-    assert told.count("<img src=x onerror=") == 4  # question, answer, place and reason, as they were written
+    shown = answered(page)
+    assert shown.count("<img src=x onerror=") == 4  # question, answer, place and reason, unchanged
     assert page.title == "Lilliput"
     assert page.execute_script("return document.querySelectorAll('article img, article script').length") == 0
 
 
-def test_the_policy_lets_no_added_script_run(page):
+def test_injected_script_does_not_run(page):
     page.execute_script(
         "const added = document.createElement('script'); added.textContent = 'document.title = \"broken\"';"
         "document.body.append(added)"
@@ -348,25 +348,25 @@ def test_the_policy_lets_no_added_script_run(page):
     assert "Content Security Policy" in page.get_log("browser")[-1]["message"]
 
 
-def test_nothing_is_asked_of_anyone_but_the_gateway_and_nothing_complains(page, paper):
+def test_page_requests_only_the_gateway_and_logs_no_error(page, fake):
     ask(page)
     answered(page)
     addresses = [urlsplit(address) for address in asked_for(page)]
-    assert {address.netloc for address in addresses if address.scheme != "data"} == {urlsplit(paper.url).netloc}
+    assert {address.netloc for address in addresses if address.scheme != "data"} == {urlsplit(fake.url).netloc}
     assert {address.path for address in addresses} >= {"/", "/status", "/v1/chat/completions"}
     assert page.get_log("browser") == []
 
 
 @pytest.mark.parametrize("light", ["light", "dark"])
 @pytest.mark.parametrize("size", [SMALL_PHONE, PHONE, DESK], ids=["small-phone", "phone", "desk"])
-def test_it_fits_and_can_be_read_on_a_phone_and_at_a_desk_by_day_and_by_night(page, paper, size, light, tmp_path):
+def test_layout_and_contrast_by_size_and_color_scheme(page, fake, size, light, tmp_path):
     resize(page, size)
     prefer(page, prefers_color_scheme=light, prefers_reduced_motion="reduce")
     for count, facts in enumerate((SERVER, CACHE), 1):
-        paper.facts, paper.says = facts, ["Lima, " * 30, "a" * 90]
+        fake.facts, fake.answers = facts, ["Lima, " * 30, "a" * 90]
         ask(page)
         answered(page, count)
-    paper.refuses = (503, "too many requests wait for the device", {"Retry-After": "1"})
+    fake.error = (503, "too many requests wait for the device", {"Retry-After": "1"})
     ask(page)
     answered(page, 3)
     page.execute_script("document.querySelector('#token-form').hidden = false")

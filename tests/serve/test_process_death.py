@@ -1,4 +1,4 @@
-"""The device's process killed at once: clients get an answer or an error of the API, at once, and never a traceback."""
+"""Sudden death of the device's process: clients get an answer or an API error at once, and never a traceback."""
 
 import asyncio
 import json
@@ -13,13 +13,13 @@ from openai.types.shared.error_object import ErrorObject
 from lilliput.cache.answers import AnswerCache
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
-from lilliput.llama_server.process import LlamaServer, Serving
-from lilliput.offload.policy import Always, Decision, Threshold
+from lilliput.llama_server.process import LlamaServer, ServerSettings
+from lilliput.offload.policy import FixedRouter, RoutingDecision, ThresholdRouter
 from lilliput.serve.api import App
-from lilliput.serve.backends import End
-from lilliput.serve.costs import Spent
+from lilliput.serve.backends import Backend
+from lilliput.serve.costs import ResourceUsage
 from lilliput.serve.gateway import Gateway, Limits
-from tests.serve.paper import ASK, DEVICE, MODEL, ByLength, Paper, ask, client, completion, service
+from tests.serve.fakes import ASK, DEVICE, MODEL, FakeBackends, FakeEmbedder, ask, client, completion, service
 
 STREAM = ASK | {"stream": True}
 
@@ -33,16 +33,16 @@ def model(checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def server(model):
-    with LlamaServer(Serving(model, 1, 512)) as running:
+    with LlamaServer(ServerSettings(model, 1, 512)) as running:
         yield running
 
 
-def end_of(server):
-    return End(server.url, 30.0, key=server.key, clock=server.cpu_seconds, running=lambda: server.running)
+def backend_of(server):
+    return Backend(server.url, 30.0, key=server.key, clock=server.cpu_seconds, running=lambda: server.running)
 
 
-def talk(application, *steps):
-    """Posts bodies and calls functions in turn, in one loop, and closes the gateway; the responses."""
+def run_steps(application, *steps):
+    """Posts bodies and calls functions in turn, closes the gateway, and returns the responses."""
 
     async def run():
         responses = []
@@ -65,28 +65,28 @@ def kill(server):
     server._process.wait()
 
 
-def behind(server, router, edge=None, **more):
-    """A gateway before a real llama.cpp, with an edge server of paper."""
-    made = service(edge or Paper(), router, **more)
-    made.device = end_of(server)
+def gateway_for(server, router, edge=None, **more):
+    """A gateway with a real llama.cpp server and a fake edge server."""
+    made = service(edge or FakeBackends(), router, **more)
+    made.device = backend_of(server)
     return App(Gateway(made, Limits(max_tokens=200)))
 
 
-class Unsure(Threshold):
-    """Leaves everything to the device, though it might ask the server."""
+class PreferDevice(ThresholdRouter):
+    """Always selects the device, with a rule that allows the server."""
 
-    def before(self, question, conditions):
-        return Decision("device", None, "unsure")
+    def route_question(self, question, conditions):
+        return RoutingDecision("device", None, "unsure")
 
 
-def test_a_killed_device_is_told_at_once_in_the_api_s_format(server):
-    application, killed = behind(server, Always("device")), []
+def test_killed_device_gives_an_immediate_api_error(server):
+    application, killed = gateway_for(server, FixedRouter("device")), []
 
     def kill_it():
         kill(server)
         killed.append(time.monotonic())
 
-    before, *after, health = talk(application, ASK | {"max_tokens": 3}, kill_it, *[ASK, STREAM] * 3, "/health")
+    before, *after, health = run_steps(application, ASK | {"max_tokens": 3}, kill_it, *[ASK, STREAM] * 3, "/health")
     assert time.monotonic() - killed[0] < 3
     assert (before.status_code, health.status_code) == (200, 503)
     for response in after:
@@ -96,33 +96,31 @@ def test_a_killed_device_is_told_at_once_in_the_api_s_format(server):
         assert (error.type, error.message) == ("unavailable", "the device is not running; it is being started again")
 
 
-@pytest.mark.parametrize("router", [Unsure(0.5), Threshold(0.5)], ids=["before", "after a look"])
+@pytest.mark.parametrize("router", [PreferDevice(0.5), ThresholdRouter(0.5)], ids=["before", "cascade"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_edge_server_answers_for_a_killed_device_where_the_policy_sends_it_anything(
-    server, router, stream, tmp_path
-):
-    cache = AnswerCache(tmp_path / "answers.db", ByLength(), MODEL.version, 0.9, 10)
+def test_edge_server_replaces_a_killed_device_if_the_policy_allows_it(server, router, stream, tmp_path):
+    cache = AnswerCache(tmp_path / "answers.db", FakeEmbedder(), MODEL.version, 0.9, 10)
     kill(server)
-    application = behind(server, router, cache=cache)
-    for response in talk(application, *[ASK | {"stream": stream}] * 2):
+    application = gateway_for(server, router, cache=cache)
+    for response in run_steps(application, *[ASK | {"stream": stream}] * 2):
         assert (response.status_code, response.headers["x-lilliput-place"]) == (200, "server")
         assert "the device is not running" in response.headers["x-lilliput-reason"].replace("%20", " ")
     assert cache.count() == 0
 
 
-def test_where_neither_is_there_the_device_s_error_is_told(server):
+def test_device_error_is_reported_when_both_backends_fail(server):
     kill(server)
-    edge = Paper(server=httpx.ConnectError("down"))
-    [response] = talk(behind(server, Threshold(0.5), edge), ASK)
+    edge = FakeBackends(server=httpx.ConnectError("down"))
+    [response] = run_steps(gateway_for(server, ThresholdRouter(0.5), edge), ASK)
     assert (response.status_code, response.json()["error"]["type"]) == (503, "unavailable")
-    [response] = talk(behind(server, Always("server"), edge), ASK)
+    [response] = run_steps(gateway_for(server, FixedRouter("server"), edge), ASK)
     assert response.status_code == 503
-    assert len(edge.asked["server"]) == 2  # once for each
+    assert len(edge.requests["server"]) == 2  # once for each
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_device_killed_in_the_midst_of_an_answer_breaks_it_off_without_a_traceback(server, stream, caplog):
-    application = behind(server, Always("device"))
+def test_device_killed_during_an_answer_gives_an_error_without_traceback(server, stream, caplog):
+    application = gateway_for(server, FixedRouter("device"))
     prompt = {"messages": [{"role": "user", "content": "word " * 400}], "max_tokens": 100, "stream": stream}
 
     async def run():
@@ -138,7 +136,7 @@ def test_a_device_killed_in_the_midst_of_an_answer_breaks_it_off_without_a_trace
 
     response = asyncio.run(run())
     assert "Traceback" not in response.text + caplog.text
-    if response.status_code == 200:  # a stream that had begun
+    if response.status_code == 200:  # the stream had begun
         error = json.loads(response.text.splitlines()[-2].removeprefix("data: "))["error"]
         assert stream
     else:
@@ -147,19 +145,19 @@ def test_a_device_killed_in_the_midst_of_an_answer_breaks_it_off_without_a_trace
     assert ErrorObject.model_validate(error, strict=True).type == "unanswered"
 
 
-def test_an_answer_whose_process_died_costs_an_unknown_energy(server):
-    spent = Spent()
-    with spent.on_device(server.cpu_seconds):
+def test_energy_is_unknown_after_the_process_died(server):
+    spent = ResourceUsage()
+    with spent.measure_device(server.cpu_seconds):
         assert spent.cpu_seconds() is not None
         kill(server)
         assert spent.cpu_seconds() is None
     assert DEVICE.cost(spent, "wifi").energy_source == "unavailable"
-    with spent.on_device(server.cpu_seconds):
+    with spent.measure_device(server.cpu_seconds):
         pass
     assert spent.cpu_seconds() is None
 
 
-LIES = {
+MALFORMED = {
     "counts that are no numbers": {"usage": {"prompt_tokens": "many", "completion_tokens": {}}},
     "an endless count": b'{"choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":'
     b'{"prompt_tokens":1e999,"completion_tokens":1}}',
@@ -174,42 +172,42 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES, ids=str)
+@pytest.mark.parametrize("case", MALFORMED, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
-def test_whatever_a_backend_says_the_client_gets_an_error_of_the_api(lie, stream):
-    said = LIES[lie]
-    content = said if isinstance(said, bytes) else json.dumps({**completion("x"), **said}).encode()
+def test_malformed_backend_answers_become_api_errors(case, stream):
+    answer = MALFORMED[case]
+    content = answer if isinstance(answer, bytes) else json.dumps({**completion("x"), **answer}).encode()
     sent = b"data: " + content + b"\n\ndata: [DONE]\n\n" if stream else content
-    application = App(Gateway(service(Paper(device=httpx.Response(200, content=sent)))))
+    application = App(Gateway(service(FakeBackends(device=httpx.Response(200, content=sent)))))
     [response] = ask(application, ASK | {"stream": stream})
-    if response.status_code == 200:  # a stream of which a piece was usable
+    if response.status_code == 200:  # the stream had a valid chunk
         assert stream and json.loads(response.text.splitlines()[-2].removeprefix("data: "))["error"]
     else:
         assert response.status_code == 502
         ErrorObject.model_validate(response.json()["error"], strict=True)
 
 
-def test_an_error_of_the_gateway_itself_is_told_in_the_api_s_format_without_its_traceback():
-    class Broken(Always):
-        def before(self, question, conditions):
+def test_internal_error_is_an_api_error_without_traceback():
+    class Broken(FixedRouter):
+        def route_question(self, question, conditions):
             raise ZeroDivisionError("secret words")
 
-    [response] = ask(App(Gateway(service(Paper(), Broken("device")))), ASK)
+    [response] = ask(App(Gateway(service(FakeBackends(), Broken("device")))), ASK)
     assert response.status_code == 500
     error = ErrorObject.model_validate(response.json()["error"], strict=True)
     assert (error.type, "secret words" in error.message) == ("internal_error", False)
 
 
-def test_the_device_answers_again_once_it_was_started_again(server, model):
-    application = behind(server, Always("device"))
+def test_device_answers_after_a_restart(server, model):
+    application = gateway_for(server, FixedRouter("device"))
 
     async def run():
         async with client(application) as http:
             kill(server)
             responses = [await http.post("/v1/chat/completions", json=ASK)]
-            with LlamaServer(Serving(model, 1, 512)) as fresh:
-                made = service(Paper())
-                made.device = end_of(fresh)
+            with LlamaServer(ServerSettings(model, 1, 512)) as fresh:
+                made = service(FakeBackends())
+                made.device = backend_of(fresh)
                 await application.gateway.replace(made)
                 responses.append(await http.post("/v1/chat/completions", json=ASK | {"max_tokens": 3}))
                 await application.gateway.close()

@@ -1,4 +1,4 @@
-"""The gateway behind a reverse proxy: who is the client, and TLS on a LAN with the nginx of the documents."""
+"""The gateway behind a reverse proxy: client addresses, and TLS with the documented nginx configuration."""
 
 import asyncio
 import shutil
@@ -13,7 +13,7 @@ import pytest
 from lilliput.errors import ConfigError
 from lilliput.serve.__main__ import serve
 from lilliput.serve.gateway import Limits
-from tests.serve.paper import ASK, Paper, app, ask, events, served
+from tests.serve.fakes import ASK, FakeBackends, app, ask, events, served
 
 TOKEN = "a-token"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -21,11 +21,11 @@ CONFIG = Path(__file__).resolve().parents[2] / "examples" / "nginx.conf"
 
 
 def gateway(device=None):
-    return app(Paper(device=device), token=TOKEN, limits=Limits(requests_per_minute=3))
+    return app(FakeBackends(device=device), token=TOKEN, limits=Limits(requests_per_minute=3))
 
 
 def statuses(url, forwarded_for, **more):
-    """Of one request for each X-Forwarded-For."""
+    """The status of one request for each X-Forwarded-For."""
     with httpx.Client(base_url=url, trust_env=False, headers=BEARER, **more) as http:
         return [
             http.post("/v1/chat/completions", json=ASK, headers={"X-Forwarded-For": value}).status_code
@@ -33,28 +33,28 @@ def statuses(url, forwarded_for, **more):
         ]
 
 
-def test_nobody_gives_himself_another_address():
+def test_forwarded_address_of_an_untrusted_client_is_ignored():
     with served(gateway()) as url:
         assert statuses(url, [f"10.0.0.{number}" for number in range(4)]) == [200, 200, 200, 429]
 
 
-def test_behind_a_named_proxy_each_client_has_its_own_limit_by_the_address_that_the_proxy_saw():
-    claimed = [f"10.9.9.{number}, 10.0.0.1" for number in range(4)]  # a client's own word comes first
+def test_trusted_proxy_gives_each_client_its_own_rate_limit():
+    claimed = [f"10.9.9.{number}, 10.0.0.1" for number in range(4)]  # a client's own entry comes first
     with served(gateway(), proxies=["127.0.0.1"]) as url:
         assert statuses(url, [*claimed, "10.0.0.2"]) == [200, 200, 200, 429, 200]
-    with served(gateway(), proxies=["10.1.0.0/16"]) as url:  # the request is another machine's
+    with served(gateway(), proxies=["10.1.0.0/16"]) as url:  # the proxy is not in this network
         assert statuses(url, [f"10.0.0.{number}" for number in range(4)]) == [200, 200, 200, 429]
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "Via"])
-def test_without_a_token_nothing_is_served_through_a_proxy(header):
-    [response] = ask(app(Paper()), ASK, headers={header: "10.0.0.1"})
+def test_without_token_proxied_requests_are_rejected(header):
+    [response] = ask(app(FakeBackends()), ASK, headers={header: "10.0.0.1"})
     assert response.status_code == 421
     assert "LILLIPUT_TOKEN" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("proxy", "message"), [("nginx.lan", "no IP address"), ("127.0.0.1", "token is required")])
-def test_a_proxy_is_named_by_its_address_and_only_with_a_token(tmp_path, monkeypatch, proxy, message):
+@pytest.mark.parametrize(("proxy", "message"), [("nginx.lan", "not an IP address"), ("127.0.0.1", "token is required")])
+def test_proxy_option_needs_an_address_and_a_token(tmp_path, monkeypatch, proxy, message):
     monkeypatch.delenv("LILLIPUT_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=f"--proxy {proxy}: .*{message}"):
         serve(tmp_path, "127.0.0.1", 0, [proxy])
@@ -62,7 +62,7 @@ def test_a_proxy_is_named_by_its_address_and_only_with_a_token(tmp_path, monkeyp
 
 @pytest.fixture
 def nginx(tmp_path, free_tcp_port):
-    """Starts nginx by the documented configuration before a gateway's port; its address and its certificate."""
+    """Starts nginx with the documented configuration; yields its address and TLS context."""
     if not (shutil.which("nginx") and shutil.which("openssl")):
         pytest.skip("nginx or openssl is not installed: apt-get install nginx-light openssl")
     started = []
@@ -96,7 +96,7 @@ def nginx(tmp_path, free_tcp_port):
         process.wait(20)
 
 
-def test_the_documented_nginx_asks_for_the_token_and_keeps_to_the_limit_of_each_client(nginx):
+def test_documented_nginx_keeps_token_and_rate_limits(nginx):
     with served(gateway(), proxies=["127.0.0.1"]) as url:
         address, context = nginx(url)
         refused = httpx.post(f"{address}/v1/chat/completions", json=ASK, verify=context, trust_env=False)
@@ -108,7 +108,7 @@ def test_the_documented_nginx_asks_for_the_token_and_keeps_to_the_limit_of_each_
         assert too_large.status_code == 413
 
 
-def test_through_nginx_a_stream_comes_piece_by_piece(nginx):
+def test_nginx_does_not_buffer_streams(nginx):
     async def slowly():
         first, *rest = events("Li", "ma").split("\n\n")
         yield f"{first}\n\n".encode()

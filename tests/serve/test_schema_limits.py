@@ -1,11 +1,11 @@
-"""JSON schemas that would keep llama.cpp busy are refused before they reach it."""
+"""JSON schemas that take llama.cpp too long are rejected before they reach it."""
 
 import asyncio
 
 import pytest
 
 from lilliput.serve.schema_limits import MOST_ALTERNATIVES, MOST_DEPTH, MOST_PROPERTIES, check_schema
-from tests.serve.paper import ASK, Paper, app, ask, client
+from tests.serve.fakes import ASK, FakeBackends, app, ask, client
 
 
 def words(count):
@@ -41,40 +41,40 @@ TOO_LARGE = {
     "definitions": ({"$defs": {word: {} for word in words(65)}}, "65 properties under"),
     "depth": (nested(MOST_DEPTH + 1), "nested deeper than 16"),
     "bytes": ({"description": "x" * 9000}, "bytes; at most 8192"),
-    "reference": ({"$ref": "http://elsewhere/schema.json"}, "leads out of the schema"),
+    "reference": ({"$ref": "http://elsewhere/schema.json"}, "is an external reference"),
 }
 
 
 @pytest.mark.parametrize("name", LARGEST)
-def test_what_is_at_the_limit_is_accepted(name):
+def test_schema_at_the_limit_is_accepted(name):
     check_schema(LARGEST[name])
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-def test_what_is_over_it_is_refused_with_its_measure(name):
+def test_schema_above_the_limit_error_names_the_size(name):
     schema, message = TOO_LARGE[name]
     with pytest.raises(ValueError, match=message.replace("$", r"\$")):
         check_schema(schema)
 
 
-def test_no_such_schema_reaches_the_model_and_a_small_one_does():
-    paper = Paper()
+def test_only_small_schemas_reach_the_model():
+    fake = FakeBackends()
 
     def form(schema):
         return ASK | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 
     good = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     without = ASK | {"response_format": {"type": "json_schema"}}
-    responses = ask(app(paper), form({"enum": words(6000)}), form(good), without)
+    responses = ask(app(fake), form({"enum": words(6000)}), form(good), without)
     assert [response.status_code for response in responses] == [400, 200, 400]
     assert "the schema has" in responses[0].json()["error"]["message"]
     assert responses[0].json()["error"]["param"] == "response_format"
-    assert [asked["response_format"]["json_schema"]["schema"] for asked in paper.asked["device"]] == [good]
+    assert [body["response_format"]["json_schema"]["schema"] for body in fake.requests["device"]] == [good]
 
 
-def test_a_body_of_brackets_is_refused_without_an_error_of_the_gateway():
+def test_deeply_nested_bodies_get_400():
     async def run():
-        async with client(app(Paper())) as http:
+        async with client(app(FakeBackends())) as http:
             deep = b'{"messages": ' + b"[" * 30_000 + b"]" * 30_000 + b"}"
             schema = b'{"a":' * 9_000 + b"1" + b"}" * 9_000
             formed = b'{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_schema",'

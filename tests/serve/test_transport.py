@@ -4,8 +4,8 @@ import json
 import httpx
 import pytest
 
-from lilliput.serve.backends import End, EndFailed
-from lilliput.serve.transport import Wire
+from lilliput.serve.backends import Backend, BackendFailed
+from lilliput.serve.transport import AiohttpTransport
 
 ANSWER = json.dumps(
     {"choices": [{"message": {"role": "assistant", "content": "Lima"}, "finish_reason": "stop"}]}
@@ -13,7 +13,7 @@ ANSWER = json.dumps(
 
 
 class Server:
-    """HTTP as one writes it by hand: answers every request of a connection with what `answer` gives."""
+    """A minimal HTTP server: responds to every request of a connection with the result of `answer`."""
 
     def __init__(self, answer):
         self.answer, self.connections, self.left = answer, 0, asyncio.Event()
@@ -45,23 +45,23 @@ def whole(body=ANSWER):
     return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
 
-def test_connections_are_kept():
+def test_connections_are_reused():
     async def ask():
         async with Server(whole) as server:
-            end = End(server.url, 5.0)
+            backend = Backend(server.url, 5.0)
             for _ in range(3):
-                assert (await end.ask({"messages": []}))["choices"][0]["message"]["content"] == "Lima"
-            assert await end.healthy()
+                assert (await backend.ask({"messages": []}))["choices"][0]["message"]["content"] == "Lima"
+            assert await backend.healthy()
             assert server.connections == 1
-            await end.close()
+            await backend.close()
 
     asyncio.run(ask())
 
 
-def test_nobody_there_is_a_network_error_and_silence_a_timeout():
+def test_unreachable_server_and_silent_server_raise():
     async def ask():
         async with Server(lambda: b"") as server:
-            wire = Wire()
+            wire = AiohttpTransport()
             silent = httpx.Request("GET", server.url, extensions={"timeout": httpx.Timeout(0.2).as_dict()})
             with pytest.raises(httpx.ReadTimeout):
                 await wire.handle_async_request(silent)
@@ -73,28 +73,28 @@ def test_nobody_there_is_a_network_error_and_silence_a_timeout():
     asyncio.run(ask())
 
 
-def test_an_answer_that_breaks_off_is_a_failed_end():
+def test_broken_answer_is_a_backend_failure():
     async def ask():
         cut = whole()[:-5]
         async with Server(lambda: cut) as server:
-            end = End(server.url, 0.5)
-            with pytest.raises(EndFailed):
-                await end.ask({"messages": []})
-            await end.close()
+            backend = Backend(server.url, 0.5)
+            with pytest.raises(BackendFailed):
+                await backend.ask({"messages": []})
+            await backend.close()
 
     asyncio.run(ask())
 
 
-def test_leaving_a_stream_ends_the_request_behind_it():
+def test_closing_a_stream_closes_its_connection():
     async def ask():
         piece = b'data: {"choices": [{"delta": {"content": "Li"}}]}\n\n'
         head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
         async with Server(lambda: head + b"%x\r\n" % len(piece) + piece + b"\r\n") as server:
-            end = End(server.url, 30.0)
-            chunks = end.stream({"messages": []})
+            backend = Backend(server.url, 30.0)
+            chunks = backend.stream({"messages": []})
             assert (await anext(chunks))["choices"][0]["delta"]["content"] == "Li"
             await chunks.aclose()
             await asyncio.wait_for(server.left.wait(), 30)
-            await end.close()
+            await backend.close()
 
     asyncio.run(ask())

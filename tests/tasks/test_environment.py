@@ -97,10 +97,10 @@ def test_the_status_of_the_gateway_is_requested_without_a_proxy(dead_proxy, monk
 
 @pytest.mark.parametrize("variable", PROXIES)
 def test_the_gateway_reaches_its_models_without_a_proxy(server, dead_proxy, monkeypatch, variable):
-    from lilliput.serve.transport import Wire
+    from lilliput.serve.transport import AiohttpTransport
 
     async def ask() -> bytes:
-        transport = Wire()
+        transport = AiohttpTransport()
         timeouts = {"timeout": httpx.Timeout(5.0).as_dict()}
         request = httpx.Request("GET", f"http://127.0.0.1:{server}/", extensions=timeouts)
         try:

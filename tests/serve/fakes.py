@@ -1,4 +1,4 @@
-"""A device and an edge server of paper, and a gateway before them."""
+"""A device and an edge server of fake, and a gateway before them."""
 
 import asyncio
 import json
@@ -12,16 +12,16 @@ import numpy as np
 import uvicorn
 
 from lilliput.config import LinkConfig
-from lilliput.offload.policy import Always
+from lilliput.offload.policy import FixedRouter
 from lilliput.serve.__main__ import server_config
 from lilliput.serve.api import App
-from lilliput.serve.backends import End
+from lilliput.serve.backends import Backend
 from lilliput.serve.circuit_breaker import Breaker
-from lilliput.serve.costs import Device
+from lilliput.serve.costs import DeviceCosts
 from lilliput.serve.gateway import Gateway
-from lilliput.serve.service import Model, Service, Setting
+from lilliput.serve.service import DeploymentInfo, ServedModel, Service
 
-MODEL = Model("pocket", "sha", "Answer briefly.")
+MODEL = ServedModel("pocket", "sha", "Answer briefly.")
 PROMPT_TOKENS = 20
 ASK = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}]}
 WIFI = LinkConfig(
@@ -35,19 +35,19 @@ WIFI = LinkConfig(
     tail_s=0.2,
     tail_watts=0.1,
 )
-DEVICE = Device(watts_per_core=2.0, battery_wh=10.0, links={"wifi": WIFI, "poor": WIFI})
+DEVICE = DeviceCosts(watts_per_core=2.0, battery_wh=10.0, links={"wifi": WIFI, "poor": WIFI})
 
 
 def completion(text, logprob=-0.1, finish="stop"):
-    """A completion as llama.cpp's server gives it; each word of the answer is a token, and so is its end."""
+    """A completion in the form of llama.cpp's server. Each word of the answer is a token, and so is the end of text."""
     message = {"role": "assistant", "content": text}
-    told = {"content": [{"token": text, "logprob": logprob, "bytes": None, "top_logprobs": []}]}
+    logprobs = {"content": [{"token": text, "logprob": logprob, "bytes": None, "top_logprobs": []}]}
     return {
         "id": "1",
         "object": "chat.completion",
         "created": 1,
         "model": "m",
-        "choices": [{"index": 0, "message": message, "logprobs": told, "finish_reason": finish}],
+        "choices": [{"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish}],
         "usage": usage(text, finish),
     }
 
@@ -69,47 +69,51 @@ def _words(text):
     return re.findall(r"\s*\S+", text)
 
 
-class Paper(httpx.AsyncBaseTransport):
-    """Both ends: what each says, and what it was asked."""
+class FakeBackends(httpx.AsyncBaseTransport):
+    """Transport to both backends: sends the scripted answers and records the requests.
+
+    `answers` holds a completion, an `httpx.Response`, an exception, or a function of the request, for each backend.
+    """
 
     def __init__(self, device=None, server=None):
-        self.says = {"device": device or completion("Lima"), "server": server or completion("Lima, of course")}
-        self.asked, self.counted = {"device": [], "server": []}, {"device": [], "server": []}
+        self.answers = {"device": device or completion("Lima"), "server": server or completion("Lima, of course")}
+        self.requests, self.count_requests = {"device": [], "server": []}, {"device": [], "server": []}
         self.delay_s = {"device": 0.0, "server": 0.0}
-        self.given_up = 0
+        self.cancelled = 0
 
     async def handle_async_request(self, request):
-        end = request.url.host
+        backend = request.url.host
         if request.url.path == "/health":
             return httpx.Response(200)
-        asked = json.loads(request.content)
+        body = json.loads(request.content)
         if request.url.path.endswith("/input_tokens"):
-            self.counted[end].append(asked)
-            return httpx.Response(200, json={"input_tokens": len(asked["messages"][-1]["content"].split())})
-        self.asked[end].append(asked)
+            self.count_requests[backend].append(body)
+            return httpx.Response(200, json={"input_tokens": len(body["messages"][-1]["content"].split())})
+        self.requests[backend].append(body)
         try:
-            await asyncio.sleep(self.delay_s[end])
+            await asyncio.sleep(self.delay_s[backend])
         except asyncio.CancelledError:
-            self.given_up += 1
+            self.cancelled += 1
             raise
-        said = self.says[end]
-        if callable(said):
-            said = said(asked)
-        if isinstance(said, Exception):
-            raise said
-        if isinstance(said, httpx.Response):
-            return said
-        if asked["stream"]:
-            [choice], counts = said["choices"], asked.get("stream_options", {}).get("include_usage") and said["usage"]
+        answer = self.answers[backend]
+        if callable(answer):
+            answer = answer(body)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, httpx.Response):
+            return answer
+        if body["stream"]:
+            [choice] = answer["choices"]
+            counts = body.get("stream_options", {}).get("include_usage") and answer["usage"]
             words, finish = _words(choice["message"]["content"]), choice["finish_reason"]
             return httpx.Response(200, text=events(*words, finish=finish, usage=counts))
-        return httpx.Response(200, json=said)
+        return httpx.Response(200, json=answer)
 
 
-class ByLength:
-    """An embedder of paper."""
+class FakeEmbedder:
+    """An embedder that gives every text the same vector."""
 
-    sha256 = "paper"
+    sha256 = "fake"
 
     def fits(self, text):
         return True
@@ -118,20 +122,20 @@ class ByLength:
         return np.array([[1.0, 0.0] for _ in texts], dtype=np.float32)
 
 
-def service(paper, router=None, *, server=True, timeout_s=5.0, model=MODEL, clock=None, **more):
+def service(fake, router=None, *, server=True, timeout_s=5.0, model=MODEL, clock=None, **more):
     return Service(
-        Setting("phone", "policy", "lora", "wifi"),
+        DeploymentInfo("phone", "policy", "lora", "wifi"),
         DEVICE,
         model,
-        End("http://device", 5.0, transport=paper, clock=clock),
-        End("http://server", timeout_s, transport=paper, breaker=Breaker()) if server else None,
-        router or Always("device"),
+        Backend("http://device", 5.0, transport=fake, clock=clock),
+        Backend("http://server", timeout_s, transport=fake, breaker=Breaker()) if server else None,
+        router or FixedRouter("device"),
         **more,
     )
 
 
-def app(paper, router=None, *, limits=None, token=None, admin=None, **more):
-    return App(Gateway(service(paper, router, **more), limits), token, admin)
+def app(fake, router=None, *, limits=None, token=None, admin=None, **more):
+    return App(Gateway(service(fake, router, **more), limits), token, admin)
 
 
 def client(application, **more):
@@ -140,7 +144,7 @@ def client(application, **more):
 
 
 def ask(application, *bodies, at_once=False, headers=None, path="/v1/chat/completions"):
-    """Sends requests to a gateway, one after another or all at once; the responses."""
+    """Sends requests to a gateway, one after another or all at once, and returns the responses."""
 
     async def run():
         async with client(application, headers=headers) as http:
@@ -157,12 +161,12 @@ def text(response):
     return response.json()["choices"][0]["message"]["content"]
 
 
-def pieces(response):
+def stream_events(response):
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
     return [json.loads(line) if line.startswith("{") else line for line in lines]
 
 
-def said(chunks):
+def stream_text(chunks):
     return "".join(
         chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk != "[DONE]" and chunk["choices"]
     )
@@ -170,7 +174,7 @@ def said(chunks):
 
 @contextmanager
 def served(application, proxies=()):
-    """The application on a real socket of loopback; its address."""
+    """Serves the application on a loopback socket and yields its address."""
     server = uvicorn.Server(server_config(application, "127.0.0.1", 0, proxies))
     thread = threading.Thread(target=server.run)
     thread.start()
