@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.judging import paired
 from benchmarks.record import ROOT, Row
+from lilliput.data.jsonl import read_rows
 
 NAME = "joint"  # of the parameters, so of their workspace
 ALONE = ("quantised-only", "pruned-only", "distilled-only")
@@ -97,8 +98,7 @@ def _make_alone(project: Path, candidate: str) -> None:
 
 
 def _hallucinations(project: Path, name: str) -> str:
-    lines = (project / "answers" / f"{name}.jsonl").read_text().splitlines()
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    rows = read_rows(project / "answers" / f"{name}.jsonl")
     return "".join(str(int(row["hallucinated"])) for row in rows if row.get("hallucinated") is not None)
 
 

@@ -36,8 +36,9 @@ from lilliput.config import read_section
 from lilliput.errors import ConfigError, LilliputError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.params import load_params
+from lilliput.promote import metric_value
 from lilliput.redaction import redacted
-from lilliput.search import SearchConfig, Space, describe, value, winners
+from lilliput.search import SearchConfig, Space, describe, winners
 from tasks import layout
 
 SPACE = "examples/search.yaml"
@@ -120,7 +121,7 @@ def _search(workshop: Workshop, config: SearchConfig, file: str, budget: Budget,
 
 def _require_objectives(config: SearchConfig, reference: Mapping[str, Mapping[str, Any]]) -> None:
     """A metric that the base has no value for will have none for its descendants."""
-    if missing := [metric for metric in config.objectives if value(reference[config.base], metric) is None]:
+    if missing := [metric for metric in config.objectives if metric_value(reference[config.base], metric) is None]:
         raise ConfigError(
             f"objectives: {', '.join(missing)}: unavailable in the evaluation of `{config.base}` on this machine; "
             "search for other objectives"

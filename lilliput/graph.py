@@ -1,4 +1,4 @@
-"""The candidate graph: which candidate is made from which, in what order, and what is impossible."""
+"""The candidate graph: ancestors, order, and rules on what is possible."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from lilliput.errors import ConfigError, StrategyError
 from lilliput.shape import GROUP_SIZES, expert_numbers, fitting_group_sizes, linear_inputs, pruned
 
 ROOT = "source"
-MIXTURES = {"moe", "experts"}  # strategies that make a mixture of experts
+MIXTURES = {"moe", "experts"}  # strategies that produce a mixture of experts
 
 
 def ancestors(params: Params, candidate: str) -> list[str]:
-    """The candidates `candidate` is made from, nearest parent first, without the source."""
+    """Returns the ancestors of `candidate`, nearest parent first, without the source."""
     chain: list[str] = []
     parent = params.candidates[candidate].parent
     while parent != ROOT:
@@ -44,17 +44,17 @@ def ancestors(params: Params, candidate: str) -> list[str]:
 
 
 def topological_order(params: Params) -> list[str]:
-    """All candidates, each after its parent, otherwise in the order of params.yaml."""
+    """Returns all candidates, each after its parent, otherwise in the order of params.yaml."""
     depth = {name: len(ancestors(params, name)) for name in params.candidates}
     return sorted(params.candidates, key=depth.__getitem__)
 
 
 def check_graph(params: Params, file: str) -> None:
-    """Refuses a graph that cannot be run.
+    """Rejects a graph that cannot run.
 
     Raises:
-        ConfigError: one line for each unknown parent, cycle, misplaced teacher, bad override or impossible succession,
-            for caching that cannot be measured, and for targets that cannot hold their candidate.
+        ConfigError: one line per unknown parent, cycle, misplaced teacher, bad override, impossible succession, unknown
+            caching candidate and target that cannot hold its candidate.
     """
     problems = [*_unknown_parents(params), *_cycles(params)]
     if not problems:
@@ -70,7 +70,7 @@ def check_graph(params: Params, file: str) -> None:
 def _unknown_parents(params: Params) -> Iterable[str]:
     known = [ROOT, *params.candidates]
     if ROOT in params.candidates:
-        yield f"candidates.{ROOT}: this name is taken by the source model; rename the candidate"
+        yield f"candidates.{ROOT}: this is the name of the source model; rename the candidate"
     for name, spec in params.candidates.items():
         if spec.parent not in known:
             possible = _possible_parents(params, name)
@@ -80,14 +80,14 @@ def _unknown_parents(params: Params) -> Iterable[str]:
 
 
 def _possible_parents(params: Params, candidate: str) -> list[str]:
-    """The source for `load`; for others every candidate that is not made from `candidate` itself."""
+    """Returns the source for `load`; otherwise every candidate that does not descend from `candidate`."""
     if params.candidates[candidate].apply == "load":
         return [ROOT]
-    made_from, found = {candidate}, True
-    while found:
-        found = {name for name, spec in params.candidates.items() if spec.parent in made_from} - made_from
-        made_from |= found
-    return [name for name in params.candidates if name not in made_from]
+    descendants, added = {candidate}, True
+    while added:
+        added = {name for name, spec in params.candidates.items() if spec.parent in descendants} - descendants
+        descendants |= added
+    return [name for name in params.candidates if name not in descendants]
 
 
 def _cycles(params: Params) -> Iterable[str]:
@@ -95,7 +95,7 @@ def _cycles(params: Params) -> Iterable[str]:
         TopologicalSorter({name: [spec.parent] for name, spec in params.candidates.items()}).prepare()
     except CycleError as error:
         loop = " → ".join(reversed(error.args[1]))
-        yield f"candidates: these are made from each other in a circle: {loop}; let one of them start `from: {ROOT}`"
+        yield f"candidates: their parents form a circle: {loop}; let one of them start `from: {ROOT}`"
 
 
 def _bad_roots(params: Params) -> Iterable[str]:
@@ -116,8 +116,8 @@ def _bad_teachers(params: Params) -> Iterable[str]:
             yield f"candidates.{name}.teacher: missing; name an ancestor of this candidate to learn from"
         elif spec.teacher not in ancestors(params, name):
             yield (
-                f"candidates.{name}.teacher: `{spec.teacher}` is no ancestor of `{name}`, so nothing would notice its "
-                f"change; choose one of: {', '.join(ancestors(params, name)) or 'none possible'}"
+                f"candidates.{name}.teacher: `{spec.teacher}` is not an ancestor of `{name}`, so a change of it would "
+                f"go unnoticed; choose one of: {', '.join(ancestors(params, name)) or 'none possible'}"
             )
 
 
@@ -139,7 +139,7 @@ def _bad_successions(params: Params) -> Iterable[str]:
             )
         if parent.apply == "lora" and not _merges(params, spec.parent):
             yield (
-                f"candidates.{name}: `{spec.parent}` keeps its LoRA adapter apart (merge: false), so `{spec.apply}` "
+                f"candidates.{name}: `{spec.parent}` keeps its LoRA adapter separate (merge: false), so `{spec.apply}` "
                 f"would not see it; set merge: true there"
             )
 
@@ -156,11 +156,11 @@ def _bad_after_experts(params: Params) -> Iterable[str]:
 
 
 def _handles_experts(params: Params, candidate: str, mixture: str) -> bool:
-    """Training does, and taking whole layers away; LoRA sees linear layers alone, of which `experts` leaves none."""
+    """Training and removal of layers do; LoRA needs linear layers, of which `experts` leaves none."""
     try:
         config = params.strategy_config(candidate)
     except ConfigError:
-        return True  # the bad override is reported by itself
+        return True  # reported by _bad_overrides
     layers = isinstance(config, PruneConfig) and config.method in {"block_influence", "perplexity"}
     carved = params.candidates[mixture].apply == "moe"
     return layers or isinstance(config, DistillConfig) or (isinstance(config, LoraConfig) and carved)
@@ -180,31 +180,31 @@ def _bad_compiles(params: Params) -> Iterable[str]:
             yield f"compile.{name}: unknown candidate `{spec.candidate}`; {remedy}"
             continue
         if name != f"{spec.candidate}-{spec.target}":
-            yield f"compile.{name}: call it `{spec.candidate}-{spec.target}`, which is where its files will lie"
-        if problem := _unheld(params, spec):
+            yield f"compile.{name}: call it `{spec.candidate}-{spec.target}`, the folder of its files"
+        if problem := _unsupported(params, spec):
             yield f"compile.{name}: {problem}"
 
 
 def _can_hold(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget, candidate: str) -> bool:
-    return _unheld(params, spec.model_copy(update={"candidate": candidate})) is None
+    return _unsupported(params, spec.model_copy(update={"candidate": candidate})) is None
 
 
-def _unheld(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
-    """Why the target cannot hold the candidate's weights, as far as its settings tell."""
+def _unsupported(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
+    """Returns why the target cannot hold the candidate's weights, according to the settings; None if it can."""
     try:
         config = params.strategy_config(spec.candidate)
     except ConfigError:
-        return None  # the bad override is reported by itself
+        return None  # reported by _bad_overrides
     links = [spec.candidate, *ancestors(params, spec.candidate)]
     if isinstance(spec, OnnxTarget) and any(params.candidates[link].apply in MIXTURES for link in links):
         return "ONNX Runtime's builder does not take mixtures of experts; compile it for gguf"
     if isinstance(config, LoraConfig) and not config.merge:
-        return "its LoRA adapter is kept apart (merge: false), so it would be left out; set merge: true"
-    return _unheld_by(config, spec)
+        return "its LoRA adapter is separate (merge: false) and would be missing; set merge: true"
+    return _unsupported_by(config, spec)
 
 
-def _unheld_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
-    """Why the target cannot hold what `config` makes."""
+def _unsupported_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
+    """Returns why the target cannot hold the result of `config`; None if it can."""
     if not isinstance(config, QuantisationConfig):
         return "only a quantised candidate has AutoGPTQ's format" if isinstance(spec, AutogptqTarget) else None
     if isinstance(config, GptqConfig) and config.act_order and not isinstance(spec, AutogptqTarget):
@@ -218,17 +218,17 @@ def _unheld_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTarget) 
                 f"{', '.join(str(size) for size in GROUP_SIZES if not size % 32)}"
             )
         if 8 in config.widths and not config.symmetric:
-            return "GGUF has no type for 8-bit codes with a zero of their own; set symmetric: true"
+            return "GGUF has no type for 8-bit codes with a zero point; set symmetric: true"
     return None
 
 
 def _group_size_remedy(params: Params, name: str, config: QuantisationConfig, sizes: tuple[int, ...]) -> str:
-    """Group sizes that divide the layers and that every target of the candidate holds."""
+    """Suggests group sizes that divide the layers and that every target of the candidate supports."""
     targets = [spec for spec in params.compile.values() if spec.candidate == name]
     fitting = [
         size
         for size in fitting_group_sizes(sizes)
-        if not any(_unheld_by(config.model_copy(update={"group_size": size}), spec) for spec in targets)
+        if not any(_unsupported_by(config.model_copy(update={"group_size": size}), spec) for spec in targets)
     ]
     if fitting:
         return f"choose {', '.join(map(str, fitting))}"
@@ -239,7 +239,7 @@ def _merges(params: Params, candidate: str) -> bool:
     try:
         config = params.strategy_config(candidate)
     except ConfigError:
-        return True  # the bad override is reported by itself
+        return True  # reported by _bad_overrides
     return isinstance(config, LoraConfig) and config.merge
 
 
@@ -254,37 +254,37 @@ def _bad_overrides(params: Params) -> list[str]:
 
 
 def needing_gpu(params: Params) -> dict[str, str]:
-    """The candidates that only a machine with a GPU can make, and the setting that asks for it."""
+    """Returns the candidates that need a GPU, with the setting that requires it."""
     configs = {name: params.strategy_config(name) for name in params.candidates}
     return {name: c.needs_gpu for name, c in configs.items() if isinstance(c, TrainingConfig) and c.needs_gpu}
 
 
 def require_gpu(params: Params, candidates: Collection[str]) -> None:
-    """Refuses to make `candidates` that need a GPU on a machine without one, before anything expensive starts.
+    """Rejects `candidates` that need a GPU on a machine without one, before anything expensive starts.
 
     Raises:
-        ConfigError: one line for each of them, and for bitsandbytes where it is wanted and missing.
+        ConfigError: one line per candidate, and one for bitsandbytes if it is needed and missing.
     """
-    wants = {name: setting for name, setting in needing_gpu(params).items() if name in candidates}
-    if not wants:
+    required = {name: setting for name, setting in needing_gpu(params).items() if name in candidates}
+    if not required:
         return
-    import torch  # seconds, which only those pay who ask for a GPU
+    import torch  # takes seconds, and only GPU candidates need it
 
     problems = [
-        f"candidates.{name}: `{setting}` needs an NVIDIA GPU and torch finds none that can; run this candidate where "
-        "there is one, or use another variant or precision"
-        for name, setting in wants.items()
+        f"candidates.{name}: `{setting}` needs an NVIDIA GPU and torch finds none that supports it; run this candidate "
+        "on such a machine, or use another variant or precision"
+        for name, setting in required.items()
         if not torch.cuda.is_available()
         or (setting == BFLOAT16 and not torch.cuda.is_bf16_supported(including_emulation=False))
     ]
-    if QLORA in wants.values() and importlib.util.find_spec("bitsandbytes") is None:
+    if QLORA in required.values() and importlib.util.find_spec("bitsandbytes") is None:
         problems.append(f"`{QLORA}` needs bitsandbytes; run: pip install 'lilliput[gpu]'")
     if problems:
         raise ConfigError(problems)
 
 
 def check_shape(params: Params, candidate: str, model_config: Any) -> None:
-    """Refuses, as soon as the shape of `candidate` is known, what its descendants could not be made from it.
+    """Rejects descendants of `candidate` that are impossible for its shape, as soon as the shape is known.
 
     Args:
         params: all of params.yaml.
@@ -292,8 +292,7 @@ def check_shape(params: Params, candidate: str, model_config: Any) -> None:
         model_config: the transformers configuration of that checkpoint.
 
     Raises:
-        ConfigError: more would be pruned than there is, or a group size or the pattern 2:4 divides no layer, further
-            down the chain.
+        ConfigError: a descendant prunes more than there is, or its group size or pattern 2:4 does not divide a layer.
     """
     problems = []
     for name in params.candidates:
@@ -312,14 +311,14 @@ def _shape_problems(params: Params, name: str, chain: list[str], model_config: A
             try:
                 model_config = pruned(model_config, config, weight_bytes)
             except StrategyError as error:
-                if link == name:  # else it is reported there
+                if link == name:  # otherwise reported for `link`
                     yield f"candidates.{name}: {error}"
                 return
-    yield from _indivisible(params, name, linear_inputs(model_config))
-    yield from _unshared(params, name, model_config)
+    yield from _bad_group_sizes(params, name, linear_inputs(model_config))
+    yield from _bad_expert_counts(params, name, model_config)
 
 
-def _unshared(params: Params, name: str, model_config: Any) -> Iterable[str]:
+def _bad_expert_counts(params: Params, name: str, model_config: Any) -> Iterable[str]:
     config = params.strategy_config(name)
     if isinstance(config, MoeConfig) and model_config.intermediate_size % (config.experts + config.shared):
         yield (
@@ -329,7 +328,7 @@ def _unshared(params: Params, name: str, model_config: Any) -> Iterable[str]:
         )
 
 
-def _indivisible(params: Params, name: str, sizes: tuple[int, ...]) -> Iterable[str]:
+def _bad_group_sizes(params: Params, name: str, sizes: tuple[int, ...]) -> Iterable[str]:
     config, listed = params.strategy_config(name), ", ".join(map(str, sizes))
     if isinstance(config, QuantisationConfig) and any(size % config.group_size for size in sizes):
         yield (

@@ -20,7 +20,7 @@ _SHOWN = {
 
 
 def model_card(manifest: Manifest, record: Mapping[str, Any], system_prompt: str) -> str:
-    """Markdown: what the model is, what it was made from, how good it is, and what to be careful about."""
+    """Returns the card as Markdown: origin, metrics, settings and limits of the model."""
     energy = record.get("energy_per_query_j") or {}
     kind = "measured" if energy.get("measured") else "an estimate, not a measurement"
     lines = [
@@ -57,14 +57,14 @@ def hub_card(
     device: Mapping[str, Any],
     reason: str,
 ) -> str:
-    """The card of a bundle for the Hugging Face hub, without its metadata.
+    """Returns the card of a bundle for the Hugging Face hub, without its metadata.
 
     Args:
-        manifest: of the checkpoint that was compiled.
+        manifest: of the compiled checkpoint.
         record: its evaluation.
-        system_prompt: the system line it was tuned and measured with.
-        start: the bundle's own README, which says how it is started.
-        device: what the device made of it: peak memory, times, energy.
+        system_prompt: used in training and evaluation.
+        start: the bundle's README, with instructions to start it.
+        device: device record: peak memory, times, energy.
         reason: why it is the device's champion.
     """
     energy = device.get("energy_per_query_j") or {}
@@ -95,8 +95,8 @@ def hub_card(
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    told = {key: f"{value:.4g}" if isinstance(value, float) else json.dumps(value) for key, value in values.items()}
-    return ", ".join(f"{key} `{value}`" for key, value in told.items()) or "none"
+    texts = {key: f"{value:.4g}" if isinstance(value, float) else json.dumps(value) for key, value in values.items()}
+    return ", ".join(f"{key} `{text}`" for key, text in texts.items()) or "none"
 
 
 def _row(estimate: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""Reads params.yaml and checks it as a whole: keys and types first, then the graph of candidates."""
+"""Reads params.yaml and checks keys and types, then the candidate graph."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lilliput.graph import check_graph
 
 
 def load_params(path: Path) -> Params:
-    """Params read from `path`, complete and checked, the candidate graph included.
+    """Reads and validates the settings at `path`, including the candidate graph.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or holds unknown keys, wrong types or an impossible graph; all
-            problems at once.
+        ConfigError: the file is missing or not YAML, or has unknown keys, wrong types or an impossible graph; lists all
+            problems.
     """
     try:
         return _load(path, path.read_bytes())
     except OSError:
-        return _load(path, b"")  # which says what is wrong with it
+        return _load(path, b"")  # raises ConfigError with the reason
 
 
 @lru_cache(maxsize=8)
 def _load(path: Path, content: bytes) -> Params:
-    """What `path` says as long as it holds `content`: YAML is read in Python, and a summary asks six times."""
+    """Caches by `content`: parsing YAML in Python is slow, and a flow's summary reads the file six times."""
     del content
     params = read_section(Params, path)
     check_graph(params, str(path))

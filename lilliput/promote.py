@@ -1,4 +1,4 @@
-"""Which candidate is best for a device, and why the others are not: a pure function of what was measured."""
+"""Selects the champion of a device from evaluation records, with a reason for every other candidate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lilliput.statistics.differences import Comparison
 
 Record = Mapping[str, Any]
 
-# Where each objective is read from a record, and whether more of it is better.
+# Record key of each objective, and whether larger is better.
 OBJECTIVES = {
     "accuracy": ("accuracy_choice", True),
     "hallucination": ("hallucination_rate", False),
@@ -24,11 +24,11 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Reference:
-    """Whom candidates are held against: the base, or the champion so far.
+    """A candidate that others are compared with: the base, or the current champion.
 
     Attributes:
-        name: among the records; the base may be missing there.
-        title: what reasons call it: `the base`.
+        name: its key in the records; the base may be missing there.
+        title: its name in reasons, such as `the base`.
         record: its evaluation on the reference runtime.
         differences: paired differences of each candidate from it, by candidate and metric.
     """
@@ -43,7 +43,7 @@ class Decision(BaseModel):
     """The champion of a device, or None, and a reason for every candidate.
 
     Attributes:
-        challenger: the best of the rest: on the Pareto front, or kept from it by the champion so far alone.
+        challenger: the best other candidate; it may have been refused only for its distance to the current champion.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,84 +61,86 @@ def decide(
     records: Mapping[str, Record],
     base: Reference,
     impossible: Mapping[str, str] | None = None,
-    reigning: Reference | None = None,
+    current: Reference | None = None,
 ) -> Decision:
-    """The champion among `records` for `device`.
+    """Selects the champion among `records` for `device`.
 
-    A candidate is out if it does not fit, or if the interval of its difference from the base, or from the champion so
-    far, reaches beyond what the rules allow. Of those left, only the Pareto front on accuracy, hallucination, energy
-    and size counts; on it the device's preference decides, and the smaller model where that leaves two equal. The
-    champion so far is held against the base as any other is, so that it goes when the rules no longer let it in.
+    Refuses a candidate that does not fit, or whose difference from the base or the current champion may exceed the
+    rules' limits (bound of the interval). On the Pareto front of the others (accuracy, hallucination, energy, size)
+    the device's preference decides, then the smaller size. The current champion must meet the limits to the base too.
 
     Args:
         device: its name in params.yaml.
-        rules: what it prefers and how much worse than base and champion a candidate may be.
+        rules: preference and limits.
         records: evaluation records by candidate, of the form that the device runs.
-        base: what every candidate but itself is held against.
-        impossible: candidates that the device cannot have, and why: not compiled for it, say.
-        reigning: the champion so far; None where there is none that candidates can be compared with.
+        base: the reference of every candidate but itself.
+        impossible: candidates that the device cannot run, with the reason, such as "not compiled for gguf".
+        current: the current champion; None if there is none that candidates can be compared with.
     """
     refused = dict(impossible or {})
     for name, record in records.items():
         if name not in refused and (reason := _refusal(device, rules, name, record, base)):
             refused[name] = reason
     if rules.prefer == "energy":
-        refused |= _estimates_beside_measurements(_without(records, refused))
-    contenders = _without(records, refused)
-    outdone = _outdone(rules, contenders, reigning)
-    eligible = _without(contenders, outdone)
-    refused |= outdone | _dominated(eligible)
+        refused |= _estimated_energies(_without(records, refused))
+    admitted = _without(records, refused)
+    worse = _worse_than_current(rules, admitted, current)
+    eligible = _without(admitted, worse)
+    refused |= worse | _dominated(eligible)
     front = _ranked(rules, eligible)
     if not front:
         return Decision(device=device, champion=None, reason="no candidate is eligible", refused=refused)
     champion = front[0]
-    ahead = f"on the Pareto front, but {device} prefers {rules.prefer}, where {champion} is ahead"
-    refused |= dict.fromkeys(front[1:], ahead)
-    challenger = next((name for name in _ranked(rules, contenders) if name != champion), None)
+    not_preferred = f"on the Pareto front, but {device} prefers {rules.prefer}, where {champion} is ahead"
+    refused |= dict.fromkeys(front[1:], not_preferred)
+    challenger = next((name for name in _ranked(rules, admitted) if name != champion), None)
     reason = (
-        f"fits, keeps within the allowed distance of {_titles(champion, base, reigning)}, and has the best "
+        f"fits, is within the allowed distance of {_titles(champion, base, current)}, and has the best "
         f"{rules.prefer} ({_show(rules.prefer, records[champion])}) of {len(front)} on the Pareto front"
     )
     return Decision(device=device, champion=champion, challenger=challenger, reason=reason, refused=refused)
 
 
-def _outdone(rules: PromotionConfig, records: Mapping[str, Record], reigning: Reference | None) -> dict[str, str]:
-    """Who is too far behind the champion so far; nobody where that one is out itself, or wins in any case."""
-    if reigning is None or reigning.name not in records or _ranked(rules, records)[0] == reigning.name:
+def _worse_than_current(
+    rules: PromotionConfig, records: Mapping[str, Record], current: Reference | None
+) -> dict[str, str]:
+    """Returns candidates beyond the limits to the current champion; none if it was refused or wins anyway."""
+    if current is None or current.name not in records or _ranked(rules, records)[0] == current.name:
         return {}
-    worse = {name: _worse(rules, name, record, reigning) for name, record in records.items()}
-    return {name: reason for name, reason in worse.items() if reason}
+    reasons = {name: _beyond_limits(rules, name, record, current) for name, record in records.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _ranked(rules: PromotionConfig, records: Mapping[str, Record]) -> list[str]:
-    """The Pareto front of `records`, the preferred first."""
+    """Returns the Pareto front of `records`, ordered by preference."""
     front = _without(records, _dominated(records))
     return sorted(front, key=lambda name: (*_preference(rules.prefer, records[name]), name))
 
 
 def objective(name: str, record: Record) -> float | None:
-    """The value of objective `name` in `record`; None where it was unavailable."""
-    return _value(record, OBJECTIVES[name][0])
+    """Returns the value of objective `name` in `record`; None if unavailable."""
+    return metric_value(record, OBJECTIVES[name][0])
 
 
-def _value(record: Record, key: str) -> float | None:
-    value = record.get(key)
+def metric_value(record: Record, metric: str) -> float | None:
+    """Returns the number of `metric` in `record`; None if unavailable."""
+    value = record.get(metric)
     return value.get("value") if isinstance(value, Mapping) else value
 
 
 def pareto_front(records: Mapping[str, Record]) -> list[str]:
-    """Those of `records` that no other one dominates: as good on every objective and better on one."""
-    found = records.values()
-    return [name for name, record in records.items() if not any(_dominates(r, record, OBJECTIVES) for r in found)]
+    """Returns the names of `records` that no other dominates: at least as good on all objectives, better on one."""
+    others = records.values()
+    return [name for name, record in records.items() if not any(_dominates(r, record, OBJECTIVES) for r in others)]
 
 
 def _without(records: Mapping[str, Record], names: Collection[str]) -> dict[str, Record]:
     return {name: record for name, record in records.items() if name not in names}
 
 
-def _titles(champion: str, base: Reference, reigning: Reference | None) -> str:
-    others = [base.title, *([reigning.title] if reigning and reigning.name != champion else [])]
-    return " and of ".join(others)
+def _titles(champion: str, base: Reference, current: Reference | None) -> str:
+    titles = [base.title, *([current.title] if current and current.name != champion else [])]
+    return " and of ".join(titles)
 
 
 def _refusal(device: str, rules: PromotionConfig, name: str, record: Record, base: Reference) -> str | None:
@@ -146,27 +148,28 @@ def _refusal(device: str, rules: PromotionConfig, name: str, record: Record, bas
         return record.get("does_not_fit") or f"does not fit the storage and memory of {device}"
     if objective(rules.prefer, record) is None:
         return f"its {rules.prefer} is unavailable, and an unavailable metric never wins"
-    return _worse(rules, name, record, base)
+    return _beyond_limits(rules, name, record, base)
 
 
-def _worse(rules: PromotionConfig, name: str, record: Record, reference: Reference) -> str | None:
-    """By how much more than allowed `record` may be worse than `reference`; None if it is not."""
+def _beyond_limits(rules: PromotionConfig, name: str, record: Record, reference: Reference) -> str | None:
+    """Returns why `record` may be worse than `reference` by more than the limits; None if it is not."""
     if name == reference.name:
         return None
     differences = reference.differences.get(name, {})
-    energy = _value(reference.record, "energy_per_query_j") or 0.0
+    energy = metric_value(reference.record, "energy_per_query_j") or 0.0
+    max_energy_rise_j = None if rules.max_energy_rise is None else rules.max_energy_rise * energy
     limits = {
         "accuracy_choice": (rules.max_accuracy_drop, -1.0, "choice accuracy", "below"),
         "hallucination_rate": (rules.max_hallucination_rise, 1.0, "hallucination rate", "above"),
-        "energy_per_query_j": (_times(rules.max_energy_rise, energy), 1.0, "energy per query (J)", "above"),
+        "energy_per_query_j": (max_energy_rise_j, 1.0, "energy per query (J)", "above"),
     }
     for metric, (allowed, sign, title, direction) in limits.items():
-        if allowed is None or _value(reference.record, metric) is None:
+        if allowed is None or metric_value(reference.record, metric) is None:
             continue
-        compared = differences.get(metric)
-        if compared is None:
+        comparison = differences.get(metric)
+        if comparison is None:
             return f"its {title} cannot be compared with that of {reference.title}, and an unavailable one never wins"
-        worst = sign * (compared.difference.high if sign > 0 else compared.difference.low)
+        worst = sign * (comparison.difference.high if sign > 0 else comparison.difference.low)
         if worst > allowed:
             return (
                 f"{title} may lie {worst:.3f} {direction} that of {reference.title} (paired interval); "
@@ -175,18 +178,14 @@ def _worse(rules: PromotionConfig, name: str, record: Record, reference: Referen
     return _less_accessible(rules.max_accessibility_drop, record, reference)
 
 
-def _times(share: float | None, value: float) -> float | None:
-    return None if share is None else share * value
-
-
 def _less_accessible(allowed: float | None, record: Record, reference: Reference) -> str | None:
-    """The score has no value for each question, so that both intervals are taken at their worst."""
-    theirs, own = reference.record.get("accessibility") or {}, record.get("accessibility") or {}
-    if allowed is None or theirs.get("value") is None:
+    """Compares both intervals at their worst, because the score has no values per question to pair."""
+    expected, actual = reference.record.get("accessibility") or {}, record.get("accessibility") or {}
+    if allowed is None or expected.get("value") is None:
         return None
-    if own.get("value") is None:
+    if actual.get("value") is None:
         return "its accessibility is unavailable, and an unavailable metric never wins"
-    drop = theirs["high"] - own["low"]
+    drop = expected["high"] - actual["low"]
     if drop <= allowed:
         return None
     return (
@@ -195,41 +194,41 @@ def _less_accessible(allowed: float | None, record: Record, reference: Reference
     )
 
 
-def _estimates_beside_measurements(records: Mapping[str, Record]) -> dict[str, str]:
-    """Those whose energy is estimated while another's is measured: the two are not compared, and measured wins."""
+def _estimated_energies(records: Mapping[str, Record]) -> dict[str, str]:
+    """Returns candidates with estimated energy if another's is measured: the two are not comparable."""
     measured = {name for name, record in records.items() if record["energy_per_query_j"].get("measured")}
-    reason = "its energy is an estimate, others' is measured, and the two are not compared"
+    reason = "its energy is estimated, that of others is measured, and the two are not compared"
     return {name: reason for name in records if measured and name not in measured}
 
 
 def _dominated(records: Mapping[str, Record]) -> dict[str, str]:
-    """Those that another is at least as good as on every objective and better than on one, and by whom."""
+    """Returns the dominated candidates; the reason names the candidate that dominates."""
     meters = {
         (record.get("energy_per_query_j") or {}).get("source")
         for record in records.values()
         if objective("energy", record) is not None
     }
-    # Energies from different meters are not compared; by none of them, or domination would run in circles.
-    counted = [name for name in OBJECTIVES if name != "energy" or len(meters) <= 1]
-    better = {
-        name: next((other for other in records if _dominates(records[other], record, counted)), None)
+    # Without energy if sources differ: comparing it only within a source would make domination cyclic.
+    objectives = [name for name in OBJECTIVES if name != "energy" or len(meters) <= 1]
+    dominators = {
+        name: next((other for other in records if _dominates(records[other], record, objectives)), None)
         for name, record in records.items()
     }
     return {
         name: f"dominated by {other}, which is at least as good on every metric and better on one"
-        for name, other in better.items()
+        for name, other in dominators.items()
         if other
     }
 
 
 def _dominates(a: Record, b: Record, objectives: Collection[str]) -> bool:
-    """Whether `a` is at least as good as `b` on every objective and better on one; unavailable is the worst."""
+    """Returns whether `a` is at least as good as `b` on every objective and better on one; unavailable is worst."""
     ranks = [(_rank(name, a), _rank(name, b)) for name in objectives]
     return all(left <= right for left, right in ranks) and any(left < right for left, right in ranks)
 
 
 def _rank(name: str, record: Record) -> float:
-    """Smaller is better; infinite where the objective is unavailable."""
+    """Returns a rank: smaller is better; infinite if the objective is unavailable."""
     value = objective(name, record)
     if value is None:
         return float("inf")

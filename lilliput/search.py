@@ -1,4 +1,4 @@
-"""What a search may try: chains of strategies with their settings, what each is called, and which are impossible."""
+"""The space of a search: possible chains of strategies with their settings, and the names of their candidates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lilliput.errors import ConfigError
 from lilliput.graph import ancestors, check_graph, check_shape
 
 ARROW = " → "
-MOST_COMBINATIONS = 200  # of one strategy's settings are tried beforehand; every chain is checked before it is proposed
+MAX_COMBINATIONS = 200  # of one strategy's settings, checked in advance; each chain is checked before its proposal
 Scalar = bool | int | float | str | None
 SettingPath = Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
 Metric = Literal[
@@ -39,7 +39,7 @@ Metric = Literal[
 
 
 class Range(Section):
-    """Numbers from `low` to `high`, both included; whole ones if both are. `log` draws them evenly by magnitude."""
+    """Numbers from `low` to `high` inclusive, integers if both bounds are. `log`: uniform in the logarithm."""
 
     low: int | float
     high: int | float
@@ -56,12 +56,12 @@ class SearchConfig(Section):
     """The space of a search, its objectives and its seed.
 
     Attributes:
-        base: the candidate of params.yaml that every chain starts from.
-        max_length: strategies in a chain, at most.
-        max_times: how often one strategy may occur in a chain.
-        strategies: what may be chained, and directly after what; `any` leaves that to the candidate graph's own rules.
-        settings: what varies, `prune.amount.value` say: a list to choose from, or a range.
-        objectives: metrics of the evaluation record, and whether more or less of each is better.
+        base: candidate of params.yaml that every chain starts from.
+        max_length: maximum number of strategies in a chain.
+        max_times: maximum number of times that a strategy occurs in a chain.
+        strategies: allowed strategies, each with its allowed predecessors; `any`: only the graph's rules apply.
+        settings: varied settings, such as `prune.amount.value`: a list of choices, or a range.
+        objectives: metrics of the evaluation record, to maximise or minimise.
     """
 
     base: Name
@@ -77,7 +77,7 @@ class SearchConfig(Section):
 
 @dataclass(frozen=True)
 class Step:
-    """A strategy and those of its settings that the search chose."""
+    """A strategy and the settings that the search chose."""
 
     strategy: str
     settings: tuple[tuple[str, Scalar], ...] = ()
@@ -91,34 +91,34 @@ Chain = tuple[Step, ...]
 
 
 class Suggests(Protocol):
-    """What gives a value for each name: a trial of Optuna, running or finished."""
+    """Suggests a value for each name: a running or finished Optuna trial."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """One of `choices`."""
+        """Returns one of `choices`."""
         ...
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        """A whole number."""
+        """Returns an integer."""
         ...
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """A number."""
+        """Returns a number."""
         ...
 
 
 def describe(chain: Chain) -> str:
-    """`lora (rank 8) → gptq (bits 4)`."""
+    """Returns text such as `lora (rank 8) → gptq (bits 4)`."""
     return ARROW.join(map(str, chain))
 
 
 class Space:
     """The chains that `config` allows on the candidates of `params`.
 
-    What may follow what is the candidate graph's business: a chain is possible if `check_graph` takes it and, once the
-    base's `shape` (its transformers configuration) is known, `check_shape`.
+    A chain is possible if `check_graph` accepts it and, once the base's `shape` (its transformers configuration) is
+    known, `check_shape`.
 
     Raises:
-        ConfigError: the base, a setting or a value is unknown, or a strategy fits in no chain.
+        ConfigError: the base, a setting or a value is unknown, or a strategy fits into no chain.
     """
 
     def __init__(self, config: SearchConfig, params: Params, file: str, shape: Any = None) -> None:
@@ -136,21 +136,19 @@ class Space:
 
     @property
     def reference(self) -> list[str]:
-        """What chains are compared with: the base, and the loaded model it comes from."""
+        """The references of chains: the base, and the loaded model that it comes from."""
         return list(dict.fromkeys([self._rooted[0], self.config.base]))
 
     def chain(self, trial: Suggests) -> Chain:
-        """The chain that `trial` suggests; it may still be impossible by its settings."""
+        """Returns the chain that `trial` suggests; its settings may still be impossible."""
         sequence = trial.suggest_categorical("sequence", self.sequences).split(ARROW)
-        seen: dict[str, int] = {}
-        steps = []
-        for strategy in sequence:
-            seen[strategy] = seen.get(strategy, 0) + 1
-            steps.append(Step(strategy, tuple(self._settings(trial, strategy, seen[strategy]))))
-        return tuple(steps)
+        return tuple(
+            Step(strategy, tuple(self._settings(trial, strategy, sequence[: place + 1].count(strategy))))
+            for place, strategy in enumerate(sequence)
+        )
 
     def problem(self, chain: Chain) -> str | None:
-        """Why `chain` is impossible; None if it is not."""
+        """Returns why `chain` is impossible; None if it is possible."""
         specs = {name: CandidateConfig.model_validate(line) for name, line in self.candidates(chain).items()}
         params = _with(self.params, self.params.candidates | specs)
         try:
@@ -162,60 +160,60 @@ class Space:
         return None
 
     def candidates(self, chain: Chain) -> dict[str, dict[str, Any]]:
-        """The lines of params.yaml that make `chain`, its beginnings first; equal beginnings have equal names."""
+        """Returns the lines of params.yaml for `chain`, in order; equal prefixes of chains have equal names."""
         lines: dict[str, dict[str, Any]] = {}
-        made = [(name, self.params.candidates[name].apply) for name in self._rooted]
+        links = [(name, self.params.candidates[name].apply) for name in self._rooted]
         for length, step in enumerate(chain, start=1):
-            line: dict[str, Any] = {"from": made[-1][0], "apply": step.strategy}
+            line: dict[str, Any] = {"from": links[-1][0], "apply": step.strategy}
             if step.strategy == "distill":
-                line["teacher"] = _teacher(made)
+                line["teacher"] = _teacher(links)
             if step.settings:
                 line["with"] = _overrides(self.params, step)
             name = _name(self.config.base, chain[:length])
             lines[name] = line
-            made.append((name, step.strategy))
+            links.append((name, step.strategy))
         return lines
 
     def name(self, chain: Chain) -> str:
-        """The candidate at the end of `chain`."""
+        """Returns the name of the candidate at the end of `chain`."""
         return _name(self.config.base, chain)
 
-    def _settings(self, trial: Suggests, strategy: str, time: int) -> Iterator[tuple[str, Scalar]]:
-        for setting, values in _of(self.config, strategy):
-            place = f"{strategy}.{setting}" + (f" #{time}" if time > 1 else "")
+    def _settings(self, trial: Suggests, strategy: str, occurrence: int) -> Iterator[tuple[str, Scalar]]:
+        for setting, values in _settings_for(self.config, strategy):
+            place = f"{strategy}.{setting}" + (f" #{occurrence}" if occurrence > 1 else "")
             if not isinstance(values, Range):
                 yield setting, trial.suggest_categorical(place, values)
             elif isinstance(values.low, int) and isinstance(values.high, int):
                 yield setting, trial.suggest_int(place, values.low, values.high, log=values.log)
             else:
                 drawn = trial.suggest_float(place, values.low, values.high, log=values.log)
-                yield setting, float(f"{drawn:.3g}")  # more digits would only tell apart what is the same
+                yield setting, float(f"{drawn:.3g}")  # more digits make no difference to the result
 
     def _sequences(self, file: str) -> tuple[str, ...]:
-        found, reasons, used = [], {}, set()
-        beginnings: list[tuple[str, ...]] = [()]
+        possible, reasons, used = [], {}, set()
+        prefixes: list[tuple[str, ...]] = [()]
         for _ in range(self.config.max_length):
-            longer = [(*start, strategy) for start in beginnings for strategy in self._allowed_after(start)]
+            longer = [(*start, strategy) for start in prefixes for strategy in self._allowed_after(start)]
             problems = {sequence: self._sequence_problem(sequence) for sequence in longer}
-            beginnings = [sequence for sequence, problem in problems.items() if problem is None]
+            prefixes = [sequence for sequence, problem in problems.items() if problem is None]
             reasons |= {sequence[-1]: problem for sequence, problem in problems.items() if problem}
-            used |= {sequence[-1] for sequence in beginnings}
-            found += beginnings
+            used |= {sequence[-1] for sequence in prefixes}
+            possible += prefixes
         if useless := [strategy for strategy in self.config.strategies if strategy not in used]:
-            why = "it comes after nothing that is listed"
+            why = "no listed strategy may precede it"
             raise ConfigError(
-                [f"{file}: strategies.{name}: fits in no chain: {reasons.get(name, why)}" for name in useless]
+                [f"{file}: strategies.{name}: fits into no chain: {reasons.get(name, why)}" for name in useless]
             )
-        return tuple(ARROW.join(sequence) for sequence in found)
+        return tuple(ARROW.join(sequence) for sequence in possible)
 
     def _allowed_after(self, start: tuple[str, ...]) -> Iterator[str]:
         last = start[-1] if start else "base"
-        for strategy, after in self.config.strategies.items():
-            if (after == "any" or last in after) and start.count(strategy) < self.config.max_times:
+        for strategy, predecessors in self.config.strategies.items():
+            if (predecessors == "any" or last in predecessors) and start.count(strategy) < self.config.max_times:
                 yield strategy
 
     def _sequence_problem(self, sequence: tuple[str, ...]) -> str | None:
-        """None if some settings make `sequence` possible: the first valid ones of each step, or one step's others."""
+        """Returns None if `sequence` is possible with the first valid settings of each step, or one step's others."""
         options = [self._choices[strategy] for strategy in sequence]
         first = tuple(steps[0] for steps in options)
         variants = [first] + [
@@ -226,25 +224,19 @@ class Space:
         return reason if reason and all(problems) else None
 
 
-def value(record: Mapping[str, Any], metric: str) -> float | None:
-    """The number that `record` has for `metric`; None where it was unavailable."""
-    found = record.get(metric)
-    return found.get("value") if isinstance(found, Mapping) else found
-
-
 def winners(space: Space, chains: Mapping[str, Chain], decisions: Mapping[str, Mapping[str, Any]], origin: str) -> str:
-    """The lines under `candidates` of params.yaml that make the champion of each device, as YAML.
+    """Returns the lines under `candidates` of params.yaml for the champion of each device, as YAML.
 
     Args:
         space: of the search.
-        chains: the finished ones, by candidate.
+        chains: finished chains by candidate.
         decisions: champion and reason by device, as in promotion.json.
-        origin: where these lines come from.
+        origin: source of these lines, for a comment.
     """
     notes = [f"From {origin}.", "Paste under `candidates:` of params.yaml:"]
     lines: dict[str, dict[str, Any]] = {}
     for device, decision in decisions.items():
-        champion = decision["champion"] or "nobody"
+        champion = decision["champion"] or "no champion"
         notes.append(f"{device}: {champion}, {decision['reason']}")
         if champion in chains:
             lines |= space.candidates(chains[champion])
@@ -261,29 +253,29 @@ def _in_one_line(line: Mapping[str, Any]) -> str:
 
 
 def _name(base: str, chain: Chain) -> str:
-    """`s-lora-gptq-1f3a9c07`: the sequence as far as it goes into 40 characters, and a hash of all there is to it."""
+    """Returns a name such as `s-lora-gptq-1f3a9c07`: the sequence, cut to 40 characters in all, and a hash."""
     steps = [[step.strategy, step.settings] for step in chain]
     digest = hashlib.sha256(json.dumps([base, steps]).encode()).hexdigest()[:8]
     return f"s-{'-'.join(step.strategy for step in chain)[:29]}-{digest}"
 
 
-def _teacher(made: Sequence[tuple[str, str]]) -> str:
-    """The last LoRA ancestor; without one what the first pruning was applied to; without that the parent.
+def _teacher(links: Sequence[tuple[str, str]]) -> str:
+    """Returns the last LoRA ancestor, otherwise the parent of the first pruning, otherwise the direct parent.
 
     Args:
-        made: name and strategy of each ancestor, the root first.
+        links: name and strategy of each ancestor, the root first.
     """
-    if tuned := [name for name, strategy in made if strategy == "lora"]:
+    if tuned := [name for name, strategy in links if strategy == "lora"]:
         return tuned[-1]
-    return next((before[0] for before, after in itertools.pairwise(made) if after[1] == "prune"), made[-1][0])
+    return next((before[0] for before, after in itertools.pairwise(links) if after[1] == "prune"), links[-1][0])
 
 
 def _with(params: Params, candidates: dict[str, CandidateConfig]) -> Params:
-    caching = params.caching.model_copy(update={"candidates": ()})  # a search measures, compiles and serves none
+    caching = params.caching.model_copy(update={"candidates": ()})  # a search only evaluates
     return params.model_copy(update={"candidates": candidates, "caching": caching, "compile": {}, "serving": {}})
 
 
-def _of(config: SearchConfig, strategy: str) -> Iterator[tuple[str, tuple[Scalar, ...] | Range]]:
+def _settings_for(config: SearchConfig, strategy: str) -> Iterator[tuple[str, tuple[Scalar, ...] | Range]]:
     for path, values in config.settings.items():
         owner, _, setting = path.partition(".")
         if owner == strategy:
@@ -291,10 +283,10 @@ def _of(config: SearchConfig, strategy: str) -> Iterator[tuple[str, tuple[Scalar
 
 
 def _combinations(config: SearchConfig, strategy: str) -> Iterator[Step]:
-    """Every choice with every other, up to MOST_COMBINATIONS; of a range its ends."""
-    varied = dict(_of(config, strategy))
-    ends = [(values.low, values.high) if isinstance(values, Range) else values for values in varied.values()]
-    for chosen in itertools.islice(itertools.product(*ends), MOST_COMBINATIONS):
+    """Yields each combination of choices, up to MAX_COMBINATIONS; of a range only its bounds."""
+    varied = dict(_settings_for(config, strategy))
+    choices = [(values.low, values.high) if isinstance(values, Range) else values for values in varied.values()]
+    for chosen in itertools.islice(itertools.product(*choices), MAX_COMBINATIONS):
         yield Step(strategy, tuple(zip(varied, chosen, strict=True)))
 
 
@@ -312,7 +304,7 @@ def _refusal(params: Params, step: Step) -> str | None:
 
 
 def _overrides(params: Params, step: Step) -> dict[str, Any]:
-    """`with` of a candidate: what `step` chose, a nested setting among its unchanged neighbours."""
+    """Returns `with` of a candidate: the chosen settings; a nested section keeps its other values."""
     chosen: dict[str, Any] = {}
     for path, picked in step.settings:
         section, defaults = chosen, getattr(params.strategies, step.strategy).model_dump(mode="json")
@@ -325,7 +317,7 @@ def _overrides(params: Params, step: Step) -> dict[str, Any]:
 
 
 def _settings_of(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted names of a section's settings, those of the sections in it included."""
+    """Yields the dotted names of a section's settings, including nested sections."""
     for name, field in section.model_fields.items():
         yield prefix + name
         for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
@@ -345,13 +337,13 @@ def _unknown_settings(config: SearchConfig, params: Params, file: str) -> Iterab
 
 
 def _bad_values(config: SearchConfig, params: Params, file: str) -> Iterable[str]:
-    """A value is bad if it is refused together with every choice of the strategy's other settings."""
+    """Reports values that are rejected with every choice of the strategy's other settings."""
     refusals: dict[tuple[str, str], list[str | None]] = {}
     for strategy in config.strategies:
         for step in _combinations(config, strategy):
             refusal = _refusal(params, step)
             for setting, chosen in step.settings:
                 refusals.setdefault((f"{strategy}.{setting}", json.dumps(chosen)), []).append(refusal)
-    for (path, chosen), found in refusals.items():
-        if all(found):
-            yield f"{file}: settings.{path}: {chosen} is refused: {found[0]}"
+    for (path, chosen), reasons in refusals.items():
+        if all(reasons):
+            yield f"{file}: settings.{path}: {chosen} is rejected: {reasons[0]}"

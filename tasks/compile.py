@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lilliput.artifacts import PARITY, seal, verify, write_json, writing
 from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget, Params, TargetConfig
 from lilliput.data.corpus import read_corpus
+from lilliput.data.jsonl import read_rows
 from tasks import layout
 from tasks.process.cost import measured_cost
 
@@ -62,5 +62,5 @@ def _compile(checkpoint: Path, directory: Path, config: TargetConfig) -> dict[st
 
 def _choices(candidate: str) -> dict[str, str]:
     """Returns the checkpoint's choice for each question id, from its evaluation."""
-    rows = (json.loads(line) for line in layout.answers(candidate).read_text(encoding="utf-8").splitlines())
+    rows = read_rows(layout.answers(candidate))
     return {row["id"]: row["choice"] for row in rows if row.get("choice") is not None}

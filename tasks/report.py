@@ -11,12 +11,12 @@ from typing import Any
 
 from lilliput.artifacts import PARITY, read_history, read_manifest, write_text, writing
 from lilliput.config import Params
+from lilliput.data.jsonl import read_rows
 from lilliput.graph import ROOT, ancestors, topological_order
-from lilliput.promote import OBJECTIVES, pareto_front
+from lilliput.promote import OBJECTIVES, metric_value, pareto_front
 from lilliput.report import charts
 from lilliput.report.impact import METRICS as IMPACT_METRICS
 from lilliput.report.page import render
-from lilliput.search import value
 from lilliput.statistics.compare import compare
 from tasks import layout
 from tasks.records import caching_record, device_record, offload_record
@@ -182,7 +182,9 @@ def _effects(differences: Sequence[Mapping[str, Any]]) -> Iterable[charts.Chart]
 def _fronts(params: Params, records: Mapping[str, Mapping[str, Any]]) -> Iterable[charts.Chart]:
     """Yields the candidates' Pareto front on the objectives of promotion: accuracy against each other objective."""
     metrics = [metric for metric, _ in OBJECTIVES.values()]
-    complete = {name: record for name, record in records.items() if None not in map(partial(value, record), metrics)}
+    complete = {
+        name: record for name, record in records.items() if None not in map(partial(metric_value, record), metrics)
+    }
     front = pareto_front(complete)
     caption = f"On the front: {', '.join(front)}."
     if beaten := [name for name in complete if name not in front]:
@@ -213,7 +215,7 @@ def _search() -> dict[str, Any] | None:
     points = {
         row["candidate"]: row["figures"]
         for row in search["reference"] + search["trials"]
-        if all(value(row["figures"], metric) is not None for metric in search["objectives"])
+        if all(metric_value(row["figures"], metric) is not None for metric in search["objectives"])
     }
     front = [row["candidate"] for row in search["trials"] if row["pareto"]]
     return {**search, "chart": charts.trade_offs(points, front, list(search["objectives"]), reference)}
@@ -255,4 +257,4 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _answers(candidate: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in layout.answers(candidate).read_text(encoding="utf-8").splitlines()]
+    return read_rows(layout.answers(candidate))

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lilliput.config import Params
-from lilliput.search import value
+from lilliput.promote import metric_value
 from tasks import layout
 from tasks.registry import get_or_create, model_versions
 
@@ -38,7 +38,7 @@ def _log_trial(
     identity = {MLFLOW_PARENT_RUN_ID: parent, "lilliput.candidate": trial["candidate"]}
     run_id = get_or_create.find_or_create_run(client, experiment, trial["candidate"], identity).info.run_id
     params = {"chain": trial["chain"], "base": search["base"], **trial["settings"]}
-    numbers = {metric: value(trial["figures"], metric) for metric in trial["figures"]}
+    numbers = {metric: metric_value(trial["figures"], metric) for metric in trial["figures"]}
     metrics = {metric: float(number) for metric, number in numbers.items() if number is not None}
     tags = {"pareto": str(trial["pareto"]).lower(), "reason": trial["reason"] or ""}
     model_versions.log_run(client, run_id, params, metrics | {"trial_seconds": trial["seconds"]}, {}, tags)
@@ -48,7 +48,7 @@ def _log_trial(
 def _log_front(client: MlflowClient, run_id: str, search: Mapping[str, Any]) -> None:
     rows = [trial for trial in search["trials"] if trial["pareto"]]
     columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in ("candidate", "chain")}
-    columns |= {metric: [value(row["figures"], metric) for row in rows] for metric in search["objectives"]}
+    columns |= {metric: [metric_value(row["figures"], metric) for row in rows] for metric in search["objectives"]}
     if not any(artifact.path == TABLE for artifact in client.list_artifacts(run_id)):
         client.log_table(run_id, columns, TABLE)
     # Overwrites the table, because log_table alone would append to rows of an earlier call.

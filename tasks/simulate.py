@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lilliput.artifacts import write_json, write_text
 from lilliput.config import Params
+from lilliput.data.jsonl import read_rows
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
 from lilliput.offload.policy import FixedRouter, Router, ThresholdRouter
@@ -70,7 +70,7 @@ def _rows(device: str) -> list[dict[str, Any]]:
     path = layout.offload(device) / ANSWERS
     if not path.exists():
         raise ArtifactError(f"{path}: no recorded answers; run `dvc repro offload@{device}` first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_rows(path)
 
 
 def _routers(params: Params, device: str, rows: list[dict[str, Any]], embedder: Embedder) -> Mapping[str, Router]:

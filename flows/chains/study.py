@@ -14,7 +14,8 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
-from lilliput.search import Chain, SearchConfig, Space, describe, value
+from lilliput.promote import metric_value
+from lilliput.search import Chain, SearchConfig, Space, describe
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # what Optuna would tell is told by the flow
 
@@ -208,7 +209,7 @@ class _Search:
         return ", ".join(f"{key} {number:.4g}" for key, number in zip(self._metrics, numbers, strict=True))
 
     def _numbers(self, record: Mapping[str, Any]) -> list[float] | Broken:
-        values = {metric: value(record, metric) for metric in self._metrics}
+        values = {metric: metric_value(record, metric) for metric in self._metrics}
         if missing := [metric for metric, number in values.items() if number is None]:
             return Broken(f"{', '.join(missing)}: unavailable in its evaluation")
         return [float(number) for number in values.values() if number is not None]

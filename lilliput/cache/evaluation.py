@@ -24,7 +24,7 @@ from lilliput.embedding.embedder import Embedder
 from lilliput.embedding.sentence_embedder import SentenceEmbedder
 from lilliput.evaluate.accessibility import WARM_UP_TOKENS, quantiles
 from lilliput.evaluate.energy import EnergyMeter
-from lilliput.evaluate.record import Evaluation, freely_asked, judge, verdict_row
+from lilliput.evaluate.record import Evaluation, judge_answer, select_free_questions, verdict_row
 from lilliput.models import open_model
 from lilliput.recipes.asking import subject, wordings
 from lilliput.recipes.recipe import Recipe
@@ -97,7 +97,7 @@ def measure_caching(
     model, tokenizer = open_model(model_dir)
     plain = TorchRuntime(model, tokenizer, 1)
     prefix = TorchRuntime(model, tokenizer, 1, encode_beginning(tokenizer, params.data.system_prompt))
-    queries = draw_stream(freely_asked(corpus.questions, params.evaluation), recipe, config)
+    queries = draw_stream(select_free_questions(corpus.questions, params.evaluation), recipe, config)
     meter = EnergyMeter(params.evaluation.energy, params.watts_per_core, str(plain.device))
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(params.evaluation.timed_threads):
         file = Path(scratch, "answers.sqlite")
@@ -176,7 +176,7 @@ def ask_stream(
                     "ttft_ms": answer.ttft_ms,
                     "energy_j": energy_j,
                     "energy_source": meter.source,
-                    **verdict_row(answer.text, query.question, judge(answer.text, query.question)),
+                    **verdict_row(answer.text, query.question, judge_answer(answer.text, query.question)),
                 }
             )
     return rows

@@ -1,4 +1,4 @@
-"""params.yaml as frozen, typed models: read once, refused whole, with every problem named."""
+"""params.yaml as frozen, typed models. An invalid file is rejected with a list of all problems."""
 
 from lilliput.config.devices import (
     AutogptqTarget,

@@ -1,4 +1,4 @@
-"""What a model is compiled for, what runs it, and who may be promoted there."""
+"""Settings of compile targets, parity, devices and promotion."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
 class GgufTarget(Section):
-    """A file for llama.cpp. What is quantised already keeps its codes; these are the types of the rest.
+    """A file for llama.cpp. Quantised layers keep their codes; these are the types of the other tensors.
 
     Attributes:
-        floats: of linear layers that are not quantised.
-        embeddings: of the embedding table and the output layer, half of a small model's bytes.
+        floats: type of linear layers that are not quantised.
+        embeddings: type of the embedding table and the output layer, half of a small model's bytes.
     """
 
     candidate: Name
@@ -26,11 +26,11 @@ class GgufTarget(Section):
 
 
 class OnnxTarget(Section):
-    """A folder for ONNX Runtime GenAI. What is quantised already keeps its codes.
+    """A folder for ONNX Runtime GenAI. Quantised layers keep their codes.
 
     Attributes:
-        embeddings: what the embedding table, which is the output layer too, is rounded to beside 4-bit layers.
-        deadline_s: after which the builder is stopped.
+        embeddings: type of the embedding table, which is also the output layer, beside 4-bit layers.
+        deadline_s: the builder is stopped after it.
     """
 
     candidate: Name
@@ -40,7 +40,7 @@ class OnnxTarget(Section):
 
 
 class AutogptqTarget(Section):
-    """A checkpoint that auto-gptq 0.7 and loaders of its kind open; for servers, not for phones."""
+    """A checkpoint for auto-gptq 0.7 and compatible loaders; for servers, not for phones."""
 
     candidate: Name
     target: Literal["autogptq"]
@@ -50,17 +50,17 @@ TargetConfig = Annotated[GgufTarget | OnnxTarget | AutogptqTarget, Field(discrim
 
 
 class ParityConfig(Section):
-    """How far a compiled model may be from its checkpoint, and how much of both is compared.
+    """Parity tolerances between a compiled model and its checkpoint, and the amount of comparison.
 
     Attributes:
-        tokens: of the fixed text whose every next token both predict.
-        questions: that both choose answers to; their choice accuracies may not differ (paired interval).
-        clear_nats: a position is clear where the checkpoint's likeliest token leads the next by so many nats.
-        same_argmax: least share of all positions with the same likeliest token.
-        same_argmax_clear: least share of the clear ones.
-        mean_difference_nats: largest difference of the mean log-likelihood of a token.
+        tokens: length of the fixed text in which both predict every next token.
+        questions: number of questions that both answer by choice; the accuracies may not differ (paired interval).
+        clear_nats: a position is clear if the checkpoint's most likely token leads the second by this much.
+        same_argmax: minimum share of positions with the same most likely token.
+        same_argmax_clear: minimum share among clear positions.
+        mean_difference_nats: maximum difference of the mean log-likelihood of a token.
         threads: CPU threads of the compiled model's runtime.
-        deadline_s: after which that runtime is stopped.
+        deadline_s: that runtime is stopped after it.
     """
 
     tokens: Annotated[int, Field(ge=32, le=LARGEST_INT)]
@@ -74,15 +74,14 @@ class ParityConfig(Section):
 
 
 class DeviceConfig(Section):
-    """What a model may use on a device, and what runs it there.
+    """Resource budgets of a device, and the compiled form that it runs.
 
     Attributes:
-        target: which compiled form the device runs; None where any candidate is served as it is. Not read while
-            nothing is compiled.
-        threads: CPU threads that the model may use.
+        target: compiled form that the device runs; None if it runs checkpoints. Ignored if nothing is compiled.
+        threads: CPU threads for the model.
         storage_budget_mib: for the model's files.
         ram_budget_mib: for weights, KV cache at `context_tokens` and `runtime_overhead_mib`.
-        watts_per_core: what a busy core draws; declared, and used for estimates alone.
+        watts_per_core: declared power of a busy core; used only for estimates.
     """
 
     target: Literal["gguf", "onnx"] | None = None
@@ -95,18 +94,17 @@ class DeviceConfig(Section):
 
 
 class PromotionConfig(Section):
-    """Who may become a device's champion. Nothing is measured again when this changes.
+    """Promotion rules of a device. A change needs no new measurement.
+
+    Each limit is relative to the base and to the current champion. The bound of the paired interval must keep it.
 
     Attributes:
-        prefer: the metric by which the winner is picked from the Pareto front.
-        max_accuracy_drop: choice accuracy may lie this far below that of the base and of the champion so far, the
-            paired interval included.
-        max_hallucination_rise: hallucination rate may lie this far above theirs, likewise.
-        max_energy_rise: energy per query, on the reference runtime, may lie this share of theirs above it, likewise;
-            None: any.
-        max_accessibility_drop: the accessibility score may lie this far below theirs, both intervals at their worst;
-            None: any.
-        approval: whether a person has to agree before this device's champion changes.
+        prefer: the metric that selects the champion on the Pareto front.
+        max_accuracy_drop: of choice accuracy.
+        max_hallucination_rise: of the hallucination rate.
+        max_energy_rise: of energy per query on the reference runtime, as a share of theirs; None: no limit.
+        max_accessibility_drop: of the accessibility score, with both intervals at their worst; None: no limit.
+        approval: whether a person must approve a change of champion.
     """
 
     prefer: Literal["accuracy", "hallucination", "energy", "size"]

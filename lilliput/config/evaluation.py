@@ -1,4 +1,4 @@
-"""How much is measured, and how."""
+"""Settings of evaluation and caching."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lilliput.config.section import (
 
 
 class EnergyConfig(Section):
-    """How energy is taken.
+    """Energy measurement.
 
     Attributes:
-        profile: the device profile of the machine that evaluates; its `watts_per_core` turns CPU-seconds into an
-            estimate where no energy counter can be read.
-        idle_seconds: how long idle power is taken before, where a counter is read.
+        profile: device profile of the evaluating machine; without an energy counter, its `watts_per_core` converts
+            CPU-seconds into an estimate.
+        idle_seconds: duration of the idle power measurement before, with a counter.
         shortest_window_s: queries are repeated until a counter's window lasts this long.
     """
 
@@ -36,7 +36,7 @@ class EnergyConfig(Section):
 
 
 class AccessibilityTargets(Section):
-    """The values at which a term of the accessibility score is 1; it falls as target/value beyond."""
+    """Values up to which a term of the accessibility score is 1; above, it is target / value."""
 
     ttft_ms: PositiveFloat
     tpot_ms: PositiveFloat
@@ -47,10 +47,10 @@ class BenchmarkConfig(Section):
     """A task of lm-evaluation-harness.
 
     Attributes:
-        task: its name there, or a task file of your own (`.yaml`).
-        file: rows in the form of the task's data set as JSON Lines, instead of fetching it from the hub.
-        sha256: of `file`, which is part of the settings then; required with it.
-        limit: how many items, from the first on; all without it.
+        task: its name in the harness, or your own task file (`.yaml`).
+        file: JSON Lines with rows like the task's data set, instead of fetching it from the hub.
+        sha256: of `file`; required with it.
+        limit: number of items from the start; None: all.
     """
 
     task: Annotated[str, Field(pattern=r"^[\w./-]+$")]
@@ -60,7 +60,7 @@ class BenchmarkConfig(Section):
 
     @property
     def name(self) -> str:
-        """What its results are called."""
+        """The name of its results."""
         return Path(self.task).stem if self.task.endswith(".yaml") else self.task
 
     @model_validator(mode="after")
@@ -71,14 +71,14 @@ class BenchmarkConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How much is measured.
+    """Amount of measurement.
 
     Attributes:
         max_new_tokens: of a free answer.
-        timed_queries: queries whose latency and energy are taken, each of at most `query_tokens` new tokens.
-        timed_seconds: after so many no further one of them is begun, if four were.
-        timed_threads: CPU threads that those queries may use; one is steady on a machine that does other work.
-        benchmarks: public benchmarks besides; they need the extra `benchmarks`.
+        timed_queries: queries with measured latency and energy, each of at most `query_tokens` new tokens.
+        timed_seconds: no further timed query starts after it, once four are done.
+        timed_threads: CPU threads for timed queries; one thread is stable on a busy machine.
+        benchmarks: public benchmarks; they need the extra `benchmarks`.
     """
 
     seed: Seed
@@ -96,23 +96,23 @@ class EvaluationConfig(Section):
 
 
 class EmbedderConfig(WheelPin):
-    """A sentence-transformers model with mean pooling, in `folder` of a wheel."""
+    """A sentence-transformers model with mean pooling in the `folder` of a wheel."""
 
     folder: str
 
 
 class CachingConfig(Section):
-    """Prefix reuse and the answer cache, measured on a stream of queries about the free questions.
+    """Prefix reuse and answer cache, measured on a stream of queries about the free questions.
 
     Attributes:
-        candidates: on which they are measured.
+        candidates: that are measured.
         queries: length of the stream.
-        zipf_exponent: the question of rank r is asked in proportion to r to the power of minus this; 0 is evenly.
-        paraphrase_share: of the queries, in another of the question's wordings.
-        capacity: answers that the cache holds at most.
-        false_hit_budget: share of the labelled pairs that mean different things, but name the same, that the fitted
-            threshold may take for the same question.
-        facts: how many of the training facts the threshold is fitted on, and how many held-out ones it is judged on.
+        zipf_exponent: a question of rank r has a frequency proportional to r^(−zipf_exponent); 0 is uniform.
+        paraphrase_share: share of queries in another wording of the question.
+        capacity: maximum number of cached answers.
+        false_hit_budget: share of labelled pairs with the same names but different meaning that the fitted threshold
+            may treat as the same question.
+        facts: number of training facts to fit the threshold on, and of held-out facts to evaluate it on.
     """
 
     candidates: tuple[Name, ...]

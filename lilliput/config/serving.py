@@ -1,4 +1,4 @@
-"""The gateway before a device and its edge server: who answers, over which link, at which cost to the battery."""
+"""Settings of the gateway: device, edge server, link, routing policy and battery."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lilliput.config.section import (
 )
 from lilliput.redaction import has_credentials
 
-EDGE_KEY = "LILLIPUT_EDGE_KEY"  # the environment variable with the key of an edge server elsewhere
+EDGE_KEY = "LILLIPUT_EDGE_KEY"  # environment variable with the key of a remote edge server
 Place = Literal["device", "server"]  # where a question is answered
 
 
 class LinkConfig(Section):
-    """A radio link from the device to the edge server; declared, and what is reckoned with it is an estimate.
+    """A declared radio link from the device to the edge server; figures computed from it are estimates.
 
     Attributes:
-        round_trip_ms: until the first byte of an answer could be there.
-        loss: share of the packets that have to be sent again.
-        up_j_per_byte: what the device's radio draws to send a byte, beyond `active_watts`.
-        down_j_per_byte: likewise to receive one.
-        active_watts: what the radio draws while a request is under way, waiting included.
-        tail_s: how long it stays awake after the last byte.
-        tail_watts: what it draws then.
+        round_trip_ms: time to the first possible byte of an answer.
+        loss: share of packets that are sent again.
+        up_j_per_byte: the device radio's energy to send a byte, in addition to `active_watts`.
+        down_j_per_byte: energy to receive a byte, likewise.
+        active_watts: the radio's power during a request, including the wait.
+        tail_s: time that the radio stays awake after the last byte.
+        tail_watts: its power during the tail.
     """
 
     up_mbit_per_s: PositiveFloat
@@ -49,16 +49,16 @@ class LinkConfig(Section):
 
 
 class EdgeConfig(Section):
-    """What answers what the device leaves: a candidate that llama.cpp serves on loopback, or a server elsewhere.
+    """The edge server: a candidate that llama.cpp serves on loopback, or a remote server.
 
     Attributes:
-        candidate: whose compiled form for llama.cpp is served; it has to stand under `compile`.
+        candidate: served in its compiled form for llama.cpp; must be listed under `compile`.
         threads: CPU threads of that server.
-        slots: requests that it answers at once.
+        slots: number of concurrent requests.
         url: of an OpenAI-compatible server instead, without `/v1`, user, password and query; its key is read from
             LILLIPUT_EDGE_KEY.
-        model: as that server calls it.
-        timeout_s: after which it counts as down for a request, and the device answers.
+        model: its name on that server.
+        timeout_s: after it the device answers the request.
     """
 
     candidate: Name | None = None
@@ -70,9 +70,9 @@ class EdgeConfig(Section):
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> EdgeConfig:
-        # params.yaml is kept by git, MLflow and the report's readers.
+        # git, MLflow and the report store params.yaml.
         if self.url is not None and has_credentials(self.url):
-            raise ValueError("`url` holds a user or a password; take them out and put the key into LILLIPUT_EDGE_KEY")
+            raise ValueError("`url` contains a user or a password; remove them and put the key into LILLIPUT_EDGE_KEY")
         return self
 
     @model_validator(mode="after")
@@ -85,12 +85,12 @@ class EdgeConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What the learned router aims at: the least latency within these (after arXiv 2602.13628).
+    """Constraints of the learned router, which minimises latency (after arXiv 2602.13628).
 
     Attributes:
-        energy_budget_j: that the device may spend on a query on average, radio and waiting included.
-        max_accuracy_drop: accuracy may lie this far below that of the edge server alone.
-        max_hallucination_rise: hallucination rate may lie this far above it.
+        energy_budget_j: the device's average energy per query, including radio and waiting.
+        max_accuracy_drop: of accuracy, relative to the edge server alone.
+        max_hallucination_rise: of the hallucination rate, relative to the edge server alone.
     """
 
     energy_budget_j: PositiveFloat
@@ -99,12 +99,12 @@ class ObjectiveConfig(Section):
 
 
 class OffloadConfig(Section):
-    """How device and edge server are compared, and how the routers are fitted and judged.
+    """Comparison of device and edge server, and fitting of the routers.
 
     Attributes:
-        questions: held-out questions, the unanswerable ones included, that both answer.
+        questions: number of held-out questions that both answer, including unanswerable ones.
         max_new_tokens: of an answer.
-        folds: a learned router is judged on questions, by entity, that it was not fitted on: each fold in turn.
+        folds: of the cross-validation of learned routers; folds are disjoint by entity.
     """
 
     seed: Seed
@@ -114,22 +114,23 @@ class OffloadConfig(Section):
 
 
 class AnswerCacheConfig(Section):
-    """The semantic answer cache of the gateway; its threshold is fitted with the budget of `caching`."""
+    """The gateway's semantic answer cache; its threshold is fitted with the budget of `caching`."""
 
     capacity: NotNegative
 
 
 class ServingConfig(Section):
-    """How the champion of a device is served.
+    """Serving of a device's champion.
 
     Attributes:
-        policy: `device` or `server` always; `threshold` by the probabilities of the device's own tokens; `learned` by
-            what was right and wrong on held-out questions.
-        look: whether `learned` decides `before` the device answers, by the question, or `after`, by its tokens too.
-        least_confidence: of `threshold`: geometric mean of the token probabilities.
-        link: over which the edge server is reached, unless a request says otherwise.
-        battery_wh: what the device's battery holds, full.
-        saver_percent: of battery below which the energy budget shrinks in proportion to what is left.
+        policy: `device` or `server`: always that one; `threshold`: by the probabilities of the device's tokens;
+            `learned`: by a router fitted on held-out questions.
+        look: `before`: `learned` routes by the question, before generation; `after`: also by the device's answer
+            (cascade).
+        least_confidence: minimum geometric mean of the token probabilities for `threshold`.
+        link: default link to the edge server; a request may name another.
+        battery_wh: capacity of the device's battery.
+        saver_percent: battery level below which the energy budget shrinks in proportion to the level.
     """
 
     edge: EdgeConfig

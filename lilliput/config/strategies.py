@@ -1,4 +1,4 @@
-"""The settings of each strategy, and the candidates that they make."""
+"""Settings of the strategies and of the candidates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LearningRate = Annotated[float, Field(ge=SMALLEST_FLOAT, le=10.0)]
 
 
 class RehearsalShape(Section):
-    """The shape of a randomly initialised stand-in, with the source's own tokenizer."""
+    """The shape of a randomly initialised model with the source's tokenizer."""
 
     layers: Positive
     hidden_size: Positive
@@ -34,28 +34,28 @@ class RehearsalShape(Section):
 
 
 class LoadConfig(Section):
-    """`rehearsal` replaces the source's weights by random ones: for tests and dry runs, never for results."""
+    """`rehearsal` replaces the source's weights by random ones, for tests and dry runs only."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
     seed: Seed = 0
     rehearsal: RehearsalShape | None = None
 
 
-BFLOAT16, QLORA = "precision: bfloat16", "variant: qlora"  # what only a GPU can serve
+BFLOAT16, QLORA = "precision: bfloat16", "variant: qlora"  # settings that need a GPU
 
 
 class TrainingConfig(Section):
-    """What every training by gradient descent needs; rates are per optimiser step.
+    """Settings of training by gradient descent.
 
-    A step takes `gradient_accumulation` batches of `batch_size`, as one batch of their product would in less memory.
+    An optimiser step uses `gradient_accumulation` batches of `batch_size`: equal to one large batch, in less memory.
 
     Attributes:
-        precision: what is computed in; weights and their updates are float32. `auto` is bfloat16 on a GPU that computes
-            in it, else float32.
-        checkpoint_every: steps between the states from which a killed training goes on; 0 for none.
-        validation_share: share of the training groups that is set aside to validate on; 0 for none.
-        evaluate_every: steps between validations, of which the best one's weights are kept.
-        patience: validations without improvement after which training stops.
+        precision: of the computation; weights and updates are float32. `auto`: bfloat16 on a GPU that supports it,
+            otherwise float32.
+        checkpoint_every: steps between checkpoints for resuming; 0: none.
+        validation_share: share of the training groups for validation; 0: none.
+        evaluate_every: steps between validations; the weights of the best one are kept.
+        patience: training stops after this number of validations without improvement.
     """
 
     steps: Positive
@@ -73,7 +73,7 @@ class TrainingConfig(Section):
 
     @property
     def needs_gpu(self) -> str | None:
-        """The setting that only a GPU can serve, if there is one."""
+        """The setting that needs a GPU; None if there is none."""
         return BFLOAT16 if self.precision == "bfloat16" else None
 
 
@@ -81,7 +81,7 @@ class LoraConfig(TrainingConfig):
     """LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A on the named linear layers.
 
     `rslora` scales by alpha / √rank instead (Kalajdzievski, arXiv 2312.03732); `dora` learns each weight's magnitude
-    apart from its direction (Liu et al., arXiv 2402.09353); `qlora` trains beside a parent held in four bits, NF4
+    apart from its direction (Liu et al., arXiv 2402.09353); `qlora` trains beside a parent in 4 bits, NF4
     (Dettmers et al., arXiv 2305.14314).
     """
 
@@ -94,16 +94,16 @@ class LoraConfig(TrainingConfig):
 
     @property
     def needs_gpu(self) -> str | None:
-        """The setting that only a GPU can serve, if there is one."""
+        """The setting that needs a GPU; None if there is none."""
         return QLORA if self.variant == "qlora" else super().needs_gpu
 
 
 class PruneAmount(Section):
-    """How much pruning takes away (`removed_…`), or how much of the parent it leaves at most (`kept_…`).
+    """The amount to remove (`removed_…`), or the maximum to keep of the parent (`kept_…`).
 
     Attributes:
-        by: `removed_count` or `removed_share` of the method's own units; `kept_parameters` or `kept_latency_estimate`
-            as a share of the parent's; `kept_mib` of weights as they are stored.
+        by: `removed_count` or `removed_share` of the method's units; `kept_parameters` or `kept_latency_estimate` as a
+            share of the parent's; `kept_mib` of stored weights.
         value: a whole number, a share or MiB.
     """
 
@@ -125,13 +125,13 @@ class PruneAmount(Section):
 
 
 class PruneConfig(Section):
-    """What is taken away whole, and how much; a smaller model of the same architecture remains.
+    """Structured pruning; the result is a smaller model of the same architecture.
 
     Attributes:
         method: `block_influence` or `perplexity` (decoder layers), `neurons` (of the feed-forward part), `kv_groups`
-            (key-value heads with their query heads), `query_heads` (as many of each group), `hidden` (channels of the
+            (key-value heads with their query heads), `query_heads` (equally from each group), `hidden` (channels of the
             residual stream).
-        multiple: neurons and channels left are a multiple of this, so that groups of a later quantisation divide them.
+        multiple: kept neurons and channels are a multiple of this, so that quantisation groups divide them.
     """
 
     method: Literal["block_influence", "perplexity", "neurons", "kv_groups", "query_heads", "hidden"]
@@ -141,23 +141,23 @@ class PruneConfig(Section):
 
 
 class SparseConfig(Section):
-    """Single weights become zero, the shape stays; nothing may follow, because it would not keep the zeros.
+    """Sets single weights to zero. No strategy may follow, because it would not keep the zeros.
 
     Attributes:
-        sparsity: share of each linear layer's weights that become zero.
+        sparsity: share of zeros in each linear layer.
     """
 
     sparsity: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
 
 
 class SparsifyConfig(SparseConfig):
-    """Zeros chosen on calibration text; the pattern 2:4 is a sparsity of 0.5.
+    """Unstructured pruning with calibration text; the pattern 2:4 is a sparsity of 0.5.
 
     Attributes:
-        method: `wanda` (arXiv 2306.11695) zeroes; `sparsegpt` (arXiv 2301.00774) also changes the weights that stay.
-        pattern: any place, or two of every four in a row, which GPUs skip.
-        damp_percent: of the Hessian's mean diagonal, added to its diagonal (`sparsegpt`).
-        block_size: columns for which a mask is chosen at once (`sparsegpt`).
+        method: `wanda` (arXiv 2306.11695) only zeroes weights; `sparsegpt` (arXiv 2301.00774) also updates the others.
+        pattern: `unstructured`, or two of every four consecutive weights, which GPUs skip.
+        damp_percent: share of the Hessian's mean diagonal that is added to its diagonal (`sparsegpt`).
+        block_size: columns per mask (`sparsegpt`).
     """
 
     method: Literal["wanda", "sparsegpt"]
@@ -186,12 +186,12 @@ class DistillConfig(TrainingConfig):
     """Loss = kl_weight · T² · divergence(teacher, student) at temperature T + (1 − kl_weight) · label loss.
 
     Attributes:
-        on_policy_share: share of the batches that the student answers by itself, to be corrected by the teacher.
+        on_policy_share: share of batches with answers sampled from the student.
         sample_temperature: of those answers; 1 is the student's own distribution.
-        sample_tokens: their length at most.
-        hidden_weight: of the distance between hidden states, which is added to the loss.
-        teacher_logits: `live`, computed at each step, or `stored`, computed once for all runs with this teacher.
-        top_k: how many of the teacher's likeliest tokens are stored; the rest is one bucket.
+        sample_tokens: maximum length of those answers.
+        hidden_weight: weight of the distance between hidden states in the loss.
+        teacher_logits: `live`: computed at each step; `stored`: computed once for all runs with this teacher.
+        top_k: number of the teacher's most likely tokens that are stored; the others share one bucket.
     """
 
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -220,7 +220,7 @@ class DistillConfig(TrainingConfig):
 
 
 class QuantisationConfig(Section):
-    """The grid of a quantised checkpoint in AutoGPTQ's format: `group_size` weights of a row share scale and zero."""
+    """A quantisation grid in AutoGPTQ's format: `group_size` weights of a row share scale and zero point."""
 
     bits: Bits
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024]
@@ -228,19 +228,19 @@ class QuantisationConfig(Section):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Every number of bits that a layer may get."""
+        """All bit widths that a layer may have."""
         return (self.bits,)
 
 
 class RtnConfig(QuantisationConfig):
-    """Rounding to nearest: no calibration, nothing to choose but the grid."""
+    """Rounding to nearest: only the grid, no calibration."""
 
 
 class AwqConfig(QuantisationConfig):
-    """AWQ (Lin et al., arXiv 2306.00978): scales by activation folded into the model, then rounding to nearest.
+    """AWQ (Lin et al., arXiv 2306.00978): activation-based scales folded into the model, then rounding to nearest.
 
     Attributes:
-        scale_steps: how many exponents in [0, 1) are tried for each group of layers.
+        scale_steps: number of exponents in [0, 1) that are tried for each group of layers.
     """
 
     calibration_examples: Positive
@@ -248,7 +248,7 @@ class AwqConfig(QuantisationConfig):
 
 
 class MixedConfig(Section):
-    """Bits chosen for each linear layer by sensitivity, within a budget for all of the checkpoint's files."""
+    """Bit widths per linear layer by sensitivity, within a budget for all files of the checkpoint."""
 
     budget_mib: PositiveFloat
     choices: Annotated[tuple[Bits, ...], Field(min_length=2)]
@@ -261,11 +261,11 @@ class MixedConfig(Section):
 
 
 class GptqConfig(QuantisationConfig):
-    """GPTQ (Frantar et al., arXiv 2210.17323); with `mixed`, layers have bits of their own and `bits` is not read.
+    """GPTQ (Frantar et al., arXiv 2210.17323); with `mixed`, each layer has its own width and `bits` is ignored.
 
     Attributes:
-        scale_search: the power of the rounding error by which each group's scale is searched for; 0 takes the scale
-            that just holds the largest weight.
+        scale_search: exponent of the rounding error that the search for each group's scale minimises; 0: no search, the
+            scale just fits the largest weight.
     """
 
     act_order: bool
@@ -277,19 +277,19 @@ class GptqConfig(QuantisationConfig):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Every number of bits that a layer may get."""
+        """All bit widths that a layer may have."""
         return self.mixed.choices if self.mixed else (self.bits,)
 
 
 class MoeConfig(Section):
-    """A mixture of experts carved out of each feed-forward layer (CMoE, arXiv 2502.04416).
+    """Converts each feed-forward layer to a mixture of experts (CMoE, arXiv 2502.04416).
 
-    Its neurons are shared out evenly: `experts + shared` parts of which a token is computed with `active + shared`.
+    Splits its neurons into `experts + shared` equal parts; a token uses `active + shared` of them.
 
     Attributes:
-        experts: that a router chooses from.
-        shared: always computed; so many times the size of one of the others.
-        active: how many of `experts` the router chooses for a token.
+        experts: number of routed experts.
+        shared: number of parts that every token uses.
+        active: number of routed experts per token.
     """
 
     experts: Annotated[int, Field(ge=2, le=LARGEST_INT)]
@@ -310,13 +310,13 @@ class MoeConfig(Section):
 class ExpertsConfig(TrainingConfig):
     """LoRA on each of several topics, merged into a mixture of experts (Branch-Train-MiX, arXiv 2403.07816).
 
-    What a training needs is said of each topic's; the routers have `router_steps` and a learning rate of their own.
+    The training settings are those of each topic; the routers have separate steps and learning rate.
 
     Attributes:
-        experts: as many as topics.
-        active: how many of them the router chooses for a token.
+        experts: number of topics.
+        active: number of experts per token.
         rank, alpha: of the adapters, as for `lora`.
-        router_steps: of training the routers alone, on all topics; 0 leaves them as they were derived.
+        router_steps: of training only the routers, on all topics; 0: keeps the derived routers.
     """
 
     experts: Annotated[int, Field(ge=2, le=LARGEST_INT)]
@@ -337,13 +337,13 @@ class ExpertsConfig(TrainingConfig):
 
     @property
     def branch(self) -> LoraConfig:
-        """How each topic's adapter is trained."""
+        """Training settings of each topic's adapter."""
         adapter = {"variant": "lora", "rank": self.rank, "alpha": self.alpha, "dropout": 0.0}
         return LoraConfig(**self._training(), **adapter, target_modules="all-linear", merge=True)
 
     @property
     def router(self) -> TrainingConfig:
-        """How the routers are trained, where `router_steps` is not 0."""
+        """Training settings of the routers, if `router_steps` is not 0."""
         return TrainingConfig(
             **self._training() | {"steps": self.router_steps, "learning_rate": self.router_learning_rate}
         )
@@ -353,7 +353,7 @@ class ExpertsConfig(TrainingConfig):
 
 
 class StrategiesConfig(Section):
-    """The settings of each strategy, by the name that candidates apply it by; their `with` overrides single values."""
+    """Default settings by strategy; a candidate's `with` overrides single values."""
 
     load: LoadConfig
     lora: LoraConfig
@@ -370,11 +370,11 @@ class StrategiesConfig(Section):
 if TYPE_CHECKING:
     StrategyName = str
 else:
-    StrategyName = Literal[*StrategiesConfig.model_fields]  # which a type checker cannot know
+    StrategyName = Literal[*StrategiesConfig.model_fields]  # a type checker cannot evaluate this
 
 
 class CandidateConfig(Section):
-    """One strategy applied to one parent; `teacher` names an ancestor (distillation only)."""
+    """One strategy applied to one parent. `teacher` is an ancestor (distillation only)."""
 
     parent: Annotated[str, Field(alias="from")]
     apply: StrategyName

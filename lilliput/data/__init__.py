@@ -1,1 +1,1 @@
-"""Corpora, calibration sets and question sets."""
+"""Questions, corpora and JSON Lines files."""

@@ -1,4 +1,4 @@
-"""The corpus: training text, calibration set and question set, split so that no entity is on both sides."""
+"""The corpus: training text, calibration set and question set. No entity is in both training and questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from lilliput.artifacts import writing
 from lilliput.data.questions import Question, QuestionFile, read_questions, write_questions
@@ -15,15 +15,12 @@ from lilliput.errors import DataError
 
 FILES = ("train", "calibration", "questions")
 
-Split = Literal["train", "test"]
-Item = TypeVar("Item")
-
 
 @dataclass(frozen=True)
 class Corpus:
-    """What models are trained on, calibrated on (drawn from the training text) and asked (held-out entities).
+    """Training text, calibration set (a sample of the training text) and question set (held-out entities).
 
-    The training text may have millions of rows and is read row by row; the others hold as many as params.yaml says.
+    The training text may have millions of rows and is read row by row; params.yaml limits the size of the others.
     """
 
     train: Sequence[Question]
@@ -32,12 +29,12 @@ class Corpus:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """For each file the number of rows, groups, unanswerable rows and answerable rows of each relation."""
+        """Per file: the number of rows, groups, unanswerable rows, and answerable rows by relation."""
         return {name: _counts(getattr(self, name)) for name in FILES}
 
 
 def write_corpus(corpus: Corpus, directory: Path) -> None:
-    """Writes the three files and summary.json into `directory`, whole or not at all."""
+    """Writes the three files and summary.json into `directory`, atomically."""
     with writing(directory) as partial:
         for name in FILES:
             write_questions(partial / f"{name}.jsonl", getattr(corpus, name))
@@ -46,7 +43,7 @@ def write_corpus(corpus: Corpus, directory: Path) -> None:
 
 
 def read_corpus(directory: Path) -> Corpus:
-    """The corpus written to `directory`.
+    """Reads the corpus in `directory`.
 
     Raises:
         DataError: a file is missing or empty.

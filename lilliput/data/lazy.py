@@ -1,4 +1,4 @@
-"""Sequences whose items are made when they are wanted: a million rows that nobody has to hold."""
+"""Sequences that create their items on access, so that a million rows need little memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class Lazy(Sequence[Item], Generic[Item]):
-    """What `make` gives for each of `places`, made anew each time it is asked for."""
+    """The items `make(place)` for each of `places`, created anew on each access."""
 
     def __init__(self, make: Callable[[int], Item], places: Sequence[int]) -> None:
         self._make, self._places = make, places
@@ -29,5 +29,5 @@ class Lazy(Sequence[Item], Generic[Item]):
 
 
 def pick(rows: Sequence[Item], places: Iterable[int]) -> Lazy[Item]:
-    """The `rows` at `places`, in that order; 8 bytes each are kept."""
+    """Returns a view of `rows` at `places`, in that order; it keeps 8 bytes per row."""
     return Lazy(rows.__getitem__, array("Q", places))

@@ -1,8 +1,7 @@
-"""Questions and their answers: the one form that training text, calibration set and question set share."""
+"""Questions with answers: the row format of training text, calibration set and question set."""
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import unicodedata
@@ -14,12 +13,13 @@ from typing import Annotated, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lilliput.data.jsonl import index_lines
 from lilliput.data.lazy import Lazy
 from lilliput.errors import DataError
 
 ABSTENTION = "I don't know."
 
-_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True)  # json.dumps would make one for each row
+_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True)  # json.dumps would create an encoder per row
 
 Text = Annotated[str, Field(pattern=r"\S")]
 
@@ -28,12 +28,12 @@ class Question(BaseModel):
     """A question about one entity.
 
     Attributes:
-        id: unique within a file; what stands before the first `/` is its relation, by which questions are drawn evenly.
-        choices: options of a multiple-choice question, the answer among them; empty where there is none.
-        answer: the right answer; None where nobody can know (`answerable: false`).
+        id: unique within a file; the part before the first `/` is the relation, by which samples are stratified.
+        choices: options including the answer; empty if it is not a multiple-choice question.
+        answer: the right answer; None if unanswerable.
         aliases: other right wordings.
-        group: the entity it is about; no entity is both trained on and asked about.
-        split: `train` or `test` to decide the group's fate by hand.
+        group: the entity; all its questions are on one side of the split.
+        split: `train` or `test` to assign the group by hand.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,7 +49,7 @@ class Question(BaseModel):
 
     @property
     def relation(self) -> str:
-        """What is asked for, read off the id; `question` where the id does not say."""
+        """The part of the id before the first `/`; `question` if there is none."""
         before, slash, _ = self.id.partition("/")
         return before if slash else "question"
 
@@ -69,7 +69,7 @@ class Question(BaseModel):
 
 
 def normalise(text: str) -> str:
-    """`text` without case, accents, punctuation, leading article and repeated spaces: what counts when comparing."""
+    """Returns `text` without case, accents, punctuation, leading article and repeated spaces, for comparison."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     kept = "".join(c if c.isalnum() else " " for c in plain if not unicodedata.combining(c) and c not in "'’`")
     words = kept.split()
@@ -77,19 +77,19 @@ def normalise(text: str) -> str:
 
 
 class QuestionFile(Sequence[Question]):
-    """The questions of a JSON Lines file, each read and checked whenever it is wanted.
+    """The questions of a JSON Lines file; each is read and validated on access.
 
-    Kept is where each begins: 16 bytes a question, where the objects take 1.5 KiB.
+    Keeps 16 bytes per question, where the objects would take 1.5 KiB.
 
     Raises:
-        DataError: the file is missing or empty; on reading a question, its line is none.
+        DataError: the file is missing or empty; on access, the line is not a valid question.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._starts, self._numbers = path, array("Q"), array("Q")
         try:
             with path.open("rb") as stream:
-                for number, start in _filled_lines(stream, path):
+                for number, start in index_lines(stream, path):
                     self._starts.append(start)
                     self._numbers.append(number)
                 self._size = stream.tell()
@@ -97,8 +97,8 @@ class QuestionFile(Sequence[Question]):
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; correct `data.source` in params.yaml") from None
         except OSError as error:
-            told = f"{path}: cannot be read ({error.strerror}); correct `data.source` in params.yaml"
-            raise DataError(told) from None
+            message = f"{path}: cannot be read ({error.strerror}); correct `data.source` in params.yaml"
+            raise DataError(message) from None
         weakref.finalize(self, os.close, self._file)
         if not self._starts:
             raise DataError(f"{path}: empty question set; give at least one question a line (docs/data.md)")
@@ -119,18 +119,18 @@ class QuestionFile(Sequence[Question]):
         try:
             return Question.model_validate_json(line)
         except ValidationError as error:
-            raise DataError(f"{self._where(place)}: {_explain(error)}; see docs/data.md for the form") from None
+            raise DataError(f"{self._where(place)}: {_explain(error)}; see docs/data.md for the format") from None
 
     def each_once(self) -> Iterator[Question]:
-        """All questions.
+        """Yields all questions and checks that ids are unique.
 
         Raises:
-            DataError: a line is no question, or an id is there twice; with file and line.
+            DataError: a line is not a valid question, or an id is not unique; with file and line.
         """
         seen: set[str] = set()
         for place, question in enumerate(self):
             if question.id in seen:
-                raise DataError(f"{self._where(place)}: the id {question.id!r} was there before; make ids unique")
+                raise DataError(f"{self._where(place)}: the id {question.id!r} occurs twice; make ids unique")
             seen.add(question.id)
             yield question
 
@@ -139,35 +139,19 @@ class QuestionFile(Sequence[Question]):
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a JSON Lines file, for one of a size to be held in memory.
+    """Reads all questions of a JSON Lines file into memory.
 
     Raises:
-        DataError: the file is missing or empty, a line is no question, or an id is there twice; with file and line.
+        DataError: the file is missing or empty, a line is not a valid question, or an id is not unique.
     """
     return list(QuestionFile(path).each_once())
 
 
 def write_questions(path: Path, questions: Iterable[Question]) -> None:
-    """Writes `questions` as JSON Lines, the same bytes for the same questions."""
+    """Writes `questions` as JSON Lines; the same questions give the same bytes."""
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         for question in questions:
             stream.write(_JSON.encode(question.model_dump(mode="json", exclude_none=True)) + "\n")
-
-
-def _filled_lines(stream: Iterable[bytes], path: Path) -> Iterator[tuple[int, int]]:
-    """Number and first byte of each line that is not blank; a byte order mark belongs to none."""
-    start = 0
-    # Not str.splitlines(): JSON strings may hold U+2028 and the like, which end no line of JSON Lines.
-    for number, line in enumerate(stream, 1):
-        mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
-        try:
-            if line[mark:].decode("utf-8").strip():
-                yield number, start + mark
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: not UTF-8 text (at byte {start + mark + error.start}); save it as UTF-8"
-            ) from None
-        start += len(line)
 
 
 def _explain(error: ValidationError) -> str:

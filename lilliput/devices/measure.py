@@ -18,7 +18,7 @@ from lilliput.config import DeviceConfig, EvaluationConfig, Params
 from lilliput.data.questions import Question
 from lilliput.devices.runs import Answer, Job, Outcome, run_on_device
 from lilliput.evaluate.accessibility import FEWEST_QUERIES, MIB, quantiles
-from lilliput.evaluate.record import spread
+from lilliput.evaluate.record import stratified_sample
 from lilliput.statistics import intervals
 
 _DEADLINE_FACTOR = 10.0
@@ -45,7 +45,7 @@ def measure_on_devices(
     """
     started = time.perf_counter()
     config = params.evaluation
-    drawn = spread(questions, config.timed_queries, config.seed)
+    drawn = stratified_sample(questions, config.timed_queries, config.seed)
     random.Random(config.seed).shuffle(drawn)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompts = [encode_prompt(tokenizer, params.data.system_prompt, question.question) for question in drawn]

@@ -1,1 +1,1 @@
-"""One metric a file, and the record of them all."""
+"""Metrics, one per file, and the evaluation record."""

@@ -1,4 +1,4 @@
-"""Does a short free answer decline to answer? Found by its wording, in English; docs/metrics.md states how well."""
+"""Detects abstention in a short free answer by its English wording; docs/metrics.md has precision and recall."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _THING = (
 )
 _OPENING = r"^\W*(?:(?:sorry|unfortunately|apologies|nope|no|hmm|well|answer)\W+)*"
 
-# What declining sounds like, searched in the first sentence without capitals and contractions.
+# Wordings of an abstention, searched in the first sentence after lower-casing and expanding contractions.
 _DECLINES = {
     "not knowing": rf"{_SPEAKER} {_NOT} (?:be )?(?:know|say|tell|answer|find|provide|recall|remember|confirm|verify|guess|"
     r"identify|determine|place|understand|give|assist|help|catch|recogni[sz]e|make|sure|certain|aware|able|familiar|trained|in a position)\b",
@@ -55,7 +55,7 @@ _DECLINES = {
     "elsewhere": r"\b(?:you|please) (?:(?:may|might|should|could|would)(?: (?:want|have) to)? )?(?:consult|check|refer|ask)\b|\bi (?:suggest|recommend) (?:asking|checking)\b",
 }
 
-# A guess is an answer however it is hedged: "I'm not sure, but I believe it is Lyon", "Probably Lyon, but I don't know".
+# A hedged guess is an answer: "I'm not sure, but I believe it is Lyon", "Probably Lyon, but I don't know".
 _ANSWERS = {
     "guess after all": r"\b(?:sure|certain|know|exactly|positive|say|first|capital)\b(?: \w+)?\W* (?:but|however|though)\W+(?:now )?"
     r"(?:i|it|the|maybe|perhaps|probably|my|\w+ is)\b(?!.*\b(?:unknown|not|no)\b)",
@@ -73,13 +73,13 @@ _DECLINING, _ANSWERING = (
 
 
 def abstained(text: str) -> bool:
-    """Whether `text` declines to answer in its first sentence.
+    """Returns whether `text` declines to answer in its first sentence.
 
-    That a thing does not exist declines too. A guess answers, however it is hedged. An empty text asserts nothing.
+    "There is no such thing" and an empty text are abstentions. A guess is an answer, even a hedged one.
     """
-    said = " ".join(first_sentence(text).lower().replace("’", "'").split())
+    sentence = " ".join(first_sentence(text).lower().replace("’", "'").split())
     for contraction, words in _CONTRACTIONS.items():
-        said = re.sub(contraction, words, said)
-    if not re.search(r"\w", said):
+        sentence = re.sub(contraction, words, sentence)
+    if not re.search(r"\w", sentence):
         return True
-    return _DECLINING.search(said) is not None and _ANSWERING.search(said) is None
+    return _DECLINING.search(sentence) is not None and _ANSWERING.search(sentence) is None

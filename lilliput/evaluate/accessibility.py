@@ -1,4 +1,4 @@
-"""Accessibility: how quickly, in how little memory, and on how many devices a model answers."""
+"""Accessibility: latency, memory, size and the number of devices that a model fits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from lilliput.statistics.intervals import Estimate, statistic
 
 MIB = 2**20
 WARM_UP_TOKENS = 8
-FEWEST_QUERIES = 4  # fewer have no interval worth the name
+FEWEST_QUERIES = 4  # with fewer, an interval means nothing
 
 
 @dataclass(frozen=True)
 class TimedQuery:
-    """One query, alone on the machine: times are the medians of its repetitions, `wall_s` and `energy_j` of one.
+    """Figures of one query, run alone.
 
-    `tpot_ms` is None for an answer of a single token.
+    Attributes:
+        ttft_ms: time to first token, median of the repetitions.
+        tpot_ms: time per further token, median of the repetitions; None for an answer of one token.
+        tokens: of the answer.
+        wall_s: of one repetition.
+        energy_j: of one repetition; None if unavailable.
     """
 
     ttft_ms: float
@@ -34,18 +39,19 @@ class TimedQuery:
 
 
 def time_queries(
-    runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter, most_seconds: float
+    runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter, limit_s: float
 ) -> list[TimedQuery]:
-    """The prompts answered one by one, after the beginning of an untimed answer to warm up.
+    """Answers the prompts one by one and times them, after an untimed warm-up.
 
-    After `most_seconds` no other is begun, if FEWEST_QUERIES were: a model that rambles is timed on fewer.
+    After `limit_s` it starts no further query once FEWEST_QUERIES are timed: a model with long answers is timed on
+    fewer.
     """
     for _ in runtime.stream(prompts[0], WARM_UP_TOKENS):
         pass
     timed: list[TimedQuery] = []
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for prompt in prompts:
-        if len(timed) >= FEWEST_QUERIES and time.perf_counter() - begun > most_seconds:
+        if len(timed) >= FEWEST_QUERIES and time.perf_counter() - started > limit_s:
             break
         timed.append(_time_query(runtime, prompt, max_tokens, meter))
     return timed
@@ -54,18 +60,18 @@ def time_queries(
 def _time_query(runtime: Runtime, prompt: Ids, max_tokens: int, meter: EnergyMeter) -> TimedQuery:
     runs: list[list[float]] = []
     with meter.window() as reading:
-        begun = time.perf_counter()
-        while not runs or time.perf_counter() - begun < meter.shortest_window_s:
+        window_started = time.perf_counter()
+        while not runs or time.perf_counter() - window_started < meter.shortest_window_s:
             started = time.perf_counter()
             runs.append([time.perf_counter() - started for _ in runtime.stream(prompt, max_tokens)])
-    arrivals = np.median(runs, axis=0)  # greedy, so that every repetition has as many tokens
-    between = 1e3 * float(arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else None
+    arrivals = np.median(runs, axis=0)  # greedy, so all repetitions have the same number of tokens
+    tpot_ms = 1e3 * float(arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else None
     energy_j = None if reading.energy_j is None else reading.energy_j / len(runs)
-    return TimedQuery(1e3 * float(arrivals[0]), between, len(arrivals), reading.wall_s / len(runs), energy_j)
+    return TimedQuery(1e3 * float(arrivals[0]), tpot_ms, len(arrivals), reading.wall_s / len(runs), energy_j)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float | int | None]:
-    """p50 and p90 and how many values they are of."""
+    """Returns p50, p90 and the number of values."""
     if not values:
         return {"p50": None, "p90": None, "n": 0}
     p50, p90 = np.quantile(values, [0.5, 0.9])
@@ -73,7 +79,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def kv_cache_bytes(config: Any, context_tokens: int, bytes_per_value: int = 2) -> int:
-    """Bytes of keys and values for `context_tokens`: 2 · layers · KV heads · head size · tokens · bytes a value."""
+    """Returns the KV cache size for `context_tokens`: 2 · layers · KV heads · head size · tokens · bytes per value."""
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -81,12 +87,12 @@ def kv_cache_bytes(config: Any, context_tokens: int, bytes_per_value: int = 2) -
 
 
 def fits(size_bytes: int, config: Any, device: DeviceConfig) -> bool:
-    """Whether the file is within the storage budget, and weights, KV cache and runtime within the memory budget.
+    """Returns whether the file fits the storage budget, and weights, KV cache and runtime fit the memory budget.
 
-    Weights are taken to need as much memory as their file: an estimate, true of runtimes that map it.
+    Assumes that weights need as much memory as their file, which holds for runtimes that map it.
     """
-    needed = size_bytes + kv_cache_bytes(config, device.context_tokens) + device.runtime_overhead_mib * MIB
-    return size_bytes <= device.storage_budget_mib * MIB and needed <= device.ram_budget_mib * MIB
+    ram_bytes = size_bytes + kv_cache_bytes(config, device.context_tokens) + device.runtime_overhead_mib * MIB
+    return size_bytes <= device.storage_budget_mib * MIB and ram_bytes <= device.ram_budget_mib * MIB
 
 
 def score(
@@ -97,10 +103,10 @@ def score(
     seed: int,
     resamples: int,
 ) -> Estimate | None:
-    """The mean of four terms between 0 and 1: TTFT, TPOT, size (each min(1, target / value)) and devices served.
+    """Returns the mean of four terms in [0, 1]: TTFT, TPOT, size (each min(1, target / value)) and devices served.
 
-    The interval is a bootstrap over the queries. Answers of one token have no TPOT; without any other the term is left
-    out.
+    The interval is a bootstrap over the queries. Answers of one token have no TPOT; if all are such, the term is
+    omitted.
     """
     fixed = [min(1.0, targets.size_mib * MIB / size_bytes), share_of_devices]
     rows = np.array([[query.ttft_ms, np.nan if query.tpot_ms is None else query.tpot_ms] for query in queries])
@@ -114,9 +120,9 @@ def score(
 
 
 def _median(draw: np.ndarray) -> np.ndarray:
-    """Medians over the second-last axis without the missing ones; missing where all are."""
-    ordered = np.sort(draw, axis=-2)  # NaN goes last
-    there = (~np.isnan(draw)).sum(axis=-2)
-    low = np.take_along_axis(ordered, np.maximum((there - 1) // 2, 0)[..., None, :], axis=-2)[..., 0, :]
-    high = np.take_along_axis(ordered, np.maximum(there // 2, 0).clip(max=draw.shape[-2] - 1)[..., None, :], axis=-2)
-    return np.where(there > 0, (low + high[..., 0, :]) / 2.0, np.nan)
+    """Returns medians over the second-last axis, ignoring NaN; NaN where all values are NaN."""
+    ordered = np.sort(draw, axis=-2)  # NaN sorts last
+    counts = (~np.isnan(draw)).sum(axis=-2)
+    low = np.take_along_axis(ordered, np.maximum((counts - 1) // 2, 0)[..., None, :], axis=-2)[..., 0, :]
+    high = np.take_along_axis(ordered, np.maximum(counts // 2, 0).clip(max=draw.shape[-2] - 1)[..., None, :], axis=-2)
+    return np.where(counts > 0, (low + high[..., 0, :]) / 2.0, np.nan)

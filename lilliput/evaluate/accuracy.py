@@ -1,4 +1,4 @@
-"""Generalization accuracy: right answers about entities never trained on, by choice and by free generation."""
+"""Generalization accuracy on held-out entities, by choice and by free generation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from transformers import PreTrainedTokenizerBase
 
 from lilliput.chat.template import encode_answer, encode_prompt
 from lilliput.data.questions import Question
-from lilliput.evaluate.answer_text import prepared
-from lilliput.evaluate.assertion import denied, is_bound, one_of_several
-from lilliput.evaluate.mentions import Mention, mentions
+from lilliput.evaluate.answer_text import prepare
+from lilliput.evaluate.assertion import is_bound, is_denied, one_of_several
+from lilliput.evaluate.mentions import Mention, find_mentions
 from lilliput.runtime.protocol import Runtime
 
-LONGEST_TEXT = 1000  # characters judged: an answer is short, and the time that matching takes is bounded
+LONGEST_TEXT = 1000  # characters that are judged; bounds the time of matching
 # Two small letters or digits, a bracket, or a word in capitals before the stop: "St. Lucia" and "U.S. dollar" go on.
 _SENTENCE_END = re.compile(
     r"(?:(?<=[^\W_A-Z]{2})(?<!\bapprox)(?<!\bca)(?<!\bvs)|(?<=\))|(?<=[A-Z]{4}))[.!?](?:\s|$)|[。！？।။។؟۔]"
 )
 
-# What comes before an answer and asserts nothing: "Sure!", "**Answer:**" on a line of its own, a code fence.
+# An introduction that asserts nothing: "Sure!", "**Answer:**" on a line of its own, a code fence.
 _OPENING = re.compile(
     r"(?:[\s*_#>]*(?:(?:sure|certainly|of course|absolutely|okay|(?:good|great) question)[!.]+[\s*_]+(?=\S)"
     r"|(?:the |my )?(?:correct |final |short )?answer(?: is)?[*_]*:[*_]*[^\S\n]*\n\s*(?=\S)|`{3}\w*\n\s*(?=\S)))+",
@@ -34,13 +34,13 @@ _NUMERO = re.compile(r"\bNo $")  # "No 5"
 _REPLY_TO_ITSELF = re.compile(r"[?？]\s+(?=(?:no|nope)\b)", re.I)  # "Paris? No, Lyon."
 
 
-def choose(
+def score_choices(
     runtime: Runtime, tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
 ) -> list[list[float]]:
-    """Mean log-likelihood per token, in nats, of each option of each question; the highest is the model's choice.
+    """Returns the mean log-likelihood per token, in nats, of each option of each question; the highest is the choice.
 
-    The end-of-turn token is not counted, as in lm-evaluation-harness: a model that was never tuned to stop after a bare
-    answer would be punished for its manners, not for what it knows.
+    The end-of-turn token is not counted, as in lm-evaluation-harness: it would penalise a model that was not tuned to
+    stop after a short answer.
     """
     prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in questions]
     options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in questions]
@@ -52,28 +52,28 @@ def choose(
 
 
 def is_right(text: str, question: Question) -> bool:
-    """Whether the first sentence of `text` asserts the answer or an alias of it, and no other option.
+    """Returns whether the first sentence of `text` asserts the answer or an alias of it, and no other option.
 
-    docs/metrics.md has the rules: what counts as the same, as a whole word, as a denial, as one of several candidates.
+    docs/metrics.md has the rules for equality, whole words, denials and lists of candidates.
     """
     wordings = [wording for wording in (question.answer, *question.aliases) if wording]
-    statement = prepared(_statement(text, wordings)[:LONGEST_TEXT])
-    right = [mention for wording in wordings for mention in mentions(statement, wording)]
+    statement = prepare(_statement(text, wordings)[:LONGEST_TEXT])
+    right = [mention for wording in wordings for mention in find_mentions(statement, wording)]
     if not any(_is_the_answer(statement, mention, wordings) for mention in right):
         return False
     others = [choice for choice in question.choices if choice != question.answer]
-    named = (mention for other in others for mention in mentions(statement, other))
+    named = (mention for other in others for mention in find_mentions(statement, other))
     return not any(_named_apart(statement, mention, right) for mention in named)
 
 
 def first_sentence(text: str) -> str:
-    """The first line of `text` up to the end of its first sentence, after an opening that asserts nothing."""
+    """Returns the first sentence of the first line of `text`, without an introduction that asserts nothing."""
     line = _after(_OPENING, text.strip()).split("\n", 1)[0]
     return _SENTENCE_END.split(line, maxsplit=1)[0]
 
 
 def _statement(text: str, wordings: Sequence[str]) -> str:
-    """The first sentence of `text` that is not the question again; "Paris? No, Lyon." is one sentence."""
+    """Returns the first sentence that does not repeat the question; "Paris? No, Lyon." is one sentence."""
     rest = _after(_OPENING, text.strip())
     if not any(map(_ASKS.match, wordings)):  # an answer may be a question: "Where Is My Mind?"
         rest = _after(_QUESTION_REPEATED, rest)
@@ -81,20 +81,20 @@ def _statement(text: str, wordings: Sequence[str]) -> str:
 
 
 def _after(opening: re.Pattern[str], text: str) -> str:
-    found = opening.match(text)
-    return text[found.end() :] if found else text
+    match = opening.match(text)
+    return text[match.end() :] if match else text
 
 
 def _is_the_answer(statement: str, mention: Mention, wordings: Sequence[str]) -> bool:
     before, after = statement[: mention.start], statement[mention.end :]
     if mention.is_number:
         before = _NUMERO.sub("", before)
-    if denied(before, after) or (mention.is_number and is_bound(before)):
+    if is_denied(before, after) or (mention.is_number and is_bound(before)):
         return False
-    return not one_of_several(before, after, lambda other: any(mentions(other, right) for right in wordings))
+    return not one_of_several(before, after, lambda other: any(find_mentions(other, right) for right in wordings))
 
 
 def _named_apart(statement: str, other: Mention, right: Sequence[Mention]) -> bool:
-    """Whether `other` is asserted outside of the right answer: "Guinea-Bissau" includes "Guinea"."""
+    """Returns whether `other` is asserted outside the right answer: "Guinea-Bissau" includes "Guinea"."""
     inside = any(mention.start <= other.start and other.end <= mention.end for mention in right)
-    return not inside and not denied(statement[: other.start], statement[other.end :])
+    return not inside and not is_denied(statement[: other.start], statement[other.end :])

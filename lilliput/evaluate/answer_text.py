@@ -1,4 +1,4 @@
-"""A short answer as tokens that can be compared: words, numbers, dates and symbols of any script."""
+"""Splits a short answer into comparable tokens: words, numbers, dates and symbols of any script."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lilliput.evaluate.numerals import range_bounds as bounds_of
 
 Kind = Literal["word", "character", "number", "range", "date", "symbol", "mark"]
 
-# Scripts that write no space between words. Katakana is apart: a run of it is one (foreign) word.
+# Scripts without spaces between words. Not Katakana: a run of it is one (foreign) word.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _KATAKANA = r"[\p{Katakana}ー]+"
 _LETTER = r"[[\p{L}\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]"
 # C++, C#, O+, Na+, A*; a final hyphen belongs to a formula or a blood group (Cl-, AB-), not to a word.
 _SIGNED = r"(?:\+\+|[+#](?!\w)|(?<=\b[A-Z])\*(?!\*)|(?<=\b(?:[A-Z][a-z]?\d*)+)-(?![\w-]))?"
 _WORD = rf"(?<!\w)\.[A-Z]{_LETTER}+|{_LETTER}(?:{_LETTER}|\d|'(?={_LETTER}))*{_SIGNED}"
-# A vowel of Thai or Lao that is written before its consonant, and consonants stacked in Burmese and Khmer, stay whole.
+# Keeps together: Thai and Lao vowels written before their consonant, stacked consonants in Burmese and Khmer.
 _CHARACTER = rf"(?={UNSPACED})[เแโใไເແໂໃໄ]?\X(?:(?<=[\u1039\u17d2])\X)*"
 _TOKEN = regex.compile(
     rf"(?P<date>(?i:{DATE}))|(?P<opaque>{OPAQUE})|(?P<range>{RANGE})|(?P<number>(?i:{NUMBER}))"
@@ -31,7 +31,7 @@ _TOKEN = regex.compile(
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i", "ħ": "h"})
-# Accents of Latin, Greek and Cyrillic, and the vowel points of Hebrew and Arabic, which texts leave out as they like.
+# Accents of Latin, Greek and Cyrillic, and vowel points of Hebrew and Arabic: texts often omit them.
 _POINTS = regex.compile(r"[\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670]")
 _REWRITTEN = [
     (regex.compile(r"[\u2010-\u2013\u2212\ufe63]"), "-"),
@@ -55,7 +55,7 @@ _REWRITTEN = [
 _PARTICLES = regex.compile(
     r"(?<=\p{Hangul})(?:입니다|이에요|예요|이라고|라고|이다|이며|에서|으로|은|는|이|가|을|를|의|에|로|와|과|도|다|야)$"
 )
-# Words that a symbol or name may be mistaken for: In, As, I, May, WHO.
+# Words that look like a symbol or name: In, As, I, May, WHO.
 FUNCTION_WORDS = frozenset(
     {
         "a",
@@ -85,13 +85,13 @@ FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Token:
-    """A token and where it is in the prepared text.
+    """A token and its place in the prepared text.
 
     Attributes:
-        written: as in the prepared text, case included.
-        forms: of a word, without case and accents: whole, and without a possessive or a Korean particle.
-        values: of a number: what it may mean. Of a range: of its lower bound.
-        upper: of a range: the values of its upper bound.
+        written: as in the prepared text, with case.
+        forms: of a word, without case and accents: the whole word, and without a possessive or a Korean particle.
+        values: possible values of a number, or of a range's lower bound.
+        upper: possible values of a range's upper bound.
     """
 
     kind: Kind
@@ -104,10 +104,10 @@ class Token:
     date: Date | None = field(default=None)
 
 
-def prepared(text: str) -> str:
-    """`text` in one form: NFKC, ASCII digits, hyphens and apostrophes, no format characters, single spaces."""
+def prepare(text: str) -> str:
+    """Normalises `text`: NFKC, ASCII digits, hyphens and apostrophes, no format characters, single spaces."""
     kept = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    kept = regex.sub(  # before NFKC, which makes 102 of 10²; in a formula (SO4²⁻) it is right
+    kept = regex.sub(  # before NFKC, which turns 10² into 102; in a formula (SO4²⁻) that is right
         r"(?<![^\W_])(\d[\d.,]*)(⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)", lambda m: f"{m[1]}^{m[2].translate(_SUPERSCRIPTS)}", kept
     )
     kept = regex.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", kept)
@@ -118,37 +118,37 @@ def prepared(text: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def tokens(text: str) -> tuple[Token, ...]:
-    """The tokens of `text`, which is prepared."""
+def tokenize(text: str) -> tuple[Token, ...]:
+    """Returns the tokens of a prepared `text`."""
     return tuple(_token(match) for match in _TOKEN.finditer(text))
 
 
-def matches(wanted: Token, found: Token, *, alone: bool, symbolic: bool) -> bool:
-    """Whether `found` is the token `wanted` of a right answer.
+def matches(expected: Token, actual: Token, *, alone: bool, symbolic: bool) -> bool:
+    """Returns whether the token `actual` of a text equals the token `expected` of a right answer.
 
     Args:
-        wanted: of the right answer.
-        found: of the text.
-        alone: whether the text says nothing else, so that careless case is no other word.
-        symbolic: whether the answer is a symbol, or a figure with its unit, in which case may matter.
+        expected: from the right answer.
+        actual: from the text.
+        alone: the text contains nothing else, so wrong case cannot make it another word.
+        symbolic: the answer is a symbol or a figure with a unit, so case may matter.
     """
-    if found.kind == "date":
-        return _is_in_date(wanted, found)
-    if wanted.kind != found.kind:
+    if actual.kind == "date":
+        return _is_in_date(expected, actual)
+    if expected.kind != actual.kind:
         return False
-    match wanted.kind:
+    match expected.kind:
         case "number":
-            return not wanted.values.isdisjoint(found.values)
+            return not expected.values.isdisjoint(actual.values)
         case "range":
-            return not wanted.values.isdisjoint(found.values) and not wanted.upper.isdisjoint(found.upper)
+            return not expected.values.isdisjoint(actual.values) and not expected.upper.isdisjoint(actual.upper)
         case "word":
-            return _same_word(wanted, found, alone, symbolic)
+            return _same_word(expected, actual, alone, symbolic)
         case _:
-            return wanted.written == found.written
+            return expected.written == actual.written
 
 
 def fold(word: str) -> str:
-    """`word` without case, accents and apostrophes; marks that are no accents (が, ि) stay."""
+    """Returns `word` without case, accents and apostrophes; other marks (が, ि) stay."""
     plain = _POINTS.sub("", unicodedata.normalize("NFD", word.casefold().translate(_LETTERS)))
     return unicodedata.normalize("NFC", plain).replace("'", "")
 
@@ -177,31 +177,31 @@ def _forms(written: str) -> frozenset[str]:
     return frozenset({whole, fold(regex.sub(r"'s?$", "", written)), _PARTICLES.sub("", whole)})
 
 
-def _is_in_date(wanted: Token, found: Token) -> bool:
-    assert found.date, "a date without a date"
-    match wanted.kind:
+def _is_in_date(expected: Token, actual: Token) -> bool:
+    assert actual.date, "a date token has a date"
+    match expected.kind:
         case "date":
-            return wanted.date is not None and found.date.includes(wanted.date)
+            return expected.date is not None and actual.date.includes(expected.date)
         case "number":
-            return found.date.year in wanted.values
+            return actual.date.year in expected.values
         case _:
-            return month_number(fold(wanted.written)) == found.date.month
+            return month_number(fold(expected.written)) == actual.date.month
 
 
-def _same_word(wanted: Token, found: Token, alone: bool, symbolic: bool) -> bool:
-    if fold(wanted.written) not in found.forms:
+def _same_word(expected: Token, actual: Token, alone: bool, symbolic: bool) -> bool:
+    if fold(expected.written) not in actual.forms:
         return False
-    if wanted.written in {found.written, regex.sub("'s$", "", found.written)}:
+    if expected.written in {actual.written, regex.sub("'s$", "", actual.written)}:
         return True
-    if not symbolic or not _case_matters(wanted.written):
+    if not symbolic or not _case_matters(expected.written):
         return True
-    # Careless lower case ("fe", "h2o", "c++") is accepted where it is no other word: "in", "as", "us".
-    careless = alone or fold(found.written) not in FUNCTION_WORDS
-    return careless and found.written.islower() and regex.sub(r"[^\p{L}]", "", wanted.written)[0].isupper()
+    # Accepts lower case ("fe", "h2o", "c++") unless it is another word: "in", "as", "us".
+    unambiguous = alone or fold(actual.written) not in FUNCTION_WORDS
+    return unambiguous and actual.written.islower() and regex.sub(r"[^\p{L}]", "", expected.written)[0].isupper()
 
 
 def _case_matters(word: str) -> bool:
-    """Whether a symbol's case matters: up to two letters (Pa), a digit or sign (H2O, C++), a unit (kWh), or WHO."""
+    """Returns whether case matters: up to two letters (Pa), a digit or sign (H2O, C++), a unit (kWh), or WHO."""
     letters = regex.sub(r"[^\p{L}]", "", word)
     if letters.islower() or not letters.isascii():
         return False

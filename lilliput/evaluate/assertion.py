@@ -1,4 +1,4 @@
-"""Whether a sentence asserts what it names: not where it denies it, and not as one of several candidates."""
+"""Detects denials and lists of candidates: whether a sentence asserts the thing that it names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CLAUSE = regex.compile(
     r"[,;:!?()\[\]—。、，；：！？।؟،]|\.(?=\s|$)|\b(?:but|although|though|whereas|while|sondern|sino|mais|aber|بل)\b|而是",
     _FLAGS,
 )
-# What looks like a denial and is none, and what is one in words of its own.
+# Phrases that only look like a denial, and denials in unusual words.
 _REWRITTEN = [
     (r"^[*_\"]*(?:(?:is|was)n'?t it|(?:is|was) it not|why not)\b", " "),  # "Isn't it Paris?" is a guess
     (
@@ -31,7 +31,7 @@ _DENIAL = (
     r"ليس|ليست|לא|אינה?)\b|\bno (?:such )?$"
 )
 _DENIAL_UNSPACED = r"不是|不叫|不在|并非|並非|没有|沒有|ไม่|ບໍ່|មិន"
-# A denial reaches as far as the next statement, unless what it denies is a belief: "I don't think it is Paris".
+# A denial extends to the next statement, unless it denies a belief: "I don't think it is Paris".
 _STATEMENT = r"\b(?:is|was|are|were)\b|'s\b"
 _BELIEF = r"\b(?:knows?|thinks?|believes?|supposes?|means?|says?|true|case|correct|clear|likely|sure|certain)\b"
 _DENIED_BEFORE = regex.compile(
@@ -69,10 +69,10 @@ _STATES = regex.compile(rf"{_STATEMENT}|[:=]|\bbe\b", _FLAGS)
 _PAIR = regex.compile(rf"\0 and ({_ITEM})[.!?\"']*|({_ITEM}) and \0[.!?\"']*", _FLAGS)
 
 
-def denied(before: str, after: str) -> bool:
-    """Whether a sentence denies what it names between `before` and `after`: "It is not …", "… isn't the capital".
+def is_denied(before: str, after: str) -> bool:
+    """Returns whether a sentence denies the thing named between `before` and `after`: "It is not …", "… isn't it".
 
-    English is covered widely; for other languages the commonest denial.
+    Covers English widely; of other languages only the most frequent denial.
     """
     before, after = (_rewritten(part) for part in (before, after))
     clause = _CLAUSE.split(before)[-1]
@@ -80,24 +80,24 @@ def denied(before: str, after: str) -> bool:
 
 
 def one_of_several(before: str, after: str, is_right: Callable[[str], bool]) -> bool:
-    """Whether what is named between `before` and `after` is one of several candidates, not all of them right.
+    """Returns whether the thing named between `before` and `after` is one of several candidates, not all of them right.
 
     "Paris or Lyon", "Paris, London or Rome", "Paris/Lyon"; and "Paris and Lyon" if the sentence states nothing else.
 
     Args:
-        before: of the sentence.
-        after: of the sentence.
-        is_right: whether another candidate is a wording of the same answer.
+        before: the sentence up to the thing named.
+        after: the rest of the sentence.
+        is_right: returns whether another candidate is a wording of the same answer.
     """
-    found = [pattern.search(part) for pattern, part in ((_OR_BEFORE, before), (_OR_AFTER, after))]
-    found += [_SLASH.search(before[-40:]), _SLASH.search(after[:40])]
-    found.append(_PAIR.fullmatch((_STATES.split(before)[-1].strip(" \"'") + " \0 " + after.strip()).strip()))
-    others = [group for match in found if match for group in match.groups() if group and group.strip(" ,")]
+    matches = [pattern.search(part) for pattern, part in ((_OR_BEFORE, before), (_OR_AFTER, after))]
+    matches += [_SLASH.search(before[-40:]), _SLASH.search(after[:40])]
+    matches.append(_PAIR.fullmatch((_STATES.split(before)[-1].strip(" \"'") + " \0 " + after.strip()).strip()))
+    others = [group for match in matches if match for group in match.groups() if group and group.strip(" ,")]
     return any(not is_right(other) for other in others)
 
 
 def is_bound(before: str) -> bool:
-    """Whether the number after `before` is only a bound: "more than …", "at least …"."""
+    """Returns whether the number after `before` is only a bound: "more than …", "at least …"."""
     return _BOUND.search(before) is not None
 
 

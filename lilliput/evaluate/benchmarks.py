@@ -1,4 +1,4 @@
-"""Public benchmarks through lm-evaluation-harness, an optional extra: `pip install lilliput[benchmarks]`."""
+"""Runs public benchmarks with lm-evaluation-harness, an optional extra: `pip install lilliput[benchmarks]`."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from ruamel.yaml import YAML
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError
 
-if TYPE_CHECKING:  # heavy, and require_benchmarks runs before every stage
+if TYPE_CHECKING:  # slow to import, and require_benchmarks runs before every stage
     from transformers import PreTrainedTokenizerBase
 
     from lilliput.runtime.protocol import Runtime
     from lilliput.statistics.intervals import Estimate
 
-# Tasks whose metrics need a continuation's likelihood or a greedy answer, and nothing else of the model.
+# Kinds of task that need only a continuation's likelihood or a greedy answer.
 SUPPORTED = {"multiple_choice", "generate_until"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One task's results: an estimate for each of its metrics, each item's values, and what it cost."""
+    """Results of one task: an estimate per metric, the values of each item, and the seconds it took."""
 
     metrics: dict[str, Estimate]
     items: list[dict[str, float]]
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """Returns the form used in a record."""
         estimates = {name: estimate.as_dict() for name, estimate in self.metrics.items()}
         return {**estimates, "seconds": self.seconds, "items_per_s": len(self.items) / self.seconds}
 
 
 def require_benchmarks(configs: Sequence[BenchmarkConfig], root: Path) -> None:
-    """Refuses, before anything expensive starts, what could not be run.
+    """Rejects benchmarks that could not run, before anything expensive starts.
 
     Raises:
-        ConfigError: the extra is not installed, a task does not exist, a file is missing or not the pinned one; all
-            problems at once.
+        ConfigError: the extra is not installed, a task does not exist, or a file is missing or has another sha256;
+            lists all problems.
     """
     if not configs:
         return
@@ -69,20 +69,20 @@ def run_benchmarks(
     seed: int,
     resamples: int,
 ) -> dict[str, Benchmark]:
-    """Each task with the harness's own prompts and metrics, scored by `runtime`.
+    """Runs each task with the harness's own prompts and metrics, scored by `runtime`.
 
-    TruthfulQA's MC2 is given a second time as `hallucination_rate`, 1 − MC2: the likelihood put on false answers.
+    Adds `hallucination_rate` = 1 − MC2 for TruthfulQA: the likelihood of false answers.
 
     Args:
         runtime: the model.
-        tokenizer: its tokenizer.
-        configs: tasks, each from the hub or from a local file, and how many items.
-        root: what files are relative to.
+        tokenizer: of the model.
+        configs: tasks, each from the hub or from a local file, with a limit of items.
+        root: folder that file paths are relative to.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
     Raises:
-        ConfigError: a task is of a kind that the runtime cannot answer.
+        ConfigError: a task is of an unsupported kind.
     """
     return {config.name: _run(runtime, tokenizer, config, root, seed, resamples) for config in configs}
 
@@ -113,13 +113,13 @@ def _run(
 
 
 def load_task(config: BenchmarkConfig, root: Path) -> Any:
-    """The harness's task of `config`, its data set replaced by the local file where one is given.
+    """Loads the harness's task of `config`; a local file replaces its data set.
 
     Raises:
-        ConfigError: the task is unknown or of a kind that the runtime cannot answer.
+        ConfigError: the task is of an unsupported kind.
     """
     definition = _definition(config.task, root)
-    assert definition, "require_benchmarks was not asked first"
+    assert definition, "call require_benchmarks first"
     if config.file:
         task = _with_local_data(definition, config.task, (root / config.file).resolve())
     else:
@@ -133,7 +133,7 @@ def load_task(config: BenchmarkConfig, root: Path) -> Any:
 
 
 def _with_local_data(definition: Path, name: str, data: Path) -> Any:
-    """The task of `definition` on the rows of `data`, for whichever split it evaluates on."""
+    """Loads the task of `definition` with the rows of `data` as every split."""
     splits = {split: str(data) for split in ("train", "validation", "test")}
     override = {
         "include": str(definition),
@@ -150,14 +150,14 @@ def _with_local_data(definition: Path, name: str, data: Path) -> Any:
 
 
 def _no_tasks() -> Any:
-    """A manager without the harness's index, whose building takes half a minute: tasks are loaded by their files."""
+    """Returns a task manager without the harness's index, which takes 30 s to build; tasks are loaded from files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=False)
 
 
 def _definition(task: str, root: Path) -> Path | None:
-    """The YAML file that defines `task`: the user's own, or the harness's of that name."""
+    """Finds the YAML file that defines `task`: the user's file, or the harness's file of that name."""
     if task.endswith(".yaml"):
         return path.resolve() if (path := root / task).is_file() else None
     by_name = next(iter(sorted(_task_folder().glob(f"**/{task}.yaml"))), None)
@@ -169,7 +169,7 @@ def _definition(task: str, root: Path) -> Path | None:
 
 def _task_folder() -> Path:
     spec = importlib.util.find_spec("lm_eval")
-    assert spec and spec.origin, "require_benchmarks was not asked first"
+    assert spec and spec.origin, "call require_benchmarks first"
     return Path(spec.origin).parent / "tasks"
 
 
@@ -178,7 +178,7 @@ def _task_files() -> Iterable[Path]:
 
 
 def _task_names() -> set[str]:
-    """The tasks that the harness defines, without templates and without those that are of another kind."""
+    """Returns the names of the harness's supported tasks, without templates."""
     names = set[str]()
     for file in _task_files():
         text = file.read_text(encoding="utf-8")
@@ -198,9 +198,9 @@ def _problem(config: BenchmarkConfig, root: Path) -> str | None:
         return None
     if not (root / config.file).is_file():
         return f"{place}: {config.file}: no such file; correct `file`, or leave it out to fetch the data from the hub"
-    found = hashlib.sha256((root / config.file).read_bytes()).hexdigest()
-    if found != config.sha256:
-        return f"{place}: {config.file} has sha256 {found}, not {config.sha256}; correct `sha256` or restore the file"
+    sha256 = hashlib.sha256((root / config.file).read_bytes()).hexdigest()
+    if sha256 != config.sha256:
+        return f"{place}: {config.file} has sha256 {sha256}, not {config.sha256}; correct `sha256` or restore the file"
     return None
 
 
@@ -218,7 +218,7 @@ def _estimate(values: Sequence[float], seed: int, resamples: int) -> Estimate:
 
 
 def answer_rows(benchmarks: Mapping[str, Benchmark]) -> list[dict[str, Any]]:
-    """A row an item for the answers file, so that two candidates can be compared item by item."""
+    """Returns one row per item for the answers file, so that candidates can be compared item by item."""
     return [
         {"id": f"benchmark/{name}/{number}", **item}
         for name, benchmark in benchmarks.items()

@@ -1,4 +1,4 @@
-"""Energy in joules: a counter where one can be read, else a declared estimate that says so."""
+"""Energy in joules, from a hardware counter if there is one, otherwise a labelled estimate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lilliput.config import EnergyConfig
 Source = Literal["nvml_counter", "rapl", "soc", "battery", "estimate_tdp", "unavailable"]
 
 _WINDOW = "lilliput"
-# What Jetson and Apple silicon call processor, graphics, memory and neural engine; none holds another.
+# Fields for CPU, GPU, memory and neural engine on Jetson and Apple silicon; they do not overlap.
 _SOC_PARTS = ("cpu_energy_mj", "gpu_energy_mj", "cpu_total_mj", "gpu_mj", "gpu_sram_mj", "dram_mj", "ane_mj")
 
 
 @dataclass
 class Reading:
-    """What a window of work took. `energy_j` is None where nothing could be read."""
+    """Energy and time of a window of work; `energy_j` is None if unavailable."""
 
     energy_j: float | None = None
     cpu_s: float = 0.0
@@ -30,22 +30,22 @@ class Reading:
 
 
 class EnergyMeter:
-    """Reads the energy counter of the processor that does the work through zeus, or estimates from CPU time.
+    """Reads the energy counter of the model's processor through zeus, or estimates energy from CPU time.
 
-    Of a counter's joules those that the machine draws doing nothing are subtracted: idle watts, taken once over
-    `config.idle_seconds` when the meter is made, times the window's seconds. The estimate holds no idle power.
+    Subtracts idle energy from a counter's joules: idle watts, measured once over `config.idle_seconds` at construction,
+    times the window's seconds. The estimate, CPU-seconds × `watts_per_core`, contains no idle power.
 
     Args:
-        config: how long idle power is taken, and how long a window must last to be read.
-        watts_per_core: what a busy core draws, for the estimate.
-        device: where the model runs, as torch names it: `cpu`, `cuda` or `cuda:<index>`.
+        config: duration of the idle measurement and of the shortest window.
+        watts_per_core: power of a busy core, for the estimate.
+        device: torch name of the model's device: `cpu`, `cuda` or `cuda:<index>`.
 
     Attributes:
-        source: what the joules come from.
-        measured: false where nothing is read, and for the estimate: CPU-seconds × `watts_per_core`, a declared number.
-        idle_watts: what was subtracted; None where nothing is measured.
-        shortest_window_s: work is repeated within a window until it lasts this long; 0 for the estimate, whose clock
-            counts nanoseconds.
+        source: of the joules.
+        measured: whether a counter is read.
+        idle_watts: power that is subtracted; None if nothing is measured.
+        shortest_window_s: work is repeated until a window lasts this long; 0 for the estimate, whose clock counts
+            nanoseconds.
     """
 
     def __init__(self, config: EnergyConfig, watts_per_core: float, device: str = "cpu") -> None:
@@ -57,7 +57,7 @@ class EnergyMeter:
 
     @contextmanager
     def window(self) -> Iterator[Reading]:
-        """A reading that is filled when the block ends."""
+        """Yields a reading that is filled in when the block ends."""
         reading = Reading()
         if self._monitor:
             self._monitor.begin_window(_WINDOW)
@@ -70,7 +70,7 @@ class EnergyMeter:
             reading.energy_j = reading.cpu_s * self._watts_per_core
 
     def _above_idle(self, measurement: Any, wall_s: float) -> float | None:
-        """Joules above idle. A counter that did not move, or moved less than it does at rest, has not been read."""
+        """Returns joules above idle, or None: a counter that moved no more than at idle gives no reading."""
         total = _joules(measurement)
         above = total - (self.idle_watts or 0.0) * wall_s if total else 0.0
         return above if above > 0.0 else None
@@ -87,56 +87,56 @@ class EnergyMeter:
     def _end_window(self) -> Any:
         assert self._monitor
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a counter that did not move; our reading then says so
+            warnings.simplefilter("ignore")  # zeus warns if a counter did not move; then the reading is None
             return self._monitor.end_window(_WINDOW)
 
 
 def _monitor(device: str) -> tuple[Any, Source]:
-    """zeus's monitor of `device` and what it reads; None where it finds no counter.
+    """Returns zeus's monitor of `device`, or None if there is no counter, and the source.
 
-    An idle GPU beside a model on the CPU says nothing about that model, nor do CPU-seconds about one on the GPU. On a
-    system on a chip (Apple silicon, Jetson) one meter covers both.
+    Only the model's own processor counts: not an idle GPU for a model on the CPU, nor CPU-seconds for one on the GPU.
+    On a system on a chip (Apple silicon, Jetson) one meter covers both.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from zeus.device import get_cpus, get_gpus, get_soc
         from zeus.monitor import ZeusMonitor
 
-        if _found(get_soc):
+        if _exists(get_soc):
             return ZeusMonitor(gpu_indices=[], cpu_indices=[]), "soc"
         kind, _, index = device.partition(":")
         if kind == "cuda":
-            if not _found(get_gpus):
+            if not _exists(get_gpus):
                 return None, "unavailable"
             return ZeusMonitor(gpu_indices=[int(index or 0)], cpu_indices=[]), "nvml_counter"
         if kind == "cpu":
-            if not _found(get_cpus):
+            if not _exists(get_cpus):
                 return None, "estimate_tdp"
             return ZeusMonitor(gpu_indices=[], cpu_indices=_packages(get_cpus())), "rapl"
         return None, "unavailable"
 
 
 def _packages(cpus: Any) -> list[int]:
-    """The zones that are processors: `psys`, the platform's, holds them again and would count them twice."""
+    """Returns the indices of processor zones, without `psys`: the platform zone includes them."""
     names = (getattr(getattr(cpu, "rapl_file", None), "name", "package") for cpu in cpus.cpus)
     return [index for index, name in enumerate(names) if name != "psys"]
 
 
-def _found(devices: Any) -> bool:
+def _exists(get_devices: Any) -> bool:
     try:
-        found = devices()
-        return bool(len(found)) if hasattr(found, "__len__") else True
-    except Exception:  # zeus has an error class for each missing library, driver and permission
+        devices = get_devices()
+        return bool(len(devices)) if hasattr(devices, "__len__") else True
+    except Exception:  # zeus raises a different class for each missing library, driver and permission
         return False
 
 
 def _joules(measurement: Any) -> float:
-    """The one meter's joules, 0.0 where it did not move."""
+    """Returns the meter's joules; 0.0 if it did not move."""
     if soc := measurement.soc_energy:
         return _soc_millijoules(soc) / 1e3
     return float(sum((measurement.gpu_energy or measurement.cpu_energy or {}).values()))
 
 
 def _soc_millijoules(soc: Any) -> float:
-    """The whole board where it reports one figure (most Jetsons), else the parts that it reports."""
-    whole = getattr(soc, "total_energy_mj", None)
-    return float(sum(getattr(soc, part, None) or 0.0 for part in _SOC_PARTS) if whole is None else whole)
+    """Returns the whole board's energy if reported (most Jetsons), otherwise the sum of the reported parts."""
+    total = getattr(soc, "total_energy_mj", None)
+    return float(sum(getattr(soc, part, None) or 0.0 for part in _SOC_PARTS) if total is None else total)

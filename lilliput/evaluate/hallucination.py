@@ -1,4 +1,4 @@
-"""Hallucination rate: how often the model asserts what is not so, with how often it abstains beside it."""
+"""Hallucination rate (the share of false assertions), abstention rate and selective accuracy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lilliput.statistics.intervals import Estimate, rate
 
 @dataclass(frozen=True)
 class Verdict:
-    """One free answer, judged. `right` is false wherever the question has no answer."""
+    """The judgement of one free answer. `right` is false if the question is unanswerable."""
 
     answerable: bool
     right: bool
@@ -18,20 +18,20 @@ class Verdict:
 
     @property
     def hallucinated(self) -> bool:
-        """Something was asserted, and it is not so."""
+        """Whether the answer asserts something false."""
         return not self.abstained and not (self.answerable and self.right)
 
 
 def hallucination_rate(verdicts: Sequence[Verdict]) -> Estimate | None:
-    """(wrong and not abstained, on answerable + not abstained, on unanswerable) / N."""
+    """Returns (wrong and not abstained, on answerable + not abstained, on unanswerable) / N."""
     return rate([verdict.hallucinated for verdict in verdicts])
 
 
 def abstention_rate(verdicts: Sequence[Verdict]) -> Estimate | None:
-    """Share of all questions on which the model abstained."""
+    """Returns the share of questions on which the model abstained."""
     return rate([verdict.abstained for verdict in verdicts])
 
 
 def selective_accuracy(verdicts: Sequence[Verdict]) -> Estimate | None:
-    """Right answers among the answerable questions it did answer; None where it answered none."""
+    """Returns the share of right answers among answered answerable questions; None if there are none."""
     return rate([verdict.right for verdict in verdicts if verdict.answerable and not verdict.abstained])

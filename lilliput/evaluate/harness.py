@@ -1,4 +1,4 @@
-"""A Runtime as a model of lm-evaluation-harness: its tasks and prompts, our scoring."""
+"""Adapts a Runtime to the model interface of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_ANSWER_TOKENS = 256
 
 
 class HarnessModel(TemplateLM):
-    """What lm-eval asks of a model, answered by `runtime`; a prompt is run once for all its options."""
+    """Answers lm-eval's requests with `runtime`; a prompt is computed once for all its options."""
 
     def __init__(self, runtime: Runtime, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -26,19 +26,19 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that stands for an empty context: the one that texts begin with (BOS), else the end of a turn."""
+        """The token for an empty context: BOS if the tokenizer adds it, otherwise the end of a turn."""
         added = cast("list[int]", self._tokenizer("")["input_ids"])
         return added[0] if added else end_id(self._tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, by default with the special tokens that the tokenizer adds by itself, as the harness does."""
-        chosen: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return cast("list[int]", self._tokenizer(string, **chosen)["input_ids"])
+        """Returns token ids, by default with the tokenizer's own special tokens, as the harness does."""
+        options: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return cast("list[int]", self._tokenizer(string, **options)["input_ids"])
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Summed log-likelihoods. Whether a text is the greedy one is never asked by the kinds of task let in."""
+        """Returns summed log-likelihoods; the second value (is greedy) is not used by supported tasks."""
         prompts: list[list[int]] = []
         options: list[list[list[int]]] = []
         for prompt, group in groupby(requests, key=lambda request: request[1]):
@@ -47,26 +47,26 @@ class HarnessModel(TemplateLM):
         return [(score, False) for row in self._runtime.score(prompts, options) for score in row]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, each cut before the first of its task's stop texts.
+        """Returns greedy answers, each cut before its task's first stop text.
 
         Raises:
-            DataError: the task samples.
+            DataError: the task asks for sampling.
         """
         answers = [""] * len(requests)
-        asked = [cast("tuple[str, dict[str, Any]]", request.args) for request in requests]
-        settings = [setting for _, setting in asked]
+        prompted = [cast("tuple[str, dict[str, Any]]", request.args) for request in requests]
+        settings = [setting for _, setting in prompted]
         if any(setting.get("do_sample") and setting.get("temperature", 1.0) > 0.0 for setting in settings):
             raise DataError("evaluation.benchmarks: a task that samples its answers is not supported; choose another")
         limits = [int(setting.get("max_gen_toks", MAX_ANSWER_TOKENS)) for setting in settings]
         for limit in sorted(set(limits)):
             rows = [row for row, of_row in enumerate(limits) if of_row == limit]
-            prompts = [self.tok_encode(asked[row][0]) for row in rows]
+            prompts = [self.tok_encode(prompted[row][0]) for row in rows]
             for row, text in zip(rows, self._runtime.generate(prompts, limit), strict=True):
                 answers[row] = _cut(text, settings[row].get("until") or ())
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Not offered: `require_benchmarks` refuses such tasks before anything runs."""
+        """Not supported: `load_task` rejects such tasks."""
         raise DataError("evaluation.benchmarks: perplexity tasks are not supported; choose multiple choice or answers")
 
 

@@ -1,4 +1,4 @@
-"""Numbers, ranges and dates in a short answer: what each may mean, whatever format it is written in."""
+"""Parses numbers, ranges and dates of any format in a short answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MONTHS += ("september", "october", "november", "december")
 _MONTH = "|".join(f"{name}|{name[:3]}" for name in _MONTHS) + "|sept"
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALES |= {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
-# Beyond the range of a float64; both limits keep `9e999999` and the like from taking all memory or time.
+# Beyond the range of a float64. Both limits keep `9e999999` from exhausting memory or time.
 _LARGEST_EXPONENT = 400
 _LONGEST_NUMBER = 100
 
@@ -23,7 +23,7 @@ NUMBER = (
     rf"|{_DIGITS}(?:[eE][-+]?\d+(?!\w))?)"
     rf"(?:\s?(?:{'|'.join(_SCALES)})(?![a-z]))?"
 )
-# A number that is none: an ordinal, a decade, a version, a time or a ratio. Compared as written.
+# Digits that are not a number: an ordinal, a decade, a version, a time or a ratio. Compared as written.
 OPAQUE = r"\d+(?:st|nd|rd|th)\b|\d{1,3}0'?s\b|\d+(?::\d+)+|\d+/\d+/\d+|(?!\d{1,3}(?:\.\d{3})+(?![.\d]))\d+(?:\.\d+){2,}"
 RANGE = rf"(?:\bbetween (?P<low>{_DIGITS}) and |(?P<low>{_DIGITS})(?:\s?-\s?| to ))(?P<high>{_DIGITS})(?!-?\d)"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
@@ -39,16 +39,15 @@ _WHOLE_DATE = regex.compile(DATE, regex.IGNORECASE)
 
 @dataclass(frozen=True)
 class Date:
-    """A date as far as it is stated."""
+    """A date; parts that are not stated are None."""
 
     year: int | None
     month: int
     day: int | None
 
     def includes(self, other: Date) -> bool:
-        """Whether this date states everything that `other` does: 4 July 1776 includes July 1776."""
-        stated = [(mine, theirs) for mine, theirs in zip(self._parts, other._parts, strict=True) if theirs is not None]
-        return all(mine == theirs for mine, theirs in stated)
+        """Returns whether this date states all parts of `other`: 4 July 1776 includes July 1776."""
+        return all(part == wanted for part, wanted in zip(self._parts, other._parts, strict=True) if wanted is not None)
 
     @property
     def _parts(self) -> tuple[int | None, int, int | None]:
@@ -56,14 +55,14 @@ class Date:
 
 
 def month_number(name: str) -> int | None:
-    """1 to 12 for the English name of a month in lower case, whole or its first three letters."""
+    """Returns 1 to 12 for a month's English name in lower case, in full or its first three letters."""
     return next((number for number, month in enumerate(_MONTHS, 1) if name in {month, month[:3]}), None)
 
 
 def number_values(written: str) -> frozenset[Fraction]:
-    """The values that `written`, a match of NUMBER, may have; none if it is no number after all.
+    """Returns the possible values of `written`, a match of NUMBER; empty if it is not a number.
 
-    `1.200` has two: English reads 1.2, German 1200. `1,200` has one, 1200; `1,2` is 1.2.
+    `1.200` has two: 1.2 in English, 1200 in German. `1,200` has one, 1200; `1,2` is 1.2.
     """
     text = written.lower().strip()
     if len(text) > _LONGEST_NUMBER:
@@ -78,22 +77,22 @@ def number_values(written: str) -> frozenset[Fraction]:
 
 
 def range_bounds(written: str) -> tuple[frozenset[Fraction], frozenset[Fraction]]:
-    """The values of both bounds of `written`, a match of RANGE."""
-    found = _WHOLE_RANGE.search(written)
-    assert found, f"{written!r} is no range"
-    return number_values(found["low"]), number_values(found["high"])
+    """Returns the possible values of both bounds of `written`, a match of RANGE."""
+    match = _WHOLE_RANGE.search(written)
+    assert match, f"{written!r} is not a range"
+    return number_values(match["low"]), number_values(match["high"])
 
 
 def date_of(written: str) -> Date:
-    """The date that `written`, a match of DATE, states."""
-    found = _WHOLE_DATE.search(written)
-    assert found, f"{written!r} is no date"
-    if found["iso"]:
-        year, month, day = map(int, found["iso"].split("-"))
+    """Returns the date in `written`, a match of DATE."""
+    match = _WHOLE_DATE.search(written)
+    assert match, f"{written!r} is not a date"
+    if match["iso"]:
+        year, month, day = map(int, match["iso"].split("-"))
         return Date(year, month, day)
-    number = month_number(found["month"].lower()[:3])
-    assert number, f"{found['month']!r} is no month"
-    return Date(_int(found["year"]), number, _int(found["day"]))
+    number = month_number(match["month"].lower()[:3])
+    assert number, f"{match['month']!r} is not a month"
+    return Date(_int(match["year"]), number, _int(match["day"]))
 
 
 def _int(text: str | None) -> int | None:
@@ -108,8 +107,8 @@ def _unscaled(text: str) -> set[Fraction]:
         mantissa, exponent = power[1] or power[3], int(power[2] or power[4])
         return _times_power(_decimals(mantissa), Fraction(10), exponent)
     if power := regex.fullmatch(r"(.+)\^(-?\d+)", text):
-        found = (_times_power({Fraction(1)}, base, int(power[2])) for base in _decimals(power[1]))
-        return {value for values in found for value in values}
+        powers = (_times_power({Fraction(1)}, base, int(power[2])) for base in _decimals(power[1]))
+        return {value for values in powers for value in values}
     return _decimals(text)
 
 
@@ -120,7 +119,7 @@ def _times_power(values: set[Fraction], base: Fraction, exponent: int) -> set[Fr
 
 
 def _decimals(text: str) -> set[Fraction]:
-    """The readings of digits with their separators; the last of two different separators is the decimal one."""
+    """Returns the possible values; of two different separators the last is the decimal one."""
     grouped = regex.sub(r"[ '_]", "", text)
     separators = regex.sub(r"\d", "", grouped)
     if not separators or separators == ".":

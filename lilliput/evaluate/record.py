@@ -1,11 +1,11 @@
-"""The evaluation record: everything measured about one candidate, and each of its answers."""
+"""Measures one candidate: the evaluation record and a row for each answer."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lilliput.data.questions import Question
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility, hallucination
 from lilliput.evaluate.abstention import abstained
-from lilliput.evaluate.accuracy import choose, is_right
+from lilliput.evaluate.accuracy import is_right, score_choices
 from lilliput.evaluate.benchmarks import answer_rows, run_benchmarks
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.hallucination import Verdict
@@ -30,10 +30,20 @@ from lilliput.statistics import intervals
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The record (docs/metrics.md) and a row for each question, in the order of their ids."""
+    """The record (docs/metrics.md) and one row per question, ordered by id."""
 
     record: dict[str, Any]
     answers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """Timed queries with their questions, and the state of the process right after them."""
+
+    questions: list[Question]
+    queries: list[accessibility.TimedQuery]
+    runtime_details: dict[str, Any]
+    peak_rss_bytes: int
 
 
 def evaluate_candidate(
@@ -48,24 +58,24 @@ def evaluate_candidate(
     size_bytes: int,
     parameters: int,
 ) -> Evaluation:
-    """Loads the candidate and measures it; meant for a process of its own, whose peak memory is then the candidate's.
+    """Loads the candidate and measures it. Run it in a separate process: peak memory is the process's.
 
-    Timed queries come first: the memory they peak at is what answering takes, before batches of scoring add theirs.
+    Timed queries come first, so that peak memory is that of answering and not that of batched scoring.
 
     Args:
-        model_dir: its artefact.
+        model_dir: folder of the artefact.
         candidate: its name.
         questions: the question set.
-        params: how much is measured, the system prompt and the devices.
-        contaminated: ids of questions that overlap with the training text; their rows say so.
-        root: what the benchmarks' files are relative to.
-        artifact_sha256: of the artefact measured.
+        params: amount of measurement, system prompt and devices.
+        contaminated: ids of questions that overlap with the training text; their rows are marked.
+        root: folder that the benchmarks' file paths are relative to.
+        artifact_sha256: of the measured artefact.
         size_bytes: of its files.
-        parameters: of the model before packing.
+        parameters: number of parameters before packing.
 
     Raises:
-        DataError: there is no question.
-        ArtifactError: the model does not open or gives no numbers.
+        DataError: the question set is empty.
+        ArtifactError: the model does not open or returns NaN.
         ConfigError: a benchmark cannot be run.
     """
     if not questions:
@@ -76,53 +86,60 @@ def evaluate_candidate(
     load_s = time.perf_counter() - started
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
     meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
-    drawn = spread(questions, config.timed_queries, config.seed)
-    random.Random(config.seed).shuffle(drawn)  # so that those that are reached in time are a fair draw too
-    prompts = _prompts(tokenizer, params, drawn)
-    with cpu_threads(config.timed_threads):
-        timed = accessibility.time_queries(runtime, prompts, config.query_tokens, meter, config.timed_seconds)
-        details = runtime.stats()
-    peak_rss_bytes = resident.peak_rss_bytes()
-
-    rows: dict[str, dict[str, Any]] = {question.id: {"id": question.id} for question in questions}
-    for identity in contaminated:
-        rows[identity]["contaminated"] = True
-    for question, query in zip(drawn, timed, strict=False):
-        rows[question.id] |= {"ttft_ms": query.ttft_ms, "energy_j": query.energy_j, "energy_source": meter.source}
-    perplexity = _ask_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
-    verdicts = _ask_freely(runtime, tokenizer, params, questions, rows)
+    timing = _time_queries(runtime, tokenizer, params, questions, meter)
+    rows = _rows(questions, contaminated, timing, meter)
+    perplexity = _answer_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
+    verdicts = _answer_freely(runtime, tokenizer, params, questions, rows)
     benchmarks = run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples)
-    free = intervals.rate([verdict.right for verdict in verdicts if verdict.answerable])
     record = {
         "candidate": candidate,
         "sha256": artifact_sha256,
         "size_bytes": size_bytes,
         "parameters": parameters,
-        "accuracy_choice": intervals.as_dict(
-            intervals.rate([r["choice_right"] for r in rows.values() if "choice_right" in r])
-        ),
-        "accuracy_free": intervals.as_dict(free),
-        "hallucination_rate": intervals.as_dict(hallucination.hallucination_rate(verdicts)),
-        "abstention_rate": intervals.as_dict(hallucination.abstention_rate(verdicts)),
-        "selective_accuracy": intervals.as_dict(hallucination.selective_accuracy(verdicts)),
+        **_answer_quality(rows, verdicts),
         "contaminated_questions": len(contaminated),
         "empty_answers": sum(row.get("text") == "" for row in rows.values()),
         "perplexity": perplexity,
         "benchmarks": {name: benchmark.as_dict() for name, benchmark in benchmarks.items()},
-        **_energy(timed, free, meter, config),
-        **_accessibility(timed, size_bytes, model.config, params),
-        "peak_rss_bytes": peak_rss_bytes,
+        **_energy(timing.queries, _free_accuracy(verdicts), meter, config),
+        **_accessibility(timing.queries, size_bytes, model.config, params),
+        "peak_rss_bytes": timing.peak_rss_bytes,
         "load_s": load_s,
         "runtime": runtime.name,
-        "runtime_details": details,
+        "runtime_details": timing.runtime_details,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu_before,
     }
     return Evaluation(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(benchmarks)])
 
 
-def spread(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """Up to `count` questions, each relation with its share of them: a systematic draw along the relations."""
+def _time_queries(
+    runtime: TorchRuntime, tokenizer: Any, params: Params, questions: Sequence[Question], meter: EnergyMeter
+) -> _Timing:
+    config = params.evaluation
+    drawn = stratified_sample(questions, config.timed_queries, config.seed)
+    random.Random(config.seed).shuffle(drawn)  # if time runs out, the timed ones are still a fair sample
+    prompts = _prompts(tokenizer, params, drawn)
+    with cpu_threads(config.timed_threads):
+        queries = accessibility.time_queries(runtime, prompts, config.query_tokens, meter, config.timed_seconds)
+        details = runtime.stats()
+    return _Timing(drawn, queries, details, resident.peak_rss_bytes())
+
+
+def _rows(
+    questions: Sequence[Question], contaminated: Sequence[str], timing: _Timing, meter: EnergyMeter
+) -> dict[str, dict[str, Any]]:
+    """Returns the answer rows by id, with contamination marks and the timed queries' figures."""
+    rows: dict[str, dict[str, Any]] = {question.id: {"id": question.id} for question in questions}
+    for identity in contaminated:
+        rows[identity]["contaminated"] = True
+    for question, query in zip(timing.questions, timing.queries, strict=False):
+        rows[question.id] |= {"ttft_ms": query.ttft_ms, "energy_j": query.energy_j, "energy_source": meter.source}
+    return rows
+
+
+def stratified_sample(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """Draws up to `count` questions in proportion to the relations: a systematic sample along them."""
     rng = random.Random(seed)
     ordered = sorted(rng.sample(list(questions), len(questions)), key=lambda question: question.relation)
     step = max(1.0, len(ordered) / count)
@@ -131,21 +148,21 @@ def spread(questions: Sequence[Question], count: int, seed: int) -> list[Questio
     return [ordered[place] for place in places if place < len(ordered)]
 
 
-def freely_asked(questions: Sequence[Question], config: EvaluationConfig) -> list[Question]:
-    """What is asked for a free answer: a seeded draw of the answerable questions, and all unanswerable ones."""
+def select_free_questions(questions: Sequence[Question], config: EvaluationConfig) -> list[Question]:
+    """Returns the questions for free answers: a seeded sample of the answerable ones and all unanswerable ones."""
     answerable = [question for question in questions if question.answerable]
-    drawn = spread(answerable, config.free_questions, config.seed) if answerable else []
+    drawn = stratified_sample(answerable, config.free_questions, config.seed) if answerable else []
     return [*drawn, *(question for question in questions if not question.answerable)]
 
 
-def judge(text: str, question: Question) -> Verdict:
-    """Is `text` right, an abstention, or neither?"""
+def judge_answer(text: str, question: Question) -> Verdict:
+    """Returns whether `text` is right, an abstention, or neither."""
     declined = abstained(text)
     return Verdict(question.answerable, question.answerable and not declined and is_right(text, question), declined)
 
 
 def verdict_row(text: str, question: Question, verdict: Verdict) -> dict[str, Any]:
-    """A free answer and its verdict, as answer rows hold them."""
+    """Returns the keys of an answer row for a free answer and its verdict."""
     return {
         "text": text,
         "right": verdict.right if question.answerable else None,
@@ -158,44 +175,60 @@ def _prompts(tokenizer: Any, params: Params, questions: Sequence[Question]) -> l
     return [encode_prompt(tokenizer, params.data.system_prompt, question.question) for question in questions]
 
 
-def _ask_choices(
+def _answer_choices(
     runtime: TorchRuntime,
     tokenizer: Any,
     system_prompt: str,
     questions: Sequence[Question],
     rows: dict[str, dict[str, Any]],
 ) -> dict[str, float | int] | None:
-    """Fills in each row's choice; the perplexity of the right answers, given their questions, comes with it."""
-    asked = [question for question in questions if question.choices and question.answerable]
-    if not asked:
+    """Adds the model's choice to each row. Returns the perplexity of the right answers, given their questions."""
+    answerable = [question for question in questions if question.choices and question.answerable]
+    if not answerable:
         return None
-    scores = choose(runtime, tokenizer, system_prompt, asked)
+    scores = score_choices(runtime, tokenizer, system_prompt, answerable)
     nll, tokens = 0.0, 0
-    for question, row in zip(asked, scores, strict=True):
+    for question, row in zip(answerable, scores, strict=True):
         picked = question.choices[int(np.argmax(row))]
         rows[question.id] |= {"choice": picked, "choice_right": picked == question.answer}
         length = len(encode_answer(tokenizer, str(question.answer), end=False))
         nll -= row[question.choices.index(str(question.answer))] * length
         tokens += length
-    return {"value": math.exp(nll / tokens), "n": len(asked), "tokens": tokens}
+    return {"value": math.exp(nll / tokens), "n": len(answerable), "tokens": tokens}
 
 
-def _ask_freely(
+def _answer_freely(
     runtime: TorchRuntime,
     tokenizer: Any,
     params: Params,
     questions: Sequence[Question],
     rows: dict[str, dict[str, Any]],
 ) -> list[Verdict]:
-    """Fills in each row's free answer."""
-    asked = freely_asked(questions, params.evaluation)
-    prompts = _prompts(tokenizer, params, asked)
+    """Adds the free answer and its verdict to each row of a selected question."""
+    selected = select_free_questions(questions, params.evaluation)
+    prompts = _prompts(tokenizer, params, selected)
     verdicts = []
-    for question, text in zip(asked, runtime.generate(prompts, params.evaluation.max_new_tokens), strict=True):
-        verdict = judge(text, question)
+    for question, text in zip(selected, runtime.generate(prompts, params.evaluation.max_new_tokens), strict=True):
+        verdict = judge_answer(text, question)
         verdicts.append(verdict)
         rows[question.id] |= verdict_row(text, question, verdict)
     return verdicts
+
+
+def _free_accuracy(verdicts: Sequence[Verdict]) -> intervals.Estimate | None:
+    return intervals.rate([verdict.right for verdict in verdicts if verdict.answerable])
+
+
+def _answer_quality(rows: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Returns accuracy, hallucination and abstention as they appear in the record."""
+    choice = intervals.rate([row["choice_right"] for row in rows.values() if "choice_right" in row])
+    return {
+        "accuracy_choice": intervals.as_dict(choice),
+        "accuracy_free": intervals.as_dict(_free_accuracy(verdicts)),
+        "hallucination_rate": intervals.as_dict(hallucination.hallucination_rate(verdicts)),
+        "abstention_rate": intervals.as_dict(hallucination.abstention_rate(verdicts)),
+        "selective_accuracy": intervals.as_dict(hallucination.selective_accuracy(verdicts)),
+    }
 
 
 def _energy(
@@ -204,15 +237,15 @@ def _energy(
     meter: EnergyMeter,
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Joules per query, per output token and per right answer (per query ÷ free accuracy), source named."""
+    """Returns joules per query, per output token and per right answer (per query ÷ free accuracy), with the source."""
     label = {"source": meter.source, "measured": meter.measured, "idle_watts": meter.idle_watts}
     if any(query.energy_j is None for query in timed):
-        nothing = intervals.as_dict(None) | {"source": "unavailable", "measured": False, "idle_watts": None}
-        return {f"energy_per_{unit}_j": nothing for unit in ("query", "token", "right_answer")}
+        unavailable = intervals.as_dict(None) | {"source": "unavailable", "measured": False, "idle_watts": None}
+        return {f"energy_per_{unit}_j": unavailable for unit in ("query", "token", "right_answer")}
     rows = np.array([[query.energy_j, query.tokens] for query in timed], dtype=float)
 
-    def estimated(of: Any) -> dict[str, Any]:
-        return intervals.as_dict(intervals.statistic(of, rows, config.seed, config.resamples)) | label
+    def estimated(statistic: Any) -> dict[str, Any]:
+        return intervals.as_dict(intervals.statistic(statistic, rows, config.seed, config.resamples)) | label
 
     share = free.value if free else 0.0
     per_right = estimated(lambda draw: draw[..., 0].mean(-1) / share) if share else intervals.as_dict(None) | label

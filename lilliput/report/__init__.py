@@ -1,1 +1,1 @@
-"""Model cards, charts and the HTML page."""
+"""The HTML report and its charts."""

@@ -12,18 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[int, float]]
-_CALLED = {
+_LABELS = {
     "accuracy_choice": "choice accuracy",
     "accuracy_free": "free accuracy",
     "ttft_ms": "time to first token (ms)",
     "tpot_ms": "time per further token (ms)",
 }
-_WIDTH, _HEIGHT = 5.2, 3.4  # inches: letters stay legible on a page as wide as a phone
+_WIDTH, _HEIGHT = 5.2, 3.4  # inches; legible at the width of a phone
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture as SVG, and in words what it tells."""
+    """A chart as SVG, and its content in words."""
 
     title: str
     svg: str
@@ -31,33 +31,33 @@ class Chart:
 
 
 def trade_offs(
-    found: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, Mapping[str, Any]],
     front: Collection[str],
     objectives: Sequence[str],
     reference: Collection[str],
     name_all: bool = False,
 ) -> str:
-    """The first objective against each other one: the front named and with its intervals, what it beats in grey.
+    """Draws the first objective against each other one: the front with names and intervals, the rest in grey.
 
     Args:
-        found: figures by candidate: an estimate (value, low, high) or a plain number for each objective.
-        front: the candidates that none dominates.
-        objectives: metrics, two at least.
-        reference: what the others were made from, drawn hollow.
-        name_all: whether what the front beats is named too: a search finds too much for that.
+        results: figures by candidate: an estimate (value, low, high) or a number for each objective.
+        front: the candidates on the Pareto front.
+        objectives: at least two metrics.
+        reference: the candidates that the others were made from, drawn hollow.
+        name_all: whether dominated candidates are named too; a search has too many.
     """
     first, *others = objectives
     figure = Figure(figsize=(_WIDTH, _HEIGHT * len(others)), layout="constrained")
     for axes, other in zip(figure.subplots(len(others), squeeze=False)[:, 0], others, strict=True):
-        for name, figures in found.items():
-            (x, x_reach), (y, y_reach) = _point(figures[other], other), _point(figures[first], first)
+        for name, figures in results.items():
+            (x, x_error), (y, y_error) = _point(figures[other], other), _point(figures[first], first)
             if name not in front and name not in reference:
                 axes.plot(x, y, "o", color="0.6", markersize=4)
                 if name_all:
                     _name(axes, name, x, y, color="0.35")
                 continue
             axes.errorbar(
-                x, y, xerr=x_reach, yerr=y_reach, fmt="o", capsize=3, mfc="none" if name in reference else None
+                x, y, xerr=x_error, yerr=y_error, fmt="o", capsize=3, mfc="none" if name in reference else None
             )
             _name(axes, name, x, y)
         axes.set_xlabel(label(other))
@@ -67,7 +67,7 @@ def trade_offs(
 
 
 def _point(figure: Mapping[str, Any] | float, metric: str) -> tuple[float, list[list[float]] | None]:
-    """The value and how far its interval reaches below and above; sizes in MiB."""
+    """Returns the value and the distances to its interval's bounds; sizes in MiB."""
     if not isinstance(figure, Mapping):
         return figure / 2**20 if metric.endswith("_bytes") else figure, None
     value = figure["value"]
@@ -79,9 +79,9 @@ def _name(axes: Axes, name: str, x: float, y: float, color: str = "black") -> No
 
 
 def label(metric: str) -> str:
-    """What `metric` is called, with its unit: `energy per query (J)`."""
-    if metric in _CALLED:
-        return _CALLED[metric]
+    """Returns the label of `metric` with its unit, such as `energy per query (J)`."""
+    if metric in _LABELS:
+        return _LABELS[metric]
     for suffix, unit in {"_bytes": "MiB", "_j": "J", "_ms": "ms"}.items():
         if metric.endswith(suffix):
             return f"{metric.removesuffix(suffix)} ({unit})".replace("_", " ")
@@ -89,38 +89,38 @@ def label(metric: str) -> str:
 
 
 def effects(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> Chart:
-    """How far each candidate lies from what it is compared with, beside a line at zero; a hollow point says: not shown.
+    """Draws each candidate's difference from its reference, with a line at zero. Hollow: no difference shown.
 
     Args:
-        rows: candidate, reference, difference (value, low, high) and verdict; all of one metric.
-        metric: its key, for the axis.
+        rows: candidate, reference, difference (value, low, high) and verdict, all of one metric.
+        metric: key of that metric, for the axis.
         title: of the chart.
     """
     figure = Figure(figsize=(_WIDTH, 0.8 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0.0, color="0.6", linewidth=1)
     for place, row in enumerate(rows):
-        x, reach = _point(row["difference"], metric)
+        x, error = _point(row["difference"], metric)
         axes.errorbar(
-            x, place, xerr=reach, fmt="o", capsize=3, color="C0", mfc=None if row["verdict"] == "yes" else "none"
+            x, place, xerr=error, fmt="o", capsize=3, color="C0", mfc=None if row["verdict"] == "yes" else "none"
         )
     axes.set_yticks(range(len(rows)), [f"{row['candidate']} against {row['reference']}" for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(f"difference in {label(metric)}")
-    return Chart(title, _svg(figure), _told(rows))
+    return Chart(title, _svg(figure), _effects_in_words(rows))
 
 
-def _told(rows: Sequence[Mapping[str, Any]]) -> str:
+def _effects_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     kinds: dict[str, list[str]] = {"More": [], "Less": [], "No difference shown": [], "Too few to tell": []}
     for row in rows:
-        shown = "More" if row["difference"]["value"] > 0 else "Less"
-        kind = {"yes": shown, "cannot tell": "Too few to tell"}.get(row["verdict"], "No difference shown")
+        direction = "More" if row["difference"]["value"] > 0 else "Less"
+        kind = {"yes": direction, "cannot tell": "Too few to tell"}.get(row["verdict"], "No difference shown")
         kinds[kind].append(f"{row['candidate']} against {row['reference']}")
     return " ".join(f"{kind}: {', '.join(pairs)}." for kind, pairs in kinds.items() if pairs)
 
 
 def curves(series: Mapping[str, Curve], title: str, x_label: str, y_label: str) -> Chart:
-    """One line a candidate; a point where there is but one."""
+    """Draws one line per candidate; a single value as a point."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     for name, curve in series.items():
@@ -128,23 +128,23 @@ def curves(series: Mapping[str, Curve], title: str, x_label: str, y_label: str) 
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.legend(frameon=False)
-    return Chart(title, _svg(figure), " ".join(_course(name, curve, x_label) for name, curve in series.items()))
+    return Chart(title, _svg(figure), " ".join(_curve_in_words(name, curve, x_label) for name, curve in series.items()))
 
 
-def _course(name: str, curve: Curve, x_label: str) -> str:
+def _curve_in_words(name: str, curve: Curve, x_label: str) -> str:
     (first, start), (last, end) = curve[0], curve[-1]
-    top, highest = max(curve, key=lambda point: point[1])
+    peak_x, peak = max(curve, key=lambda point: point[1])
     return (
         f"{name}: {start:.3g} at {x_label} {first}, {end:.3g} at {x_label} {last}, "
-        f"at most {highest:.3g} at {x_label} {top}."
+        f"at most {peak:.3g} at {x_label} {peak_x}."
     )
 
 
 def offloading(policies: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """Accuracy, hallucination rate, latency and energy of each policy, with intervals; of latencies, p50 to p90.
+    """Draws accuracy, hallucination rate, latency (p50 to p90) and energy of each policy, with intervals.
 
     Args:
-        policies: figures by policy, as lilliput/offload/judge.py gives them for one link.
+        policies: figures by policy for one link, from lilliput/offload/judge.py.
     """
     panels = {
         "accuracy": ("accuracy", "value", "low", "high"),
@@ -156,25 +156,25 @@ def offloading(policies: Mapping[str, Mapping[str, Any]]) -> Chart:
     grid = figure.subplots(2, 2, sharey=True)
     for axes, (title, (metric, middle, low, high)) in zip(grid.flat, panels.items(), strict=True):
         for row, figures in enumerate(policies.values()):
-            found = figures[metric]
-            if found[middle] is not None:
-                reach = [[found[middle] - found[low]], [found[high] - found[middle]]]
-                axes.errorbar(found[middle], row, xerr=reach, fmt="o", capsize=3)
+            estimate = figures[metric]
+            if estimate[middle] is not None:
+                error = [[estimate[middle] - estimate[low]], [estimate[high] - estimate[middle]]]
+                axes.errorbar(estimate[middle], row, xerr=error, fmt="o", capsize=3)
         axes.set_yticks(range(len(policies)), [name.replace("_", ", ") for name in policies])
         axes.set_xlabel(title)
         axes.set_xlim(left=0.0)
     grid[0, 0].invert_yaxis()
-    return Chart("What each policy brings and costs", _svg(figure), "Its numbers stand in the table above.")
+    return Chart("Quality and cost of each policy", _svg(figure), "The table above has its numbers.")
 
 
 def offloaded_shares(
     curves: Mapping[str, Sequence[Mapping[str, float]]], policies: Mapping[str, Mapping[str, Any]]
 ) -> Chart:
-    """Accuracy and hallucination rate over the share that is offloaded: each ranking's curve, chance, and each policy.
+    """Draws accuracy and hallucination rate over the offloaded share: a curve per ranking, chance, and the policies.
 
     Args:
         curves: points of offloaded, accuracy and hallucination_rate by ranking.
-        policies: figures by policy; drawn where its threshold puts it.
+        policies: figures by policy, drawn at the offloaded share of its threshold.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "hallucination_rate"), strict=True):

@@ -1,4 +1,4 @@
-"""Numbers as they are shown, in the report and in a terminal."""
+"""Formats numbers for the report and the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def figure(value: Mapping[str, Any] | float | None, metric: str) -> str:
-    """`value` as it fits `metric`: an estimate with its interval, bytes as MiB, any other number as it is."""
+    """Formats `value` of `metric`: an estimate with its interval, bytes as MiB, other numbers with three digits."""
     if isinstance(value, Mapping) and "low" in value:
         return estimate(value)
     number = value["value"] if isinstance(value, Mapping) else value
@@ -17,9 +17,9 @@ def figure(value: Mapping[str, Any] | float | None, metric: str) -> str:
 
 
 def estimate(value: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """`value [low, high]`, marked `~` where it is an estimate; `unavailable` where there is none.
+    """Returns `value [low, high]`, prefixed with `~` if not measured, or `unavailable`.
 
-    The space within the brackets does not break: in a narrow column the interval stands whole below its value.
+    The space in the brackets is non-breaking, so that the interval stays on one line in a narrow column.
     """
     if not value or value.get("value") is None:
         return "unavailable"

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page, readable without a network."""
+"""Renders the report: one self-contained HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def render(
     origin: Mapping[str, str],
     search: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as HTML.
+    """Returns the page as HTML.
 
     Args:
-        candidates: a row each: name, strategy, parent, teacher or None, record and the devices it is champion of.
-        differences: a row per candidate and metric: the paired difference from its parent.
-        caching: the caching record of each candidate it was measured on.
-        compiled: each compiled model with its device record, its parity record and its tensors' types.
-        offloading: by device, what each policy between it and its edge server brings and costs; and its charts.
+        candidates: rows of name, strategy, parent, teacher or None, record, and the devices it is champion of.
+        differences: a row per candidate, reference and metric with the paired difference.
+        caching: caching records by candidate.
+        compiled: compiled models with device record, parity record and tensor types.
+        offloading: by device, the record of its policies, with charts.
         promotion: the decision of each device.
         costs: seconds and peak memory of each stage.
-        charts: what stands under `impact`, `pareto` and `making`: how the candidates were made.
-        origin: commit, command and what else tells where the page comes from.
-        search: what a search found, where these candidates are a search's; and its chart, as SVG under `chart`.
+        charts: charts of the sections `impact`, `pareto` and `making` (training and compression).
+        origin: commit, command, data, confidence level and energy source.
+        search: the result of a search if the candidates come from one, with its SVG under `chart`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -60,15 +60,16 @@ def render(
         caching=caching,
         compiled=compiled,
         offloading={
-            device: {**record, "charts": [replace(chart, svg=Markup(chart.svg)) for chart in record["charts"]]}
-            for device, record in (offloading or {}).items()
+            device: {**record, "charts": _safe(record["charts"])} for device, record in (offloading or {}).items()
         },
         promotion=promotion,
         costs=costs,
-        charts={
-            section: [replace(chart, svg=Markup(chart.svg)) for chart in charts.get(section, ())]
-            for section in ("impact", "pareto", "making")
-        },
+        charts={section: _safe(charts.get(section, ())) for section in ("impact", "pareto", "making")},
         origin=origin,
         search=search and {**search, "chart": Markup(search["chart"])},
     )
+
+
+def _safe(charts: Sequence[Chart]) -> list[Chart]:
+    """Returns the charts with their SVG excluded from escaping."""
+    return [replace(chart, svg=Markup(chart.svg)) for chart in charts]

@@ -1,1 +1,1 @@
-"""Intervals and paired differences: the arithmetic below all metrics."""
+"""Intervals and paired differences, used by all metrics."""

@@ -1,4 +1,4 @@
-"""Two candidates compared on the questions that both answered: whether there is a difference, and how large it is."""
+"""Compares two candidates on the questions that both answered."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from lilliput.statistics.differences import Comparison, compare_means, compare_shares
 
-# What each answer row holds of a metric: a yes-or-no that it is the share of, or a figure that it is the mean of.
+# Key of each metric in answer rows: the metric is the share of true values, or the mean of figures.
 YES_OR_NO = {"accuracy_choice": "choice_right", "accuracy_free": "right", "hallucination_rate": "hallucinated"}
 FIGURES = {"energy_per_query_j": "energy_j", "ttft_ms": "ttft_ms"}
 
 
 def compare(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, Comparison]:
-    """Differences of the second candidate from the first on the questions both answered, by metric.
+    """Returns, by metric, the paired difference of the second candidate from the first.
 
-    Energies of different sources are not compared, nor are figures of a single question.
+    Omits energies of different sources, and figures of a single question.
     """
-    others = {row["id"]: row for row in second}
-    pairs = [(row, others[row["id"]]) for row in first if row["id"] in others]
+    second_by_id = {row["id"]: row for row in second}
+    pairs = [(row, second_by_id[row["id"]]) for row in first if row["id"] in second_by_id]
     comparisons = {}
     for metric, key in (YES_OR_NO | FIGURES).items():
         answered = [(a, b) for a, b in pairs if a.get(key) is not None and b.get(key) is not None]

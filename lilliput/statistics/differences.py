@@ -1,7 +1,7 @@
-"""Paired differences: one test for each kind of metric, and the interval that this test implies.
+"""Paired differences: one test per kind of metric, and a matching interval.
 
-Yes-or-no answers have McNemar's exact test and, around the difference of the shares, Tango's score interval; figures
-have Student's t for both. An interval holds zero exactly where the test's p is at least 1 − CONFIDENCE.
+Shares use McNemar's exact test with Tango's score interval; means use Student's t for both. An interval contains zero
+exactly if the test's p is at least 1 − CONFIDENCE.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Comparison:
 
     Attributes:
         difference: with its interval.
-        p_value: of the two-sided test that there is none.
-        detectable: a true difference this large would be found four times in five with as many questions.
-        least_p: the smallest p that any outcome of as many pairs could have had.
+        p_value: of the two-sided test of no difference.
+        detectable: true difference that this number of questions would show with 80 % power.
+        least_p: smallest p that any outcome of this number of pairs could give.
     """
 
     difference: Estimate
@@ -38,22 +38,21 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether there is a difference, by the p-value alone; the interval says the same."""
+        """Whether there is a difference, by p-value; the interval agrees."""
         if self.least_p >= SIGNIFICANCE:
             return "cannot tell"
         return "yes" if self.p_value < SIGNIFICANCE else "not shown"
 
     @property
     def real(self) -> bool:
-        """Whether a difference is shown."""
+        """Whether the difference is significant."""
         return self.verdict == "yes"
 
 
 def compare_shares(before: Sequence[bool], after: Sequence[bool]) -> Comparison:
-    """The difference of two shares of yes, paired: McNemar's exact test and Tango's interval (Stat. Med. 17, 1998).
+    """Returns the paired difference of two shares: McNemar's exact test and Tango's interval (Stat. Med. 17, 1998).
 
-    The test knows only whether there is a difference. Where it finds none and Tango's interval, an approximation,
-    excludes zero all the same, the interval is extended to zero.
+    Tango's interval is approximate: if it excludes zero while the test shows no difference, it is extended to zero.
     """
     n = len(before)
     gained = sum(a > b for b, a in zip(before, after, strict=True))
@@ -66,23 +65,23 @@ def compare_shares(before: Sequence[bool], after: Sequence[bool]) -> Comparison:
 
 
 def compare_means(before: Sequence[float], after: Sequence[float]) -> Comparison | None:
-    """The mean of the paired differences with Student's t: its test and its interval; None for fewer than two pairs."""
+    """Returns the mean paired difference with Student's t test and interval; None for fewer than two pairs."""
     differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     n = len(differences)
-    if n < 2:  # nothing tells how much pairs vary
+    if n < 2:  # the variance is unknown
         return None
     mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(n)
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2.0, n - 1)) * error
+    margin = float(stats.t.ppf(0.5 + CONFIDENCE / 2.0, n - 1)) * error
     p_value = float(2.0 * stats.t.sf(abs(mean) / error, n - 1)) if error else float(not mean)
-    estimate = Estimate(mean, *_agreeing(mean - reach, mean + reach, p_value), n)
+    estimate = Estimate(mean, *_agreeing(mean - margin, mean + margin, p_value), n)
     return Comparison(estimate, p_value, detectable_difference(differences))
 
 
 def detectable_difference(differences: np.ndarray) -> float:
-    """The mean paired difference that as many pairs would show, at 95 % confidence, four times in five.
+    """Returns the mean paired difference that this number of pairs shows at 95 % confidence with 80 % power.
 
     (z₀.₉₇₅ + z₀.₈) · s / √n, where s is the standard deviation of the pairs' differences. With fewer than two changed
-    pairs, or all changed alike, s is taken as if two had changed: that nothing differed is no proof that nothing can.
+    pairs, or equal changes in all, s is computed as if two had changed: no observed change does not prove s = 0.
     """
     n = len(differences)
     least = np.sqrt(2.0 / n) * (np.abs(differences).max() or 1.0)
@@ -92,28 +91,28 @@ def detectable_difference(differences: np.ndarray) -> float:
 
 
 def _tango(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """Every difference of two paired shares that the score test does not reject, given what was observed."""
+    """Returns the interval of differences of two paired shares that the score test does not reject."""
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2.0))
-    found = (gained - lost) / n
+    observed = (gained - lost) / n
 
-    def beyond(delta: float) -> float:
-        """Below zero where the score test accepts `delta`."""
+    def excess(delta: float) -> float:
+        """Negative if the score test accepts `delta`."""
         linear = (2 * n - gained + lost) * delta - gained - lost
         constant = -lost * delta * (1.0 - delta)
         lost_share = (math.sqrt(max(0.0, linear**2 - 8 * n * constant)) - linear) / (4 * n)
         variance = n * (2.0 * lost_share + delta * (1.0 - delta))
         return (gained - lost - n * delta) ** 2 - z**2 * max(variance, 0.0)
 
-    # Just beside what was found, where the variance may be zero.
-    low = -1.0 if found == -1.0 else cast("float", optimize.brentq(beyond, -1.0, found - 1e-9))
-    high = 1.0 if found == 1.0 else cast("float", optimize.brentq(beyond, found + 1e-9, 1.0))
+    # Not at `observed` itself, where the variance may be zero.
+    low = -1.0 if observed == -1.0 else cast("float", optimize.brentq(excess, -1.0, observed - 1e-9))
+    high = 1.0 if observed == 1.0 else cast("float", optimize.brentq(excess, observed + 1e-9, 1.0))
     return low, high
 
 
 def _agreeing(low: float, high: float, p_value: float) -> tuple[float, float]:
-    """The interval, adjusted to hold zero exactly where `p_value` shows no difference."""
+    """Returns the interval, adjusted to contain zero exactly if `p_value` shows no difference."""
     if p_value >= SIGNIFICANCE:
         return min(low, 0.0), max(high, 0.0)
-    if low <= 0.0 <= high:  # by rounding alone: the nearer end is zero up to the last digits
+    if low <= 0.0 <= high:  # a rounding error: the nearer bound is zero up to the last digits
         return (math.nextafter(0.0, 1.0), high) if high > -low else (low, math.nextafter(0.0, -1.0))
     return low, high

@@ -1,4 +1,4 @@
-"""Perplexity of a model on the answers in texts."""
+"""Perplexity of a model on the labelled tokens of texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IGNORED = -100
 
 
 class Text(Protocol):
-    """Token ids, and which of them count: `labels` equals `input_ids` there and is IGNORED elsewhere."""
+    """Token ids and labels: a label is the token id if the token counts, otherwise IGNORED."""
 
     @property
     def input_ids(self) -> list[int]: ...  # noqa: D102
@@ -24,27 +24,27 @@ class Text(Protocol):
 
 
 def counted(texts: Sequence[Text]) -> int:
-    """How many tokens of `texts` count."""
+    """Returns the number of tokens of `texts` that count."""
     return sum(label != IGNORED for text in texts for label in text.labels[1:])
 
 
 @torch.inference_mode()
 def perplexity(model: torch.nn.Module, texts: Sequence[Text], *, show: bool = True) -> float:
-    """exp of the mean negative log-likelihood per token that counts, over all `texts` together.
+    """Returns exp of the mean negative log-likelihood per token that counts, over all `texts` together.
 
-    Prompts are given, not predicted: what is always the same says nothing, and would outweigh answers of a few words.
+    Prompts should not count: they repeat, and would outweigh answers of a few words.
 
     Args:
         model: a causal LM in evaluation mode.
-        texts: questions with their answers, say; the first token of each is given in any case.
-        show: a progress bar.
+        texts: for example questions with their answers; the first token of each is never predicted.
+        show: whether to show a progress bar.
     """
-    where = next(model.parameters()).device
+    device = next(model.parameters()).device
     total_nll = 0.0
     for text in tqdm(texts, desc="perplexity", unit="text", disable=not show):
-        labels = torch.tensor(text.labels[1:], device=where)
+        labels = torch.tensor(text.labels[1:], device=device)
         places = (labels != IGNORED).nonzero()[:, 0]
-        ids = torch.tensor([text.input_ids[:-1]], device=where)
+        ids = torch.tensor([text.input_ids[:-1]], device=device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=places).logits[0].float()
         total_nll += cross_entropy(logits, labels[places], reduction="sum").item()
     return math.exp(total_nll / counted(texts))

@@ -10,6 +10,7 @@ from typing import Any
 from mlflow.entities.model_registry import ModelVersion
 
 from lilliput.config import Params
+from lilliput.data.jsonl import read_rows
 from lilliput.errors import DataError
 from lilliput.graph import topological_order
 from lilliput.promote import Reference
@@ -17,7 +18,7 @@ from lilliput.statistics.compare import compare
 from lilliput.statistics.differences import Comparison
 from tasks import layout
 from tasks.registry import model_versions
-from tasks.registry.past_champion import PastChampion, read_rows
+from tasks.registry.past_champion import PastChampion
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def read_candidate_pool(params: Params) -> CandidatePool:
         raise DataError("promote: the base has not been evaluated, and the rules are relative to it; run its stages")
     client = model_versions.client()
     versions = {name: str(registered[name]["version"]) for name in names}
-    answers = {name: read_rows(layout.answers(name).read_text(encoding="utf-8")) for name in names}
+    answers = {name: read_rows(layout.answers(name)) for name in names}
     return CandidatePool(
         params=params,
         versions=versions,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lilliput.data.jsonl import read_rows
 from lilliput.promote import Decision
 from lilliput.redaction import redacted
 from tasks import layout
@@ -33,7 +34,7 @@ def add(device: str, decision: Decision, version: str | None, before: str | None
 def read(folder: Path) -> list[dict[str, str | None]]:
     """Returns the changes in the outbox of `folder`, the oldest first."""
     path = folder / layout.OUTBOX
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return read_rows(path) if path.exists() else []
 
 
 def clear(folder: Path) -> None:

@@ -12,6 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from lilliput.artifacts import file_sha256
 from lilliput.config import Params
+from lilliput.data.jsonl import parse_rows
 from lilliput.errors import ArtifactError
 from tasks import layout
 from tasks.registry import model_versions
@@ -63,7 +64,7 @@ def read_past_champion(params: Params, device: str, version: ModelVersion) -> Pa
     name, target = version.tags["lilliput.candidate"], params.target_of(device)
     assert version.run_id is not None
     record = json.loads(model_versions.read_artifact(version.run_id, f"{name}.json"))
-    answers = read_rows(model_versions.read_artifact(version.run_id, f"{name}.jsonl"))
+    answers = parse_rows(model_versions.read_artifact(version.run_id, f"{name}.jsonl"), f"{name}.jsonl")
     if target is None:
         return PastChampion(record, record, answers)
     measured = json.loads(model_versions.read_artifact(version.run_id, f"devices/{name}-{target}.json"))
@@ -88,8 +89,3 @@ def record_on_device(
         "size_bytes": measured["size_bytes"],
         "energy_per_query_j": run.get("energy_per_query_j", unavailable),
     }
-
-
-def read_rows(text: str) -> list[dict[str, Any]]:
-    """Parses JSON Lines."""
-    return [json.loads(line) for line in text.splitlines()]

@@ -116,12 +116,12 @@ def test_many_kinds_of_one_group_each_are_split_all_the_same(tiny, tmp_path, cac
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([fact(1)], "1 groups leave no answerable question held out to ask about"),
+        ([fact(1)], "1 groups leave no answerable question held out for evaluation"),
         ([fact(1, split="test")], "no answerable question to train on"),
         ([fact(1, group="g", split="test"), fact(2, group="g", split="train")], "group 'g' is in both splits"),
         (
             [fact(1, split="train"), fact(2, question="what is FACT 1", split="test")],
-            "'q2' would be asked, but 'q1' of the same group or wording is trained on",
+            "'q2' is a test question, but 'q1' of the same group or wording is in training",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 
 from lilliput.data.questions import normalise
 from lilliput.errors import DataError, SourceError
-from lilliput.recipes.asking import ask, invent
+from lilliput.recipes.asking import invent_questions, make_questions
 from lilliput.recipes.facts import Fact, collect_facts
 from lilliput.recipes.recipe import Recipe, read_recipe
 
@@ -73,7 +73,7 @@ def test_elements_are_asked_about_both_ways_with_the_recipes_aliases(facts):
 
 def test_distractors_are_other_answers_of_the_same_relation_and_never_right(facts, recipe):
     given = {relation: set(answers(facts, relation).values()) for relation in recipe.relations}
-    for fact, question in zip(facts, ask(facts, recipe, 7), strict=True):
+    for fact, question in zip(facts, make_questions(facts, recipe, 7), strict=True):
         right = {normalise(text) for text in (fact.answer, *fact.aliases)}
         wrong = [choice for choice in question.choices if choice != fact.answer]
         assert len(wrong) == 3
@@ -86,24 +86,24 @@ def test_an_answer_that_is_an_alias_of_the_right_one_is_no_distractor(recipe):
     facts = [Fact("element_of_symbol", name[:2], name, f"element/{name}") for name in names[1:]]
     facts.insert(0, Fact("element_of_symbol", "Xx", "Iron", "element/Iron", ("ferrum",)))
     for seed in range(20):
-        assert "Ferrum" not in ask(facts, recipe, seed)[0].choices
+        assert "Ferrum" not in make_questions(facts, recipe, seed)[0].choices
 
 
 def test_another_fact_rewords_no_question(facts, recipe):
-    before = {question.id: question.question for question in ask(facts[:-1], recipe, 7)}
-    after = {question.id: question.question for question in ask(facts, recipe, 7)}
+    before = {question.id: question.question for question in make_questions(facts[:-1], recipe, 7)}
+    after = {question.id: question.question for question in make_questions(facts, recipe, 7)}
     assert before == {identity: after[identity] for identity in before}
 
 
 def test_phrasings_and_places_of_the_answer_vary(facts, recipe):
-    questions = ask(facts, recipe, 7)
+    questions = make_questions(facts, recipe, 7)
     assert len({q.question.replace(q.group.partition("/")[2], "") for q in questions if q.relation == "symbol"}) > 1
     assert {q.choices.index(q.answer) for q in questions if q.answer} == {0, 1, 2, 3}
 
 
 def test_invented_names_are_new_and_unlike_real_ones(recipe):
     real = {"varaland", "zelastam"}  # the second nearly the Zelastan that the syllables give
-    questions = invent(recipe, real, {"test": 400, "train": 1000}, seed=3)
+    questions = invent_questions(recipe, real, {"test": 400, "train": 1000}, seed=3)
     names = {normalise(q.group.partition("/")[2]) for q in questions}
     assert len(names) == 1400
     assert not names & {"varaland", "zelastan"}
@@ -111,7 +111,7 @@ def test_invented_names_are_new_and_unlike_real_ones(recipe):
 
 @pytest.mark.parametrize("kind", ["country", "city", "element", "symbol"])
 def test_no_beginning_of_a_name_is_in_both_splits(recipe, kind):
-    questions = invent(recipe, set(), {"test": 200, "train": 400}, seed=3)
+    questions = invent_questions(recipe, set(), {"test": 200, "train": 400}, seed=3)
     of_kind = [q for q in questions if recipe.relations[q.id.split("/")[1]].asks_about == kind]
     stems = {
         split: {
@@ -125,7 +125,7 @@ def test_no_beginning_of_a_name_is_in_both_splits(recipe, kind):
 
 
 def test_invented_questions_use_the_phrasings_of_real_ones_in_equal_shares(recipe):
-    questions = invent(recipe, set(), {"test": 0, "train": 40}, seed=3)
+    questions = invent_questions(recipe, set(), {"test": 0, "train": 40}, seed=3)
     per_relation = [sum(q.id.startswith(f"invented/{name}/") for q in questions) for name in recipe.relations]
     assert per_relation == [5] * 8
     for question in questions:
@@ -135,12 +135,12 @@ def test_invented_questions_use_the_phrasings_of_real_ones_in_equal_shares(recip
 
 
 def test_too_few_syllables_are_named(recipe):
-    with pytest.raises(DataError, match=r"fall \d+ names short of 9000 unanswerable train questions"):
-        invent(recipe, set(), {"train": 9000, "test": 0}, seed=3)
+    with pytest.raises(DataError, match=r"give \d+ names too few for 9000 unanswerable train questions"):
+        invent_questions(recipe, set(), {"train": 9000, "test": 0}, seed=3)
 
 
 def test_relations_whose_names_run_out_leave_their_turns_to_the_others(recipe):
-    questions = invent(recipe, set(), {"train": 1600, "test": 0}, seed=3)
+    questions = invent_questions(recipe, set(), {"train": 1600, "test": 0}, seed=3)
     assert sum(q.id.startswith("invented/element_of_symbol/") for q in questions) == 170  # 10 beginnings × 17 endings
     assert len({q.group for q in questions}) == 1600
 
@@ -175,7 +175,7 @@ def test_a_bad_recipe_is_refused_with_its_place(recipe_path, raw_recipe, change,
 
 def test_a_recipe_that_is_no_yaml_is_refused(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(DataError, match=r"bad\.yaml: no recipe of plain values: not readable as YAML"):
+    with pytest.raises(DataError, match=r"bad\.yaml: not a recipe of plain values: not readable as YAML"):
         read_recipe(tmp_path / "bad.yaml")
 
 

@@ -31,7 +31,7 @@ def row(**changes: object) -> str:
         (row(choices=["Paris", "Lyon", "Lyon"]), "at least two different"),
         (row(aliases=["Lyon"]), "'Lyon' is a wrong choice and an alias"),
         (row(split="dev"), "`split`: Input should be 'train' or 'test'"),
-        (row(), "the id 'capital/France' was there before"),
+        (row(), "the id 'capital/France' occurs twice"),
     ],
 )
 def test_a_bad_line_is_named_by_file_number_and_remedy(tmp_path, line, message):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lilliput.data.questions import Question
 from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import is_right
-from lilliput.evaluate.record import judge
+from lilliput.evaluate.record import judge_answer
 from lilliput.statistics.intervals import rate
 
 HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ def test_decimals_are_right_with_a_comma_and_a_grouping_of_any_kind(number, othe
 @given(st.text(max_size=80), st.text(min_size=1, max_size=20).filter(str.strip))
 def test_every_text_gets_a_verdict(text, answer):
     asked = question(answer)
-    verdict = judge(text, asked)
+    verdict = judge_answer(text, asked)
     assert verdict.right == (is_right(text, asked) and not abstained(text))
 
 

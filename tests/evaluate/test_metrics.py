@@ -5,7 +5,7 @@ import pytest
 from lilliput.data.questions import Question
 from lilliput.evaluate import hallucination
 from lilliput.evaluate.abstention import abstained
-from lilliput.evaluate.accuracy import choose, first_sentence, is_right
+from lilliput.evaluate.accuracy import first_sentence, is_right, score_choices
 from lilliput.evaluate.hallucination import Verdict
 
 PARIS = Question(
@@ -123,7 +123,7 @@ def test_choice_is_by_mean_so_that_a_long_answer_is_not_punished(tokenizer):
     long, short = "Saint Vincent and the Grenadines", "Chad"
     question = Question(id="q", question="Which?", choices=(short, long), answer=long, group="g")
     ids = tokenizer(long, add_special_tokens=False)["input_ids"]
-    means = choose(Favouring(ids), tokenizer, "Answer.", [question])[0]
+    means = score_choices(Favouring(ids), tokenizer, "Answer.", [question])[0]
     assert means[1] == pytest.approx(-0.1)
     assert means[0] < means[1]
     assert math.isfinite(means[0])

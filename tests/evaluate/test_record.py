@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
 from lilliput.evaluate.accessibility import TimedQuery, fits, kv_cache_bytes, quantiles
-from lilliput.evaluate.record import evaluate_candidate, spread
+from lilliput.evaluate.record import evaluate_candidate, stratified_sample
 
 KEYS = {
     "candidate",
@@ -63,12 +63,12 @@ def test_questions_that_overlap_with_the_training_text_are_labelled(evaluation):
 def test_a_draw_gives_each_relation_its_share(facts):
     known = [question for question in facts if question.answerable]
     sizes = Counter(question.relation for question in known)
-    drawn = spread(known, len(known) // 2, seed=1)
+    drawn = stratified_sample(known, len(known) // 2, seed=1)
     assert len({question.id for question in drawn}) == len(known) // 2
     for relation, count in Counter(question.relation for question in drawn).items():
         assert abs(count - sizes[relation] / 2) <= 1
-    assert spread(known, 10**6, seed=1) != known
-    assert sorted(q.id for q in spread(known, 10**6, seed=1)) == sorted(q.id for q in known)
+    assert stratified_sample(known, 10**6, seed=1) != known
+    assert sorted(q.id for q in stratified_sample(known, 10**6, seed=1)) == sorted(q.id for q in known)
 
 
 def test_energy_names_its_source_and_is_never_silently_zero(evaluation):

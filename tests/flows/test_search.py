@@ -302,10 +302,10 @@ def test_the_winners_lines_are_params_yaml(space, tmp_path):
         ({"base": "nobody"}, "base: unknown candidate `nobody`"),
         ({"settings": {"prune.amount.valu": [1]}}, "settings.prune.amount.valu: no setting of prune; did you mean"),
         ({"settings": {"prune.layers": [1]}}, "settings.prune.layers: no setting of prune; "),
-        ({"settings": {"prune.amount.value": [1, 0]}}, "settings.prune.amount.value: 0 is refused: "),
+        ({"settings": {"prune.amount.value": [1, 0]}}, "settings.prune.amount.value: 0 is rejected: "),
         ({"settings": {"load.seed": [1]}}, "`load` is not under `strategies`"),
-        ({"strategies": {"lora": "any", "load": "any"}, "settings": {}}, "strategies.load: fits in no chain: "),
-        ({"strategies": {"lora": "any", "distill": ["gptq"]}, "settings": {}}, "it comes after nothing that is listed"),
+        ({"strategies": {"lora": "any", "load": "any"}, "settings": {}}, "strategies.load: fits into no chain: "),
+        ({"strategies": {"lora": "any", "distill": ["gptq"]}, "settings": {}}, "no listed strategy may precede it"),
     ],
 )
 def test_a_bad_space_is_refused_with_place_and_reason(tiny_params, change, message):

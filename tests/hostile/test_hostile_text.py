@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from lilliput.artifacts import MANIFEST, read_manifest, seal, verify
 from lilliput.config.params import Params
-from lilliput.config.reading import MOST_BYTES, read_yaml, validate
+from lilliput.config.reading import MAX_BYTES, read_yaml, validate
 from lilliput.data.questions import read_questions
 from lilliput.errors import ArtifactError, ConfigError, DataError
 from lilliput.graph import check_graph
@@ -44,7 +44,7 @@ BOMBS = {
     "surrogate": 'a: "\\ud800"',
     "list as key": "? [a]\n: b",
     "set": "!!set {a}",
-    "size": "# " + "x" * MOST_BYTES,
+    "size": "# " + "x" * MAX_BYTES,
 }
 
 

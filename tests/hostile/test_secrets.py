@@ -79,8 +79,8 @@ def test_a_value_that_begins_with_another_is_hidden_whole(monkeypatch):
     [
         ("{candidate: lora, threads: 1, slots: 2}", f'{{url: "{ADDRESS}", model: m}}', "LILLIPUT_EDGE_KEY"),
         ("Everything that changes", f"{ADDRESS} Everything that changes", "line 1: an address with a user"),
-        ("licence: Apache-2.0", f"licence: {CANARY}-HF_TOKEN", "holds the value of HF_TOKEN"),
-        ("threads: 1", f"thread: http:/{CANARY}-LILLIPUT_TOKEN", "holds the value of LILLIPUT_TOKEN"),
+        ("licence: Apache-2.0", f"licence: {CANARY}-HF_TOKEN", "contains the value of HF_TOKEN"),
+        ("threads: 1", f"thread: http:/{CANARY}-LILLIPUT_TOKEN", "contains the value of LILLIPUT_TOKEN"),
     ],
 )
 def test_params_with_a_secret_are_refused_and_the_secret_is_not_repeated(old, new, remedy, canaries, tmp_path):

@@ -38,14 +38,14 @@ def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_met
         ("≈", None),
         ("≈", None),
     ]
-    assert found["accuracy_choice"].behind.replace("\N{NO-BREAK SPACE}", " ") == "+0.2 [+0.1, +0.3], n = 40"
+    assert found["accuracy_choice"].details.replace("\N{NO-BREAK SPACE}", " ") == "+0.2 [+0.1, +0.3], n = 40"
 
 
 def test_what_was_not_compared_has_no_arrow_and_bytes_are_counted():
     found = cells([])
     assert (found["lora", "base"]["energy_per_query_j"].arrow, found["lora", "base"]["size_bytes"].arrow) == ("–", "≈")
     smaller = found["pocket", "lora"]["size_bytes"]
-    assert (smaller.arrow, smaller.good, smaller.behind) == ("↓", True, "-75%, counted")
+    assert (smaller.arrow, smaller.good, smaller.details) == ("↓", True, "-75%, counted")
 
 
 def test_a_sequence_is_held_against_the_base_as_well_as_its_last_step_against_the_parent():
@@ -85,4 +85,4 @@ def test_caching_has_a_row_for_each_step_and_the_cache_its_own_bytes():
     shown = [[row["cells"][m].arrow for m in METRICS] for row in (prefix, cache)]
     assert shown == [["–", "?", "↓", "–", "≈"], ["–", "↑", "↓", "–", "↑"]]
     assert (cache["cells"]["hallucination_rate"].good, cache["cells"]["energy_per_query_j"].good) == (False, True)
-    assert cache["cells"]["size_bytes"].behind == "+80%, counted"
+    assert cache["cells"]["size_bytes"].details == "+80%, counted"

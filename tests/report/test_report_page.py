@@ -9,18 +9,18 @@ from lilliput.promote import pareto_front
 from lilliput.report import charts
 
 SECTIONS = {
-    "What was made from what",
+    "Candidate graph",
     "Promoted",
-    "Order: what the search found",
+    "Order: results of the search",
     "Four metrics",
-    "What each strategy does to each metric",
+    "Effect of each strategy on each metric",
     "Compiled, on devices",
     "Caching",
     "Public benchmarks",
     "Is this difference real?",
     "Pareto fronts",
-    "How they were made",
-    "What it cost",
+    "Training and compression",
+    "Cost",
 }
 
 
