@@ -1,7 +1,7 @@
-"""`python -m benchmarks`: every comparison, one after another, then the table and the chart. `make bench` calls it.
+"""`python -m benchmarks` (or `make bench`): runs all comparisons, then writes the table and the chart.
 
-Each comparison is a process of its own and writes results/<name>.json; one that fails leaves the others alone. Needs a
-project whose run is complete (`make demo`), and the peers' environments (`python -m benchmarks.environments`).
+Each comparison runs in a separate process and writes results/<name>.json; a failure does not stop the others. Needs a
+project with a complete run (`make demo`) and the peers' environments (`python -m benchmarks.environments`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from benchmarks.table import PAGE, write
 
 
 def main(
-    project: Annotated[Path, typer.Option(help="where a whole run lies")] = ROOT,
+    project: Annotated[Path, typer.Option(help="project with a complete run")] = ROOT,
     only: Annotated[list[str] | None, typer.Option(help="only these comparisons, by the names of their files")] = None,
-    shared: Annotated[Path, typer.Option(help="data sets of public benchmarks, if there are any")] = ROOT.parent
+    shared: Annotated[Path, typer.Option(help="data sets of public benchmarks, if available")] = ROOT.parent
     / "shared/data",
     device: str = "phone-4gb",
 ) -> None:
-    """Runs all, or those named, and writes docs/benchmarks.md and its chart."""
+    """Runs all comparisons, or those named, and writes docs/benchmarks.md and its chart."""
     commands, failed = comparisons(project, shared, device), []
     for name in only or commands:
         started = time.perf_counter()
@@ -39,7 +39,7 @@ def main(
 
 
 def comparisons(project: Path, shared: Path, device: str) -> dict[str, list[str | Path]]:
-    """The arguments of each comparison, by the name of its module."""
+    """Returns the arguments of each comparison by module name."""
     models, params = project / "models", project / "params.yaml"
     where = ["--data", project / "data", "--params", params]
     return {

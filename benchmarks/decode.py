@@ -2,9 +2,9 @@
 
 python -m benchmarks.decode compiled/pocket/gguf models/pocket --parent models/distilled
 
-All in one process, one thread each, by turns, in tokens per CPU-second (on an idle machine the same as per second).
-"llama.cpp's own" is its round-to-nearest Q4_0 of the float parent with the embedding table in Q8_0, which is what its
-quantiser makes where rows are no multiple of 256. ONNX Runtime gets the checkpoint's own codes. Greedy, no prompt kept.
+All runtimes take turns in one process with one thread, in tokens per CPU-second (on an idle machine equal to tokens per
+second). "llama.cpp's own" is its round-to-nearest Q4_0 of the float parent with the embedding table in Q8_0, which its
+quantiser produces if rows are not a multiple of 256. ONNX Runtime gets the checkpoint's codes. Greedy, no prompt cache.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ LLAMA, ONNX, TORCH, KERNEL = "llama.cpp's own Q4_0", "ONNX Runtime int4", "torch
 
 
 def main(
-    compiled: Annotated[Path, typer.Argument(help="as `python -m tasks compile` left it")],
-    checkpoint: Annotated[Path, typer.Argument(help="what it was compiled from")],
+    compiled: Annotated[Path, typer.Argument(help="output of `python -m tasks compile`")],
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint that it was compiled from")],
     parent: Annotated[Path, typer.Option(help="the float parent of the checkpoint")] = Path("models/distilled"),
     prompt_tokens: int = 128,
     new_tokens: int = 48,
     rounds: int = 5,
 ) -> None:
-    """Writes results/decode.json: tokens per CPU-second of each, and ours as a multiple of the others'."""
+    """Writes results/decode.json: tokens per CPU-second of each runtime, and ours as a multiple of the others."""
     row = Row("decode", "Decode and prefill of the champion, tokens per CPU-second", "at least llama.cpp's own")
     context = prompt_tokens + new_tokens + 8
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(1):
@@ -48,7 +48,7 @@ def main(
                 folder = Path(scratch, str(len(runtimes)))
                 folder.mkdir()
                 runtimes[name] = make(checkpoint, parent, folder, context)
-            except Exception as error:  # whatever it is, the others are still worth having
+            except Exception as error:  # a failing peer must not stop the others
                 row.absent(name, f"{type(error).__name__}: {error}"[:300])
         speeds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runtimes}
         for number in range(rounds):
@@ -66,10 +66,10 @@ def main(
         for name in speeds
         if name != "lilliput"
     }
-    told = "; ".join(f"{name} {ratio['prefill']:.2f}, {ratio['decode']:.2f}" for name, ratio in ratios.items())
+    multiples = "; ".join(f"{name} {ratio['prefill']:.2f}, {ratio['decode']:.2f}" for name, ratio in ratios.items())
     met = min(ratios[LLAMA].values()) >= 1.0 if LLAMA in ratios else None
     versions = own_versions("xllamacpp", "onnxruntime-genai", "torch", "gptqmodel")
-    row.write(f"prefill, decode as multiples of: {told}", met, ratios=ratios, versions=versions)
+    row.write(f"prefill, decode as multiples of: {multiples}", met, ratios=ratios, versions=versions)
 
 
 def _llama(_: Path, parent: Path, scratch: Path, context: int) -> Runtime:
@@ -88,7 +88,7 @@ def _torch(checkpoint: Path, _: Path, __: Path, ___: int) -> Runtime:
 
 
 def _kernel(checkpoint: Path, _: Path, __: Path, ___: int) -> Runtime:
-    """In float32, which it refuses and so says: in half precision it ends the process (illegal instruction) here."""
+    """Loads in float32, which GPTQModel rejects with a message; half precision crashes here (illegal instruction)."""
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
@@ -97,16 +97,16 @@ def _kernel(checkpoint: Path, _: Path, __: Path, ___: int) -> Runtime:
 
 
 def _time(runtime: Runtime, prompt_tokens: int, new_tokens: int, seed: int) -> tuple[float, float]:
-    """Tokens per CPU-second of a prompt of random tokens, and of the answer to it."""
-    drawn = random.Random(seed)
+    """Returns tokens per CPU-second of prefill (a random prompt) and of decoding the answer."""
+    rng = random.Random(seed)
     while True:
-        prompt = [drawn.randrange(1000, 40000) for _ in range(prompt_tokens)]
+        prompt = [rng.randrange(1000, 40000) for _ in range(prompt_tokens)]
         started = time.process_time()
         stream = runtime.stream(prompt, new_tokens)
         next(stream)
         first = time.process_time()
         rest = sum(1 for _ in stream)
-        if rest >= new_tokens // 2:  # an answer that ends at once times nothing
+        if rest >= new_tokens // 2:  # a very short answer gives no timing
             return prompt_tokens / (first - started), rest / (time.process_time() - first)
 
 

@@ -3,10 +3,10 @@
 python -m benchmarks.joint            # reads the metrics of a whole run, measures nothing
 python -m benchmarks.joint --alone    # makes and measures each strategy alone at as many bytes first: some ten minutes
 
-The joint candidate is compiled; its bytes are held against the base in bfloat16. Energy is of the reference runtime for
-all, where an answer's length counts most, and of llama.cpp for `lora` and the joint candidate, whose answers are as
-long. Each strategy alone is at the bytes of the joint candidate's checkpoint: GPTQ with its widths chosen within them,
-layers taken away until they are reached, and that smaller model taught by the base.
+The bytes of the compiled joint candidate are compared with the base in bfloat16. Energy is that of the reference
+runtime for all, where the answer's length dominates, and of llama.cpp for `lora` and the joint candidate, whose answers
+have equal length. Each strategy alone has the bytes of the joint candidate's checkpoint: GPTQ with mixed widths within
+the budget, layers removed down to it, and that smaller model distilled from the base.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Annotated, Any
 import typer
 from ruamel.yaml import YAML
 
-from benchmarks.judging import paired
+from benchmarks.judging import paired_difference
 from benchmarks.record import ROOT, Row
 from lilliput.data.jsonl import read_rows
 
-NAME = "joint"  # of the parameters, so of their workspace
+NAME = "joint"  # of the parameter file, and therefore of its workspace
 ALONE = ("quantised-only", "pruned-only", "distilled-only")
 KEPT = ("size_bytes", "accuracy_choice", "hallucination_rate", "energy_per_query_j")
 
 
 def main(
-    project: Annotated[Path, typer.Option(help="where a whole run lies")] = ROOT,
+    project: Annotated[Path, typer.Option(help="project with a complete run")] = ROOT,
     candidate: str = "pocket",
     device: str = "board",
     alone: Annotated[bool, typer.Option(help="make and measure each strategy alone at as many bytes first")] = False,
@@ -62,7 +62,7 @@ def main(
     on_device = {name: record["devices"][device]["energy_per_query_j"]["value"] for name, record in compiled.items()}
     hallucinated = {name: _hallucinations(folders[name], name) for name in row.sides}
     against = {
-        name: paired(hallucinated[candidate], hallucinated[name])
+        name: paired_difference(hallucinated[candidate], hallucinated[name])
         for name in ("gptq", "gptq8", *ALONE)
         if name in hallucinated
     }
@@ -77,7 +77,7 @@ def main(
 
 
 def _make_alone(project: Path, candidate: str) -> None:
-    """Runs the flow for one candidate of each strategy, at the bytes of `candidate`'s checkpoint."""
+    """Runs the flow for one candidate per strategy, with the bytes of `candidate`'s checkpoint."""
     files = [path for path in (project / "models" / candidate).rglob("*") if path.is_file()]
     beside = sum(path.stat().st_size for path in files if path.suffix != ".safetensors")
     budget_mib = _read(project / "metrics" / f"{candidate}.json")["size_bytes"] / 2**20
@@ -92,8 +92,8 @@ def _make_alone(project: Path, candidate: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, f"{NAME}.yaml")
         yaml.dump(params, path)
-        wanted = [part for name in ALONE for part in ("--only", name)]
-        command = [sys.executable, "-m", "flows.democratize", "--params", str(path), *wanted]
+        only = [part for name in ALONE for part in ("--only", name)]
+        command = [sys.executable, "-m", "flows.democratize", "--params", str(path), *only]
         subprocess.run(command, cwd=project, check=True)
 
 

@@ -1,4 +1,4 @@
-"""One judge for all: perplexity of the right answers and four-choice accuracy, on held-out questions."""
+"""Evaluates all sides alike: perplexity of the right answers and four-choice accuracy on held-out questions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.template import encode_answer
 from lilliput.data.corpus import Corpus
-from lilliput.evaluate.accuracy import choose
+from lilliput.evaluate.accuracy import score_choices
 from lilliput.runtime.torch import TorchRuntime
 from lilliput.statistics.differences import compare_shares
 from lilliput.statistics.intervals import rate
 
 
-def judged(
+def judge_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, system_prompt: str
 ) -> dict[str, Any]:
-    """The figures, and which questions were right, so that two models can be compared on the same ones."""
+    """Returns the figures and, for paired comparison, a string of 0 and 1 per question."""
     questions = [question for question in corpus.questions if question.choices and question.answerable]
-    scores = choose(TorchRuntime(model, tokenizer, 16), tokenizer, system_prompt, questions)
+    scores = score_choices(TorchRuntime(model, tokenizer, 16), tokenizer, system_prompt, questions)
     right, nll, tokens = [], 0.0, 0
     for question, values in zip(questions, scores, strict=True):
         answer = str(question.answer)
@@ -28,7 +28,7 @@ def judged(
         length = len(encode_answer(tokenizer, answer, end=False))
         nll, tokens = nll - values[question.choices.index(answer)] * length, tokens + length
     accuracy = rate(right)
-    assert accuracy is not None, "there are no questions to judge by"
+    assert accuracy is not None, "the corpus has no answerable choice questions"
     return {
         "choice_accuracy": accuracy.as_dict(),
         "perplexity": math.exp(nll / tokens),
@@ -37,8 +37,8 @@ def judged(
     }
 
 
-def paired(first: str, second: str) -> dict[str, Any]:
-    """The difference in accuracy of two `right` strings, first − second, with its interval, p and verdict."""
+def paired_difference(first: str, second: str) -> dict[str, Any]:
+    """Returns the difference of the shares of 1 in two strings, first − second, with interval, p and verdict."""
     after, before = ([one == "1" for one in rights] for rights in (first, second))
-    found = compare_shares(before, after)
-    return found.difference.as_dict() | {"p": found.p_value, "verdict": found.verdict}
+    comparison = compare_shares(before, after)
+    return comparison.difference.as_dict() | {"p": comparison.p_value, "verdict": comparison.verdict}

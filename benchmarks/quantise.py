@@ -1,11 +1,11 @@
-"""Four bits by GPTQ: ours, GPTQModel called directly, Olive's, llm-compressor's, and rounding to nearest.
+"""GPTQ with 4 bits: ours, GPTQModel called directly, Olive, llm-compressor, and rounding to nearest.
 
 python -m benchmarks.quantise models/base
 
-Same model, calibration texts, width, groups and grid; damping and ordering are each one's own defaults, with no
-reordering that the file would have to name. Each side runs in a process of its own, imports, loading and writing
-included; ours also measures perplexity twice and makes the float32 model that the reload proof wants. Quality is judged
-by one judge, on the weights as each side's layers compute with them.
+Same model, calibration texts, width, groups and grid. Damping and order are each side's defaults, without an activation
+order that the file would need to store. Each side runs in a separate process, including imports, loading and writing;
+ours also measures perplexity twice and makes the float32 model for the reload check. One evaluation for all, on the
+weights that each side's layers compute with.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(
     job: Annotated[str | None, typer.Option(hidden=True)] = None,
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measures all sides, judges what they made, and writes results/gptq.json."""
+    """Measures all sides, evaluates their models, and writes results/gptq.json."""
     if only and job:
         return _run(only, json.loads(Path(job).read_text()), load_params(params))
     settings = load_params(params)
@@ -47,21 +47,21 @@ def main(
         "at most the quickest peer's CPU-seconds; quality no worse at equal bytes",
     )
     with tempfile.TemporaryDirectory() as scratch:
-        made = {}
+        costs = {}
         for name in sides or [*OWN, *PEERS]:
             folder = Path(scratch, name)
             folder.mkdir()
             described = _job(model, data, settings, folder, examples)
             command = (
-                [python_of_or(name), f"benchmarks/peers/{name}_gptq.py", described]
+                [interpreter_of(name), f"benchmarks/peers/{name}_gptq.py", described]
                 if name in PEERS
                 else own("benchmarks.quantise", model, "--params", params, "--job", described, "--only", name)
             )
             try:
-                made[name] = side(command, Path("logs/bench", f"gptq-{name}.log").resolve())
+                costs[name] = side(command, Path("logs/bench", f"gptq-{name}.log").resolve())
             except SideFailed as failed:
                 row.absent(name, str(failed))
-        judged = {
+        quality = {
             name: side(
                 own(
                     "benchmarks.quantise",
@@ -75,16 +75,16 @@ def main(
                 ),
                 Path("logs/bench", f"gptq-{name}-judge.log").resolve(),
             )
-            for name in made
+            for name in costs
         }
-    for name, cost in made.items():
+    for name, cost in costs.items():
         versions = versions_of(name, PEERS[name]) if name in PEERS else own_versions("gptqmodel", "torch")
-        row.add(name, **cost, n=1, **judged[name], versions=versions)
+        row.add(name, **cost, n=1, **quality[name], versions=versions)
     _conclude(row)
 
 
-def python_of_or(peer: str) -> Path:
-    """The peer's interpreter; a path that does not exist where there is none, which then fails as a side."""
+def interpreter_of(peer: str) -> Path:
+    """Returns the peer's interpreter; if missing, a path that does not exist, so that the side fails."""
     try:
         return python_of(peer)
     except SideFailed:
@@ -149,14 +149,14 @@ def _directly(name: str, job: dict[str, Any], settings: Params, target: Path) ->
 
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["calibration"]]
     config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"], desc_act=False)
-    # Not its default dtype: in the checkpoint's bfloat16 it may crash on a CPU, and would not do the same sums.
+    # Not its default dtype: the checkpoint's bfloat16 may crash on a CPU and rounds differently.
     loaded = GPTQModel.load(job["model"], config, device="cpu", dtype=torch.float32)
     loaded.quantize(rows, batch_size=16)
     loaded.save(str(target))
 
 
 def _judge(job: dict[str, Any], settings: Params) -> dict[str, Any]:
-    from benchmarks.judging import judged
+    from benchmarks.judging import judge_model
     from lilliput.data.corpus import read_corpus
     from lilliput.models import open_model
 
@@ -165,11 +165,11 @@ def _judge(job: dict[str, Any], settings: Params) -> dict[str, Any]:
     if weights.exists():
         from safetensors.torch import load_file
 
-        found = load_file(weights)
-        missing = model.load_state_dict(found, strict=False)
-        assert len(found) == 7 * model.config.num_hidden_layers, f"{len(found)} layers were quantised"
-        assert not missing.unexpected_keys, missing.unexpected_keys
-    return judged(model, tokenizer, read_corpus(Path(job["data"])), settings.data.system_prompt)
+        tensors = load_file(weights)
+        mismatch = model.load_state_dict(tensors, strict=False)
+        assert len(tensors) == 7 * model.config.num_hidden_layers, f"{len(tensors)} layers were quantised"
+        assert not mismatch.unexpected_keys, mismatch.unexpected_keys
+    return judge_model(model, tokenizer, read_corpus(Path(job["data"])), settings.data.system_prompt)
 
 
 def _conclude(row: Row) -> None:
@@ -195,10 +195,12 @@ def _conclude(row: Row) -> None:
         and ours["choice_accuracy"]["value"] >= accuracies
         and ours["perplexity"] <= min(facts["perplexity"] for facts in peers.values())
     )
-    from benchmarks.judging import paired  # brings torch, which each side's own process imports for itself
+    from benchmarks.judging import paired_difference  # imports torch
 
     differences = {
-        name: paired(ours["right"], facts["right"]) for name, facts in row.sides.items() if name != "lilliput"
+        name: paired_difference(ours["right"], facts["right"])
+        for name, facts in row.sides.items()
+        if name != "lilliput"
     }
     row.write(reached, met, ratios=ratios, accuracy_paired=differences)
 

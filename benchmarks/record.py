@@ -1,4 +1,4 @@
-"""What every comparison shares: running one side in a process of its own, and the record of what was found."""
+"""Shared by all comparisons: runs one side in a separate process, and writes the record of results."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lilliput.artifacts import write_json
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ENVIRONMENTS = ROOT / ".bench"
-QUIET_SHARE = 0.05  # of the cores' time, beyond which other work is said to have run
+QUIET_SHARE = 0.05  # of the cores' time; above it the record says that other work ran
 
 
 class SideFailed(Exception):
-    """One side of a comparison did not come to its end."""
+    """One side of a comparison failed."""
 
 
 def python_of(peer: str) -> Path:
-    """The interpreter of a peer's environment.
+    """Returns the interpreter of a peer's environment.
 
     Raises:
-        SideFailed: it has not been made.
+        SideFailed: the environment does not exist.
     """
     path = ENVIRONMENTS / peer / "bin" / "python"
     if not path.exists():
@@ -42,61 +42,61 @@ def python_of(peer: str) -> Path:
 
 
 def side(command: Sequence[str | Path], log: Path, timeout_s: float = 900.0) -> dict[str, Any]:
-    """What the process of one side tells of itself (`peers/usage.py`).
+    """Runs one side and returns the figures that its process prints (`peers/usage.py`).
 
     Raises:
-        SideFailed: it failed, or told nothing.
+        SideFailed: it failed or printed no figures.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as told:
+    with log.open("w") as output:
         try:
             code = subprocess.run(
                 [str(part) for part in command],
                 cwd=ROOT,
-                stdout=told,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"BENCH_STARTED": str(time.time()), "GPTQMODEL_CPU_WORKERS": "2"},
                 timeout=timeout_s,
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            raise SideFailed(f"not at its end after {timeout_s:.0f} s") from None
+            raise SideFailed(f"not finished after {timeout_s:.0f} s") from None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     facts = [line for line in lines if line.startswith("BENCH ")]
     if code or not facts:
-        raise SideFailed(f"exit code {code}: {lines[-1][:200] if lines else 'it said nothing'}")
+        raise SideFailed(f"exit code {code}: {lines[-1][:200] if lines else 'no output'}")
     return json.loads(facts[-1].removeprefix("BENCH "))
 
 
 def own(module: str, *arguments: str | Path) -> list[str | Path]:
-    """The command that runs `module` in this interpreter."""
+    """Returns the command that runs `module` in this interpreter."""
     return [sys.executable, "-m", module, *arguments]
 
 
 def versions_of(peer: str, packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions in a peer's environment."""
+    """Returns installed versions in a peer's environment."""
     code = "import importlib.metadata as m, json, sys; print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
-    told = subprocess.run([str(python_of(peer)), "-c", code, *packages], capture_output=True, text=True, check=True)
-    return json.loads(told.stdout)
+    done = subprocess.run([str(python_of(peer)), "-c", code, *packages], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def own_versions(*packages: str) -> dict[str, str]:
-    """Installed versions in this interpreter."""
+    """Returns installed versions in this interpreter."""
     return {package: importlib.metadata.version(package) for package in packages}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least, most, and of how many."""
+    """Returns median, minimum, maximum and the number of values."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values), "n": len(values)}
 
 
 class Row:
-    """One comparison; made before anything is measured, because it tells what else the machine did meanwhile.
+    """The record of one comparison. Create it before the measurement: it also measures other work on the machine.
 
     Args:
         name: of its file.
-        what: in words.
-        goal: in words.
+        what: description.
+        goal: description of the goal.
     """
 
     def __init__(self, name: str, what: str, goal: str) -> None:
@@ -118,22 +118,22 @@ class Row:
             "sides": {},
             "absent": {},
         }
-        self._begun = time.perf_counter(), _machine_cpu_s(), _own_cpu_s()
+        self._start = time.perf_counter(), _machine_cpu_s(), _own_cpu_s()
 
     def add(self, name: str, **facts: Any) -> None:
-        """What was found of one side."""
+        """Adds the figures of one side."""
         self._record["sides"][name] = facts
         print(f"{self.name}: {name}: {json.dumps(facts)}", flush=True)
 
     def absent(self, name: str, reason: str, published: str | None = None, source: str | None = None) -> None:
-        """A side that could not be run here, and what its makers say of it."""
+        """Adds a side that could not run here, with its published figure."""
         self._record["absent"][name] = {"reason": reason, "published": published, "source": source}
         print(f"{self.name}: {name}: left out: {reason}", flush=True)
 
     def write(self, reached: str, met: bool | None, **more: Any) -> None:
-        """Writes results/<name>.json; `reached` is what the README's table says beside the goal."""
+        """Writes results/<name>.json; `reached` is shown beside the goal in the table."""
         record = self._record | more | {"reached": reached, "met": met}
-        started, machine, own = self._begun
+        started, machine, own = self._start
         others_s = (_machine_cpu_s() - machine) - (_own_cpu_s() - own)
         share = others_s / (psutil.cpu_count() or 1) / (time.perf_counter() - started)
         record |= {"other_work_share": max(share, 0.0), "quiet": share <= QUIET_SHARE}
@@ -142,18 +142,18 @@ class Row:
 
     @property
     def sides(self) -> Mapping[str, dict[str, Any]]:
-        """What was added, by name."""
+        """The figures of each side by name."""
         return self._record["sides"]
 
 
 def _machine_cpu_s() -> float:
-    """CPU-seconds of all processes since it was started, and those that other machines on the same host took."""
+    """Returns CPU-seconds of all processes since boot, including time stolen by other virtual machines."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
 
 def _own_cpu_s() -> float:
-    """CPU-seconds of this process and of those it started that have ended."""
+    """Returns CPU-seconds of this process and of its ended children."""
     return sum(os.times()[:4])
 
 

@@ -1,11 +1,10 @@
-"""What a pruned model wins back per training token: our distillation, ModelOpt's, and plain fine-tuning.
+"""Accuracy that a pruned model recovers per training token: our distillation, ModelOpt's, plain fine-tuning.
 
 python -m benchmarks.recovery        # in a project with models/pruned and models/lora
 
-All start from the same pruned model and train all its weights for as many steps of as many questions, with the same
-schedule, on the answers alone. Ours learns the teacher's distribution and a tenth of the labels' loss, ModelOpt's
-KDTrainer the teacher's distribution at the same temperature, plain fine-tuning the labels. Each side is a process of
-its own; one judge for all.
+All start from the same pruned model and train all weights on the answers, with equal steps, batch size and schedule.
+Ours learns the teacher's distribution plus a tenth of the label loss, ModelOpt's KDTrainer the teacher's distribution
+at the same temperature, plain fine-tuning the labels. Each side runs in a separate process; one evaluation for all.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ OURS, PLAIN, THEIRS = "lilliput", "plain fine-tuning", "modelopt"
 
 
 def main(
-    project: Annotated[Path, typer.Option(help="where a whole run lies")] = ROOT,
+    project: Annotated[Path, typer.Option(help="project with a complete run")] = ROOT,
     steps: Annotated[int, typer.Option(help="of each side")] = 20,
     job: Annotated[Path | None, typer.Option(hidden=True)] = None,
     learns: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -43,28 +42,28 @@ def main(
     )
     with tempfile.TemporaryDirectory() as scratch:
         described, tokens = _job(project, settings, steps, Path(scratch))
-        before = _judged(project, settings, None)
+        before = _evaluate(project, settings, None)
         row.add("pruned, no recovery", **before)
-        again = ("benchmarks.recovery", "--project", project, "--steps", str(steps), "--job", described, "--learns")
-        commands = {OURS: lambda: own(*again, "teacher"), PLAIN: lambda: own(*again, "labels")} | {
+        training = ("benchmarks.recovery", "--project", project, "--steps", str(steps), "--job", described, "--learns")
+        commands = {OURS: lambda: own(*training, "teacher"), PLAIN: lambda: own(*training, "labels")} | {
             THEIRS: lambda: [python_of("modelopt"), "benchmarks/peers/modelopt_distill.py", described]
         }
         for name, command in commands.items():
             try:
-                used = side(command(), Path(f"logs/bench/recovery-{name.replace(' ', '-')}.log").resolve())
+                usage = side(command(), Path(f"logs/bench/recovery-{name.replace(' ', '-')}.log").resolve())
             except SideFailed as failed:
                 row.absent(name, str(failed))
                 continue
-            after = _judged(project, settings, Path(scratch, "weights.safetensors"))
+            after = _evaluate(project, settings, Path(scratch, "weights.safetensors"))
             versions = (
                 versions_of("modelopt", ("nvidia-modelopt", "torch")) if name == THEIRS else own_versions("torch")
             )
-            row.add(name, **after, **used, **_won(before, after, tokens), steps=steps, versions=versions)
+            row.add(name, **after, **usage, **_gain(before, after, tokens), steps=steps, versions=versions)
     _conclude(row, before, tokens)
 
 
 def _job(project: Path, settings: Params, steps: int, folder: Path) -> tuple[Path, int]:
-    """The file that describes what all sides do, and how many tokens they will have seen."""
+    """Writes the job file of all sides and returns its path and the number of training tokens."""
     from transformers import AutoTokenizer
 
     from lilliput.data.corpus import read_corpus
@@ -111,15 +110,15 @@ def _train(job: dict[str, Any], project: Path, settings: Params, learns: str | N
         model.requires_grad_(True)
         examples = [Example(one["input_ids"], one["labels"]) for one in job["examples"]]
         train(model.train(), examples, pad_id(tokenizer), config, label_loss)
-    used = so_far()
+    usage = so_far()
     save_model(model, str(target / "weights.safetensors"))
-    tell(**used)
+    tell(**usage)
 
 
-def _judged(project: Path, settings: Params, weights: Path | None) -> dict[str, Any]:
+def _evaluate(project: Path, settings: Params, weights: Path | None) -> dict[str, Any]:
     from safetensors.torch import load_model
 
-    from benchmarks.judging import judged
+    from benchmarks.judging import judge_model
     from lilliput.data.corpus import read_corpus
     from lilliput.models import open_model
 
@@ -127,31 +126,31 @@ def _judged(project: Path, settings: Params, weights: Path | None) -> dict[str, 
     if weights is not None:
         load_model(model, weights)
         weights.unlink()
-    return judged(model, tokenizer, read_corpus(project / "data"), settings.data.system_prompt)
+    return judge_model(model, tokenizer, read_corpus(project / "data"), settings.data.system_prompt)
 
 
-def _won(before: dict[str, Any], after: dict[str, Any], tokens: int) -> dict[str, float]:
+def _gain(before: dict[str, Any], after: dict[str, Any], tokens: int) -> dict[str, float]:
     gain = after["choice_accuracy"]["value"] - before["choice_accuracy"]["value"]
     return {"won_per_1000_tokens": 1000 * gain / tokens, "training_tokens": tokens}
 
 
 def _conclude(row: Row, before: dict[str, Any], tokens: int) -> None:
-    from benchmarks.judging import paired
+    from benchmarks.judging import paired_difference
 
     others = [name for name in (PLAIN, THEIRS) if name in row.sides]
     if OURS not in row.sides or not others:
         return row.write("a side failed; its log is under logs/bench/", None)
     accuracy = {name: facts["choice_accuracy"]["value"] for name, facts in row.sides.items()}
-    apart = {name: paired(row.sides[OURS]["right"], row.sides[name]["right"]) for name in others}
+    differences = {name: paired_difference(row.sides[OURS]["right"], row.sides[name]["right"]) for name in others}
     reached = (
         f"from {before['choice_accuracy']['value']:.3f} to {accuracy[OURS]:.3f} in {tokens:,} tokens; "
         + ", ".join(
             f"{name} {accuracy[name]:.3f} (paired {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}], "
             f"difference: {d['verdict']})"
-            for name, d in apart.items()
+            for name, d in differences.items()
         )
     )
-    row.write(reached, all(d["verdict"] == "yes" and d["value"] > 0 for d in apart.values()), paired=apart)
+    row.write(reached, all(d["verdict"] == "yes" and d["value"] > 0 for d in differences.values()), paired=differences)
 
 
 if __name__ == "__main__":

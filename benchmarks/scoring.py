@@ -1,10 +1,10 @@
-"""Scoring: the same items through lm-evaluation-harness's own model and through our runtime: agreement and speed.
+"""Scoring: agreement and speed of lm-evaluation-harness's own model and our runtime on the same items.
 
 python -m benchmarks.scoring models/base --task arc_easy --file arc_easy.jsonl --limit 200
 python -m benchmarks.scoring models/base --shared ../shared/data       # ARC-Easy and TruthfulQA from a folder
 
-Both get the harness's prompts; each model is warmed up with one batch, and they take turns, so that a busy machine
-disturbs both alike. What is compared is items per CPU-second. A file has the form of the task's data set on the hub.
+Both get the harness's prompts. Each is warmed up with one batch, and they take turns, so that other load affects both
+equally. The figure is items per CPU-second. A file has the format of the task's data set on the hub.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main(
     batch_size: int = 16,
     rounds: int = 2,
 ) -> None:
-    """Writes results/scoring.json: on how many items they agree, and items per CPU-second."""
+    """Writes results/scoring.json: number of items with equal scores, and items per CPU-second."""
     row = Row("scoring", "Scoring: items per CPU-second, same items, same scores", "at least 2 × lm-evaluation-harness")
     with tempfile.TemporaryDirectory() as scratch:
-        files = {task: (file, limit)} if file else dict(_from(shared, Path(scratch), limit))
+        files = {task: (file, limit)} if file else dict(_data_sets(shared, Path(scratch), limit))
         if not files:
             row.absent("lm-evaluation-harness", "no data set of a public benchmark here; give --file or --shared")
             return row.write("not measured: no public data set on this machine", None)
@@ -95,8 +95,8 @@ def _compare(
     )
 
 
-def _from(shared: Path | None, scratch: Path, limit: int) -> Iterator[tuple[str, tuple[Path, int]]]:
-    """The two data sets of `shared` in the form of the hub's; TruthfulQA, whose prompts are long, on an eighth."""
+def _data_sets(shared: Path | None, scratch: Path, limit: int) -> Iterator[tuple[str, tuple[Path, int]]]:
+    """Yields the two data sets of `shared` in the hub's format; TruthfulQA with an eighth of `limit` (long prompts)."""
     if shared is None or not shared.is_dir():
         return
     rows = {
@@ -110,7 +110,7 @@ def _from(shared: Path | None, scratch: Path, limit: int) -> Iterator[tuple[str,
 
 
 def _arc(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Questions whose options stand in the text, as `Answer1: …`."""
+    """Converts questions with options in the text, as `Answer1: …`."""
     for number, row in enumerate(rows):
         question, _, rest = row["instruction"].partition("\n\n")
         question = question.removeprefix("Please choose the correct answer to the question: ")

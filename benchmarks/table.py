@@ -1,4 +1,4 @@
-"""The table and the chart of benchmarks/results: `python -m benchmarks.table` writes docs/benchmarks.{md,svg}."""
+"""Table and chart of benchmarks/results: `python -m benchmarks.table` writes docs/benchmarks.{md,svg}."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
 
 
 def write() -> None:
-    """Both, from whatever results there are."""
+    """Writes the table and the chart from the existing results."""
     records = {name: json.loads(path.read_text()) for name in ORDER if (path := RESULTS / f"{name}.json").exists()}
     PAGE.write_text("\n".join(_page(records)) + "\n", encoding="utf-8")
     if ratios := dict(_ratios(records)):
@@ -38,12 +38,12 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for record in records.values():
         share = record.get("other_work_share")
-        others = (
+        other_work = (
             f"load before {record['load_1min_before']:.1f}" if share is None else f"{100 * share:.0f} % of the cores"
         )
         commit = record["commit"] + ("+" if record["changed_files"] else "")
-        told = (record["what"], record["goal"], record["reached"], VERDICTS[record["met"]], others, commit)
-        yield f"| {' | '.join(told)} |"
+        cells = (record["what"], record["goal"], record["reached"], VERDICTS[record["met"]], other_work, commit)
+        yield f"| {' | '.join(cells)} |"
     for name, record in records.items():
         if note := record.get("note"):
             yield f"\n{name}: {note}"
@@ -57,12 +57,12 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "| What | Who | Why | Figure from elsewhere | Source |"
     yield "|---|---|---|---|---|"
     for name, record in records.items():
-        for side, told in record["absent"].items():
-            yield f"| {name} | {side} | {told['reason']} | {told['published'] or ''} | {told['source'] or ''} |"
+        for side, facts in record["absent"].items():
+            yield f"| {name} | {side} | {facts['reason']} | {facts['published'] or ''} | {facts['source'] or ''} |"
 
 
 def _ratios(records: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """How many times as good as a peer we are, above 1 for better."""
+    """Yields our result as a multiple of each peer's; above 1 is better."""
     for peer, ratio in records.get("gptq", {}).get("ratios", {}).items():
         yield f"GPTQ, CPU-seconds: {peer}", 1 / ratio["cpu_seconds"]
     if lora := records.get("lora", {}).get("ratios"):

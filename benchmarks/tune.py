@@ -1,8 +1,8 @@
-"""LoRA: seconds a step and the loss curve, against trl's SFTTrainer.
+"""LoRA: seconds per step and the loss curve, compared with trl's SFTTrainer.
 
 python -m benchmarks.tune models/base
 
-Same model, questions, order of batches, adapter (from the same seed), schedule and loss on the answers alone.
+Same model, questions, order of batches, adapter (same seed), schedule, and loss on the answers only.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def main(
     row.write(reached, met, ratios=ratios | {"peak_rss_bytes": ours["peak_rss_bytes"] / theirs["peak_rss_bytes"]})
 
 
-def _facts(told: dict[str, Any]) -> dict[str, Any]:
-    """Without the first step, which warms up."""
-    steps = {key: spread(told[key][1:]) for key in ("step_seconds", "step_cpu_seconds")}
-    return steps | {key: told[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes", "losses")}
+def _facts(figures: dict[str, Any]) -> dict[str, Any]:
+    """Selects the figures of a side, without the first step (warm-up)."""
+    steps = {key: spread(figures[key][1:]) for key in ("step_seconds", "step_cpu_seconds")}
+    return steps | {key: figures[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes", "losses")}
 
 
 def _job(model: Path, data: Path, settings: Params, steps: int, folder: Path) -> Path:

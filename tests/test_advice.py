@@ -105,7 +105,7 @@ def test_group_sizes_that_are_advised_divide_and_are_held_by_the_target(neurons,
     st.sampled_from([1, 4, 7, 16, 100]),
     st.sampled_from([shape(), shape(num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1)]),
 )
-def test_amounts_of_pruning_that_are_advised_are_accepted_and_leave_what_they_say(method, by, value, multiple, config):
+def test_suggested_pruning_amounts_are_accepted_and_keep_their_amount(method, by, value, multiple, config):
     amount = PruneAmount(by=by, value=value if by in {"removed_count", "kept_mib"} else value / 301)
 
     def prune(method, amount):
@@ -141,7 +141,7 @@ def test_numbers_of_experts_that_are_advised_divide_the_neurons(neurons, experts
 
 @few(max_examples=15)
 @given(WIDTHS, st.sampled_from(GROUP_SIZES), st.sampled_from([2, 3, 4, 8]))
-def test_what_packing_advises_can_be_packed(neurons, group_size, bits):
+def test_suggested_packing_settings_can_be_packed(neurons, group_size, bits):
     with torch.device("meta"):
         model = random_model(shape(intermediate_size=neurons, num_hidden_layers=1), seed=0)
 
@@ -174,13 +174,13 @@ SPARSE = {"method": "wanda", "pattern": "2:4", "damp_percent": 0.1, "calibration
 
 
 @given(st.sampled_from([0.3, 0.5]), st.integers(1, 300))
-def test_the_pattern_2_4_is_had_by_what_is_advised(sparsity, block_size):
+def test_suggested_settings_allow_the_pattern_2_4(sparsity, block_size):
     given_settings = SPARSE | {"sparsity": sparsity, "block_size": block_size}
     follow(SparsifyConfig, given_settings)
 
 
 @given(st.sampled_from(["forward_kl", "reverse_kl", "jensen_shannon"]), st.sampled_from([0.0, 0.5]), st.booleans())
-def test_stored_logits_are_had_by_what_is_advised(divergence, share, hidden):
+def test_suggested_settings_allow_stored_logits(divergence, share, hidden):
     own = TINY.strategies.distill.model_dump() | {"teacher_logits": "stored", "divergence": divergence}
     follow(DistillConfig, own | {"on_policy_share": share, "hidden_weight": 1.0 if hidden else 0.0})
 

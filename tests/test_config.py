@@ -81,7 +81,7 @@ def test_wrong_type_or_value_is_refused_at_its_place(raw, tmp_path, section, key
     assert f"strategies.{section}.{key}" in refusal(raw, tmp_path)
 
 
-def test_all_problems_are_told_at_once(raw, tmp_path):
+def test_all_problems_are_listed_at_once(raw, tmp_path):
     raw["data"]["seed"] = "x"
     del raw["evaluation"]["seed"]
     raw["extra"] = 1
@@ -111,7 +111,7 @@ def test_distillation_that_has_no_sense_is_refused(raw, tmp_path, settings, reme
     assert remedy in message
 
 
-def test_missing_file_says_what_to_do(tmp_path):
+def test_missing_file_has_a_remedy(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file.*--params"):
         load_params(tmp_path / "none.yaml")
 
@@ -157,7 +157,7 @@ def test_the_example_of_all_strategies_differs_from_the_default_in_its_graph_alo
     assert {key: example[key] for key in same} == {key: raw[key] for key in same}
 
 
-def test_what_serves_has_to_be_known_and_compiled_for_llama_cpp(raw, tmp_path):
+def test_served_candidates_must_exist_and_be_compiled_for_llama_cpp(raw, tmp_path):
     raw["serving"]["toaster"] = raw["serving"]["phone-4gb"]
     assert "serving.toaster: no such device; name one of" in refusal(raw, tmp_path)
     del raw["serving"]["toaster"]

@@ -189,7 +189,7 @@ def wanting_gpu(with_candidates):
     return with_candidates(graph)
 
 
-def test_what_needs_a_gpu_is_refused_where_there_is_none(wanting_gpu, monkeypatch):
+def test_gpu_candidates_are_rejected_without_a_gpu(wanting_gpu, monkeypatch):
     assert needing_gpu(wanting_gpu) == {"q": "variant: qlora", "b": "precision: bfloat16"}
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     require_gpu(wanting_gpu, ["base", "l"])
@@ -225,7 +225,7 @@ def test_qlora_without_bitsandbytes_is_refused_by_name(wanting_gpu, monkeypatch)
         ("experts", {"apply": "awq"}),
     ],
 )
-def test_what_does_not_reach_experts_cannot_follow_a_mixture(with_candidates, mixture, child):
+def test_strategies_that_do_not_handle_experts_cannot_follow_a_mixture(with_candidates, mixture, child):
     graph = {"base": BASE, "m": {"from": "base", "apply": mixture}}
     graph |= {"d": {"from": "m", "apply": "distill", "teacher": "base"}, "child": {"from": "d"} | child}
     message = problems(with_candidates(graph))
@@ -283,6 +283,6 @@ def test_targets_that_cannot_hold_their_candidate_are_refused_early(with_compile
     assert problem in told
 
 
-def test_what_a_target_holds_passes(with_compile):
+def test_supported_targets_are_accepted(with_compile):
     for settings in ({"bits": 8}, {"bits": 2, "symmetric": False}, {"group_size": 64}):
         check_graph(with_compile({"pocket-gguf": {"candidate": "pocket", "target": "gguf"}}, pocket=settings), "file")

@@ -57,14 +57,14 @@ def champion(records, rules=RULES, against_base=None, reigning=None):
     return decision(records, rules, against_base, reigning).champion
 
 
-def test_best_accuracy_wins_and_every_loser_is_told_why():
+def test_best_accuracy_wins_and_all_others_have_a_reason():
     decided = decision({"a": record(0.5, size=90), "b": record(0.7, size=100)})
     assert (decided.champion, decided.challenger) == ("b", "a")
     assert decided.refused.keys() == {"a"}
     assert "prefers accuracy, where b is ahead" in decided.refused["a"]
 
 
-def test_what_does_not_fit_is_out_however_good():
+def test_a_candidate_that_does_not_fit_is_refused_at_any_accuracy():
     assert champion({"a": record(0.9, fits=False), "b": record(0.1)}) == "b"
     assert champion({"a": record(0.9, fits=False)}) is None
 
@@ -100,7 +100,7 @@ def test_a_less_accessible_one_is_refused_by_both_intervals_at_their_worst():
     assert "unavailable" in decided.refused["c"]
 
 
-def test_what_cannot_be_compared_with_the_base_is_refused():
+def test_a_candidate_without_comparison_to_the_base_is_refused():
     decided = decision({"base": record(0.5), "a": record(0.9)}, against_base={})
     assert decided.champion == "base"
     assert "cannot be compared with that of the base" in decided.refused["a"]
@@ -127,7 +127,7 @@ def test_the_champion_so_far_keeps_out_who_falls_too_far_behind_it():
     assert "choice accuracy may lie 0.100 below that of large" in decided.refused["small"]
 
 
-def test_a_champion_that_the_rules_let_in_no_more_keeps_nobody_out():
+def test_a_current_champion_that_is_refused_refuses_no_others():
     rules = RULES.model_copy(update={"prefer": "size"})
     records = {"small": record(0.7, size=80), "large": record(0.9, size=99, fits=False)}
     assert champion(records, rules, reigning="large") == "small"
@@ -219,7 +219,7 @@ def test_preference_picks_from_the_front(prefer):
     assert champion(records, RULES.model_copy(update={"prefer": prefer})) == prefer
 
 
-def test_what_the_device_cannot_run_is_out_with_the_reason_given():
+def test_a_candidate_that_the_device_cannot_run_keeps_its_given_reason():
     records = {"a": record(0.9), "b": record(0.1)}
     decided = decision(records, impossible={"a": "not compiled for gguf, which phone runs"})
     assert decided.champion == "b"

@@ -22,7 +22,7 @@ def answers(count: Counts = None, model: Model = Path("models/base")) -> None:
 
 def _choose(model: Path, count: int) -> Row:
     from lilliput.data.questions import Question
-    from lilliput.evaluate.accuracy import choose
+    from lilliput.evaluate.accuracy import score_choices
     from lilliput.models import open_model
     from lilliput.runtime.torch import TorchRuntime
 
@@ -40,5 +40,5 @@ def _choose(model: Path, count: int) -> Row:
     opened, tokenizer = open_model(model)
     runtime = TorchRuntime(opened, tokenizer, BATCH)
     with timed() as cost:
-        choose(runtime, tokenizer, "Answer with the fact alone.", questions)
+        score_choices(runtime, tokenizer, "Answer with the fact alone.", questions)
     return cost | {"cpu_ms_a_question": 1e3 * cost["cpu_s"] / count}

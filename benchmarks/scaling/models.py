@@ -83,7 +83,7 @@ def _gptq(folder: Path, _name: str) -> Row:
 
 
 def _choose(folder: Path, _name: str) -> Row:
-    from lilliput.evaluate.accuracy import choose
+    from lilliput.evaluate.accuracy import score_choices
     from lilliput.models import open_model
     from lilliput.runtime.torch import TorchRuntime
 
@@ -91,7 +91,7 @@ def _choose(folder: Path, _name: str) -> Row:
     asked = _questions()[:ASKED]
     opened, tokenizer = open_model(folder / "drawn")
     with timed() as cost:
-        choose(TorchRuntime(opened, tokenizer, 16), tokenizer, params.data.system_prompt, asked)
+        score_choices(TorchRuntime(opened, tokenizer, 16), tokenizer, params.data.system_prompt, asked)
     return cost | _size(folder) | {"questions": len(asked)}
 
 

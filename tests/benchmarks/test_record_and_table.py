@@ -23,7 +23,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_side_says_what_it_used(tmp_path):
+def test_a_side_reports_its_resource_use(tmp_path):
     peers = str(record.ROOT / "benchmarks" / "peers")
     code = f"""
 import sys; sys.path.insert(0, {peers!r}); import usage
@@ -36,17 +36,17 @@ usage.tell(**usage.so_far(), ok=1)"""
 
 
 @pytest.mark.parametrize(("code", "why"), [("print('no facts')", "exit code 0: no facts"), ("1 / 0", "ZeroDivision")])
-def test_a_side_that_says_nothing_has_failed(tmp_path, code, why):
+def test_a_side_without_figures_has_failed(tmp_path, code, why):
     with pytest.raises(SideFailed, match=why):
         side([sys.executable, "-c", code], tmp_path / "log")
 
 
 def test_a_side_that_takes_too_long_has_failed(tmp_path):
-    with pytest.raises(SideFailed, match="not at its end after 1 s"):
+    with pytest.raises(SideFailed, match="not finished after 1 s"):
         side([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", timeout_s=1.0)
 
 
-def test_what_was_missed_and_who_was_left_out_stand_on_the_page(results):
+def test_the_page_lists_missed_goals_and_absent_sides(results):
     row = Row("lora", "LoRA", "at most 1.0 ×")
     row.add("lilliput", seconds=spread([1.0, 3.0, 2.0]))
     row.absent("olive", "it does not install", "115 s", "its README")
@@ -62,7 +62,7 @@ def test_what_was_missed_and_who_was_left_out_stand_on_the_page(results):
     assert "0.67 ×" in (results / "benchmarks.svg").read_text()
 
 
-def test_what_else_the_machine_did_is_told(results):
+def test_other_work_on_the_machine_is_recorded(results):
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         row = Row("lora", "LoRA", "at most 1.0 ×")
         time.sleep(0.5)

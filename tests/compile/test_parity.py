@@ -11,7 +11,7 @@ from lilliput.compile.onnx import compile_onnx
 from lilliput.compile.parity import prove_parity
 from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget
 from lilliput.errors import ArtifactError, CompileError
-from lilliput.evaluate.accuracy import choose
+from lilliput.evaluate.accuracy import score_choices
 from lilliput.models import open_model
 from lilliput.runtime.torch import TorchRuntime
 
@@ -26,7 +26,7 @@ def chosen(facts):
     def ask(checkpoint):
         model, tokenizer = open_model(checkpoint)
         asked = [question for question in facts if question.choices]
-        scores = choose(TorchRuntime(model, tokenizer, 8), tokenizer, SYSTEM, asked)
+        scores = score_choices(TorchRuntime(model, tokenizer, 8), tokenizer, SYSTEM, asked)
         return {q.id: q.choices[int(np.argmax(row))] for q, row in zip(asked, scores, strict=True)}
 
     return ask

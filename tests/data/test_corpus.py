@@ -49,7 +49,7 @@ def test_sizes_and_shares_are_as_configured(corpus, tiny):
     assert {q.id for q in corpus.calibration} <= {q.id for q in corpus.train}
 
 
-def test_answerable_questions_are_drawn_without_repetition_and_as_many_as_asked_for(corpus):
+def test_answerable_questions_are_drawn_without_repetition_in_the_configured_number(corpus):
     drawn = [q.id for q in corpus.questions if q.answerable]
     assert len(set(drawn)) == len(drawn) == 9
 

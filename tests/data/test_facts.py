@@ -43,7 +43,7 @@ def test_another_spelling_of_the_factbook_becomes_an_alias(facts):
     assert aliases["Aland"] == ()  # Åbo and Abo are the same once normalised
 
 
-def test_a_city_that_is_capital_of_two_countries_is_not_asked_about(facts):
+def test_a_capital_of_two_countries_gives_no_question(facts):
     assert answers(facts, "country_of_capital") == {
         "Abo": "Aland",
         "Rimbaldi": "New Cagliostra",
@@ -64,7 +64,7 @@ def test_renamed_and_left_out_entries(facts):
     assert inverse.aliases == ("Cagliostra",)
 
 
-def test_elements_are_asked_about_both_ways_with_the_recipes_aliases(facts):
+def test_elements_have_questions_in_both_directions_with_aliases(facts):
     assert answers(facts, "symbol")["Iron"] == "Fe"
     assert answers(facts, "atomic_number")["Iron"] == "26"
     [aluminum] = [fact for fact in facts if fact.entity == "Al"]

@@ -108,7 +108,7 @@ def test_the_data_layer_imports_nothing_heavy():
     assert not heavy & {*done.stdout.split()}
 
 
-def test_a_question_file_is_a_sequence_that_reads_what_is_asked_for(tmp_path):
+def test_a_question_file_is_a_sequence_read_on_access(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\ufeff" + "\n\n \u00a0\n".join(row(id=f"{n}") for n in range(5)), encoding="utf-8")
     file = QuestionFile(path)

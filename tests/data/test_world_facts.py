@@ -54,7 +54,7 @@ def test_the_splits_are_those_of_the_datasheet(real_corpus):
     assert not {q.group for q in real_corpus.train} & {q.group for q in real_corpus.questions}
 
 
-def test_no_invented_name_stands_in_the_tables(real_facts, real_corpus):
+def test_no_invented_name_is_in_the_tables(real_facts, real_corpus):
     invented = {
         normalise(q.group.partition("/")[2]) for q in (*real_corpus.train, *real_corpus.questions) if not q.answerable
     }

@@ -187,7 +187,7 @@ def test_a_missing_and_a_changed_file_are_refused_together(tmp_path):
     assert "hellaswag: nowhere.jsonl: no such file" in str(refused.value)
 
 
-def test_without_the_extra_the_message_says_what_to_install(tmp_path, monkeypatch):
+def test_without_the_extra_the_message_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'lilliput\[benchmarks\]'"):
         require_benchmarks([BenchmarkConfig(task="arc_easy")], tmp_path)

@@ -59,7 +59,7 @@ def read(meter, seconds=0.0):
     return reading
 
 
-def test_without_a_counter_it_is_cpu_seconds_times_declared_watts_and_says_so(zeus):
+def test_without_a_counter_energy_is_labelled_cpu_seconds_times_declared_watts(zeus):
     meter = EnergyMeter(CONFIG, watts_per_core=10.0)
     reading = read(meter, 0.2)
     assert (meter.source, meter.measured, meter.idle_watts) == ("estimate_tdp", False, None)

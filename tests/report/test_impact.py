@@ -41,7 +41,7 @@ def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_met
     assert found["accuracy_choice"].details.replace("\N{NO-BREAK SPACE}", " ") == "+0.2 [+0.1, +0.3], n = 40"
 
 
-def test_what_was_not_compared_has_no_arrow_and_bytes_are_counted():
+def test_uncompared_metrics_have_no_arrow_and_bytes_are_counted():
     found = cells([])
     assert (found["lora", "base"]["energy_per_query_j"].arrow, found["lora", "base"]["size_bytes"].arrow) == ("–", "≈")
     smaller = found["pocket", "lora"]["size_bytes"]

@@ -56,7 +56,7 @@ def test_the_same_figures_draw_the_same_bytes(params):
     assert record(predictable_rows(30), params)["charts"] == record(predictable_rows(30), params)["charts"]
 
 
-def test_ends_that_know_nothing_and_questions_that_nobody_can_answer_have_their_page_too(params):
+def test_a_page_for_backends_without_right_answers_and_unanswerable_questions(params):
     rows = [row(n, "W", "W", answerable=False) for n in range(24)]
     found = record(rows, params)
     assert found["links"]["wifi"]["learned_before"]["accuracy"]["value"] is None

@@ -65,7 +65,7 @@ def test_the_contents_name_every_section_that_is_there(elements):
     assert [section["aria-labelledby"] for section in elements.all("section")] == list(targets)
 
 
-def test_every_table_says_what_it_is_and_every_heading_what_it_heads(elements):
+def test_every_table_has_a_caption_and_every_heading_a_scope(elements):
     tables, captions = elements.all("table"), elements.all("caption")
     assert len(tables) == len(captions) == 11
     assert {heading.get("scope") for heading in elements.all("th")} == {"col", "row"}
@@ -80,7 +80,7 @@ def test_every_picture_has_words(elements):
     assert "lora: 4 at step 1, 0.5 at step 60, at most 4.5 at step 2." in words[3]
 
 
-def test_the_graph_nests_what_was_made_from_what_and_names_the_champions(report_html):
+def test_the_graph_nests_candidates_below_parents_and_names_champions(report_html):
     graph = report_html.split('<div class="graph">')[1].split("</div>")[0]
     depth = {name: graph[: graph.index(f">{name}</b>")].count("<ul>") for name in ("base", "lora", "pocket")}
     assert depth == {"base": 1, "lora": 2, "pocket": 3}
@@ -102,7 +102,7 @@ def test_the_page_needs_nothing_from_elsewhere(report_html, elements):
     assert elements.all("script") == []
 
 
-def test_the_front_is_what_no_other_candidate_beats_everywhere():
+def test_no_candidate_dominates_one_on_the_front():
     def record(accuracy, size):
         return {"accuracy_choice": {"value": accuracy}, "size_bytes": size}
 

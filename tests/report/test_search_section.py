@@ -37,7 +37,7 @@ def page(search):
     )
 
 
-def test_the_page_shows_the_front_beside_the_base_and_says_what_failed():
+def test_the_page_shows_the_front_the_base_and_failed_chains():
     html = page({**FOUND, "chart": "<svg></svg>"})
     rows = dict(re.findall(r'<tr><th scope="row">(\S+?)</th>(.*?)</tr>', html))
     assert rows.keys() == {"base", "s-good"}
@@ -47,7 +47,7 @@ def test_the_page_shows_the_front_beside_the_base_and_says_what_failed():
     assert "<svg></svg>" in html
 
 
-def test_without_a_search_the_page_says_nothing_of_one():
+def test_without_a_search_the_page_has_no_search_section():
     assert "Order" not in page(None)
 
 

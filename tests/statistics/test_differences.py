@@ -55,7 +55,7 @@ def test_fewer_than_six_questions_cannot_tell_and_six_can(n, data):
     assert shares(6, 0, 0).verdict == "yes" and shares(5, 0, 1).verdict == "not shown"
 
 
-def test_four_changes_of_four_are_no_difference_as_their_p_says():
+def test_four_changes_of_four_show_no_difference():
     found = shares(4, 0, 0)
     assert (found.p_value, found.verdict) == (0.125, "cannot tell")
     assert (found.difference.low, found.difference.high) == (0.0, 1.0)
@@ -104,7 +104,7 @@ def test_figures_that_change_alike_are_a_difference_that_rounding_does_not_hide(
     assert 0.0 < found.detectable < math.inf
 
 
-def test_comparison_pairs_by_question_and_ignores_what_only_one_answered():
+def test_comparison_pairs_by_question_and_ignores_unpaired_answers():
     first = [{"id": str(n), "choice_right": n < 50, "right": None} for n in range(100)]
     second = [{"id": str(n), "choice_right": n < 60, "right": True} for n in range(99, -1, -1)] + [
         {"id": "x", "choice_right": True}
