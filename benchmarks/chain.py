@@ -1,13 +1,13 @@
-"""The whole chain with nothing changed and with one knob changed, and what each stage costs beside its work.
+"""Measures the whole chain without changes and with one changed setting, and the overhead per stage.
 
 python -m benchmarks.chain          # in a project whose run is complete
 
-`chain`: a copy of the project (recorded as made by `dvc commit`), where the flow's command line and plain
-`dvc repro` take turns: first with nothing changed, then after a change of `promotion` that neither has seen, which
-makes promotion, bundles and report due. Olive runs a workflow of one pass that it finds in its cache.
+`chain`: in a copy of the project (recorded by `dvc commit`), the flow's command line and plain `dvc repro` alternate:
+first without changes, then after a new change of `promotion`, which makes promotion, bundles and report stale. Olive
+runs a workflow of one pass that is in its cache.
 
-`overhead`: the same graph with every command replaced by one that writes its outputs and nothing else. The flow, plain
-`dvc repro` and a Python loop over the same function.
+`overhead`: the same graph with commands that only write their outputs, by the flow, by plain `dvc repro`, and by a
+Python loop over the same function.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 
 def main(
-    project: Annotated[Path, typer.Option(help="where a whole run lies")] = ROOT,
+    project: Annotated[Path, typer.Option(help="a project with a complete run")] = ROOT,
     rounds: int = 3,
     changes: int = 2,
     rows: Annotated[list[str] | None, typer.Option("--row")] = None,
@@ -70,30 +70,30 @@ def _chain(project: Path, rounds: int, changes: int) -> None:
     with tempfile.TemporaryDirectory(dir=project.parent) as scratch:
         copy = _copied(project, Path(scratch, "project"))
         _run(copy, sys.executable, "-m", "dvc", "commit", "--force")
-        _run(copy, *FLOW)  # compiles what Python has not compiled yet
+        _run(copy, *FLOW)  # lets Python compile its modules
         sides = {"lilliput": FLOW, "dvc repro": DVC}
-        nothing = _by_turns(rounds, {name: lambda c=command: _run(copy, *c) for name, command in sides.items()})
+        nothing = _alternate(rounds, {name: lambda c=command: _run(copy, *c) for name, command in sides.items()})
         for name, costs in nothing.items():
             row.add(f"{name}, nothing changed", **costs)
-        knob = _knobs(copy)
+        settings = _changed_settings(copy)
 
-        def changed(command: tuple[str, ...]) -> dict[str, float]:
-            next(knob)
+        def run_changed(command: tuple[str, ...]) -> dict[str, float]:
+            next(settings)
             return _run(copy, *command)
 
-        for name, costs in _by_turns(changes, {n: lambda c=c: changed(c) for n, c in sides.items()}).items():
+        for name, costs in _alternate(changes, {n: lambda c=c: run_changed(c) for n, c in sides.items()}).items():
             row.add(f"{name}, one knob changed", **costs)
     _olive(row, project, rounds)
-    found = {name: facts["seconds"]["median"] for name, facts in row.sides.items()}
+    seconds = {name: facts["seconds"]["median"] for name, facts in row.sides.items()}
     ratios = {
-        what: found[f"lilliput, {what}"] / found[f"dvc repro, {what}"]
-        for what in ("nothing changed", "one knob changed")
+        case: seconds[f"lilliput, {case}"] / seconds[f"dvc repro, {case}"]
+        for case in ("nothing changed", "one knob changed")
     }
-    reached = ", ".join(f"{what} {ratio:.2f} × dvc" for what, ratio in ratios.items())
+    reached = ", ".join(f"{case} {ratio:.2f} × dvc" for case, ratio in ratios.items())
     met = max(ratios.values()) <= 1.2
-    if olive := found.get("olive, cached"):
-        reached += f"; nothing changed {found['lilliput, nothing changed']:.1f} s, Olive's cached pass {olive:.1f} s"
-        met = met and found["lilliput, nothing changed"] < olive
+    if olive := seconds.get("olive, cached"):
+        reached += f"; nothing changed {seconds['lilliput, nothing changed']:.1f} s, Olive's cached pass {olive:.1f} s"
+        met = met and seconds["lilliput, nothing changed"] < olive
     row.write(reached, met, ratios=ratios)
 
 
@@ -107,7 +107,7 @@ def _olive(row: Row, project: Path, rounds: int) -> None:
             again = [side(command, log) for _ in range(rounds)]
         except SideFailed as failed:
             return row.absent("olive, cached", str(failed), "16 s", "an earlier trial on 2 quiet cores, Olive 0.13")
-    costs = {key: spread([one[key] for one in again]) for key in ("seconds", "cpu_seconds")}
+    costs = {key: spread([run[key] for run in again]) for key in ("seconds", "cpu_seconds")}
     row.add("olive, cached", **costs, first_seconds=first["seconds"], versions=versions_of("olive", ("olive-ai",)))
 
 
@@ -138,7 +138,7 @@ def _overhead(project: Path) -> None:
 
 
 def _copied(project: Path, target: Path) -> Path:
-    """The project with what it has made; copied, since DVC takes the write permission from what it keeps."""
+    """Copies the project with its results; no links, because DVC removes the write permission of cached files."""
     target.mkdir()
     for name in MADE:
         if (project / name).exists():
@@ -161,8 +161,8 @@ def _code_into(project: Path, target: Path) -> None:
     subprocess.run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], cwd=target, check=True)
 
 
-def _knobs(folder: Path) -> Iterator[None]:
-    """Each time another setting of a promotion rule, which nobody has been run with."""
+def _changed_settings(folder: Path) -> Iterator[None]:
+    """Sets a promotion rule to another new value at each step."""
     yaml, path = YAML(), folder / "params.yaml"
     for step in range(1, 100):
         params = yaml.load(path)
@@ -185,20 +185,20 @@ def _stubbed(project: Path, target: Path) -> Path:
         stage = stage.get("do", stage)
         made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
         names = [item if isinstance(item, str) else next(iter(item)) for item in made]
-        inside = [f"bundles/{device}" for device in devices] if name == "bundle" else []  # what others depend on
+        inside = [f"bundles/{device}" for device in devices] if name == "bundle" else []  # dependencies of other stages
         stage["cmd"] = " ".join(["python", "stub.py", *names, *inside])
     yaml.dump(pipeline, path)
     return target
 
 
 def _stages(folder: Path) -> list[list[str]]:
-    """The outputs of each stage, in an order it can run in."""
+    """Returns the outputs of each stage, in an order in which they can run."""
     code = (
         "import json; from pathlib import Path; from flows.engine.lineage import Lineage;"
         "print('STAGES' + json.dumps([s.command.split()[2:] for s in Lineage(Path.cwd()).stages()]))"
     )
-    told = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    return json.loads(told.stdout.partition("STAGES")[2])
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.partition("STAGES")[2])
 
 
 def _bare(folder: Path, stages: list[list[str]]) -> None:
@@ -229,14 +229,14 @@ def _timed(work: Callable[[], object]) -> dict[str, float]:
     return {"seconds": seconds, "cpu_seconds": used}
 
 
-def _by_turns(rounds: int, sides: dict[str, Callable[[], dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    told: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+def _alternate(rounds: int, sides: dict[str, Callable[[], dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
-            told[name].append(work())
+            results[name].append(work())
     return {
-        name: {key: spread([one[key] for one in costs]) for key in ("seconds", "cpu_seconds")}
-        for name, costs in told.items()
+        name: {key: spread([run[key] for run in costs]) for key in ("seconds", "cpu_seconds")}
+        for name, costs in results.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""What runs when. Importing it prepares the environment, also in Prefect's, Ray's and Dask's worker processes."""
+"""Prefect flows. Importing this package prepares the environment, also in the workers of Prefect, Ray and Dask."""
 
 import sys
 from pathlib import Path

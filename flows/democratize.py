@@ -1,15 +1,15 @@
-"""The whole job: make every candidate, measure it, register it, promote the best for each device, report."""
+"""The whole pipeline: makes, measures and registers candidates, promotes the best per device, writes the report."""
 
 from __future__ import annotations
 
 import sys
 
 from flows.engine.console import guarded_output
-from flows.engine.fast_path import answered
+from flows.engine.fast_path import try_fast_path
 
 if __name__ == "__main__":
     with guarded_output():
-        if answered(sys.argv[1:]):
+        if try_fast_path(sys.argv[1:]):
             sys.exit()
 
 import contextlib
@@ -29,10 +29,10 @@ from prefect.states import Failed
 from flows.engine.console import candidate_rows, fail, next_commands, print_plan, print_summary
 from flows.engine.lineage import Lineage
 from flows.engine.plan import plan
-from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, Crew, open_crew, require_runner
+from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, StageRunner, open_runner, require_runner
 from flows.engine.scheduler import run_stages
 from flows.engine.stopping import run_flow
-from flows.engine.waiting import turn_in, when_free
+from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import require_room
 from lilliput.errors import ConfigError, LilliputError
@@ -52,37 +52,41 @@ def democratize(
     runner: str = "local",
     workers: int = 1,
 ) -> State | dict[str, str]:
-    """Runs every stage that is not up to date, each as a Prefect task once what it needs is there.
+    """Runs every stage that is not up to date, each as a Prefect task once its inputs exist.
 
     Args:
-        params_file: the project's params.yaml, or another file, which then gets a workspace of its own.
-        only: candidates to stop at (with what they are made from); nothing is promoted then.
+        params_file: the project's params.yaml, or another file, which gets its own workspace.
+        only: candidates to stop at, with their parents; nothing is promoted then.
         share_machine: let trainings and measurements of other runs happen at the same time.
-        runner: who does the work: `local`, `ray`, `dask`, or a cluster's address (docs/operations.md).
-        workers: stages at work at a time; one keeps to their order.
+        runner: `local`, `ray`, `dask`, or the address of a cluster (docs/operations.md).
+        workers: stages that run at a time; with one they run in order.
     """
     folder = Path(params_file)
     try:
         require_room(PROJECT)
-        folder = when_free(partial(open_workspace, folder))
+        folder = retry_while_busy(partial(open_workspace, folder))
         _require_runnable(folder, only)
         require_runner(runner, workers)
-        with contextlib.chdir(folder), turn_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
-            return _run_all(folder, only or [], crew)
+        with (
+            contextlib.chdir(folder),
+            wait_for_folder(folder),
+            open_runner(runner, workers, folder, share_machine) as stage_runner,
+        ):
+            return _run_all(folder, only or [], stage_runner)
     except (LilliputError, DvcException) as error:
         return Failed(message=redacted(str(error)))
 
 
-def _run_all(folder: Path, only: list[str], crew: Crew) -> State | dict[str, str]:
+def _run_all(folder: Path, only: list[str], runner: StageRunner) -> State | dict[str, str]:
     update_paths()
     lineage, settings = Lineage(folder), _settings(folder)
     _require_machine(lineage, folder, only)
-    states, failed = run_stages(lineage.stages(only), lineage, crew)
+    states, failed = run_stages(lineage.stages(only), lineage, runner)
     _publish(folder)
     if failed:
-        left = [stage.name for stage in lineage.stages(only) if stage.name not in states | failed]
-        undone = f"\nnot done for want of it: {', '.join(left)}" if left else ""
-        return Failed(message="\n".join(failed.values()) + undone)
+        skipped = [stage.name for stage in lineage.stages(only) if stage.name not in states | failed]
+        note = f"\nnot run, because they depend on it: {', '.join(skipped)}" if skipped else ""
+        return Failed(message="\n".join(failed.values()) + note)
     if _settings(folder) != settings and (stale := _stale(folder, only)):
         return Failed(
             message=f"params.yaml or dvc.yaml changed during the run; made with the old settings: {', '.join(stale)}; "
@@ -96,7 +100,7 @@ def _settings(folder: Path) -> list[bytes]:
 
 
 def _stale(folder: Path, only: list[str]) -> list[str]:
-    """The stages that are not up to date by the settings that `folder` has now."""
+    """Returns the stages that are not up to date with the present settings in `folder`."""
     lineage = Lineage(folder)
     with closing(lineage):
         return [stage.name for stage in lineage.stages(only) if lineage.changes(stage.name)]
@@ -104,14 +108,14 @@ def _stale(folder: Path, only: list[str]) -> list[str]:
 
 def _require_runnable(folder: Path, only: list[str] | None) -> None:
     params = load_params(folder / "params.yaml")
-    known = params.candidates
-    if unknown := [name for name in only or [] if name not in known]:
-        raise ConfigError(f"--only: unknown candidate {', '.join(unknown)}; params.yaml has: {', '.join(known)}")
+    if unknown := [name for name in only or [] if name not in params.candidates]:
+        names = ", ".join(params.candidates)
+        raise ConfigError(f"--only: unknown candidate {', '.join(unknown)}; params.yaml has: {names}")
     require_benchmarks(params.evaluation.benchmarks, folder)
 
 
 def _require_machine(lineage: Lineage, folder: Path, only: list[str]) -> None:
-    """Refuses, before the first stage, candidates that are to be made and cannot be on this machine."""
+    """Rejects, before the first stage, stale candidates that this machine cannot make."""
     params = load_params(folder / "params.yaml")
     if not needing_gpu(params) and not too_large(params, params.candidates, folder):
         return
@@ -122,7 +126,7 @@ def _require_machine(lineage: Lineage, folder: Path, only: list[str]) -> None:
 
 
 def _publish(folder: Path) -> None:
-    """Shows the table and the links in the Prefect UI."""
+    """Shows the table of candidates and the next commands in the Prefect UI."""
     if rows := candidate_rows(folder):
         create_table_artifact(rows, key="candidates", description="The candidates and their four metrics")
     create_markdown_artifact(next_commands(folder), key="next", description="Where to look")
@@ -140,16 +144,16 @@ def main(
     ),
     only: Annotated[list[str] | None, typer.Option(help="stop at this candidate (repeatable); no promotion")] = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="say what would run and what it costs; run nothing")
+        bool, typer.Option("--plan", help="print which stages would run and their cost; run nothing")
     ] = False,
     share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
     runner: Annotated[str, typer.Option(envvar="LILLIPUT_RUNNER", help=RUNNER_HELP)] = "local",
     workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
     ignore_memory: Annotated[
-        bool, typer.Option(help="try what is estimated not to fit into memory (docs/memory.md)")
+        bool, typer.Option(help="also run what is estimated not to fit into memory (docs/memory.md)")
     ] = False,
 ) -> None:
-    """Make, measure, register and promote the candidates of params.yaml; what is up to date is not made again."""
+    """Make, measure, register and promote the candidates of params.yaml; skip what is up to date."""
     try:
         require_room(PROJECT)
         folder = open_workspace(params)
@@ -163,9 +167,9 @@ def main(
         fail(str(error), 2)
     os.chdir(PROJECT)
     if ignore_memory:
-        os.environ[IGNORE] = "1"  # for the stages' processes too
-    stopped = "stopped; nothing is half-written, and the same command goes on from here"
-    state = run_flow(democratize, str(params), only, share_machine, runner, workers, stopped=stopped)
+        os.environ[IGNORE] = "1"  # the processes of stages inherit it
+    message = "stopped; nothing is half-written, and the same command continues from here"
+    state = run_flow(democratize, str(params), only, share_machine, runner, workers, stop_message=message)
     if not state.is_completed():
         fail(state.message or "the flow did not finish", 2)
     print_summary(folder, cast("dict[str, str]", state.result()))

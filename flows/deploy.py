@@ -1,4 +1,4 @@
-"""A device's champion, served: verified, put behind the gateway, taken over without an answer lost, rolled back."""
+"""Deploys the champion of a device: verifies it, serves it by a gateway, switches versions, rolls back, stops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.console import Console
 
 from flows.engine.console import fail, guarded_output
 from flows.engine.stopping import run_flow
-from flows.engine.waiting import turn_in
+from flows.engine.waiting import wait_for_folder
 from flows.engine.workspace import PROJECT
 from lilliput.artifacts import write_text
 from lilliput.cache.answers import clear
@@ -46,14 +46,14 @@ from lilliput.serve.deployment import (
 from lilliput.serve.deployment import deploy as make_current
 from tasks.process.folder_lock import folder_lock
 
-HOMES = Path("deployments")
-# Gateways that this process started: they outlive it, and as long as it lives it has to hear of their ends.
+DEPLOYMENTS = Path("deployments")
+# Gateways that this process started. They outlive it; while it lives, it must collect their exit codes.
 _STARTED: list[subprocess.Popen[bytes]] = []
 START_S, STOP_S, TAKE_OVER_S = 120.0, 40.0, 120.0
 
 
 class Action(StrEnum):
-    """What is to be served."""
+    """Which model to serve."""
 
     champion = "champion"
     rollback = "rollback"
@@ -68,27 +68,27 @@ def deploy(
     params_file: str = "params.yaml",
     proxies: list[str] | None = None,
 ) -> State:
-    """Serves `device`'s champion: starts its gateway, or has the one that runs take over what is new.
+    """Serves the champion of `device`: starts its gateway, or switches the running one to the new model.
 
     Args:
         device: under `serving` in the parameters.
-        action: `champion` for what the registry names now, `rollback` for what was deployed before.
-        host: beyond loopback only with a token in LILLIPUT_TOKEN.
-        port: of a gateway that is not running yet; 0 for any that is free.
-        params_file: the project's params.yaml, or another file, whose workspace holds its champion.
-        proxies: addresses of reverse proxies before a gateway that is not running yet; only with a token.
+        action: `champion` for the registry's present champion, `rollback` for the previous deployment.
+        host: other than loopback only with a token in LILLIPUT_TOKEN.
+        port: of a new gateway; 0 for any free port.
+        params_file: the project's params.yaml, or another file, whose workspace has the champion.
+        proxies: addresses of reverse proxies before a new gateway; only with a token.
     """
     try:
-        told = _deploy(device, Action(action), Address(host, port, tuple(proxies or ())), Path(params_file))
+        message = _deploy(device, Action(action), Address(host, port, tuple(proxies or ())), Path(params_file))
     except LilliputError as error:
         return Failed(message=redacted(str(error)))
-    create_markdown_artifact(told, key=f"deployed-{device}", description=f"What {device} serves")
-    return Completed(message=told)
+    create_markdown_artifact(message, key=f"deployed-{device}", description=f"What {device} serves")
+    return Completed(message=message)
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a gateway that is not running yet listens, and which reverse proxies are before it."""
+    """Where a new gateway listens, and which reverse proxies are before it."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -96,12 +96,12 @@ class Address:
 
 
 def _deploy(device: str, action: Action, address: Address, params_file: Path) -> str:
-    from tasks.deploy import stage_champion  # brings MLflow
+    from tasks.deploy import stage_champion  # imports MLflow
 
     folder = _folder(params_file)
-    home = folder / HOMES / device
+    home = folder / DEPLOYMENTS / device
     home.mkdir(parents=True, exist_ok=True)
-    with turn_in(home, folder_lock), contextlib.chdir(folder):
+    with wait_for_folder(home, folder_lock), contextlib.chdir(folder):
         files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
         if action is Action.rollback:
             roll_back(home)
@@ -110,7 +110,7 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
         try:
             url = _take_over(home) if running(home) else _start(home, address)
         except BaseException:
-            for name, content in files.items():  # what is served stays what is said to be served
+            for name, content in files.items():  # the files describe what is still served
                 _restore(home / name, content)
             raise
         remove_unused(home)
@@ -121,49 +121,51 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
 
 
 def running(home: Path) -> dict[str, Any] | None:
-    """What is known of the gateway's process in `home`; None if there is none, or it has no address yet."""
+    """Returns the record of the running gateway of `home`; None if there is none, or it has no address yet."""
     try:
-        known = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
-        if known["url"] is None:
+        record = json.loads((home / GATEWAY).read_text(encoding="utf-8"))
+        if record["url"] is None:
             return None
-        process = psutil.Process(known["pid"])
+        process = psutil.Process(record["pid"])
         command, folder = process.cmdline(), Path(process.cwd())
     except (FileNotFoundError, ValueError, psutil.Error):
         return None
-    # Not another of the same number. When it was started does not tell: that changes when the clock is set.
+    # The pid may belong to another process now. Start times cannot tell: they change when the clock is set.
     same = "lilliput.serve" in command and any(Path(argument).name == home.name for argument in command)
-    # Nor the gateway of the project that this one was copied from: its file was copied, too.
-    return known if same and folder == PROJECT else None
+    # A copied project has the record of the original's gateway.
+    return record if same and folder == PROJECT else None
 
 
 def _take_over(home: Path) -> str:
-    known = running(home)
-    assert known is not None
-    if not Path(psutil.Process(known["pid"]).cmdline()[0]).exists():  # it starts models by its interpreter's path
+    """Switches the running gateway to the current model; returns its address."""
+    record = running(home)
+    assert record is not None
+    url = record["url"]
+    if not Path(psutil.Process(record["pid"]).cmdline()[0]).exists():  # it starts models by its interpreter's path
         raise ArtifactError(
-            f"{known['url']}: this gateway was started before its project was moved, and cannot open other models; end "
+            f"{url}: this gateway was started before its project was moved, and cannot open other models; end "
             "it with --stop, then deploy again"
         )
     headers = {"x-lilliput-admin": admin_token(home)} | _bearer()
     try:
-        response = httpx.post(f"{known['url']}/deployment", headers=headers, timeout=TAKE_OVER_S, trust_env=False)
+        response = httpx.post(f"{url}/deployment", headers=headers, timeout=TAKE_OVER_S, trust_env=False)
     except httpx.HTTPError as error:
-        raise ArtifactError(f"{known['url']}: the gateway does not answer ({type(error).__name__}); stop it") from None
+        raise ArtifactError(f"{url}: the gateway does not answer ({type(error).__name__}); stop it") from None
     if response.is_error:
-        raise ArtifactError(f"{known['url']}: {_message(response)}")
-    return known["url"]
+        raise ArtifactError(f"{url}: {_error_message(response)}")
+    return url
 
 
 def _start(home: Path, address: Address) -> str:
-    """Starts a gateway that outlives this process; its address once it answers."""
-    # Relative where it can be: a gateway whose project is moved finds its files in the new place.
-    place = home.absolute().relative_to(PROJECT) if home.absolute().is_relative_to(PROJECT) else home.absolute()
+    """Starts a gateway that outlives this process; returns its address once it responds."""
+    # A relative path, if possible: the gateway of a project that is moved finds its files in the new place.
+    path = home.absolute().relative_to(PROJECT) if home.absolute().is_relative_to(PROJECT) else home.absolute()
     options = ["--host", address.host, "--port", str(address.port)]
     options += [argument for proxy in address.proxies for argument in ("--proxy", proxy)]
-    command = [sys.executable, "-m", "lilliput.serve", str(place), *options]
+    command = [sys.executable, "-m", "lilliput.serve", str(path), *options]
     log = home / "gateway.log"
     with log.open("ab") as stream:
-        began = stream.tell()
+        log_start = stream.tell()
         process = subprocess.Popen(
             command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
         )
@@ -171,25 +173,25 @@ def _start(home: Path, address: Address) -> str:
     deadline = time.monotonic() + START_S
     try:
         while process.poll() is None and time.monotonic() < deadline:
-            if (known := running(home)) and known["pid"] == process.pid:  # not one that was started otherwise
-                return known["url"]
+            if (record := running(home)) and record["pid"] == process.pid:  # not a gateway that another process started
+                return record["url"]
             time.sleep(0.1)
-    except BaseException:  # Ctrl-C among them
+    except BaseException:  # Ctrl-C included
         process.kill()
         raise
     process.kill()
     with log.open("rb") as stream:
-        stream.seek(began)
-        last = "".join(stream.read().decode(errors="replace").strip().splitlines()[-1:]).removeprefix("error: ")
-    raise ArtifactError(f"the gateway did not start: {last or 'it said nothing'} (its log: {log})")
+        stream.seek(log_start)
+        last_line = "".join(stream.read().decode(errors="replace").strip().splitlines()[-1:]).removeprefix("error: ")
+    raise ArtifactError(f"the gateway did not start: {last_line or 'it wrote no message'} (its log: {log})")
 
 
 def stop(home: Path) -> str:
-    """Ends the gateway in `home` once its answers under way are given."""
-    known = running(home)
-    if known is None:
+    """Ends the gateway of `home` after its running requests; returns a message."""
+    record = running(home)
+    if record is None:
         return "nothing is served"
-    process = psutil.Process(known["pid"])
+    process = psutil.Process(record["pid"])
     process.terminate()
     try:
         process.wait(STOP_S)
@@ -198,17 +200,17 @@ def stop(home: Path) -> str:
         process.wait()
     for started in _STARTED:
         started.poll()
-    return f"{known['url']} is served no more"
+    return f"{record['url']} is no longer served"
 
 
 def status(home: Path) -> Mapping[str, Any] | None:
-    """What the gateway in `home` says of itself; None if none runs."""
-    known = running(home)
-    if known is None:
+    """Returns the status of the gateway of `home`; None if none runs."""
+    record = running(home)
+    if record is None:
         return None
-    response = httpx.get(f"{known['url']}/status", headers=_bearer(), timeout=10.0, trust_env=False)
+    response = httpx.get(f"{record['url']}/status", headers=_bearer(), timeout=10.0, trust_env=False)
     response.raise_for_status()
-    return {"url": known["url"], "pid": known["pid"], **response.json()}
+    return {"url": record["url"], "pid": record["pid"], **response.json()}
 
 
 def _content(path: Path) -> str | None:
@@ -227,7 +229,7 @@ def _bearer() -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def _message(response: httpx.Response) -> str:
+def _error_message(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -249,32 +251,34 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 )
 def main(
     device: Annotated[str, typer.Argument(help="under `serving` in params.yaml")],
-    rollback: Annotated[bool, typer.Option("--rollback", help="serve again what was deployed before")] = False,
-    show: Annotated[bool, typer.Option("--status", help="what is served, as JSON")] = False,
-    end: Annotated[bool, typer.Option("--stop", help="serve no more, once answers under way are given")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="serve the previous deployment again")] = False,
+    show_status: Annotated[bool, typer.Option("--status", help="print what is served, as JSON")] = False,
+    end: Annotated[bool, typer.Option("--stop", help="stop the gateway after its running requests")] = False,
     clear_cache: Annotated[bool, typer.Option("--clear-cache", help="delete all cached answers")] = False,
-    host: Annotated[str, typer.Option(help="beyond loopback a token in LILLIPUT_TOKEN is required")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="of a gateway that is not running yet; 0: any that is free")] = 8080,
-    params: Annotated[Path, typer.Option(help="another file: the champion of its workspace")] = Path("params.yaml"),
+    host: Annotated[str, typer.Option(help="other than loopback needs a token in LILLIPUT_TOKEN")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of a new gateway; 0: any free port")] = 8080,
+    params: Annotated[Path, typer.Option(help="another file means the champion of its workspace")] = Path(
+        "params.yaml"
+    ),
     proxy: Annotated[list[str] | None, typer.Option(help=PROXY_HELP)] = None,
 ) -> None:
-    """Serve DEVICE's champion at http://127.0.0.1:8080, or have the gateway that runs take over a new one."""
-    if rollback + show + end + clear_cache > 1:
+    """Serve DEVICE's champion at http://127.0.0.1:8080, or switch the running gateway to a new one."""
+    if rollback + show_status + end + clear_cache > 1:
         fail("--rollback, --status, --stop and --clear-cache exclude each other; name one", 2)
-    home = _folder(params) / HOMES / device
+    home = _folder(params) / DEPLOYMENTS / device
     try:
         if end:
             return Console().print(stop(home))
         if clear_cache:
             return Console().print(f"{device}: {clear(home / ANSWERS)} cached answers deleted")
-        if show:
-            found = status(home)
-            return print(json.dumps(found, indent=2)) if found else fail(f"{device}: nothing is served", 1)
+        if show_status:
+            record = status(home)
+            return print(json.dumps(record, indent=2)) if record else fail(f"{device}: nothing is served", 1)
     except (LilliputError, httpx.HTTPError) as error:
         fail(f"{device}: {error}", 2)
     action = Action.rollback if rollback else Action.champion
     arguments = (device, action, host, port, str(params), proxy)
-    state = run_flow(deploy, *arguments, stopped="stopped; --status says what is served")
+    state = run_flow(deploy, *arguments, stop_message="stopped; --status prints what is served")
     if not state.is_completed():
         fail(state.message or "the flow did not finish", 2)
     Console().print(state.message, highlight=False)

@@ -1,4 +1,4 @@
-"""A champion's bundle on the Hugging Face hub: shown first, uploaded when asked to."""
+"""Publishes a champion's bundle on the Hugging Face hub; shows it first and uploads it only with --upload."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def main(
     params: Annotated[Path, typer.Option(help="parameters; another file means workspaces/<name>")] = Path(
         "params.yaml"
     ),
-    really: Annotated[bool, typer.Option("--upload", help=f"upload; needs a token in {TOKEN}")] = False,
-    public: Annotated[bool, typer.Option(help="a new repository is open to all")] = False,
+    do_upload: Annotated[bool, typer.Option("--upload", help=f"upload; needs a token in {TOKEN}")] = False,
+    public: Annotated[bool, typer.Option(help="make a new repository public")] = False,
 ) -> None:
-    """Show what would be uploaded of a device's champion: files, sizes, sha256, model card. Uploads with --upload."""
+    """Show the files, sizes, sha256 and model card of a device's champion; upload them with --upload."""
     token = os.environ.get(TOKEN, "")
-    if really and not token:
+    if do_upload and not token:
         fail(f"--upload needs a token that may write to {repository} in {TOKEN}", 2)
     try:
         with contextlib.chdir(open_workspace(params)):
             publication = prepare(load_params(layout.PARAMS), device)
             print_publication(publication, repository)
-            if really:
+            if do_upload:
                 print(upload(publication, repository, token, private=not public))
             else:
                 print("\nNothing was uploaded; --upload does it.")

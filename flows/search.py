@@ -1,4 +1,4 @@
-"""Which sequence of strategies wins? Grows candidates from one base under a budget and writes down the best."""
+"""Searches for the best sequence of strategies from one base, within a budget."""
 
 from __future__ import annotations
 
@@ -21,15 +21,26 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 
-from flows.chains.chain_runner import Workshop
-from flows.chains.study import CANDIDATE, FIGURES, REASON, SECONDS, Budget, begun, finished, front, grow, open_study
+from flows.chains.chain_runner import ChainRunner
+from flows.chains.study import (
+    CANDIDATE,
+    FIGURES,
+    REASON,
+    SECONDS,
+    Budget,
+    attempted,
+    finished,
+    open_study,
+    pareto_front,
+    run_trials,
+)
 from flows.engine.console import fail, front_rows, guarded_output, print_search
 from flows.engine.lineage import Stage
 from flows.engine.process import run_process
-from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_crew, require_runner
+from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner
 from flows.engine.scheduler import run_stages
 from flows.engine.stopping import run_flow
-from flows.engine.waiting import turn_in, when_free
+from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import write_json, write_text
 from lilliput.config import read_section
@@ -55,37 +66,43 @@ def search(
     runner: str = "local",
     workers: int = 1,
 ) -> State:
-    """Tries chains of strategies in a workspace of its own, each stage a Prefect task, and writes down what it found.
+    """Tries chains of strategies in its own workspace, each stage a Prefect task, and writes the results.
 
     Args:
         params_file: settings, data, evaluation and devices, and the candidate that chains start from.
         search_file: the space of chains and the objectives.
-        trials: chains in all, those of earlier runs of this search included.
-        minutes: no chain is begun that is expected to take this run beyond them.
+        trials: total number of chains, including those of earlier runs of this search.
+        minutes: time limit of this run; a chain that is predicted to exceed it is not started.
         share_machine: let trainings and measurements of other runs happen at the same time.
-        runner: who does the work: `local`, `ray`, `dask`, or a cluster's address (docs/operations.md).
-        workers: stages at work at a time; chains are tried one after another all the same.
+        runner: `local`, `ray`, `dask`, or the address of a cluster (docs/operations.md).
+        workers: stages that run at a time; chains are tried one after another in any case.
     """
     try:
         config = read_section(SearchConfig, Path(search_file), "--search")
-        folder = when_free(partial(open_search, Path(params_file), config, search_file))
-        with contextlib.chdir(folder), turn_in(folder), open_crew(runner, workers, folder, share_machine) as crew:
-            run = partial(run_stages, crew=crew)
-            workshop = Workshop(folder, Space(config, load_params(layout.PARAMS), search_file), run)
-            stopped = _search(workshop, config, search_file, Budget(trials, minutes), time.monotonic())
-            run_process(LOG, crew.site)
-            found = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
-            create_table_artifact(front_rows(found), key="search-front", description=f"{found['study']}: Pareto front")
-            return Completed(message=stopped)
+        folder = retry_while_busy(partial(open_search, Path(params_file), config, search_file))
+        with (
+            contextlib.chdir(folder),
+            wait_for_folder(folder),
+            open_runner(runner, workers, folder, share_machine) as stage_runner,
+        ):
+            run = partial(run_stages, runner=stage_runner)
+            chains = ChainRunner(folder, Space(config, load_params(layout.PARAMS), search_file), run)
+            stop_reason = _search(chains, config, search_file, Budget(trials, minutes), time.monotonic())
+            run_process(LOG, stage_runner.site)
+            record = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
+            create_table_artifact(
+                front_rows(record), key="search-front", description=f"{record['study']}: Pareto front"
+            )
+            return Completed(message=stop_reason)
     except (LilliputError, DvcException) as error:
         return Failed(message=redacted(str(error)))
 
 
 def open_search(params_file: Path, config: SearchConfig, search_file: str) -> Path:
-    """The workspace of a search over `params_file`, checked and ready.
+    """Checks parameters and space, and returns the workspace of the search.
 
     Raises:
-        ConfigError: parameters or space are refused.
+        ConfigError: parameters or space are invalid.
     """
     params = load_params(params_file)
     Space(config, params, search_file)
@@ -94,33 +111,33 @@ def open_search(params_file: Path, config: SearchConfig, search_file: str) -> Pa
     return folder
 
 
-def _search(workshop: Workshop, config: SearchConfig, file: str, budget: Budget, started: float) -> str:
-    from transformers import AutoConfig  # brings torch, which takes seconds to import
+def _search(chains: ChainRunner, config: SearchConfig, file: str, budget: Budget, started: float) -> str:
+    from transformers import AutoConfig  # imports torch, which takes seconds
 
-    reference, say = workshop.make_reference(), get_run_logger().info
+    reference, log = chains.make_reference(), get_run_logger().info
     _require_objectives(config, reference)
     space = Space(config, load_params(layout.PARAMS), file, AutoConfig.from_pretrained(layout.model(config.base)))
-    study = open_study(space, layout.STUDY, workshop.holds)
+    study = open_study(space, layout.STUDY, chains.are_current)
     for chain in finished(study, space).values():
-        workshop.keep(chain)
-    say(
+        chains.add_finished(chain)
+    log(
         "%s: %d sequences are possible, %d trials done",
         study.study_name,
         len(space.sequences),
         len(finished(study, space)),
     )
     budget = replace(budget, minutes=budget.minutes - (time.monotonic() - started) / 60.0)
-    stopped = grow(study, space, budget, workshop.forecast, workshop.make, say)
-    write_json(layout.SEARCH, findings(study, space, reference, stopped))
-    workshop.publish()
+    stop_reason = run_trials(study, space, budget, chains.forecast, chains.make, log)
+    write_json(layout.SEARCH, search_record(study, space, reference, stop_reason))
+    chains.publish()
     decisions = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
     made = finished(study, space)
     write_text(layout.WINNER, winners(space, made, decisions, f"{study.study_name} after {len(made)} chains"))
-    return stopped
+    return stop_reason
 
 
 def _require_objectives(config: SearchConfig, reference: Mapping[str, Mapping[str, Any]]) -> None:
-    """A metric that the base has no value for will have none for its descendants."""
+    """Rejects metrics that are unavailable for the base: its descendants would have no value either."""
     if missing := [metric for metric in config.objectives if metric_value(reference[config.base], metric) is None]:
         raise ConfigError(
             f"objectives: {', '.join(missing)}: unavailable in the evaluation of `{config.base}` on this machine; "
@@ -128,9 +145,11 @@ def _require_objectives(config: SearchConfig, reference: Mapping[str, Mapping[st
         )
 
 
-def findings(study: Study, space: Space, reference: Mapping[str, Mapping[str, Any]], stopped: str) -> dict[str, Any]:
-    """What search.json holds: the base's and each trial's figures, and which trials are on the front."""
-    metrics, best = list(space.config.objectives), front(study)
+def search_record(
+    study: Study, space: Space, reference: Mapping[str, Mapping[str, Any]], stop_reason: str
+) -> dict[str, Any]:
+    """Returns the content of search.json: figures of the base and of each trial, and which trials are on the front."""
+    metrics, best = list(space.config.objectives), pareto_front(study)
     rows = [
         {
             "candidate": trial.user_attrs[CANDIDATE],
@@ -141,13 +160,13 @@ def findings(study: Study, space: Space, reference: Mapping[str, Mapping[str, An
             "seconds": trial.user_attrs.get(SECONDS, 0.0),
             "figures": trial.user_attrs.get(FIGURES, {}),
         }
-        for trial in begun(study)
+        for trial in attempted(study)
     ]
     return {
         "study": study.study_name,
         "base": space.config.base,
         "objectives": dict(space.config.objectives),
-        "stopped": stopped,
+        "stopped": stop_reason,
         "sequences": len(space.sequences),
         "reference": [
             {"candidate": name, "chain": "", "figures": {metric: record[metric] for metric in metrics}}
@@ -165,25 +184,23 @@ def main(
     params: Annotated[Path, typer.Option(help="parameters; the search works in workspaces/<name>.search")] = Path(
         "params.yaml"
     ),
-    space: Annotated[Path, typer.Option("--search", help="which chains, which settings, which objectives")] = Path(
-        SPACE
-    ),
-    trials: Annotated[int, typer.Option(min=1, help="chains to try, those of earlier runs included")] = 20,
-    minutes: Annotated[float, typer.Option(min=0, help="of this run; 0 writes down what is finished")] = 120.0,
+    space: Annotated[Path, typer.Option("--search", help="chains, settings and objectives")] = Path(SPACE),
+    trials: Annotated[int, typer.Option(min=1, help="chains to try, including those of earlier runs")] = 20,
+    minutes: Annotated[float, typer.Option(min=0, help="of this run; 0 writes the results so far")] = 120.0,
     share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
     runner: Annotated[str, typer.Option(envvar="LILLIPUT_RUNNER", help=RUNNER_HELP)] = "local",
     workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
 ) -> None:
-    """Find the chains of strategies that none beats on every objective, and the lines of params.yaml that make them."""
+    """Find the Pareto-optimal chains of strategies, and the lines of params.yaml that make them."""
     try:
         folder = open_search(params, read_section(SearchConfig, space, "--search"), str(space))
         require_runner(runner, workers)
     except (LilliputError, DvcException) as error:
         fail(str(error), 2)
     os.chdir(PROJECT)
-    stopped = "stopped; the same command goes on from here, and --minutes 0 writes down what is finished"
+    message = "stopped; the same command continues from here, and --minutes 0 writes the results so far"
     arguments = (str(params), str(space), trials, minutes, share_machine, runner, workers)
-    state = run_flow(search, *arguments, stopped=stopped)
+    state = run_flow(search, *arguments, stop_message=message)
     if not state.is_completed():
         fail(state.message or "the search did not finish", 2)
     print_search(folder)

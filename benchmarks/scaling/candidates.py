@@ -118,14 +118,14 @@ def _run_cached(folder: Path, count: int) -> Row:
     from prefect.testing.utilities import prefect_test_harness
 
     from flows.engine.lineage import Lineage
-    from flows.engine.runners import open_crew
+    from flows.engine.runners import open_runner
     from flows.engine.scheduler import run_stages
 
     @flow
     def cached() -> tuple[dict[str, str], dict[str, str]]:
         lineage = Lineage(Path())
-        with open_crew("local", 1, Path.cwd(), share_machine=True) as crew:
-            return run_stages(lineage.stages(), lineage, crew)
+        with open_runner("local", 1, Path.cwd(), share_machine=True) as stage_runner:
+            return run_stages(lineage.stages(), lineage, stage_runner)
 
     with prefect_test_harness(server_startup_timeout=300), contextlib.chdir(folder / "workspace"), timed() as cost:
         states, failed = cached()

@@ -57,16 +57,16 @@ def _fan_out(runner: str, number: int, seconds: float, work: str) -> Row:
 
 def _measure(runner: str, number: int, seconds: float, work: str) -> Row:
     from flows.engine.lineage import Lineage
-    from flows.engine.runners import open_crew
+    from flows.engine.runners import open_runner
     from flows.engine.scheduler import run_stages
 
     with TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name).resolve()
         _write_graph(folder, seconds, work)
         lineage, cpu, begun = Lineage(folder), cpu_s(), time.monotonic()
-        with open_crew(runner, number, folder, share_machine=True) as crew:
+        with open_runner(runner, number, folder, share_machine=True) as stage_runner:
             started = time.monotonic()
-            states, failed = run_stages(lineage.stages(), lineage, crew)
+            states, failed = run_stages(lineage.stages(), lineage, stage_runner)
             ended = time.monotonic()
         lineage.close()
     if failed:

@@ -1,1 +1,1 @@
-"""The search over chains of strategies: its study and what makes and measures a chain."""
+"""The search over chains of strategies: its Optuna study, and the runner that makes and measures a chain."""

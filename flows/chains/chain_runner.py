@@ -1,4 +1,4 @@
-"""The workspace of a search: its params.yaml holds the base and the chains, and DVC says what of them stands made."""
+"""Makes and measures chains in the workspace of a search, whose params.yaml holds the base and the chains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from flows.chains.study import Broken, Forecast, Outcome
+from flows.chains.study import FailedChain, Forecast, Outcome
 from flows.engine.lineage import Lineage, Stage
 from flows.engine.plan import plan
 from lilliput.errors import StageError
@@ -17,86 +17,86 @@ from lilliput.params import load_params
 from lilliput.search import Chain, Space
 from tasks import layout
 
-Outcomes = tuple[dict[str, str], dict[str, str]]
-ENDINGS = ("promote", "report")  # after `register`, which belongs to every candidate
+StageResults = tuple[dict[str, str], dict[str, str]]
+FINAL_STAGES = ("promote", "report")  # after `register`, which every candidate needs
 
 
-class Workshop:
-    """Makes and measures chains in `folder`, which has to be the working directory.
+class ChainRunner:
+    """Makes and measures chains in `folder`, which must be the working directory.
 
     Args:
-        folder: a workspace of its own.
+        folder: the workspace of this search.
         space: of chains.
-        run: does the work of stages in order; the state of each that stands made comes back, and why others failed.
+        run: runs stages in order; returns the states of those up to date, and why others failed (`run_stages`).
     """
 
-    def __init__(self, folder: Path, space: Space, run: Callable[[list[Stage], Lineage], Outcomes]) -> None:
+    def __init__(self, folder: Path, space: Space, run: Callable[[list[Stage], Lineage], StageResults]) -> None:
         self._folder, self._space, self._run = folder, space, run
         self._params = YAML(typ="safe", pure=True).load(layout.PARAMS.read_text(encoding="utf-8"))
-        self._params["caching"]["candidates"] = []  # a search measures none,
-        self._params["compile"] = self._params["serving"] = {}  # and compiles and serves none
+        self._params["caching"]["candidates"] = []  # a search measures no caching,
+        self._params["compile"] = self._params["serving"] = {}  # and compiles and serves nothing
         self._base = {name: self._params["candidates"][name] for name in space.params.candidates}
-        self._kept: dict[str, Chain] = {}
+        self._finished: dict[str, Chain] = {}
         self._lineage: Lineage | None = None
-        _let_report_read_search()
+        _add_search_to_report()
 
     def make_reference(self) -> dict[str, Mapping[str, Any]]:
-        """The records of the base and of the loaded model it comes from, made if they are not there.
+        """Returns the evaluations of the base and of the loaded model that it comes from; makes them if needed.
 
         Raises:
-            StageError: they could not be made.
+            StageError: a stage failed.
         """
-        lineage = self._open([])
-        _, failed = self._run(_wanted(lineage, self._space.reference), lineage)
+        lineage = self._load_graph([])
+        _, failed = self._run(_stages_of(lineage, self._space.reference), lineage)
         if failed:
             raise StageError("\n".join(failed.values()))
-        return {name: _record(name) for name in self._space.reference}
+        return {name: _evaluation(name) for name in self._space.reference}
 
-    def keep(self, chain: Chain) -> None:
-        """Counts `chain` among the finished ones."""
-        self._kept[self._space.name(chain)] = chain
+    def add_finished(self, chain: Chain) -> None:
+        """Adds `chain` to the finished ones."""
+        self._finished[self._space.name(chain)] = chain
 
-    def holds(self, chains: Sequence[Chain]) -> bool:
-        """Whether DVC finds everything about `chains` as it was recorded."""
-        lineage = self._open(chains)
-        stages = _wanted(lineage, [self._space.name(chain) for chain in chains]) if chains else []
+    def are_current(self, chains: Sequence[Chain]) -> bool:
+        """Whether DVC finds no change in any stage of `chains`."""
+        lineage = self._load_graph(chains)
+        stages = _stages_of(lineage, [self._space.name(chain) for chain in chains]) if chains else []
         return not any(lineage.changes(stage.name) for stage in stages)
 
     def forecast(self, chain: Chain) -> Forecast:
-        """What making and measuring `chain` would take: only what does not stand made yet."""
-        lineage = self._open([chain])
+        """Predicts the time to make and measure `chain`, without the stages that are up to date."""
+        lineage = self._load_graph([chain])
         planned = plan(lineage, load_params(layout.PARAMS), self._folder, [self._space.name(chain)])
         due = [item.prediction for item in planned if item.reason and item.stage.candidate]
         known = [prediction.seconds for prediction in due if prediction]
         return Forecast(sum(known), len(due) - len(known))
 
     def make(self, chain: Chain) -> Outcome:
-        """The evaluation record of `chain`, or why there is none."""
-        name, lineage = self._space.name(chain), self._open([chain])
-        _, failed = self._run(_wanted(lineage, [name]), lineage)
+        """Makes and measures `chain`; returns its evaluation record, or why there is none."""
+        name, lineage = self._space.name(chain), self._load_graph([chain])
+        _, failed = self._run(_stages_of(lineage, [name]), lineage)
         for stage, reason in failed.items():
             kind, _, candidate = stage.partition("@")
-            return Broken(reason, candidate if kind == "compress" else None)
-        self.keep(chain)
-        return _record(name)
+            return FailedChain(reason, candidate if kind == "compress" else None)
+        self.add_finished(chain)
+        return _evaluation(name)
 
     def publish(self) -> None:
-        """Registers what is finished, decides the champions among it and writes the report.
+        """Registers the finished chains, decides the champions among them and writes the report.
 
         Raises:
-            StageError: that did not go well.
+            StageError: a stage failed.
         """
-        lineage = self._open([])
-        wanted = {stage.name for stage in lineage.stages([*self._space.reference, *self._kept])} | {*ENDINGS}
+        lineage = self._load_graph([])
+        wanted = {stage.name for stage in lineage.stages([*self._space.reference, *self._finished])} | {*FINAL_STAGES}
         stages = [stage for stage in lineage.stages() if stage.name in wanted]
         _, failed = self._run(stages, lineage)
         if failed:
             raise StageError("\n".join(failed.values()))
 
-    def _open(self, chains: Sequence[Chain]) -> Lineage:
-        """The graph of the base, of what is finished and of `chains`, from a params.yaml that holds just these."""
+    def _load_graph(self, chains: Sequence[Chain]) -> Lineage:
+        """Writes the base, the finished chains and `chains` to params.yaml; returns the graph of just these."""
         lines = dict(self._base)
-        for chain in [*self._kept.values(), *chains]:
+        for chain in [*self._finished.values(), *chains]:
             lines |= self._space.candidates(chain)
         if self._lineage is None or lines != self._params["candidates"]:
             if self._lineage is not None:
@@ -108,17 +108,17 @@ class Workshop:
         return self._lineage
 
 
-def _wanted(lineage: Lineage, candidates: Sequence[str]) -> list[Stage]:
-    """What `candidates` and their records need, without the registration that comes at the end."""
+def _stages_of(lineage: Lineage, candidates: Sequence[str]) -> list[Stage]:
+    """Returns the stages of `candidates` and their evaluations, without the final `register`."""
     return [stage for stage in lineage.stages(candidates) if stage.name != "register"]
 
 
-def _record(candidate: str) -> Mapping[str, Any]:
+def _evaluation(candidate: str) -> Mapping[str, Any]:
     return json.loads(layout.metrics(candidate).read_text(encoding="utf-8"))
 
 
-def _let_report_read_search() -> None:
-    """In this workspace the report depends on what the search found; elsewhere there is no such file."""
+def _add_search_to_report() -> None:
+    """Makes the report of this workspace depend on the search record, which other folders do not have."""
     yaml, path = YAML(), Path("dvc.yaml")
     graph = yaml.load(path.read_text(encoding="utf-8"))
     graph["stages"]["report"]["deps"].append(str(layout.SEARCH))

@@ -1,1 +1,1 @@
-"""What runs a flow: the scheduler, its runners, DVC's lineage, workspaces and stopping."""
+"""Runs a flow: scheduler, runners, DVC lineage, workspaces, stopping."""

@@ -1,4 +1,4 @@
-"""Champions that machines share: decided by one at a time, and told to Prefect when they change."""
+"""Promotion of champions that machines share: one decision at a time, and an event in Prefect for each change."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tasks.registry import outbox
 
 LIMIT = "lilliput-promotion"
 CHANGED = "lilliput.champion.changed"
-LEASE_S = 60.0  # a holder that dies lets go after this time; one that lives renews
-PATIENCE_S = 240.0
+LEASE_S = 60.0  # a dead holder loses the limit after this time; a living one renews it
+TIMEOUT_S = 240.0
 
 
 @contextmanager
-def deciding(folder: Path) -> Iterator[None]:
-    """Around every decision on the champions of `folder`: holds the registry, and afterwards tells of who is new.
+def exclusive_promotion(folder: Path) -> Iterator[None]:
+    """Serializes decisions on the champions of `folder`; emits an event for each change at the end.
 
-    Where MLFLOW_TRACKING_URI names a registry that machines share and PREFECT_API_URL a server that they share, too,
-    decisions wait for each other by that server's global concurrency limit. Elsewhere the lock of the folder's own
-    store (`tasks.registry.model_versions.promotion_lock`) is all there is.
+    If machines share a registry (MLFLOW_TRACKING_URI) and a Prefect server (PREFECT_API_URL), decisions wait for each
+    other by a global concurrency limit of that server. Otherwise only the lock of the folder's own store applies
+    (`tasks.registry.model_versions`).
 
     Raises:
         ConfigError: another decision does not end.
@@ -40,19 +40,19 @@ def deciding(folder: Path) -> Iterator[None]:
         with get_client(sync_client=True) as client:
             client.upsert_global_concurrency_limit_by_name(LIMIT, 1)
         try:
-            with concurrency(LIMIT, timeout_seconds=PATIENCE_S, lease_duration=LEASE_S, strict=True):
+            with concurrency(LIMIT, timeout_seconds=TIMEOUT_S, lease_duration=LEASE_S, strict=True):
                 yield
         except TimeoutError:
             raise ConfigError(
-                f"another promotion has held `{LIMIT}` for {PATIENCE_S:g} s; wait for it and try again "
+                f"another promotion has held `{LIMIT}` for {TIMEOUT_S:g} s; wait for it and try again "
                 f"(`prefect gcl inspect {LIMIT}` shows the limit)"
             ) from None
     if flow_run.id or PREFECT_API_URL.value():
-        tell_changes(folder)
+        emit_changes(folder)
 
 
-def tell_changes(folder: Path) -> None:
-    """Tells Prefect, as an event, of each champion in `folder` that changed and was not told of yet."""
+def emit_changes(folder: Path) -> None:
+    """Emits a Prefect event for each change of a champion in `folder` that has none yet."""
     for change in outbox.read(folder):
         resource = {"prefect.resource.id": f"lilliput.champion.{change['device']}", "lilliput.folder": str(folder)}
         emit_event(CHANGED, resource, payload=change)
@@ -60,6 +60,6 @@ def tell_changes(folder: Path) -> None:
 
 
 def _shared(folder: Path) -> bool:
-    """Whether other machines may decide on these champions, too."""
+    """Whether other machines may decide on these champions too."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "")
     return address.startswith("http") and not layout.is_workspace(folder) and bool(PREFECT_API_URL.value())

@@ -1,4 +1,4 @@
-"""What a person reads at the end of a run: the candidates, the champions and where to look next."""
+"""Prints the plan, the summary of a run and the next commands."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _MLFLOW = "http://127.0.0.1:5000"
 
 
 def candidate_rows(folder: Path) -> list[dict[str, str]]:
-    """One row a registered candidate: the four metrics as `value ± half interval`, size, and whose champion it is.
+    """Returns a row for each registered candidate: four metrics as `value ± half interval`, size, devices it leads.
 
-    A candidate whose record is missing has no row; the flow fails with the stage that has to write it.
+    A candidate without a record has no row; the flow fails with the stage that writes it.
     """
     params, registered = load_params(folder / layout.PARAMS), _read(folder / layout.REGISTRY)
     champions = _champions(folder)
@@ -44,7 +44,7 @@ def candidate_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def device_rows(folder: Path) -> list[dict[str, str]]:
-    """One row a device run: what was compiled, whether it fits, and what an answer takes there."""
+    """Returns a row for each compiled model and device: whether it fits, and the cost of an answer there."""
     rows = []
     for name in load_params(folder / layout.PARAMS).compile:
         record = _read(folder / layout.devices(name))
@@ -65,25 +65,25 @@ def device_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def offloading_rows(folder: Path, device: str) -> list[dict[str, str]]:
-    """One row a policy of `device`: how much it leaves to the edge server over the configured link, and what for."""
+    """Returns a row for each policy of `device`: share offloaded over the configured link, quality and cost."""
     record = _read(folder / layout.offload_record(device))
     return [
         {
             "policy": policy.replace("_", ", "),
-            "offloaded": f"{found['offloaded']:.0%}",
-            "right": _estimate(found["accuracy"]),
-            "halluc.": _estimate(found["hallucination_rate"]),
-            "ms p50 (p90)": f"~{found['latency_ms']['p50']:.0f} ({found['latency_ms']['p90']:.0f})",
-            "J/query": _estimate(found["energy_per_query_j"], 2),
+            "offloaded": f"{result['offloaded']:.0%}",
+            "right": _estimate(result["accuracy"]),
+            "halluc.": _estimate(result["hallucination_rate"]),
+            "ms p50 (p90)": f"~{result['latency_ms']['p50']:.0f} ({result['latency_ms']['p90']:.0f})",
+            "J/query": _estimate(result["energy_per_query_j"], 2),
         }
-        for policy, found in (record["links"][record["link"]] if record else {}).items()
+        for policy, result in (record["links"][record["link"]] if record else {}).items()
     ]
 
 
 def next_commands(folder: Path) -> str:
-    """What to serve, where the report is, and how the two UIs are opened, as Markdown that reads well as text."""
+    """Returns how to serve the champions, where the report is and how to open the UIs, as readable Markdown."""
     workspace = layout.is_workspace(folder)
-    other = f" --params {folder.name}.yaml" if workspace else ""  # its name is all that counts
+    option = f" --params {folder.name}.yaml" if workspace else ""  # only the name of the file matters
     store = f"sqlite:///{(folder / layout.MLRUNS / 'mlflow.db').absolute()}"
     mlflow = "" if workspace else os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix(store)
     prefect = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
@@ -92,9 +92,9 @@ def next_commands(folder: Path) -> str:
     ]
     return "\n".join(
         [
-            *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{other}`" for device in served),
+            *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{option}`" for device in served),
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
-            f"- What each device is given: {(folder / layout.BUNDLES).absolute()}",
+            f"- Bundles of the devices: {(folder / layout.BUNDLES).absolute()}",
             f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
             f"{mlflow or _MLFLOW}/#/models/lilliput, candidates side by side: Experiments, view *Four metrics*",
             f"- Prefect UI: {prefect or '`.venv/bin/prefect server start`, then http://127.0.0.1:4200'}",
@@ -124,7 +124,7 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
 
 
 def print_decisions(folder: Path, only: str | None = None) -> None:
-    """Prints who is champion of each device, or of one, and why nobody else."""
+    """Prints the champion of each device, or of `only` one, and why the other candidates were refused."""
     console = _console()
     for device, decision in _read(folder / layout.PROMOTION).items():
         if only not in (None, device):
@@ -137,33 +137,35 @@ def print_decisions(folder: Path, only: str | None = None) -> None:
 
 
 def print_publication(publication: Publication, repository: str) -> None:
-    """Prints the model card and the files of what would be published."""
+    """Prints the model card and the files to publish."""
     console = _console()
     console.print(publication.card, highlight=False, markup=False, soft_wrap=True)
     rows = [{"file": file.path, "bytes": f"{file.size_bytes:,}", "sha256": file.sha256} for file in publication.files]
     console.print(_table(f"{publication.device}, version {publication.version}, for {repository}", rows))
 
 
-def front_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row a chain on the front of a search, after the base's: its objectives as `value ± half interval`."""
-    shown = [*found["reference"], *(trial for trial in found["trials"] if trial["pareto"])]
+def front_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns a row for the base and each chain on the Pareto front: the objectives as `value ± half interval`."""
+    shown = [*record["reference"], *(trial for trial in record["trials"] if trial["pareto"])]
     return [
         {"candidate": row["candidate"], "chain": row["chain"]}
-        | {metric: _figure(metric, row["figures"][metric]) for metric in found["objectives"]}
+        | {metric: _figure(metric, row["figures"][metric]) for metric in record["objectives"]}
         for row in shown
     ]
 
 
 def print_search(folder: Path) -> None:
-    """Prints the front, who won on which device, and the lines that make the winners."""
-    found, console = _read(folder / layout.SEARCH), _console()
+    """Prints the Pareto front of a search, its failures, and the lines of params.yaml that make the winners."""
+    record, console = _read(folder / layout.SEARCH), _console()
     console.print(
-        _table(f"{found['study']}: the base and the Pareto front, value ± half of the 95 % interval", front_rows(found))
+        _table(
+            f"{record['study']}: the base and the Pareto front, value ± half of the 95 % interval", front_rows(record)
+        )
     )
-    for trial in found["trials"]:
+    for trial in record["trials"]:
         if trial["reason"]:
             console.print(f"failed: {trial['chain']}: {trial['reason']}", style="dim", highlight=False, markup=False)
-    console.print(f"\nEnded: {found['stopped']}.\n", highlight=False, markup=False)
+    console.print(f"\nEnded: {record['stopped']}.\n", highlight=False, markup=False)
     console.print((folder / layout.WINNER).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     console.print(f"These lines: {(folder / layout.WINNER).absolute()}", highlight=False, markup=False, soft_wrap=True)
     console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
@@ -171,17 +173,17 @@ def print_search(folder: Path) -> None:
 
 @contextmanager
 def guarded_output() -> Iterator[None]:
-    """Ends this process with one message if stdout is on a full disk, and silently if its reader (`| head`) left."""
+    """Ends this process with one message if stdout is on a full disk, and silently if its reader (`| head`) ended."""
     try:
         yield
         sys.stdout.flush()
     except OSError as error:
         if not (disk_is_full(error) or isinstance(error, BrokenPipeError)):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the buffer would fail again at exit
         if isinstance(error, BrokenPipeError):
-            raise SystemExit(1) from None  # as typer and rich end it
-        fail(f"standard output: {error.strerror}; what was made is recorded, the same command prints it again", 2)
+            raise SystemExit(1) from None  # as typer and rich do
+        fail(f"standard output: {error.strerror}; all results are recorded; the same command prints them again", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -191,7 +193,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def print_plan(planned: Sequence[PlannedStage]) -> None:
-    """Prints what would run, what is cached, and what earlier runs say it costs."""
+    """Prints which stages would run, which are cached, and the predicted cost."""
     rows = []
     for item in planned:
         cost = item.prediction
@@ -201,7 +203,7 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
                 "would": f"run: {item.reason}" if item.reason else "be cached",
                 "time": f"{cost.seconds:.0f} s" if cost and item.reason else "",
                 "MiB (estimate)": _memory(item) if item.reason else "",
-                "as measured on": cost.of if cost and item.reason else ("no record" if item.reason else ""),
+                "as measured on": cost.source if cost and item.reason else ("no record" if item.reason else ""),
             }
         )
     _console().print(_table("Plan: nothing has been run", rows))
@@ -211,10 +213,10 @@ def print_plan(planned: Sequence[PlannedStage]) -> None:
     total = sum(prediction.seconds for prediction in known)
     rest = f", plus {unknown} stages never measured" if unknown else ""
     print(f"{len(known) + unknown} stages would run: about {total / 60:.1f} min and {peak:.0f} MiB at the peak{rest}.")
-    print("Predictions are the record of earlier runs, on whatever machine made it; no more than that.")
+    print("Predictions are records of earlier runs, perhaps of another machine.")
     machine = this_machine()
     gpu = f"a GPU with {machine.gpu_bytes / GIB:.1f}" if machine.gpu_bytes else "no GPU"
-    print("Estimates follow from the models' shapes (docs/memory.md).", end=" ")
+    print("Estimates follow from the shapes of the models (docs/memory.md).", end=" ")
     print(f"This machine: {machine.host_bytes / GIB:.1f} GiB, {gpu}.")
 
 
@@ -238,7 +240,7 @@ def _figures(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _estimate(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """`value ± half the 95 % interval`, marked `~` where it is an estimate."""
+    """Formats as `value ± half the 95 % interval`, with `~` for an estimate."""
     if not estimate or estimate.get("value") is None:
         return "unavailable"
     half = (estimate["high"] - estimate["low"]) / 2
@@ -275,7 +277,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _console() -> Console:
-    """A terminal as wide as it is; 100 columns where the output goes elsewhere."""
+    """Returns a console with the width of the terminal; 100 columns for other output."""
     console = Console()
     return console if console.is_terminal else Console(width=100)
 

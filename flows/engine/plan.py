@@ -1,4 +1,4 @@
-"""What a run would do, and what that costs by the record of earlier runs."""
+"""Predicts which stages would run, and their cost from records of earlier runs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ from tasks.process.memory_check import estimates
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds and peak memory of a stage as they were measured last, on `of`: the stage itself or one like it."""
+    """Cost of a stage, as it was measured last.
+
+    Attributes:
+        seconds: wall time.
+        peak_rss_bytes: of its process.
+        source: what was measured: the stage itself or similar ones.
+    """
 
     seconds: float
     peak_rss_bytes: int
-    of: str
+    source: str
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage, why it would run (None: cached), and what it is expected to cost.
+    """A stage in a plan.
 
     Attributes:
-        prediction: by the record of earlier runs; None if there is none.
-        memory: by the model's shape, for the making of candidates whose shape is known.
+        stage: of dvc.yaml.
+        reason: why it would run; None if it is cached.
+        prediction: from records of earlier runs; None if there are none.
+        memory: estimate from the model's shape, for stages that make a candidate whose shape is known.
     """
 
     stage: Stage
@@ -39,14 +47,14 @@ class PlannedStage:
 
 
 def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> list[PlannedStage]:
-    """Every stage in order; one whose input will be made anew is expected to run too."""
+    """Returns every stage in order; one whose input would be made again counts as stale too."""
     planned: list[PlannedStage] = []
     stale: set[str] = set()
-    memory = {f"compress@{name}": found for name, found in estimates(params, params.candidates, folder).items()}
+    memory = {f"compress@{name}": estimate for name, estimate in estimates(params, params.candidates, folder).items()}
     for stage in lineage.stages(only):
         changes = lineage.changes(stage.name)
-        awaited = sorted(lineage.upstream(stage.name) & stale)
-        reason = (changes or [f"follows {awaited[0]}"])[0] if changes or awaited else None
+        stale_inputs = sorted(lineage.upstream(stage.name) & stale)
+        reason = (changes or [f"follows {stale_inputs[0]}"])[0] if changes or stale_inputs else None
         if reason:
             stale.add(stage.name)
         planned.append(PlannedStage(stage, reason, _predict(stage, params, folder), memory.get(stage.name)))
@@ -54,30 +62,30 @@ def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> lis
 
 
 def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
-    """By this stage's last cost, else by the mean of the candidates made by the same strategy."""
+    """Predicts by the last cost of this stage, otherwise by the mean of candidates with the same strategy."""
     kind = stage.name.partition("@")[0]
     read = _COSTS.get(kind)
     if stage.candidate is None or read is None:
         return None
-    if own := read(stage.candidate, folder):
-        return Prediction(*own, of=stage.name)
+    if cost := read(stage.candidate, folder):
+        return Prediction(*cost, source=stage.name)
     if kind == "offload":
         return _mean([cost for name in params.serving if (cost := read(name, folder))], f"{kind} of others")
     if kind in {"compile", "devices"}:
         return _mean([cost for name in params.compile if (cost := read(name, folder))], f"{kind} of others")
     strategy = params.candidates[stage.candidate].apply
-    like = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind != "compress"]
-    return _mean([cost for name in like if (cost := read(name, folder))], f"{strategy} elsewhere")
+    similar = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind != "compress"]
+    return _mean([cost for name in similar if (cost := read(name, folder))], f"{strategy} elsewhere")
 
 
-def _mean(costs: list[tuple[float, int]], of: str) -> Prediction | None:
+def _mean(costs: list[tuple[float, int]], source: str) -> Prediction | None:
     if not costs:
         return None
-    return Prediction(sum(cost[0] for cost in costs) / len(costs), max(cost[1] for cost in costs), of=of)
+    return Prediction(sum(cost[0] for cost in costs) / len(costs), max(cost[1] for cost in costs), source)
 
 
 def _cost_in(place: Callable[[str], Path]) -> Callable[[str, Path], tuple[float, int] | None]:
-    """Reads seconds and peak memory from the record that lies at `place(name)` in a folder."""
+    """Returns a reader of seconds and peak memory from the record at `place(name)` in a folder."""
 
     def read(name: str, folder: Path) -> tuple[float, int] | None:
         path = folder / place(name)

@@ -20,63 +20,63 @@ from tasks import layout
 from tasks.process.console import EXIT_TEMPORARY, last_error
 from tasks.process.cost import last_peak
 
-# Ray and Dask set these to one for their workers. Other numbers of threads can mean other bytes: the flow's hold.
+# Ray and Dask set these to one for their workers. The number of threads can change result bytes: the flow's value wins.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _BEAT_S = 5.0
-_SILENT_LOOKS = 150  # a second each: clients of NFS may show a file as it was a minute ago
-_SECONDS_TO_END = 10.0
+_MISSED_CHECKS = 150  # one per second: clients of NFS may see a file as it was a minute ago
+_STOP_S = 10.0
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a flow's stages work, on whatever machine: `folder` has to be there under this path.
+    """Where the stages of a flow run, on any machine: `folder` must exist there under the same path.
 
     Attributes:
         folder: absolute.
-        sign: a file in it which is there, and touched now and then, for as long as the flow lives.
-        environment: what a stage's process is told besides its worker's environment.
+        heartbeat: a file in it, touched regularly while the flow lives.
+        environment: variables of a stage's process besides its worker's environment.
     """
 
     folder: Path
-    sign: Path
+    heartbeat: Path
     environment: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
-def sign_of_life(folder: Path) -> Iterator[Path]:
-    """Keeps a `Site.sign` in `folder`, which has to be this flow's alone: those of dead flows are removed."""
-    for left in folder.glob(".flow-*.alive"):
-        left.unlink(missing_ok=True)
-    sign = folder / f".flow-{uuid4().hex}.alive"
+def heartbeat(folder: Path) -> Iterator[Path]:
+    """Keeps a heartbeat file in `folder`, which only this flow uses: files of dead flows are removed."""
+    for old in folder.glob(".flow-*.alive"):
+        old.unlink(missing_ok=True)
+    path = folder / f".flow-{uuid4().hex}.alive"
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(_BEAT_S):
             with suppress(OSError):  # a file server may be away for a moment
-                os.utime(sign)
+                os.utime(path)
 
-    sign.touch()
+    path.touch()
     threading.Thread(target=beat, daemon=True).start()
     try:
-        yield sign
+        yield path
     finally:
         ended.set()
-        sign.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def run_process(stage: Stage, site: Site) -> None:
-    """Runs `stage` at `site`; its progress bars go to this terminal, the rest to its log.
+    """Runs `stage` at `site`; progress bars go to this terminal, everything else to its log.
 
-    A process of its own gives a stage's memory back to the system, keeps a crash of a kernel from taking the flow
-    along, and makes this the very command that `dvc repro` runs.
+    A separate process returns its memory to the system, does not take the flow along when a kernel crashes, and makes
+    this the same command that `dvc repro` runs.
 
     Raises:
-        TemporaryError: it could not fetch something; another try may.
-        StageError: it ended badly, and the message is the stage's own; or the site is not here; or the flow ended.
+        TemporaryError: it could not fetch something; a retry may succeed.
+        StageError: it failed, with the stage's own message; or the site is not on this machine; or the flow ended.
     """
-    if not site.sign.exists():
+    if not site.heartbeat.exists():
         raise StageError(
-            f"{stage.name}: the worker on {platform.node()} does not find {site.sign}: the flow has ended, or its "
+            f"{stage.name}: the worker on {platform.node()} does not find {site.heartbeat}: the flow has ended, or its "
             "folder is not shared with this machine under the same path"
         )
     log_before = _version(site.folder / layout.log(stage.name))
@@ -84,40 +84,40 @@ def run_process(stage: Stage, site: Site) -> None:
     if command[0] == "python":
         command[0] = sys.executable
     environment = {name: value for name, value in os.environ.items() if name not in THREADS} | site.environment
-    # The child holds the reading end of this pipe: when this process dies, however it dies, the child ends too.
+    # The child holds the reading end of this pipe, and ends when this process does, even after a kill.
     with (
         subprocess.Popen(
             command, cwd=site.folder, stdin=subprocess.PIPE, env=environment | {"LILLIPUT_ENDS_WITH_STDIN": "1"}
         ) as process,
-        _ending_with(site.sign, process) as orphaned,
+        _stopped_with_flow(site.heartbeat, process) as orphaned,
     ):
         try:
             code = process.wait()
         except BaseException:
-            _end(process)
+            _stop(process)
             raise
     if orphaned.is_set():
         raise StageError(f"{stage.name}: stopped, because its flow has ended")
     if code == EXIT_TEMPORARY:
-        raise TemporaryError(_explain(stage, code, site.folder, log_before))
+        raise TemporaryError(_failure(stage, code, site.folder, log_before))
     if code:
-        raise StageError(_explain(stage, code, site.folder, log_before))
+        raise StageError(_failure(stage, code, site.folder, log_before))
 
 
 @contextmanager
-def _ending_with(sign: Path, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """Ends `process` when `sign` is gone or touched no more, which the event tells."""
+def _stopped_with_flow(heartbeat: Path, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """Stops `process` when `heartbeat` is removed or no longer touched, and sets the event then."""
     done, orphaned = threading.Event(), threading.Event()
 
     def watch() -> None:
-        last, silent = None, 0  # looks are counted, not seconds: a laptop that slept is not a flow that died
+        last, missed = None, 0  # counts checks, not seconds: a laptop that slept is no dead flow
         while not done.wait(1.0):
-            beat = _touched(sign)
-            silent = silent + 1 if beat == last else 0
+            beat = _last_beat(heartbeat)
+            missed = missed + 1 if beat == last else 0
             last = beat
-            if beat is None or silent > _SILENT_LOOKS:
+            if beat is None or missed > _MISSED_CHECKS:
                 orphaned.set()
-                _end(process)
+                _stop(process)
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -129,39 +129,39 @@ def _ending_with(sign: Path, process: subprocess.Popen[bytes]) -> Iterator[threa
         watcher.join()
 
 
-def _touched(sign: Path) -> int | None:
+def _last_beat(heartbeat: Path) -> int | None:
     try:
-        return sign.stat().st_mtime_ns
+        return heartbeat.stat().st_mtime_ns
     except FileNotFoundError:
         return None
     except OSError:
-        return 0  # a file server that is away for a moment; silence, if it stays away
+        return 0  # a file server is away for a moment; counts as missed if it stays away
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks `process` to end with its children, as if we had died; kills it if it does not."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Closes the pipe, so that `process` ends with its children; kills it if it does not."""
     if process.stdin:
         process.stdin.close()
     try:
-        process.wait(_SECONDS_TO_END)
+        process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
         process.kill()
 
 
-def _explain(stage: Stage, code: int, folder: Path, log_before: tuple[int, int] | None) -> str:
+def _failure(stage: Stage, code: int, folder: Path, log_before: tuple[int, int] | None) -> str:
     log = folder / layout.log(stage.name)
     if code < 0:
         hint = f"; the system may be out of memory{last_peak(stage.name, folder)}" if code == -9 else ""
         return f"{stage.name} was killed by signal {-code}{hint}; its log: {log}"
-    if _version(log) == log_before:  # an earlier run's log does not explain this one
+    if _version(log) == log_before:  # the log is of an earlier run
         return f"{stage.name} ended with exit code {code} before it wrote its log; the reason is on the terminal above"
     return last_error(log) or f"{stage.name} ended with exit code {code}; its log: {log}"
 
 
 def _version(log: Path) -> tuple[int, int] | None:
-    """Modification time (ns) and size (bytes) of `log`; None if there is no such file."""
+    """Returns modification time (ns) and size (bytes) of `log`; None if it does not exist."""
     try:
-        found = log.stat()
+        info = log.stat()
     except FileNotFoundError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return info.st_mtime_ns, info.st_size

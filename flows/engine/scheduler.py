@@ -1,4 +1,4 @@
-"""Runs stages, each once what it needs is there: what every flow here does."""
+"""Runs stages in dependency order, several at a time: the part that all flows share. Knows nothing of Prefect."""
 
 from __future__ import annotations
 
@@ -12,88 +12,89 @@ from flows.engine.lineage import Lineage, Stage
 from lilliput.errors import StageError
 
 
-class Workers(Protocol):
-    """Who does the work of stages: `flows.engine.runners.Crew`, to the flows."""
+class Runner(Protocol):
+    """Runs stages on workers; the flows use `flows.engine.runners.StageRunner`."""
 
     @property
     def workers(self) -> int:
-        """How many stages are at work at a time, at most."""
+        """The largest number of stages that run at a time."""
         ...
 
-    def show(self, stage: Stage, standing: str) -> None:
-        """Tells that `stage` stands made: `Cached` or `Restored`."""
+    def mark_skipped(self, stage: Stage, state: str) -> None:
+        """Reports that `stage` needs no run: its state is `Cached` or `Restored`."""
         ...
 
     def start(self, stage: Stage, reasons: list[str]) -> None:
-        """Sets a worker to `stage`, which is due for `reasons`."""
+        """Starts `stage` on a worker; `reasons` say why it is stale."""
         ...
 
-    def ended(self) -> tuple[Stage, str | None]:
-        """Waits for the next stage that ends; the second is why it failed, None if it did not."""
+    def wait_for_next(self) -> tuple[Stage, str | None]:
+        """Waits until a stage ends; returns it and the reason why it failed, None if it succeeded."""
         ...
 
 
-def run_stages(stages: Iterable[Stage], lineage: Lineage, crew: Workers) -> tuple[dict[str, str], dict[str, str]]:
-    """Runs `stages`, the first that can begin first, but not what needs a failed one.
+def run_stages(stages: Iterable[Stage], lineage: Lineage, runner: Runner) -> tuple[dict[str, str], dict[str, str]]:
+    """Runs `stages`, each once its inputs exist; skips those that depend on a failed stage.
 
-    DVC is asked and told here, by the one thread that calls this; workers only do the work.
+    Only the calling thread talks to DVC.
 
     Args:
-        stages: in an order they can run in; a crew of one keeps to it.
-        lineage: what DVC knows of them.
-        crew: does the work.
+        stages: in an order in which they can run; a runner with one worker follows it.
+        lineage: DVC's graph and records of them.
+        runner: runs their commands.
 
     Returns:
-        By stage's name, how each that stands made came to (`Cached`, `Restored`, `Completed`), and why others failed.
+        By stage name, the state of each stage that is up to date now (`Cached`, `Restored`, `Completed`), and the
+        reason why each other one failed.
     """
     waiting = {stage.name: stage for stage in stages}
     needs = {name: lineage.upstream(name) for name in waiting}
-    running: dict[str, dict[str, Any]] = {}  # by stage's name, what it reads
+    running: dict[str, dict[str, Any]] = {}  # inputs by stage name
     states: dict[str, str] = {}
     failed: dict[str, str] = {}
     while waiting or running:
-        name = _first(waiting, needs, running) if len(running) < crew.workers else None
+        name = _next_ready(waiting, needs, running) if len(running) < runner.workers else None
         if name is None:
-            stage, reason = crew.ended()
+            stage, reason = runner.wait_for_next()
             inputs = running.pop(stage.name)
             if reason:
                 failed[stage.name] = reason
                 continue
-            with _failing(stage.name, failed):
+            with _recorded_failure(stage.name, failed):
                 lineage.commit(stage.name, inputs)
                 states[stage.name] = "Completed"
             continue
         stage = waiting.pop(name)
         if failed.keys() & needs[name]:
-            continue  # what does not need the broken stage is still worth having in the morning
-        with _failing(name, failed):
+            continue  # the other stages still run: their results are useful without it
+        with _recorded_failure(name, failed):
             reasons = lineage.changes(name)
-            if not reasons or _restored(name, lineage):
+            if not reasons or _restore(name, lineage):
                 states[name] = "Restored" if reasons else "Cached"
-                crew.show(stage, states[name])
+                runner.mark_skipped(stage, states[name])
             else:
                 inputs = lineage.inputs(name)
-                crew.start(stage, reasons)
+                runner.start(stage, reasons)
                 running[name] = inputs
     return states, failed
 
 
-def _first(waiting: Iterable[str], needs: Mapping[str, set[str]], running: Iterable[str]) -> str | None:
-    """The first that needs nothing which still waits or runs; None if all do."""
+def _next_ready(waiting: Iterable[str], needs: Mapping[str, set[str]], running: Iterable[str]) -> str | None:
+    """Returns the first stage that needs no unfinished one; None if there is none."""
     unfinished = {*running, *waiting}
     return next((name for name in waiting if not needs[name] & unfinished), None)
 
 
-def _restored(name: str, lineage: Lineage) -> bool:
-    found = lineage.restore(name)
-    if found:
+def _restore(name: str, lineage: Lineage) -> bool:
+    restored = lineage.restore(name)
+    if restored:
         lineage.commit(name)
-    return found
+    return restored
 
 
 @contextmanager
-def _failing(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """What DVC cannot do for a stage fails that one alone."""
+def _recorded_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Adds an error of DVC to `failed`, so that it fails this stage only."""
     try:
         yield
     except StageError as error:

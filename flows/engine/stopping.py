@@ -1,4 +1,4 @@
-"""Runs a flow from the command line to whatever end: its own, a person's, the system's, or that of Prefect's server."""
+"""Runs a flow from the command line and handles Ctrl-C, SIGTERM and the loss of Prefect's server."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from tasks.process.environment import certificates_of, is_writable, proxies_of
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which libraries take for Ctrl-C: what they clean up then, they clean up now."""
+    """SIGTERM; a KeyboardInterrupt, so that libraries clean up as they do for Ctrl-C."""
 
 
-def run_flow(work: Flow[..., Any], *arguments: object, stopped: str) -> State:
-    """The state that `work(*arguments)` ended in; where it came to no end, this process ends with one message.
+def run_flow(flow: Flow[..., Any], *arguments: object, stop_message: str) -> State:
+    """Returns the final state of `flow(*arguments)`; if it was interrupted, ends this process with one message.
 
-    Without this, SIGTERM would leave the server that Prefect started for the run behind, and Ctrl-C at a terminal,
-    which all processes there are sent, would end it first: the run would then be `Running` for ever.
+    Without this, SIGTERM would leave behind the server that Prefect starts for the run. Ctrl-C at a terminal reaches
+    all processes there and would end the server first, and the run would stay `Running` for ever.
 
     Args:
-        work: what to run.
-        *arguments: its own.
-        stopped: how to go on after Ctrl-C (exit code 130) and SIGTERM (143).
+        flow: to run.
+        *arguments: of the flow.
+        stop_message: printed after Ctrl-C (exit code 130) and SIGTERM (143); says how to continue.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _require_client()
         _require_server()
-        return work(*arguments, return_state=True)
+        return flow(*arguments, return_state=True)
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only keep Prefect from putting things away
-        fail(stopped, EXIT_TERMINATED if isinstance(interrupt, _Terminated) else EXIT_STOPPED)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt Prefect's cleanup
+        fail(stop_message, EXIT_TERMINATED if isinstance(interrupt, _Terminated) else EXIT_STOPPED)
     except httpx.HTTPError as error:
         address = PREFECT_API_URL.value()
-        remedy = "run the same command again, which continues from here"
+        remedy = "run the same command again to continue"
         if address:
             source, removal = source_of_address(address)
-            remedy = f"start it again, or {removal} ({source}) to use a server of the run's own; then {remedy}"
+            remedy = f"start it again, or {removal} ({source}) so that the run starts its own server; then {remedy}"
         fail(
-            f"Prefect's server {address or 'of this run'} is gone ({error}); what was made is recorded: {remedy}",
+            f"Prefect's server {address or 'of this run'} is gone ({error}); finished stages are recorded: {remedy}",
             EXIT_REFUSED,
         )
 
@@ -66,64 +66,66 @@ def _terminate(_signal: int, _frame: object) -> None:
 
 
 def _require_client() -> None:
-    """Makes sure that HTTP clients can be made: each reads the environment's proxies and certificates."""
+    """Checks that HTTP clients can be created: each reads proxies and certificates from the environment."""
     try:
         httpx.Client().close()
-    except Exception as error:  # ImportError, ValueError, InvalidURL, SSLError: whatever proxies and certificates raise
+    except Exception as error:  # ImportError, ValueError, InvalidURL, SSLError
         names = [*proxies_of(os.environ), *certificates_of(os.environ)]
-        fail(f"{', '.join(names)}: no HTTP client can be made with this ({error}); correct or unset it", EXIT_REFUSED)
+        fail(
+            f"{', '.join(names)}: no HTTP client can be created with this ({error}); correct or unset it", EXIT_REFUSED
+        )
 
 
 def _require_server() -> None:
-    """Makes sure that Prefect's server answers; starts one, deaf to Ctrl-C, where none is configured."""
+    """Checks that Prefect's server responds; starts one that ignores Ctrl-C if none is configured."""
     address, home = PREFECT_API_URL.value(), PREFECT_HOME.value()
-    if not address and not _can_hold_database(home):  # the server would try for two minutes and not say why
+    if not address and not _can_hold_database(home):  # the server would retry for two minutes without a reason
         fail(
             f"PREFECT_HOME: {home} is not a folder that this run's Prefect server can write its database to",
             EXIT_REFUSED,
         )
     if not address:
-        _require_token_of_clients()
-    found: list[Exception | None] = []
+        _require_client_token()
+    results: list[Exception | None] = []
 
-    def ask() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and so of what it starts
+    def check() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the processes that this thread starts
         try:
             with get_client(sync_client=True) as client:
-                found.append(client.api_healthcheck())
-        except Exception as error:  # no more is documented
-            found.append(error)
+                results.append(client.api_healthcheck())
+        except Exception as error:  # Prefect documents no narrower type
+            results.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join()
-    if found == [None]:
+    thread = threading.Thread(target=check, daemon=True)
+    thread.start()
+    thread.join()
+    if results == [None]:
         return
-    problem = redacted(str(found[0]) or type(found[0]).__name__)
+    problem = redacted(str(results[0]) or type(results[0]).__name__)
     if address:
         source, remedy = source_of_address(address)
         fail(
             f"{source}: {address} does not answer as Prefect's API ({problem}); start it (`prefect server start`), "
-            f"correct the address (http://127.0.0.1:4200/api), or {remedy}: the run then has a server of its own",
+            f"correct the address (http://127.0.0.1:4200/api), or {remedy}: the run then starts its own server",
             EXIT_REFUSED,
         )
     fail(f"Prefect's server for this run did not start ({problem}); its database is in {home}", EXIT_REFUSED)
 
 
-def _require_token_of_clients() -> None:
-    """Has this run's own server ask for a token: any web page may otherwise send requests to it.
+def _require_client_token() -> None:
+    """Makes this run's own server require a token: any web page could send requests to it otherwise.
 
-    In the environment, because Prefect's threads and the workers of Ray and Dask take it from there; a refresh is what
-    makes Prefect read it again.
+    Sets it in the environment, which Prefect's threads and the workers of Ray and Dask read, and refreshes Prefect's
+    settings.
     """
-    known = PREFECT_SERVER_API_AUTH_STRING.value() or PREFECT_API_AUTH_STRING.value()
-    token = known or f"lilliput:{secrets.token_urlsafe(32)}"
+    configured = PREFECT_SERVER_API_AUTH_STRING.value() or PREFECT_API_AUTH_STRING.value()
+    token = configured or f"lilliput:{secrets.token_urlsafe(32)}"
     os.environ |= {"PREFECT_SERVER_API_AUTH_STRING": token, "PREFECT_API_AUTH_STRING": token}
     refresh_global_settings_context()
 
 
 def source_of_address(address: str) -> tuple[str, str]:
-    """Where `address` of Prefect's API is set, and how it is removed there, in the order in which Prefect looks."""
+    """Returns where `address` of Prefect's API is set and how to remove it, in the order in which Prefect looks."""
     if name := next((name for name in os.environ if name.upper() == "PREFECT_API_URL"), None):
         return name, "unset the variable"
     for path, line in ((".env", "PREFECT_API_URL"), ("prefect.toml", "url"), ("pyproject.toml", "url")):

@@ -1,8 +1,8 @@
-"""Runs of a deployment wait for each other; runs from a command line are refused where another run is at work.
+"""Runs of a deployment wait for a busy folder; runs from a command line are refused there.
 
-Not by the deployment's `concurrency_limit`: by default Prefect's server keeps the lease of such a limit in memory, and
-its client ends a run whose lease it cannot renew. A server that restarts would end the night's work. The lock of the
-folder is the system's: it outlives the server and is free as soon as its holder is gone.
+The deployments have no `concurrency_limit`: Prefect's server keeps the lease of such a limit in memory by default, and
+its client ends a run whose lease it cannot renew, so that a restarted server would end the run. The lock of the folder
+belongs to the operating system: it survives the server, and is released when its holder ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefect.client.schemas import State
 from prefect.client.schemas.objects import StateType
 from prefect.runtime import deployment, flow_run
 
-from flows.engine.workspace import held
+from flows.engine.workspace import exclusive
 from lilliput.errors import BusyError
 
 _POLL_S = 2.0
@@ -28,46 +28,46 @@ T = TypeVar("T")
 
 
 @contextmanager
-def turn_in(folder: Path, hold: Callable[[Path], AbstractContextManager[None]] = held) -> Iterator[None]:
-    """Holds `folder` by `hold`; a run of a deployment waits for it until the folder is free.
+def wait_for_folder(folder: Path, lock: Callable[[Path], AbstractContextManager[None]] = exclusive) -> Iterator[None]:
+    """Holds `lock` of `folder`; a run of a deployment waits until it is free.
 
     Raises:
-        BusyError: another run or a `dvc` command is at work there, and no deployment started this run.
+        BusyError: another run or a `dvc` command uses the folder, and no deployment started this run.
     """
     with ExitStack() as entered:
-        when_free(lambda: entered.enter_context(hold(folder)))
+        retry_while_busy(lambda: entered.enter_context(lock(folder)))
         yield
 
 
-def when_free(enter: Callable[[], T]) -> T:
-    """The result of `enter`; a run of a deployment tries until its folder is free, and is `Waiting` meanwhile.
+def retry_while_busy(attempt: Callable[[], T]) -> T:
+    """Returns the result of `attempt`; a run of a deployment retries while it raises BusyError, and shows `Waiting`.
 
     Raises:
-        BusyError: by `enter`, in a run that no deployment started.
+        BusyError: from `attempt`, in a run that no deployment started.
     """
     waiting = False
     while True:
         try:
-            result = enter()
+            result = attempt()
         except BusyError as busy:
             if not deployment.id:
                 raise
             if not waiting:
-                _show("Waiting", str(busy))
+                _set_state("Waiting", str(busy))
             waiting = True
             time.sleep(_POLL_S)
         else:
             if waiting:
-                _show("Running", "")
+                _set_state("Running", "")
             return result
 
 
-def _show(name: str, message: str) -> None:
-    """Sets the name and the message of the state that Prefect shows for this flow run."""
+def _set_state(name: str, message: str) -> None:
+    """Sets the name and message of this flow run's state in Prefect."""
     get_run_logger().info("%s: %s", name, message or "the folder is free")
     state = State(type=StateType.RUNNING, name=name, message=message)
     try:
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(UUID(str(flow_run.id)), state)
-    except httpx.HTTPError as error:  # the server may be away; the run is not worth less for that
+    except httpx.HTTPError as error:  # the run goes on without the server
         get_run_logger().warning("Prefect's server does not show that this run is %s: %s", name, error)

@@ -1,8 +1,8 @@
-"""Where a run does its work: the project itself, or for other parameters a workspace of its own beside it.
+"""The folder of a run: the project itself, or for other parameters a workspace beside it.
 
-A workspace is a copy of the code with its own params.yaml, its own DVC repository and its own results, so that a
-rehearsal never touches the models of the real run. DVC's cache is the project's: what one of them made from the same
-inputs, the others restore. `dvc repro` works in a workspace as it does in the project.
+A workspace is a copy of the code with its own params.yaml, DVC repository and results, so that a rehearsal never
+touches the models of the real run. It shares the project's DVC cache: each restores what the other made from the same
+inputs. `dvc repro` works in both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dvc.repo import Repo
 
-from flows.engine.lineage import no_dvc_in
+from flows.engine.dvc_guard import dvc_locked
 from lilliput.errors import ConfigError, DataError
 from lilliput.params import load_params
 from tasks.process.folder_lock import folder_lock
@@ -32,25 +32,25 @@ _DVC_CONFIG = """\
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Holds `folder` for one flow: other runs and `dvc` commands are refused there and change nothing.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Locks `folder` for one flow: other runs and `dvc` commands are refused there and change nothing.
 
     Raises:
-        BusyError: another run or a `dvc` command is at work there.
+        BusyError: another run or a `dvc` command uses it.
     """
-    with folder_lock(folder), no_dvc_in(folder):
+    with folder_lock(folder), dvc_locked(folder):
         yield
 
 
 def open_workspace(params_file: Path, kind: str = "") -> Path:
-    """The folder to work in for `params_file`, checked and ready.
+    """Checks `params_file` and returns the folder to work in.
 
-    The project's own params.yaml means the project; any other file a workspace under `workspaces/`, named after it.
-    Work of a certain `kind` has a workspace of its own for each file.
+    The project's own params.yaml means the project; any other file means a workspace under `workspaces/`, named after
+    it. A `kind` of work, such as a search, has its own workspace for each file.
 
     Raises:
-        ConfigError: the parameters are refused, or a run is at work in the workspace (BusyError).
-        DataError: the question file they name is not there.
+        ConfigError: the parameters are invalid, or a run uses the workspace (BusyError).
+        DataError: the question file does not exist.
     """
     params = load_params(params_file)
     source = Path(params.data.source)
@@ -60,16 +60,16 @@ def open_workspace(params_file: Path, kind: str = "") -> Path:
     if params_file.resolve() == PROJECT / "params.yaml" and not kind:
         return PROJECT
     if not params_file.stem.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"{params_file}: its name names a workspace; use letters, digits, - and _")
+        raise ConfigError(f"{params_file}: a workspace is named after this file; use letters, digits, - and _")
     folder = PROJECT / "workspaces" / ".".join(filter(None, [params_file.stem, kind]))
     return make_workspace(folder, params_file, home / source, source)
 
 
 def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> Path:
-    """Brings the code and the parameters in `folder` up to date; models and results there stay as they are.
+    """Copies code and parameters into `folder` and returns it; models and results there stay as they are.
 
     Raises:
-        BusyError: a run is at work there, and its code and parameters must not change.
+        BusyError: a run uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
@@ -84,7 +84,7 @@ def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Pa
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copyfile(PROJECT / name, folder / name)
     shutil.copyfile(params_file, folder / "params.yaml")
-    (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, also where nothing is served
+    (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, even if nothing is served
     (folder / data_name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data_source, folder / data_name)
     if not (folder / ".dvc").exists():

@@ -1,4 +1,4 @@
-"""A clean copy of the project in a folder of its own, as a git clone would give it, with a graph of two candidates."""
+"""A clean copy of the project, like a git clone, with a graph of two candidates."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CANDIDATES = {"base": {"from": "source", "apply": "load"}, "small": {"from": "ba
 
 @dataclass
 class Clone:
-    """A checkout in `folder` and the environment its commands run in."""
+    """A checkout in `folder` and the environment of its commands."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, *command: str, timeout_s: float = 500, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs `python …`, `dvc …` or `prefect …` of this virtual environment here; output captured."""
+        """Runs `python …`, `dvc …` or `prefect …` of this virtual environment in the checkout; captures the output."""
         return subprocess.run(
             command,
             cwd=self.folder,
@@ -40,7 +40,7 @@ class Clone:
         )
 
     def set_param(self, path: str, value: object) -> None:
-        """Changes one value of params.yaml, `strategies.gptq.bits` say."""
+        """Changes one value of params.yaml, such as `strategies.gptq.bits`."""
         yaml = YAML()
         raw = yaml.load((self.folder / "params.yaml").read_text())
         *sections, key = path.split(".")
@@ -53,15 +53,15 @@ class Clone:
 
 
 def environment_in(folder: Path, home: Path) -> dict[str, str]:
-    """What a command needs to run in `folder` with Prefect's database in `home`."""
+    """Returns the environment of a command in `folder` with Prefect's database in `home`."""
     environment = dict(os.environ)
     environment |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PREFECT_HOME": str(home),
-        "LILLIPUT_SHARE_MACHINE": "1",  # a real run elsewhere on this machine must not hold up the tests
+        "LILLIPUT_SHARE_MACHINE": "1",  # a real run elsewhere on this machine must not delay the tests
         "COLUMNS": "200",
-        "OMP_NUM_THREADS": "1",  # a tiny model gains nothing from threads that wait for each other
-        "PWD": str(folder),  # as a shell would; prefect.yaml takes the deployment's folder from it
+        "OMP_NUM_THREADS": "1",  # threads do not speed up a tiny model
+        "PWD": str(folder),  # like a shell; prefect.yaml takes the folder of deployments from it
     }
     for name in ("PYTHONPATH", "PYTEST_CURRENT_TEST", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         environment.pop(name, None)
@@ -69,12 +69,12 @@ def environment_in(folder: Path, home: Path) -> dict[str, str]:
 
 
 def copy_project(folder: Path) -> Clone:
-    """The project's files in `folder` as a repository of its own, with the tiny graph of two candidates."""
+    """Copies the project's files to a new repository in `folder`, with the tiny graph of two candidates."""
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
     ).stdout.split("\n")
     for name in tracked:
-        # Results that are committed belong to the default graph, not to this one.
+        # Committed results belong to the default graph.
         if name and (PROJECT / name).is_file() and not name.startswith(("metrics/", "costs/", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(PROJECT / name, folder / name)
@@ -93,7 +93,7 @@ def copy_project(folder: Path) -> Clone:
 
 
 def ask_prefect(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The answer of Prefect's server to a POST; a server started from the project's folder asks for a CSRF token."""
+    """Sends a POST to Prefect's server and returns its answer; a server started in the project needs a CSRF token."""
     with httpx.Client(trust_env=False, timeout=60) as client:
         token = client.get(f"{api}/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
         headers = {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token}
@@ -109,24 +109,24 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def made_once(tokenizer, tmp_path_factory) -> Path:
-    """A clone after `dvc repro`, made once for all workers: whoever comes first makes it, the others wait."""
-    del tokenizer  # skips where the wheels cannot be had
+    """A clone after `dvc repro`; the first worker makes it, the others wait for it."""
+    del tokenizer  # skips if the wheels are not available
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    folder, making = shared / "reproduced", shared / "making"
+    folder, partial = shared / "reproduced", shared / "making"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            shutil.rmtree(making, ignore_errors=True)
-            done = copy_project(making).run("dvc", "repro")
+            shutil.rmtree(partial, ignore_errors=True)
+            done = copy_project(partial).run("dvc", "repro")
             assert done.returncode == 0, done.stdout + done.stderr
-            making.rename(folder)
+            partial.rename(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def clone(made_once, tmp_path_factory) -> Clone:
-    """A copy of that clone for all tests of a module: each test goes on where the one before it ended."""
+    """A copy of that clone for all tests of a module: each test continues where the previous one ended."""
     folder = tmp_path_factory.mktemp("clone")
     shutil.copytree(made_once, folder, symlinks=True, dirs_exist_ok=True)
     return Clone(folder, environment_in(folder, tmp_path_factory.mktemp("prefect")))

@@ -1,7 +1,6 @@
-"""The same work through every door: `dvc repro`, the command line, a Prefect deployment with a process worker.
+"""The pipeline by `dvc repro`, the command line, and a Prefect deployment with a process worker.
 
-The tests of this file are one story, told in order on a clone in which `dvc repro` has been: what one door made, the
-next one finds cached.
+The tests run in order on one clone after `dvc repro`: each way to run finds the results of the previous one cached.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def status(clone) -> str:
 
 
 def states(text: str) -> dict[str, set[str]]:
-    """The lines `Made now:`, `Restored:` and `Cached:` of the summary."""
+    """Parses the lines `Made now:`, `Restored:` and `Cached:` of the summary."""
     return {
         key: set(re.split(r",\s+", " ".join(match.group(1).split()))) - {"nothing"}
         for key in ("Made now", "Restored", "Cached")
@@ -52,7 +51,7 @@ def states(text: str) -> dict[str, set[str]]:
     }
 
 
-def test_dvc_repro_does_everything_from_a_clean_clone(clone):
+def test_dvc_repro_makes_everything_in_a_clean_clone(clone):
     folder = clone.folder
     assert status(clone) == "Data and pipelines are up to date."
     for candidate in ("base", "small"):
@@ -70,14 +69,14 @@ def test_dvc_repro_again_skips_every_stage(clone):
     assert set(re.findall(r"Stage '([^']+)' didn't change, skipping", done.stdout + done.stderr)) == STAGES
 
 
-def test_the_flow_finds_cached_what_dvc_made(clone):
+def test_the_flow_finds_the_results_of_dvc_cached(clone):
     done = clone.run("python", "-m", "flows.democratize")
     assert done.returncode == 0, done.stderr
     assert states(done.stdout) == {"Made now": set(), "Restored": set(), "Cached": STAGES}
-    assert "Flow run" not in done.stderr  # found out before Prefect was there
+    assert "Flow run" not in done.stderr  # the fast path, without Prefect
 
 
-def test_metrics_and_plots_are_there_for_dvc(clone):
+def test_dvc_shows_metrics_and_plots(clone):
     shown = json.loads(clone.run("dvc", "metrics", "show", "--json").stdout)
     files = shown[""]["data"]
     assert files["metrics/small.json"]["data"]["accuracy_choice"]["n"] == 48
@@ -86,8 +85,8 @@ def test_metrics_and_plots_are_there_for_dvc(clone):
     assert (clone.folder / "dvc_plots" / "index.html").exists()
 
 
-@pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy warn each other of what is theirs to mend
-def test_registry_holds_a_version_a_candidate_and_the_champions(clone):
+@pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy emit warnings about each other
+def test_the_registry_has_a_version_of_each_candidate_and_the_champions(clone):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{clone.folder}/mlruns/mlflow.db")
@@ -106,7 +105,7 @@ def test_registry_holds_a_version_a_candidate_and_the_champions(clone):
     assert promotion["laptop"]["champion"]
     for device, decision in promotion.items():
         if decision["champion"] is None:
-            continue  # a random model may be too bad for the phone
+            continue  # a random model may be rejected for the phone
         champion = client.get_model_version_by_alias("lilliput", f"champion-{device}")
         assert champion.tags["lilliput.candidate"] == decision["champion"]
 
@@ -117,33 +116,33 @@ def other_bits(clone):
     return clone
 
 
-def test_plan_says_what_one_changed_setting_reaches_and_runs_nothing(other_bits):
+def test_the_plan_lists_the_stages_that_one_changed_setting_affects_and_runs_nothing(other_bits):
     before = (other_bits.folder / "dvc.lock").read_bytes()
     done = other_bits.run("python", "-m", "flows.democratize", "--plan")
     assert done.returncode == 0, done.stderr
-    would = dict(re.findall(r"^(\S+) +(run|be cached)", done.stdout, re.MULTILINE))
-    assert {name for name, what in would.items() if what == "run"} == AFTER_BITS
-    assert would.keys() == STAGES
+    planned = dict(re.findall(r"^(\S+) +(run|be cached)", done.stdout, re.MULTILINE))
+    assert {name for name, action in planned.items() if action == "run"} == AFTER_BITS
+    assert planned.keys() == STAGES
     assert re.search(r"8 stages would run: about \d+\.\d min and \d+ MiB at the peak", done.stdout)
     assert (other_bits.folder / "dvc.lock").read_bytes() == before
 
 
 @pytest.fixture(scope="module")
 def server(other_bits, tmp_path_factory):
-    """A Prefect server and a process worker, both of this test and on loopback."""
+    """Starts a Prefect server and a process worker on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}/api"
     logs = tmp_path_factory.mktemp("logs")
-    # A home of its own: two servers on one SQLite file lock each other out.
+    # A separate home: two servers on one SQLite file block each other.
     home = {"PREFECT_API_URL": address, "PREFECT_HOME": str(tmp_path_factory.mktemp("server"))}
     environment = other_bits.environment | home
-    started = []
+    processes = []
 
     def start(name: str, *command: str) -> None:
         with (logs / name).open("w") as log:
-            started.append(
+            processes.append(
                 subprocess.Popen(
                     command, cwd=other_bits.folder, env=environment, stdout=log, stderr=log, start_new_session=True
                 )
@@ -156,16 +155,16 @@ def server(other_bits, tmp_path_factory):
             done = other_bits.run("prefect", *command, **home)
             assert done.returncode == 0, done.stdout + done.stderr
         start("worker", "prefect", "worker", "start", "--pool", "lilliput")
-        # From here on the flow finds a server running and need not start one of its own.
+        # From here on flows use this server.
         other_bits.environment["PREFECT_API_URL"] = address
         yield address
     finally:
-        for process in reversed(started):
+        for process in reversed(processes):
             os.killpg(process.pid, signal.SIGTERM)
-        for process in started:
+        for process in processes:
             try:
                 process.wait(timeout=30)
-            except subprocess.TimeoutExpired:  # a worker lets its runs end first, however long that takes
+            except subprocess.TimeoutExpired:  # a worker waits for its runs
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
@@ -181,8 +180,8 @@ def _wait_for(url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # all that the clone, the server and the worker take is counted here
-def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
+@pytest.mark.timeout(1800)  # includes the start of clone, server and worker
+def test_a_deployment_makes_only_what_changed(other_bits, server):
     untouched = (other_bits.folder / "metrics" / "base.json").read_bytes()
     done = other_bits.run("prefect", "deployment", "run", "democratize/local", "--watch", PREFECT_API_URL=server)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -209,7 +208,7 @@ def test_a_deployment_makes_what_changed_and_nothing_else(other_bits, server):
 
 
 @pytest.mark.slow
-def test_the_prefect_server_of_the_folder_answers_no_web_page_of_another_origin(server):
+def test_the_prefect_server_of_the_folder_refuses_other_origins(server):
     page = {"Origin": "http://evil.example"}
     assert "access-control-allow-origin" not in httpx.get(f"{server}/health", headers=page, trust_env=False).headers
     assert httpx.post(f"{server}/flow_runs/count", json={}, headers=page, trust_env=False).status_code == 403
@@ -217,7 +216,7 @@ def test_the_prefect_server_of_the_folder_answers_no_web_page_of_another_origin(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "maker"), [(4, "dvc repro"), (8, "the deployment")])
-def test_going_back_to_old_settings_restores_what_either_door_made(other_bits, bits, maker):
+def test_old_settings_restore_the_results_of_dvc_and_of_the_deployment(other_bits, bits, maker):
     del maker
     other_bits.set_param("strategies.gptq.bits", bits)
     done = other_bits.run("python", "-m", "flows.democratize", "--only", "small")
@@ -228,14 +227,14 @@ def test_going_back_to_old_settings_restores_what_either_door_made(other_bits, b
 
 
 @pytest.mark.slow
-def test_a_setting_that_changes_while_its_stage_works_fails_it_and_the_next_run_makes_it(other_bits):
+def test_a_setting_that_changes_during_its_stage_fails_it_and_the_next_run_makes_it(other_bits):
     other_bits.set_param("strategies.gptq.bits", 3)
     command = ("python", "-m", "flows.democratize", "--only", "small")
     flow = subprocess.Popen(
         command, cwd=other_bits.folder, env=other_bits.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    _until_at_work(flow, "compress small")
-    other_bits.set_param("strategies.gptq.bits", 2)  # as `git checkout` of another branch would
+    _wait_for_stage(flow, "compress small")
+    other_bits.set_param("strategies.gptq.bits", 2)  # like `git checkout` of another branch
     output = flow.communicate(timeout=500)[0].decode()
     assert flow.returncode == 2
     assert "params.yaml (strategies.gptq) changed while it was at work" in " ".join(output.split())
@@ -245,8 +244,8 @@ def test_a_setting_that_changes_while_its_stage_works_fails_it_and_the_next_run_
     assert manifest["config"]["bits"] == 2
 
 
-def _until_at_work(flow: subprocess.Popen, stage: str) -> None:
-    """Waits for the process of `stage`, a child of `flow`'s."""
+def _wait_for_stage(flow: subprocess.Popen, stage: str) -> None:
+    """Waits for the process of `stage`, a child of `flow`."""
     for _ in range(2000):
         assert flow.poll() is None
         for child in psutil.Process(flow.pid).children(recursive=True):
@@ -254,4 +253,4 @@ def _until_at_work(flow: subprocess.Popen, stage: str) -> None:
                 if stage in " ".join(child.cmdline()):
                     return
         time.sleep(0.05)
-    pytest.fail(f"{stage} did not begin")
+    pytest.fail(f"{stage} did not start")

@@ -1,24 +1,24 @@
 import pytest
 
-from flows.engine import fast_path as idle
+from flows.engine import fast_path
 
 
 @pytest.fixture
-def never_asked(monkeypatch):
+def without_dvc(monkeypatch):
     def open_workspace(_):
-        raise AssertionError("DVC was asked")
+        raise AssertionError("the fast path opened the workspace")
 
-    monkeypatch.setattr(idle, "open_workspace", open_workspace)
+    monkeypatch.setattr(fast_path, "open_workspace", open_workspace)
 
 
 @pytest.mark.parametrize("arguments", [["--only", "gptq"], ["--plan"], ["--help"], ["--share-machine"], ["--params"]])
-def test_whoever_asks_for_more_gets_the_flow(never_asked, arguments):
-    assert not idle.answered(arguments, {})
+def test_other_options_run_the_flow(without_dvc, arguments):
+    assert not fast_path.try_fast_path(arguments, {})
 
 
-def test_where_prefect_has_a_server_every_run_is_a_flow_run(never_asked):
-    assert not idle.answered([], {"PREFECT_API_URL": "http://127.0.0.1:4200/api"})
+def test_a_configured_prefect_server_runs_the_flow(without_dvc):
+    assert not fast_path.try_fast_path([], {"PREFECT_API_URL": "http://127.0.0.1:4200/api"})
 
 
-def test_what_is_wrong_is_left_for_the_flow_to_say(tmp_path):
-    assert not idle.answered(["--params", str(tmp_path / "missing.yaml")], {})
+def test_errors_are_left_to_the_flow(tmp_path):
+    assert not fast_path.try_fast_path(["--params", str(tmp_path / "missing.yaml")], {})

@@ -1,11 +1,10 @@
-"""`kill -9` at random moments of the whole flow: nothing looks whole and is not, and the next run ends as undisturbed.
+"""`kill -9` at random moments of the whole flow: no partial result looks complete, and the final result is the same.
 
-Three kills take turns: of the flow's whole process group, as when a machine goes down; of the flow's process
-alone, whose stage then has to end by itself; of the stage alone, as the system does when memory runs out. A run
-goes on from where the last one stopped. One that ends by itself is compared with the undisturbed one, and everything it
-made is thrown away.
+Three kinds of kill alternate: the flow's process group, as when a machine goes down; only the flow's process, whose
+stage must then end by itself; only the stage, as the system does when memory runs out. Each run continues where the
+last one stopped. A run that completes is compared with the undisturbed one, and then all results are deleted.
 
-Moments are drawn in processor seconds of the flow with all its processes: a busy machine is as far then as a quiet one.
+Moments are drawn in CPU-seconds of the flow with all its processes, so that they do not depend on the load.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from tests.flows.conftest import Clone, copy_project
 
 KILLS = int(os.environ.get("LILLIPUT_KILLS", "3"))  # 100 and more for the whole campaign
 SEED = int(os.environ.get("LILLIPUT_KILLS_SEED", "8"))
-LOG = os.environ.get("LILLIPUT_KILLS_LOG")  # a line of JSON for each kill and each run that ended
+LOG = os.environ.get("LILLIPUT_KILLS_LOG")  # a line of JSON for each kill and each completed run
 KINDS = ("group", "flow", "stage")
 CANDIDATES = {
     "base": {"from": "source", "apply": "load"},
@@ -56,7 +55,7 @@ MARK = "LILLIPUT_KILLS_MARK"
 
 @pytest.fixture(scope="module")
 def project(checkpoint, facts, tmp_path_factory) -> Iterator[Clone]:
-    """A clone with the smallest graph in which every kind of stage has work to do; nothing of it made."""
+    """A clone without results, with the smallest graph in which every kind of stage runs."""
     folder = tmp_path_factory.mktemp("killed")
     clone = copy_project(folder)
     write_questions(folder / "facts.jsonl", facts)
@@ -81,18 +80,18 @@ def project(checkpoint, facts, tmp_path_factory) -> Iterator[Clone]:
 
 
 def marked(clone: Clone) -> list[psutil.Process]:
-    """What runs of what was started for `clone`, children of children included."""
-    found = []
+    """Returns the living processes that were started for `clone`, including indirect children."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == clone.environment[MARK] and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 @pytest.fixture(scope="module")
 def server(project) -> Iterator[None]:
-    """A Prefect server for all runs: starting one is most of the time until a flow begins, and it outlives a kill."""
+    """A Prefect server for all runs: it starts slowly, and it must survive the kills."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -124,18 +123,18 @@ def start(clone: Clone, log: Path) -> subprocess.Popen[bytes]:
 
 
 def cpu_s(flow: subprocess.Popen[bytes]) -> float:
-    """What the flow and all its processes, gone ones included, have had of the processors."""
+    """Returns the CPU-seconds of the flow and all its processes, including those that ended."""
     total = 0.0
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(flow.pid)
-        for each in [process, *process.children(recursive=True)]:
+        for member in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
-                total += sum(each.cpu_times()[:4])  # user, system, and those of its children that have ended
+                total += sum(member.cpu_times()[:4])  # user and system time, own and of ended children
     return total
 
 
 def ended_within(flow: subprocess.Popen[bytes], limit_cpu_s: float) -> float | None:
-    """Waits until the flow ends, or has had its time; the processor seconds it took if it ended, else None."""
+    """Waits until the flow ends or exceeds its limit; returns its CPU-seconds if it ended, otherwise None."""
     last = 0.0
     while flow.poll() is None:
         last = max(last, cpu_s(flow))
@@ -146,7 +145,7 @@ def ended_within(flow: subprocess.Popen[bytes], limit_cpu_s: float) -> float | N
 
 
 def kill(kind: str, flow: subprocess.Popen[bytes], clone: Clone) -> bool:
-    """Whether there was something of this kind to kill."""
+    """Kills a process of this kind; returns whether there was one."""
     if kind == "group":
         os.killpg(flow.pid, signal.SIGKILL)
     elif kind == "flow":
@@ -159,17 +158,17 @@ def kill(kind: str, flow: subprocess.Popen[bytes], clone: Clone) -> bool:
     return True
 
 
-def end_of(clone: Clone) -> list[str]:
-    """What still runs two minutes after the flow is gone; it is ended then."""
+def remaining_processes(clone: Clone) -> list[str]:
+    """Returns the commands that still run two minutes after the end of the flow, and kills them."""
     for _ in range(240):
-        left = marked(clone)
-        if not left:
+        processes = marked(clone)
+        if not processes:
             break
         time.sleep(0.5)
-    told = [" ".join(process.cmdline()) for process in left]
-    for process in left:
+    commands = [" ".join(process.cmdline()) for process in processes]
+    for process in processes:
         process.kill()
-    return told
+    return commands
 
 
 def md5(content: bytes) -> str:
@@ -177,7 +176,7 @@ def md5(content: bytes) -> str:
 
 
 def dvc_md5(path: Path) -> str:
-    """What DVC would call `path`, of its bytes and of nothing DVC remembers."""
+    """Returns the md5 that DVC would give to `path`, from its bytes alone."""
     if path.is_file():
         return md5(path.read_bytes())
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
@@ -185,8 +184,8 @@ def dvc_md5(path: Path) -> str:
     return md5(json.dumps(listed, sort_keys=True).encode()) + ".dir"
 
 
-def wrong(clone: Clone) -> list[str]:
-    """All that looks whole in `clone` and is not."""
+def find_problems(clone: Clone) -> list[str]:
+    """Lists everything in `clone` that looks complete and is not."""
     return [f"{check.__name__}: {problem}" for check in CHECKS for problem in check(clone.folder)]
 
 
@@ -211,7 +210,7 @@ def records(folder: Path) -> Iterator[str]:
 def objects(folder: Path) -> Iterator[str]:
     for path in (folder / ".dvc" / "cache" / "files" / "md5").glob("??/*"):
         name = path.parent.name + path.name.removesuffix(".dir")
-        # What a copy left aside has a name of its own; what is writable DVC checks before it is used.
+        # Temporary files have other names; DVC checks writable objects before use.
         if re.fullmatch("[0-9a-f]{32}", name) and not path.stat().st_mode & 0o200 and md5(path.read_bytes()) != name:
             yield str(path)
 
@@ -220,13 +219,13 @@ def store(folder: Path) -> Iterator[str]:
     database = folder / "mlruns" / "mlflow.db"
     if database.exists():
         with contextlib.closing(sqlite3.connect(database)) as connection:
-            told = connection.execute("PRAGMA integrity_check").fetchone()[0]
-        if told != "ok":
-            yield told
+            result = connection.execute("PRAGMA integrity_check").fetchone()[0]
+        if result != "ok":
+            yield result
 
 
 def status(folder: Path) -> Iterator[str]:
-    """What DVC calls up to date has to be there with the bytes that dvc.lock names."""
+    """Outputs that DVC calls up to date must have the bytes that dvc.lock records."""
     lock = folder / "dvc.lock"
     recorded = YAML(typ="safe").load(lock.read_text()) if lock.exists() else {"stages": {}}
     if not recorded or "stages" not in recorded:
@@ -237,7 +236,7 @@ def status(folder: Path) -> Iterator[str]:
         for out in entry.get("outs", []) if name not in changed else []:
             path = folder / out["path"]
             if not path.exists() or dvc_md5(path) != out["md5"]:
-                yield f"{name}: {out['path']} is not what dvc.lock names, and DVC calls it up to date"
+                yield f"{name}: {out['path']} differs from dvc.lock, and DVC calls it up to date"
 
 
 CHECKS = (artefacts, records, objects, store, status)
@@ -249,10 +248,10 @@ def dvc_status(folder: Path) -> dict[str, Any]:
 
 
 def result(clone: Clone) -> dict[str, Any]:
-    """What has to come out the same: the bytes of models and data, and what was measured but for times and energy."""
+    """Returns what must be equal in all runs: bytes of models and data, measurements other than time and energy."""
     folder = clone.folder
     patterns = ("models/*/*", "data/*", "compiled/*/*/*.gguf", "bundles/*/*.gguf")
-    # A manifest's facts are the strategy's own, equal as well; of a compiled form they hold times.
+    # Manifests of models are included; those of compiled models contain times.
     bytes_of = {
         str(path.relative_to(folder)): md5(path.read_bytes())
         for pattern in patterns
@@ -264,7 +263,7 @@ def result(clone: Clone) -> dict[str, Any]:
 
 
 def reset(clone: Clone) -> None:
-    """As if nothing had ever been made; Prefect's database stays."""
+    """Deletes all results; Prefect's database stays."""
     for name in (*MADE, ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(clone.folder / name, ignore_errors=True)
     for name in MADE_FILES:
@@ -274,12 +273,12 @@ def reset(clone: Clone) -> None:
 
 
 def at_work(log: Path) -> str:
-    """The stage that the flow's log ends with."""
-    told = re.findall(r"Task run '([^']+)' - (Finished)?", log.read_text(errors="replace"))
-    return "before the first" if not told else f"after {told[-1][0]}" if told[-1][1] else told[-1][0]
+    """Returns the stage at the end of the flow's log."""
+    lines = re.findall(r"Task run '([^']+)' - (Finished)?", log.read_text(errors="replace"))
+    return "before the first" if not lines else f"after {lines[-1][0]}" if lines[-1][1] else lines[-1][0]
 
 
-def tell(**event: Any) -> None:
+def log_event(**event: Any) -> None:
     print(json.dumps(event), flush=True)
     if LOG:
         with Path(LOG).open("a") as stream:
@@ -288,38 +287,38 @@ def tell(**event: Any) -> None:
 
 @pytest.mark.night
 @pytest.mark.timeout(0)
-def test_a_flow_killed_again_and_again_ends_as_if_undisturbed(project, server, tmp_path):
+def test_a_flow_killed_repeatedly_ends_with_the_undisturbed_result(project, server, tmp_path):
     log, rng, counts, problems = tmp_path / "flow.log", random.Random(SEED), Counter(), []
     undisturbed = start(project, log)
-    whole_cpu_s = ended_within(undisturbed, math.inf)
+    total_cpu_s = ended_within(undisturbed, math.inf)
     assert undisturbed.returncode == 0, log.read_text()
     expected = result(project)
-    assert not wrong(project)
-    tell(undisturbed_cpu_s=round(whole_cpu_s), load=round(os.getloadavg()[0]))
+    assert not find_problems(project)
+    log_event(undisturbed_cpu_s=round(total_cpu_s), load=round(os.getloadavg()[0]))
     reset(project)
     finished, stuck, lock = 0, 0, b""
     while (kills := sum(counts[kind] for kind in KINDS)) < KILLS or not finished:
         kind = KINDS[counts.total() % len(KINDS)]
-        # Long enough for a run to get further than the stage at which the last ones were stopped.
-        moment = rng.uniform(0, whole_cpu_s / 5 * 1.5**stuck) if kills < KILLS else math.inf
+        # Grows until a run gets past the stage at which the last ones were stopped.
+        moment = rng.uniform(0, total_cpu_s / 5 * 1.5**stuck) if kills < KILLS else math.inf
         flow = start(project, log)
         if ended_within(flow, moment) is None:
             counts[kind if kill(kind, flow, project) else "missed"] += 1
         code = flow.wait()
         place = at_work(log)
-        found = [f"still runs: {process}" for process in end_of(project)] + wrong(project)
-        tell(kind=kind, after_cpu_s=round(min(moment, 1e6), 1), code=code, at=place, wrong=found, **counts)
-        problems += found
+        faults = [f"still runs: {process}" for process in remaining_processes(project)] + find_problems(project)
+        log_event(kind=kind, after_cpu_s=round(min(moment, 1e6), 1), code=code, at=place, wrong=faults, **counts)
+        problems += faults
         if code == 0:
             finished += 1
             same = result(project) == expected and not dvc_status(project.folder)
-            tell(finished=finished, same=same, left_aside=strays(project.folder))
+            log_event(finished=finished, same=same, left_aside=strays(project.folder))
             if not same:
-                problems.append("another result than undisturbed, or DVC finds something changed")
+                problems.append("the result differs from the undisturbed one, or DVC finds changes")
             reset(project)
         elif code not in (-signal.SIGKILL, 2) or (code == 2 and "killed by signal 9" not in log.read_text()):
             problems.append(f"the run after a kill ended with {code}: {log.read_text()[-2000:]}")
-            tell(problem=problems[-1])
+            log_event(problem=problems[-1])
             reset(project)
         now = (project.folder / "dvc.lock").read_bytes() if (project.folder / "dvc.lock").exists() else b""
         stuck, lock = (stuck + 1 if now == lock else 0), now
@@ -327,5 +326,5 @@ def test_a_flow_killed_again_and_again_ends_as_if_undisturbed(project, server, t
 
 
 def strays(folder: Path) -> list[str]:
-    """What writers left aside."""
+    """Lists the temporary files that writers left."""
     return [str(p.relative_to(folder)) for pattern in ("*.partial", "*.removed") for p in folder.rglob(f".{pattern}")]

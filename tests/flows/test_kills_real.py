@@ -1,4 +1,4 @@
-"""`kill -9` once in each stage of the default graph, with the default model and few steps: it ends as undisturbed."""
+"""`kill -9` once in each stage of the default graph, with the default model and few steps: the result is the same."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.flows.test_kills import (
     MARK,
     SEED,
     dvc_status,
-    end_of,
     ended_within,
+    find_problems,
+    log_event,
     marked,
+    remaining_processes,
     reset,
     result,
     start,
-    tell,
-    wrong,
 )
 
 pytestmark = [pytest.mark.night, pytest.mark.timeout(0)]
-# Few enough that a stage takes seconds: what is tried is where it stops, not what it learns.
+# Few steps, so that a stage takes seconds; the quality of the result does not matter.
 BRIEF = {
     "strategies.lora.steps": 4,
     "strategies.lora.checkpoint_every": 1,
@@ -48,7 +48,7 @@ BRIEF = {
     "evaluation.resamples": 200,
     "parity.tokens": 32,
     "parity.questions": 6,
-    # So few steps may make a model worse; that is not what is tried.
+    # So few steps may make a model worse.
     "parity.same_argmax": 0.5,
     "parity.same_argmax_clear": 0.5,
     "parity.mean_difference_nats": 5.0,
@@ -59,8 +59,8 @@ BRIEF = {
 
 @pytest.fixture(scope="module")
 def project(tokenizer, tmp_path_factory) -> Iterator[Clone]:
-    """A clone with the default graph; nothing of it made."""
-    del tokenizer  # skips where the wheels cannot be had
+    """A clone with the default graph, without results."""
+    del tokenizer  # skips if the wheels are not available
     clone = copy_project(tmp_path_factory.mktemp("killed"))
     shutil.copyfile(PROJECT / "params.yaml", clone.folder / "params.yaml")
     for name, value in BRIEF.items():
@@ -78,14 +78,14 @@ def project(tokenizer, tmp_path_factory) -> Iterator[Clone]:
 
 
 def commands(clone: Clone) -> dict[str, list[str]]:
-    """By stage's name the arguments of its process, in the order of a run."""
+    """Returns the arguments of each stage's process by its name, in the order of a run."""
     repo = Repo(str(clone.folder))
     order = [stage for stage in repo.index.stages if stage.cmd]
     return {stage.name: stage.cmd.split()[2:] for stage in order}
 
 
-def at_work(clone: Clone, flow: subprocess.Popen[bytes], command: list[str]) -> bool:
-    """Waits until the process of `command` is at work; False if `flow` ended before."""
+def wait_for_stage(clone: Clone, flow: subprocess.Popen[bytes], command: list[str]) -> bool:
+    """Waits until the process of `command` runs; returns False if `flow` ended before."""
     while flow.poll() is None:
         if any(_is(process, command) for process in marked(clone)):
             return True
@@ -93,45 +93,45 @@ def at_work(clone: Clone, flow: subprocess.Popen[bytes], command: list[str]) -> 
     return False
 
 
-def test_the_real_chain_killed_once_in_each_stage_ends_as_if_undisturbed(project, tmp_path):
+def test_the_default_graph_killed_once_in_each_stage_ends_with_the_undisturbed_result(project, tmp_path):
     log, rng = tmp_path / "flow.log", random.Random(SEED)
     undisturbed = start(project, log)
-    begun, seconds, names = time.monotonic(), {}, commands(project)
-    left = dict(names)
-    while left and undisturbed.poll() is None:  # each stage's seconds, to draw a moment in it
-        for name, command in list(left.items()):
+    started, seconds, names = time.monotonic(), {}, commands(project)
+    pending = dict(names)
+    while pending and undisturbed.poll() is None:  # start and end of each stage, to draw a moment between them
+        for name, command in list(pending.items()):
             running = any(_is(process, command) for process in marked(project))
             if running:
                 seconds.setdefault(name, [time.monotonic(), 0.0])[1] = time.monotonic()
             elif name in seconds:
-                left.pop(name)
+                pending.pop(name)
         time.sleep(0.1)
     ended_within(undisturbed, math.inf)
     assert undisturbed.returncode == 0, log.read_text()[-3000:]
-    expected, problems = result(project), wrong(project)
-    tell(undisturbed_s=round(time.monotonic() - begun), stages=len(names), seen=len(seconds))
+    expected, problems = result(project), find_problems(project)
+    log_event(undisturbed_s=round(time.monotonic() - started), stages=len(names), seen=len(seconds))
     reset(project)
     order = sorted(seconds, key=lambda name: seconds[name][0])
     assert set(order) == set(names)
     for name in order:
         flow = start(project, log)
-        if not at_work(project, flow, names[name]):
+        if not wait_for_stage(project, flow, names[name]):
             problems.append(f"{name} was not reached: {log.read_text()[-2000:]}")
-            tell(problem=problems[-1])
+            log_event(problem=problems[-1])
             continue
         first, last = seconds[name]
         moment = rng.uniform(0.0, last - first)
         time.sleep(moment)
         os.killpg(flow.pid, signal.SIGKILL)
         flow.wait()
-        found = [f"still runs: {process}" for process in end_of(project)] + wrong(project)
-        tell(stage=name, after_s=round(moment, 1), wrong=found)
-        problems += found
+        faults = [f"still runs: {process}" for process in remaining_processes(project)] + find_problems(project)
+        log_event(stage=name, after_s=round(moment, 1), wrong=faults)
+        problems += faults
     flow = start(project, log)
     ended_within(flow, math.inf)
     assert flow.returncode == 0, log.read_text()[-3000:]
     same = result(project) == expected and not dvc_status(project.folder)
-    tell(same=same)
+    log_event(same=same)
     assert not problems, problems
     assert same
 

@@ -1,4 +1,4 @@
-"""DVC's records under kills, damage and a full disk: what is lost is made again, nothing damaged is brought back."""
+"""DVC's records under kills, damage and a full disk: lost results are made again, damaged ones never restored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from flows.engine.lineage import Lineage, no_dvc_in
+from flows.engine.dvc_guard import dvc_locked
+from flows.engine.lineage import Lineage
 from lilliput.errors import ConfigError, StageError
 from lilliput.graph import topological_order
 from lilliput.params import load_params
@@ -23,7 +24,7 @@ PIPELINE = """\
 stages:
   make:
     cmd: python make
-    deps: [what]
+    deps: [input]
     outs: [model]
     metrics:
       - cost.json: {cache: false}
@@ -32,12 +33,12 @@ stages:
     deps: [model]
     outs: [answers]
 """
-pytestmark = pytest.mark.filterwarnings("default")  # DVC and pygtrie warn each other of what is theirs to mend
+pytestmark = pytest.mark.filterwarnings("default")  # DVC and pygtrie emit warnings about each other
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A DVC repository of two stages; the first is made and recorded for `one`, and lies there made for `two`."""
+    """A DVC repository of two stages; the first is recorded for input `one`, and its present outputs are of `two`."""
     project = tmp_path / "project"
     project.mkdir()
     monkeypatch.chdir(project)
@@ -58,15 +59,15 @@ def prepare(project: Path) -> None:
     make(project, "two")
 
 
-def make(project: Path, what: str) -> None:
-    """What the stage `make` would do: weights that follow from `what`, others that do not."""
-    (project / "what").write_text(what)
+def make(project: Path, content: str) -> None:
+    """Does the work of stage `make` for an input: weights that depend on it, and a tokenizer that does not."""
+    (project / "input").write_text(content)
     shutil.rmtree(project / "model", ignore_errors=True)
     (project / "model").mkdir()
-    (project / "model" / "weights").write_text(f"weights of {what}")
+    (project / "model" / "weights").write_text(f"weights of {content}")
     (project / "model" / "tokenizer").write_text("always the same")
     (project / "cost.json").unlink(missing_ok=True)
-    (project / "cost.json").write_text(json.dumps({"of": what}))
+    (project / "cost.json").write_text(json.dumps({"of": content}))
 
 
 @contextlib.contextmanager
@@ -94,19 +95,19 @@ def changes(name: str) -> list[str]:
 
 
 def back_to_one(folder: Path) -> None:
-    """The inputs of the first run again, its outputs gone: it would be restored."""
+    """Sets the input of the first run and removes the outputs, so that it can be restored."""
     shutil.rmtree(folder / "model")
-    (folder / "what").write_text("one")
+    (folder / "input").write_text("one")
 
 
 def cached(folder: Path, content: str) -> Path:
-    """The object in DVC's cache with this content."""
+    """Returns the object in DVC's cache with this content."""
     objects = (folder / ".dvc" / "cache" / "files" / "md5").glob("??/*")
     return next(path for path in objects if path.read_bytes() == content.encode())
 
 
 def damage(path: Path) -> None:
-    """One bit, and nothing by which DVC could know: same size, same time, read-only."""
+    """Flips one bit and hides it from DVC: same size, same time, read-only."""
     before, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.chmod(0o644)
@@ -116,7 +117,7 @@ def damage(path: Path) -> None:
 
 
 def killed_everywhere(folder: Path, tmp_path: Path, step: int) -> int:
-    """Kills a commit at every `step`th change to a file, each time from the same state; how many times."""
+    """Kills a commit at every `step`th change to a file, each time from the same state; returns the number of kills."""
     start, kills = tmp_path / "start", 0
     shutil.copytree(folder, start, symlinks=True)
     while True:
@@ -127,16 +128,16 @@ def killed_everywhere(folder: Path, tmp_path: Path, step: int) -> int:
             return kills
         kills += 1
         assert {"make", "use"} <= recorded(folder).keys()
-        # Both stages as before, or the first anew: then and only then is it called up to date.
-        told = changes("make")
-        assert told == [] or "what: modified" in told, told
-        whole = {p.name: p.read_text() for p in (folder / "model").iterdir()}
-        if not told:
-            assert whole == {"weights": "weights of two", "tokenizer": "always the same"}
+        # Either the old records or the new one; only with the new one is the stage up to date.
+        found = changes("make")
+        assert found == [] or "input: modified" in found, found
+        outputs = {p.name: p.read_text() for p in (folder / "model").iterdir()}
+        if not found:
+            assert outputs == {"weights": "weights of two", "tokenizer": "always the same"}
         make(folder, "two")
         commit("make")
         assert changes("make") == []
-        assert recorded(folder)["make"]["deps"][0]["path"] == "what"
+        assert recorded(folder)["make"]["deps"][0]["path"] == "input"
         back_to_one(folder)
         assert restored("make")
         assert (folder / "model" / "weights").read_text() == "weights of one"
@@ -160,10 +161,10 @@ def test_a_commit_killed_at_any_of_its_writes_leaves_the_old_record_or_the_new(f
 
 
 @pytest.mark.parametrize("content", ["weights of one", "always the same", '{"of": "one"}'])
-def test_a_damaged_object_is_not_restored_but_said_removed_and_made_again(folder, content, caplog):
+def test_a_damaged_object_is_reported_removed_and_made_again(folder, content, caplog):
     damage(cached(folder, content))
     back_to_one(folder)
-    with caplog.at_level(logging.WARNING, "flows.engine.lineage"):
+    with caplog.at_level(logging.WARNING, "flows.engine.dvc_guard"):
         assert not restored("make")
     assert "damaged in DVC's cache" in caplog.text
     make(folder, "one")
@@ -174,18 +175,18 @@ def test_a_damaged_object_is_not_restored_but_said_removed_and_made_again(folder
     assert (folder / "model" / "weights").read_text() == "weights of one"
 
 
-def test_a_damaged_object_never_takes_the_place_of_what_was_just_made(folder):
-    damage(cached(folder, "always the same"))  # the same bytes come out of other inputs
+def test_a_damaged_object_never_replaces_a_new_output(folder):
+    damage(cached(folder, "always the same"))  # other inputs give the same bytes
     make(folder, "three")
     commit("make")
     assert (folder / "model" / "tokenizer").read_text() == "always the same"
     assert changes("make") == []
 
 
-def test_a_damaged_object_is_fetched_where_a_remote_has_it(folder, tmp_path):
+def test_a_damaged_object_is_fetched_from_a_remote_that_has_it(folder, tmp_path):
     config = folder / ".dvc" / "config"
-    config.write_text(config.read_text() + f"['remote \"there\"']\nurl = {tmp_path / 'remote'}\n")
-    config.write_text(config.read_text().replace("[core]\n", "[core]\nremote = there\n"))
+    config.write_text(config.read_text() + f"['remote \"backup\"']\nurl = {tmp_path / 'remote'}\n")
+    config.write_text(config.read_text().replace("[core]\n", "[core]\nremote = backup\n"))
     back_to_one(folder)
     assert restored("make")
     with contextlib.closing(Repo(str(folder))) as repo:
@@ -196,7 +197,7 @@ def test_a_damaged_object_is_fetched_where_a_remote_has_it(folder, tmp_path):
     assert (folder / "model" / "weights").read_text() == "weights of one"
 
 
-def test_damage_to_a_linked_file_is_not_hidden_by_the_cache_that_shares_it(folder):
+def test_damage_to_a_linked_file_is_found_although_the_cache_shares_it(folder):
     commit("make")
     weights = folder / "model" / "weights"
     weights.chmod(0o644)
@@ -209,10 +210,10 @@ def test_damage_to_a_linked_file_is_not_hidden_by_the_cache_that_shares_it(folde
     assert changes("make") == []
 
 
-def test_what_a_killed_run_left_does_not_keep_an_earlier_one_from_being_restored(folder):
+def test_outputs_of_a_killed_run_do_not_prevent_restoring_an_earlier_one(folder):
     commit("make")
-    make(folder, "three")  # and killed before it was recorded
-    (folder / "what").write_text("one")
+    make(folder, "three")  # killed before it was recorded
+    (folder / "input").write_text("one")
     assert restored("make")
     commit("make")
     assert (folder / "model" / "weights").read_text() == "weights of one"
@@ -221,7 +222,7 @@ def test_what_a_killed_run_left_does_not_keep_an_earlier_one_from_being_restored
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7, None])
-def test_a_damaged_record_of_a_run_is_dropped_and_the_stage_made_again(folder, share):
+def test_a_damaged_run_cache_record_is_removed_and_the_stage_made_again(folder, share):
     commit("make")
     for path in (folder / ".dvc" / "cache" / "runs").glob("*/*/*"):
         path.chmod(0o644)
@@ -242,32 +243,32 @@ def test_both_sides_of_a_merge_in_dvc_lock_are_one_clear_error(folder):
         changes("make")
 
 
-def test_a_truncated_dvc_lock_is_one_clear_error_or_tells_of_less(folder):
+def test_a_truncated_dvc_lock_is_one_clear_error_or_has_fewer_stages(folder):
     commit("make")
     lock = folder / "dvc.lock"
-    whole, refused = lock.read_text(), 0
-    for length in range(0, len(whole), 97):
-        lock.write_text(whole[:length])
+    complete, refused = lock.read_text(), 0
+    for length in range(0, len(complete), 97):
+        lock.write_text(complete[:length])
         try:
-            told = {name: changes(name) for name in ("make", "use")}
+            found = {name: changes(name) for name in ("make", "use")}
         except ConfigError as error:
             refused += 1
             assert "dvc.lock: damaged" in str(error) and "delete it" in str(error)
         else:
-            assert told["use"], length
+            assert found["use"], length
     assert refused
     lock.unlink()
     back_to_one(folder)
     assert restored("make") and restored("use")
 
 
-def test_a_damaged_list_of_locks_is_one_clear_error(folder):
+def test_a_damaged_list_of_output_locks_is_one_clear_error(folder):
     (folder / ".dvc" / "tmp" / "rwlock").write_text("")
-    with pytest.raises(ConfigError, match=r"delete \S+rwlock"), no_dvc_in(folder):
+    with pytest.raises(ConfigError, match=r"delete \S+rwlock"), dvc_locked(folder):
         pass
 
 
-def test_a_record_that_finds_no_room_leaves_the_old_one_and_comes_after_some_is_freed(small_disk, monkeypatch):
+def test_a_full_disk_leaves_the_old_record_and_a_later_commit_succeeds(small_disk, monkeypatch):
     monkeypatch.chdir(small_disk)
     prepare(small_disk)
     before = (small_disk / "dvc.lock").read_bytes()
@@ -280,7 +281,7 @@ def test_a_record_that_finds_no_room_leaves_the_old_one_and_comes_after_some_is_
     assert changes("make") == []
 
 
-def test_stages_name_their_outputs(folder):
+def test_stages_list_their_outputs(folder):
     with lineage() as opened:
         assert {stage.name: stage.outputs for stage in opened.stages()} == {
             "make": ("model", "cost.json"),
@@ -288,7 +289,7 @@ def test_stages_name_their_outputs(folder):
         }
 
 
-def test_a_registered_candidate_whose_record_was_removed_has_no_row(tmp_path):
+def test_a_registered_candidate_without_a_record_has_no_row(tmp_path):
     from flows.engine.console import candidate_rows
 
     shutil.copy(PROJECT / "params.yaml", tmp_path)

@@ -1,3 +1,5 @@
+"""Changes that DVC finds: in settings, inputs and outputs, before and during a stage."""
+
 from __future__ import annotations
 
 import contextlib
@@ -5,14 +7,11 @@ from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
-from dvc.utils.serialize import dumps_yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
-from flows.engine.lineage import Lineage, _put
+from flows.engine.lineage import Lineage
 from lilliput.errors import StageError
 
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # said by pygtrie to DVC
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # from pygtrie to DVC
 
 PIPELINE = """\
 stages:
@@ -32,7 +31,7 @@ stages:
 
 @pytest.fixture
 def folder(tmp_path: Path):
-    """A DVC repository of three stages, as the working directory; nothing is made yet."""
+    """A DVC repository of three stages without results, as the working directory."""
     with contextlib.chdir(tmp_path):
         Repo.init(no_scm=True).close()
         Path("dvc.yaml").write_text(PIPELINE)
@@ -58,18 +57,18 @@ def stale(lineage: Lineage) -> list[str]:
     return [stage.name for stage in lineage.stages() if lineage.changes(stage.name)]
 
 
-def test_a_stage_without_one_of_its_inputs_is_not_restored_so_that_it_can_say_what_is_missing(folder):
+def test_a_stage_without_one_of_its_inputs_is_not_restored(folder):
     lineage = made(folder)
     Path("made-a").unlink()
     assert lineage.changes("all") and not lineage.restore("all")
 
 
-def test_what_was_recorded_is_up_to_date_here_and_for_dvc(folder):
+def test_recorded_stages_are_up_to_date_for_lineage_and_for_dvc(folder):
     assert stale(made(folder)) == []
     assert Repo().status() == {}
 
 
-def test_each_change_is_noticed_after_the_graph_was_read(folder):
+def test_changes_after_the_graph_was_read_are_found(folder):
     lineage = made(folder)
     Path("params.yaml").write_text("letters: {a: 1, b: 3}\n")
     assert stale(lineage) == ["make@b"]
@@ -80,7 +79,7 @@ def test_each_change_is_noticed_after_the_graph_was_read(folder):
     assert {*Repo().status()} == {"make@b", "all"}
 
 
-def test_a_stage_that_could_not_be_restored_is_as_stale_as_before(folder):
+def test_a_failed_restore_leaves_the_stage_stale(folder):
     lineage = made(folder)
     Path("given").write_text("other")
     before = lineage.changes("make@a")
@@ -89,18 +88,18 @@ def test_a_stage_that_could_not_be_restored_is_as_stale_as_before(folder):
 
 
 @pytest.mark.parametrize(
-    ("path", "content", "named"),
+    ("path", "content", "pattern"),
     [
         ("params.yaml", "letters: {a: 3, b: 2}\n", r"params.yaml \(letters.a\) changed"),
         ("given", "other", "given changed"),
     ],
 )
-def test_what_was_made_from_inputs_that_changed_meanwhile_is_not_recorded(folder, path, content, named):
+def test_outputs_of_inputs_that_changed_meanwhile_are_not_recorded(folder, path, content, pattern):
     lineage = Lineage(folder)
     inputs = lineage.inputs("make@a")
     Path("made-a").write_text("of the old input")
-    Path(path).write_text(content)  # `git checkout` of another branch, say
-    with pytest.raises(StageError, match=f"make@a: {named} while it was at work.*not recorded"):
+    Path(path).write_text(content)  # for example `git checkout` of another branch
+    with pytest.raises(StageError, match=f"make@a: {pattern} while it was at work.*not recorded"):
         lineage.commit("make@a", inputs)
     assert lineage.changes("make@a")
     assert not lineage.restore("make@a")
@@ -115,7 +114,7 @@ def test_a_setting_that_the_stage_does_not_read_may_change_meanwhile(folder):
     assert not lineage.changes("make@a")
 
 
-def test_what_was_made_from_these_inputs_before_is_restored(folder):
+def test_outputs_of_the_same_inputs_are_restored(folder):
     lineage = made(folder)
     Path("given").write_text("other")
     Path("made-a").write_text("other")
@@ -127,33 +126,14 @@ def test_what_was_made_from_these_inputs_before_is_restored(folder):
     assert not lineage.changes("make@a")
 
 
-def test_to_ask_about_a_stage_reads_the_record_of_all_others_no_more(folder):
+def test_a_query_of_a_stage_does_not_read_dvc_lock_again(folder):
     made(folder).close()
     lineage = Lineage(folder)
     Path("dvc.lock").unlink()
     assert stale(lineage) == []
 
 
-NAMES = st.sampled_from(["source", "compress@base", "compress@base-4", "evaluate@base", "on", "all"])
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=120)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
-)
-ENTRIES = st.fixed_dictionaries(
-    {"cmd": st.text(min_size=1), "outs": st.lists(st.fixed_dictionaries({"path": st.text(), "size": st.integers()}))},
-    optional={"params": st.dictionaries(st.just("params.yaml"), st.dictionaries(st.text(), VALUES, max_size=4))},
-)
-
-
-@given(st.dictionaries(NAMES, ENTRIES, min_size=1), NAMES, ENTRIES, st.booleans())
-def test_the_record_has_the_bytes_that_dvc_itself_would_write(stages, name, entry, datasets):
-    more = {"datasets": [{"name": "on", "lock": {"all": 1}}]} if datasets else {}
-    lock = {"schema": "2.0", "stages": stages} | more
-    after = {"schema": "2.0", "stages": stages | {name: entry}} | more
-    assert _put({name: entry}, dumps_yaml(lock)) == dumps_yaml(after)
-
-
-def test_a_run_leaves_the_very_dvc_lock_that_dvc_leaves(folder):
+def test_a_run_writes_the_same_dvc_lock_as_dvc(folder):
     made(folder).close()
     ours = Path("dvc.lock").read_bytes()
     Path("dvc.lock").unlink()

@@ -1,4 +1,4 @@
-"""In which order, how many at a time and by which thread: the scheduler on stages that do next to nothing."""
+"""The scheduler with fake stages: order, concurrency, threads and failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvc.exceptions import DvcException
 from flows.engine.lineage import Stage
 from flows.engine.scheduler import run_stages
 
-# Two candidates of one parent, each measured, and what needs them all.
+# Two candidates of one parent, their evaluations, and a stage that needs all of them.
 GRAPH = {
     "source": [],
     "data": [],
@@ -28,11 +28,16 @@ GRAPH = {
 STAGES = [Stage(name, "true", "") for name in GRAPH]
 
 
-class PaperLineage:
-    """Knows the graph, and in which order and by which threads it was told of what."""
+class FakeLineage:
+    """A graph that notes the order of commits and the calling threads."""
 
-    def __init__(self, graph=GRAPH, fresh=(), kept=(), broken=()):
-        self.graph, self.fresh, self.kept, self.broken = graph, set(fresh), set(kept), set(broken)
+    def __init__(self, graph=GRAPH, fresh=(), restorable=(), uncommittable=()):
+        self.graph, self.fresh, self.restorable, self.uncommittable = (
+            graph,
+            set(fresh),
+            set(restorable),
+            set(uncommittable),
+        )
         self.recorded: list[str] = []
         self.threads: set[int] = set()
 
@@ -44,109 +49,109 @@ class PaperLineage:
         return [] if name in self.fresh else [f"{name} is new"]
 
     def restore(self, name):
-        return name in self.kept
+        return name in self.restorable
 
     def inputs(self, name):
         return {"read by": name}
 
     def commit(self, name, inputs=None):
-        assert inputs == {"read by": name} or name in self.kept
+        assert inputs == {"read by": name} or name in self.restorable
         self.threads.add(threading.get_ident())
-        if name in self.broken:
+        if name in self.uncommittable:
             raise DvcException("no space for it")
         self.recorded.append(name)
 
 
-class PaperCrew:
-    """Threads that pretend to work, and note what was done meanwhile."""
+class FakeRunner:
+    """Threads that pretend to run stages, and note what they did."""
 
     def __init__(self, lineage, workers, failing=(), seconds=lambda _name: 0.01):
         self.lineage, self.workers, self.failing, self.seconds = lineage, workers, set(failing), seconds
         self.pool, self.queue = ThreadPoolExecutor(workers), SimpleQueue()
-        self.begun: list[str] = []
-        self.shown: dict[str, str] = {}
-        self.at_work, self.most = 0, 0
+        self.started: list[str] = []
+        self.skipped: dict[str, str] = {}
+        self.running, self.most_running = 0, 0
         self.lock = threading.Lock()
 
-    def show(self, stage, standing):
-        self.shown[stage.name] = standing
+    def mark_skipped(self, stage, state):
+        self.skipped[stage.name] = state
 
     def start(self, stage, reasons):
         assert reasons == [f"{stage.name} is new"]
-        assert self.lineage.upstream(stage.name) <= {*self.lineage.recorded, *self.shown}
-        self.begun.append(stage.name)
+        assert self.lineage.upstream(stage.name) <= {*self.lineage.recorded, *self.skipped}
+        self.started.append(stage.name)
         self.pool.submit(self._work, stage)
 
     def _work(self, stage):
         with self.lock:
-            self.at_work += 1
-            self.most = max(self.most, self.at_work)
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
         time.sleep(self.seconds(stage.name))
         with self.lock:
-            self.at_work -= 1
+            self.running -= 1
         self.queue.put((stage, f"{stage.name} broke" if stage.name in self.failing else None))
 
-    def ended(self):
+    def wait_for_next(self):
         return self.queue.get(timeout=60)
 
 
-def test_a_crew_of_one_keeps_to_the_order():
-    lineage = PaperLineage()
-    crew = PaperCrew(lineage, 1)
-    states, failed = run_stages(STAGES, lineage, crew)
-    assert crew.begun == lineage.recorded == list(GRAPH)
+def test_one_worker_runs_the_stages_in_order():
+    lineage = FakeLineage()
+    runner = FakeRunner(lineage, 1)
+    states, failed = run_stages(STAGES, lineage, runner)
+    assert runner.started == lineage.recorded == list(GRAPH)
     assert states == dict.fromkeys(GRAPH, "Completed") and not failed
-    assert crew.most == 1
+    assert runner.most_running == 1
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_independent_stages_are_at_work_together_and_dvc_hears_of_them_one_by_one(workers):
+def test_independent_stages_run_concurrently_and_one_thread_calls_dvc(workers):
     graph = {"base": [], **{f"c{number}": ["base"] for number in range(8)}, "all": [f"c{n}" for n in range(8)]}
-    lineage = PaperLineage(graph)
-    # Each waits until as many as may are at work: fewer would end by the time limit of the barrier.
+    lineage = FakeLineage(graph)
+    # Each waits until all workers are busy; with fewer, the barrier times out.
     together = threading.Barrier(workers)
-    crew = PaperCrew(lineage, workers, seconds=lambda name: together.wait(60) * 0 if name.startswith("c") else 0)
-    states, _ = run_stages([Stage(name, "true", "") for name in graph], lineage, crew)
-    assert crew.most == workers
+    runner = FakeRunner(lineage, workers, seconds=lambda name: together.wait(60) * 0 if name.startswith("c") else 0)
+    states, _ = run_stages([Stage(name, "true", "") for name in graph], lineage, runner)
+    assert runner.most_running == workers
     assert set(states) == set(graph) and lineage.recorded[0] == "base" and lineage.recorded[-1] == "all"
     assert lineage.threads == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_the_graph_and_the_pace_all_is_made_once_after_what_it_needs(seed):
+def test_every_stage_of_a_random_graph_runs_once_after_its_inputs(seed):
     draw = random.Random(seed)
     names = [f"s{number}" for number in range(15)]
     graph = {name: draw.sample(names[:at], draw.randint(0, min(at, 3))) for at, name in enumerate(names)}
     broken = draw.sample(names, 2)
-    lineage = PaperLineage(graph, fresh=draw.sample(names, 2), kept=draw.sample(names, 2))
-    crew = PaperCrew(lineage, draw.randint(1, 5), failing=broken, seconds=lambda _name: draw.random() / 100)
-    states, failed = run_stages([Stage(name, "true", "") for name in names], lineage, crew)
-    assert len(crew.begun) == len(set(crew.begun))
-    assert crew.most <= crew.workers
+    lineage = FakeLineage(graph, fresh=draw.sample(names, 2), restorable=draw.sample(names, 2))
+    runner = FakeRunner(lineage, draw.randint(1, 5), failing=broken, seconds=lambda _name: draw.random() / 100)
+    states, failed = run_stages([Stage(name, "true", "") for name in names], lineage, runner)
+    assert len(runner.started) == len(set(runner.started))
+    assert runner.most_running <= runner.workers
     left_out = {name for name in names if lineage.upstream(name) & failed.keys()}
     assert set(states) | set(failed) | left_out == set(names)
     assert not set(states) & left_out and not set(failed) & left_out
     assert set(failed) <= set(broken)
 
 
-def test_a_failed_stage_stops_what_needs_it_and_nothing_else():
-    lineage = PaperLineage()
-    states, failed = run_stages(STAGES, lineage, PaperCrew(lineage, 2, failing=["compress@lora"]))
+def test_a_failed_stage_skips_only_the_stages_that_depend_on_it():
+    lineage = FakeLineage()
+    states, failed = run_stages(STAGES, lineage, FakeRunner(lineage, 2, failing=["compress@lora"]))
     assert failed == {"compress@lora": "compress@lora broke"}
     assert set(GRAPH) - set(states) == {"compress@lora", "evaluate@lora", "register"}
 
 
-def test_what_stands_made_takes_no_worker():
-    lineage = PaperLineage(fresh=["source", "data"], kept=["compress@base"])
-    crew = PaperCrew(lineage, 2)
-    states, _ = run_stages(STAGES, lineage, crew)
-    assert crew.shown == {"source": "Cached", "data": "Cached", "compress@base": "Restored"}
+def test_cached_and_restored_stages_use_no_worker():
+    lineage = FakeLineage(fresh=["source", "data"], restorable=["compress@base"])
+    runner = FakeRunner(lineage, 2)
+    states, _ = run_stages(STAGES, lineage, runner)
+    assert runner.skipped == {"source": "Cached", "data": "Cached", "compress@base": "Restored"}
     assert states["compress@base"] == "Restored" and "compress@base" in lineage.recorded
-    assert not crew.begun[0].startswith(("source", "data", "compress@base"))
+    assert not runner.started[0].startswith(("source", "data", "compress@base"))
 
 
-def test_what_dvc_cannot_record_has_failed_and_the_rest_goes_on():
-    lineage = PaperLineage(broken=["compress@gptq"])
-    states, failed = run_stages(STAGES, lineage, PaperCrew(lineage, 2))
+def test_a_stage_that_dvc_cannot_record_fails_and_the_others_run():
+    lineage = FakeLineage(uncommittable=["compress@gptq"])
+    states, failed = run_stages(STAGES, lineage, FakeRunner(lineage, 2))
     assert failed == {"compress@gptq": "compress@gptq: no space for it"}
     assert "evaluate@lora" in states and not {"evaluate@gptq", "register"} & set(states)

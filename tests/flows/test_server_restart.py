@@ -1,4 +1,4 @@
-"""Prefect's server is killed and restarted during runs that a worker started from a deployment."""
+"""Kills and restarts Prefect's server during runs that a worker started from a deployment."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.engine.champions import LIMIT
 from tests.flows.conftest import Clone, copy_project
 
-AWAY_S = 60
-RENEWAL_S = 240  # Prefect renews the lease of a deployment's concurrency limit after 225 s, and would find none
+DOWN_S = 60
+RENEWAL_S = 240  # Prefect renews the lease of a deployment's concurrency limit after 225 s, which would fail
 GRAPH = """\
 stages:
   first:
@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.night, pytest.mark.timeout(1800)]
 
 @pytest.fixture
 def project(tmp_path) -> Clone:
-    """A checkout whose graph is two stages; both wait as long as the file `hold` is there."""
+    """A checkout with a graph of two stages, which wait while the file `hold` exists."""
     clone = copy_project(tmp_path / "project")
     (clone.folder / "dvc.yaml").write_text(GRAPH)
     (clone.folder / "stage.py").write_text(STAGE)
@@ -55,7 +55,7 @@ def project(tmp_path) -> Clone:
 
 @contextlib.contextmanager
 def running(clone: Clone, log: str, *command: str):
-    """A process of `clone`; killed at the end with all that it started."""
+    """Starts a process of `clone`; kills it with its children at the end."""
     with (clone.folder / log).open("ab") as stream:
         process = subprocess.Popen(command, cwd=clone.folder, env=clone.environment, stdout=stream, stderr=stream)
     try:
@@ -71,12 +71,12 @@ def running(clone: Clone, log: str, *command: str):
 def serving(clone: Clone, port: int):
     clone.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     with running(clone, "server.log", "prefect", "server", "start", "--port", str(port)) as server:
-        wait_until(lambda: server.poll() is not None or answers(clone), 300)
+        wait_until(lambda: server.poll() is not None or responds(clone), 300)
         assert server.poll() is None, (clone.folder / "server.log").read_text()
         yield
 
 
-def answers(clone: Clone) -> bool:
+def responds(clone: Clone) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return httpx.get(f"{clone.environment['PREFECT_API_URL']}/health", timeout=5, trust_env=False).is_success
     return False
@@ -90,20 +90,20 @@ def client_of(clone: Clone):
 
 
 def flow_runs(clone: Clone) -> list[tuple[str, str]]:
-    """Name and message of each flow run's state, the oldest first."""
+    """Returns the state name and message of each flow run, in order of time."""
     with client_of(clone) as client:
         runs = sorted(client.read_flow_runs(), key=lambda run: str(run.created))
     return [(run.state.name, run.state.message or "") for run in runs if run.state]
 
 
-def wait_until(holds, seconds: float) -> None:
+def wait_until(condition, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(1)
 
 
-def test_runs_of_a_deployment_outlive_the_server_and_wait_for_each_other(project, free_port):
+def test_runs_of_a_deployment_survive_the_server_and_wait_for_each_other(project, free_port):
     log = project.folder / "worker.log"
     with contextlib.ExitStack() as worker:
         with serving(project, free_port):
@@ -111,13 +111,13 @@ def test_runs_of_a_deployment_outlive_the_server_and_wait_for_each_other(project
             worker.enter_context(running(project, log.name, "prefect", "worker", "start", "--pool", "lilliput"))
             start(project)
             wait_until((project.folder / "first.began").exists, 300)
-            begun = time.monotonic()
+            started = time.monotonic()
             start(project)
             wait_until(lambda: [name for name, _ in flow_runs(project)] == ["Running", "Waiting"], 300)
             assert "another run is at work here since" in flow_runs(project)[1][1]
-        time.sleep(AWAY_S)
+        time.sleep(DOWN_S)
         with serving(project, free_port):
-            time.sleep(max(0.0, RENEWAL_S - (time.monotonic() - begun)))
+            time.sleep(max(0.0, RENEWAL_S - (time.monotonic() - started)))
             (project.folder / "hold").unlink()
             wait_until(lambda: all(name in ("Completed", "Crashed", "Failed") for name, _ in flow_runs(project)), 600)
             assert [name for name, _ in flow_runs(project)] == ["Completed", "Completed"], log.read_text()
@@ -125,7 +125,7 @@ def test_runs_of_a_deployment_outlive_the_server_and_wait_for_each_other(project
     assert "up to date" in project.run("dvc", "status").stdout
 
 
-def test_a_slot_whose_holder_died_is_free_again_after_the_server_restarted(project, free_port):
+def test_the_slot_of_a_dead_holder_is_free_after_a_restart_of_the_server(project, free_port):
     with serving(project, free_port), client_of(project) as client:
         client.upsert_global_concurrency_limit_by_name(LIMIT, 1)
         client.increment_concurrency_slots_with_lease([LIMIT], 1, "concurrency", lease_duration=60)

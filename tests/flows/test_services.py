@@ -1,7 +1,7 @@
-"""What a team shares, brought up for real: Prefect and MLflow on PostgreSQL, MLflow's artefacts and DVC's remote on S3.
+"""The services of a team, for real: Prefect and MLflow on PostgreSQL, MLflow's artefacts and DVC's remote on S3.
 
-`make services`. The tests are one story, told in order: a run by a worker, what each service holds afterwards, and the
-work of one machine taken up on another.
+`make services` runs these tests in order: a run by a worker, the content of each service afterwards, and the use of one
+machine's results on another.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.flows.conftest import PROJECT, Clone, copy_project
 pytestmark = [
     pytest.mark.services,
     pytest.mark.timeout(1800),
-    pytest.mark.filterwarnings("default"),  # MLflow, Prefect and SQLAlchemy warn each other of what is theirs to mend
+    pytest.mark.filterwarnings("default"),  # MLflow, Prefect and SQLAlchemy emit warnings about each other
 ]
 SCRIPT = [sys.executable, str(PROJECT / "scripts" / "services.py")]
 CANARY = "c0ffee-canary-c0ffee"
@@ -42,16 +42,16 @@ ASK = (
 
 @pytest.fixture(scope="module")
 def services():
-    """The environment of the servers' clients, from the documented script, and the folder it was given."""
+    """Starts the servers by the documented script; returns the environment of their clients and their folder."""
     if shutil.which("initdb") is None and not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     pytest.importorskip("nanio", reason="pip install --requirement requirements-team.lock")
     folder = Path(tempfile.mkdtemp(prefix="lilliput-services-"))
-    folder.chmod(0o711)  # pytest's own folders are closed to the user who runs PostgreSQL
+    folder.chmod(0o711)  # the user of PostgreSQL cannot read pytest's folders
     process = subprocess.Popen([*SCRIPT, "start", str(folder), *ANY_PORTS])
     try:
         _wait_for(lambda: (folder / "client.env").exists() or process.poll() is not None, 600)
-        assert process.poll() is None, "the servers did not start; what they said is above"
+        assert process.poll() is None, "the servers did not start; their output is above"
         lines = (folder / "client.env").read_text().splitlines()
         yield dict(line.removeprefix("export ").split("=", 1) for line in lines) | {"FOLDER": str(folder)}
     finally:
@@ -62,7 +62,7 @@ def services():
 
 @pytest.fixture(scope="module")
 def received():
-    """Every message that a webhook on loopback was sent."""
+    """Collects the messages sent to a webhook on loopback."""
     messages: list[str] = []
 
     class Receiver(http.server.BaseHTTPRequestHandler):
@@ -82,8 +82,8 @@ def received():
 
 @pytest.fixture(scope="module")
 def team(services, received, tokenizer, tmp_path_factory):
-    """A checkout whose deployments a worker runs, told of the services by its environment and by `dvc remote add`."""
-    del tokenizer  # skips where the wheels cannot be had
+    """A checkout with a worker; its environment and `dvc remote add` name the services."""
+    del tokenizer  # skips if the wheels are not available
     clone = copy_project(tmp_path_factory.mktemp("team"))
     clone.environment |= {key: value for key, value in services.items() if key != "FOLDER"} | {"HF_TOKEN": CANARY}
     for command in (
@@ -100,18 +100,18 @@ def team(services, received, tokenizer, tmp_path_factory):
 
 
 def _automate(clone: Clone, port: int) -> None:
-    """As docs/operations.md has it: a block for whom to tell, and the automations that name it."""
+    """Creates a notification block and the automations that use it, as in docs/operations.md."""
     block = (
         "from prefect.blocks.notifications import CustomWebhookNotificationBlock as Webhook;"
         f"Webhook(name='team', url='http://127.0.0.1:{port}', json_data={{'text': '{{{{subject}}}}\\n{{{{body}}}}'}})"
         ".save('team')"
     )
     assert clone.run("python", "-c", block).returncode == 0
-    known = json.loads(clone.run("prefect", "block", "inspect", "custom-webhook/team", "--output", "json").stdout)
+    stored = json.loads(clone.run("prefect", "block", "inspect", "custom-webhook/team", "--output", "json").stdout)
     path = clone.folder / "automations.yaml"
     named = clone.folder / "logs" / "automations.yaml"
     named.parent.mkdir(exist_ok=True)
-    named.write_text(path.read_text().replace("BLOCK_ID", known["id"]))
+    named.write_text(path.read_text().replace("BLOCK_ID", stored["id"]))
     done = clone.run("prefect", "automation", "create", "--from-file", str(named))
     assert done.returncode == 0, done.stdout
 
@@ -141,7 +141,7 @@ def _worker(clone: Clone):
 
 @pytest.fixture(scope="module")
 def elsewhere(team, services, tmp_path_factory):
-    """Another machine: a fresh clone of what was committed, after `dvc pull`; the first checkout is gone from sight."""
+    """Another machine: a fresh clone of the commit after `dvc pull`."""
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["dvc", "push", "-q"], [*git, "add", "-A"], [*git, "commit", "-qm", "a night's work"]):
         done = team.run(*command)
@@ -154,9 +154,9 @@ def elsewhere(team, services, tmp_path_factory):
     return clone
 
 
-def _wait_for(happened, seconds: float) -> None:
+def _wait_for(condition, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.5)
 
@@ -190,13 +190,13 @@ def _bucket(services: dict[str, str], name: str):
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """The sha256 of every file that DVC keeps in `folder`."""
+    """Returns the sha256 of every file that DVC tracks in `folder`."""
     paths = [path for tree in TREES for path in (folder / tree).rglob("*") if path.is_file()]
-    paths = [path for path in paths if path.name != ".gitignore"]  # DVC's own, left where it made something
+    paths = [path for path in paths if path.name != ".gitignore"]  # DVC's own
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def test_a_worker_does_the_whole_job_and_prefect_keeps_its_state_in_postgresql(team, services):
+def test_a_worker_runs_the_whole_pipeline_and_prefect_stores_its_state_in_postgresql(team, services):
     done = team.run("prefect", "deployment", "run", "democratize/local", "--watch", timeout_s=1500)
     assert done.returncode == 0, done.stdout + (team.folder / "logs" / "worker.log").read_text()
     assert _query(services, "prefect", "SELECT name, state_type FROM flow_run") == [
@@ -211,7 +211,7 @@ def test_a_worker_does_the_whole_job_and_prefect_keeps_its_state_in_postgresql(t
     assert _query(services, "prefect", schedules) == [("Europe/Berlin", False)]
 
 
-def test_postgresql_and_s3_refuse_wrong_passwords(services):
+def test_postgresql_and_s3_reject_wrong_passwords(services):
     import botocore.exceptions
     import psycopg2
 
@@ -221,7 +221,7 @@ def test_postgresql_and_s3_refuse_wrong_passwords(services):
         list(_bucket(services | {"AWS_SECRET_ACCESS_KEY": "guess"}, "lilliput-dvc").objects.all())
 
 
-def test_mlflow_answers_no_web_page_of_another_origin_and_no_other_name(services):
+def test_mlflow_refuses_other_origins_and_other_hosts(services):
     address = services["MLFLOW_TRACKING_URI"]
     search = f"{address}/api/2.0/mlflow/experiments/search"
     evil = {"Origin": "http://evil.example"}
@@ -230,7 +230,7 @@ def test_mlflow_answers_no_web_page_of_another_origin_and_no_other_name(services
     assert httpx.post(search, json={"max_results": 1}, trust_env=False).status_code == 200
 
 
-def test_prefect_answers_no_web_page_of_another_origin(services):
+def test_prefect_refuses_other_origins(services):
     api, page = services["PREFECT_API_URL"], {"Origin": "http://evil.example"}
     assert "access-control-allow-origin" not in httpx.get(f"{api}/health", headers=page, trust_env=False).headers
     assert httpx.post(f"{api}/flow_runs/count", json={}, headers=page, trust_env=False).status_code == 403
@@ -251,22 +251,24 @@ def test_runs_and_versions_are_in_postgresql_and_their_artefacts_in_s3(team, ser
     assert not [*(team.folder / "mlruns").rglob("MLmodel")]
 
 
-def test_each_new_champion_is_told_once(team, received):
+def test_each_new_champion_is_notified_once(team, received):
     champions = {
         device: decision["champion"]
         for device, decision in json.loads((team.folder / "promotion.json").read_text()).items()
         if decision["champion"]
     }
-    told = [f"Lilliput: {device} has a new champion\n{champion} (version " for device, champion in champions.items()]
+    expected = [
+        f"Lilliput: {device} has a new champion\n{champion} (version " for device, champion in champions.items()
+    ]
     _wait_for(lambda: len(received[1]) >= len(champions), 60)
-    time.sleep(5)  # for what comes twice
-    assert sorted(message[: len(start)] for message, start in zip(sorted(received[1]), sorted(told), strict=True)) == (
-        sorted(told)
-    )
+    time.sleep(5)  # for duplicates
+    assert sorted(
+        message[: len(start)] for message, start in zip(sorted(received[1]), sorted(expected), strict=True)
+    ) == (sorted(expected))
     received[1].clear()
 
 
-def test_a_failed_run_is_told_once_and_without_the_secret_in_its_message(team, received):
+def test_a_failed_run_is_notified_once_without_the_secret_in_its_message(team, received):
     done = team.run("prefect", "deployment", "run", "promote/local", "-p", f"params_file={CANARY}.yaml", "--watch")
     assert done.returncode != 0
     _wait_for(lambda: received[1], 60)
@@ -279,14 +281,17 @@ def test_a_failed_run_is_told_once_and_without_the_secret_in_its_message(team, r
 def test_decisions_on_shared_champions_wait_for_each_other(team, monkeypatch, tmp_path):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.engine.champions import deciding
+    from flows.engine.champions import exclusive_promotion
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.environment["MLFLOW_TRACKING_URI"])
     events: list[tuple[str, int]] = []
 
     def decide(number: int) -> None:
         server = temporary_settings({PREFECT_API_URL: team.environment["PREFECT_API_URL"]})
-        with server, deciding(tmp_path / str(number)):  # two checkouts, so that no lock of a folder helps
+        with (
+            server,
+            exclusive_promotion(tmp_path / str(number)),
+        ):  # two checkouts, so that the lock of a folder does not apply
             events.append(("in", number))
             time.sleep(3)
             events.append(("out", number))
@@ -296,11 +301,11 @@ def test_decisions_on_shared_champions_wait_for_each_other(team, monkeypatch, tm
         thread.start()
     for thread in threads:
         thread.join()
-    assert [what for what, _ in events] == ["in", "out", "in", "out"]
+    assert [event for event, _ in events] == ["in", "out", "in", "out"]
     assert events[0][1] == events[1][1] and {number for _, number in events} == {1, 2}
 
 
-def test_a_fresh_clone_pulls_the_same_bytes_and_has_nothing_to_do(team, elsewhere):
+def test_a_fresh_clone_pulls_the_same_bytes_and_is_up_to_date(team, elsewhere):
     files = _files(team.folder)
     assert "models/small/model.safetensors" in files
     assert _files(elsewhere.folder) == files
@@ -308,31 +313,31 @@ def test_a_fresh_clone_pulls_the_same_bytes_and_has_nothing_to_do(team, elsewher
 
 
 def test_a_champion_opens_on_another_machine_from_the_tracking_server_alone(team, elsewhere):
-    away = team.folder.with_name(f"{team.folder.name}-away")
-    team.folder.rename(away)
+    hidden = team.folder.with_name(f"{team.folder.name}-away")
+    team.folder.rename(hidden)
     try:
         opened = elsewhere.run("python", "-c", ASK, "models:/lilliput@champion-laptop")
         assert opened.returncode == 0, opened.stderr
-        nowhere = elsewhere.folder / "nowhere"
-        nowhere.mkdir()
-        lost = Clone(nowhere, elsewhere.environment | {"PYTHONPATH": str(elsewhere.folder)})
-        opened = lost.run("python", "-c", ASK, "models:/lilliput@champion-laptop")
-        assert opened.returncode == 0, opened.stderr  # without a checkout's models: the store has the weights
+        empty = elsewhere.folder / "empty"
+        empty.mkdir()
+        without_models = Clone(empty, elsewhere.environment | {"PYTHONPATH": str(elsewhere.folder)})
+        opened = without_models.run("python", "-c", ASK, "models:/lilliput@champion-laptop")
+        assert opened.returncode == 0, opened.stderr  # the weights come from the store
     finally:
-        away.rename(team.folder)
+        hidden.rename(team.folder)
 
 
-def test_a_corrupted_object_is_found_when_it_is_pulled(team, services, elsewhere, tmp_path):
+def test_a_corrupted_object_is_found_by_dvc_pull(team, services, elsewhere, tmp_path):
     weights = hashlib.md5((team.folder / "models/small/model.safetensors").read_bytes()).hexdigest()
     damaged = _bucket(services, "lilliput-dvc").Object(f"lilliput/files/md5/{weights[:2]}/{weights[2:]}")
-    whole = damaged.get()["Body"].read()
-    damaged.put(Body=whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = damaged.get()["Body"].read()
+    damaged.put(Body=content[:-1] + bytes([content[-1] ^ 1]))
     folder = tmp_path / "third"
     assert team.run("git", "clone", "-q", str(team.folder), str(folder)).returncode == 0
     third = Clone(folder, team.environment | {"PWD": str(folder)})
     pulled = third.run("dvc", "pull", "models/small")
     assert pulled.returncode != 0
     assert not (folder / "models/small/model.safetensors").exists()
-    damaged.put(Body=whole)
+    damaged.put(Body=content)
     assert third.run("dvc", "pull", "models/small").returncode == 0
-    assert (folder / "models/small/model.safetensors").read_bytes() == whole
+    assert (folder / "models/small/model.safetensors").read_bytes() == content

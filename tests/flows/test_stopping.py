@@ -1,4 +1,4 @@
-"""How a flow's process ends when the flow comes to no end of its own."""
+"""The end of a flow's process after a signal, the loss of Prefect's server, or bad surroundings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ DEAD = "http://127.0.0.1:1/api"
 
 @pytest.fixture
 def end(monkeypatch, capsys):
-    """The exit code and the message of a run that does `work`."""
+    """Runs `flow`; returns the exit code and the message."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs, and so this one, ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell makes background jobs, such as this one, ignore it
     monkeypatch.setattr(stopping, "_require_server", lambda: None)
 
-    def run(work):
+    def run(flow):
         with pytest.raises(SystemExit) as ended:
-            stopping.run_flow(work, stopped="go on like this")
+            stopping.run_flow(flow, stop_message="continue like this")
         return ended.value.code, capsys.readouterr().err.strip()
 
     yield run
@@ -38,18 +40,18 @@ def end(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_with_what_to_do_next(end, number, code):
-    assert end(lambda **_: signal.raise_signal(number)) == (code, "error: go on like this")
+def test_a_signal_ends_the_run_with_the_next_command(end, number, code):
+    assert end(lambda **_: signal.raise_signal(number)) == (code, "error: continue like this")
 
 
-def test_a_server_that_is_gone_is_one_message(end, monkeypatch):
-    def work(**_):
+def test_the_loss_of_the_server_is_one_message(end, monkeypatch):
+    def flow(**_):
         raise httpx.ConnectError("Connection refused")
 
-    code, said = end(work)
+    code, message = end(flow)
     assert code == 2
-    assert said.startswith("error: Prefect's server")
-    assert "is gone (Connection refused); what was made is recorded" in said
+    assert message.startswith("error: Prefect's server")
+    assert "is gone (Connection refused); finished stages are recorded" in message
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_a_server_that_is_gone_is_one_message(end, monkeypatch):
     ],
     ids=["environment", "profile", ".env", "prefect.toml"],
 )
-def test_a_dead_server_is_named_by_what_sets_its_address(tmp_path, file, content, expected):
+def test_the_source_of_a_dead_servers_address_is_named(tmp_path, file, content, expected):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {"PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(PROJECT)}
     if file:
@@ -82,7 +84,7 @@ def test_a_dead_server_is_named_by_what_sets_its_address(tmp_path, file, content
         (tmp_path / file).write_text(content.format(address=DEAD))
     else:
         environment["PREFECT_API_URL"] = DEAD
-    code = "from flows.engine.stopping import run_flow; run_flow(None, stopped='')"
+    code = "from flows.engine.stopping import run_flow; run_flow(None, stop_message='')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -101,26 +103,26 @@ def test_a_dead_server_is_named_by_what_sets_its_address(tmp_path, file, content
         ("SSL_CERT_FILE", __file__, "SSL"),
     ],
 )
-def test_a_proxy_or_certificate_that_clients_do_not_accept_is_named(monkeypatch, capsys, variable, value, reason):
+def test_an_invalid_proxy_or_certificate_is_named(monkeypatch, capsys, variable, value, reason):
     for name in (*proxies_of(os.environ), *certificates_of(os.environ)):
         monkeypatch.delenv(name)
     monkeypatch.setenv(variable, value)
     with pytest.raises(SystemExit) as ended:
-        stopping.run_flow(None, stopped="")
-    said = capsys.readouterr().err
+        stopping.run_flow(None, stop_message="")
+    message = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said.startswith(f"\nerror: {variable}: no HTTP client can be made with this (")
-    assert reason in said
+    assert message.startswith(f"\nerror: {variable}: no HTTP client can be created with this (")
+    assert reason in message
 
 
 @pytest.mark.parametrize(
     ("target", "code", "message"),
     [
-        ("> /dev/full", 2, "error: standard output: No space left on device; what was made is recorded"),
+        ("> /dev/full", 2, "error: standard output: No space left on device; all results are recorded"),
         ("| true", 1, ""),
     ],
 )
-def test_output_that_nobody_takes_is_no_traceback(target, code, message):
+def test_output_that_cannot_be_written_is_no_traceback(target, code, message):
     program = "from flows.engine.console import guarded_output as g\nwith g(): print('x' * 10**6)"
     command = f'set -o pipefail; {sys.executable} -c "{program}" {target}'
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
@@ -129,7 +131,7 @@ def test_output_that_nobody_takes_is_no_traceback(target, code, message):
     assert done.stderr.strip().startswith(message) and "Traceback" not in done.stderr
 
 
-ASK = """
+REQUESTS = """
 import json, httpx
 from flows.engine.stopping import _require_server
 _require_server()
@@ -152,11 +154,11 @@ with get_client(sync_client=True) as client:
 
 
 @pytest.mark.slow
-def test_the_server_of_a_run_answers_no_web_page(tmp_path):
+def test_the_server_of_a_run_refuses_web_pages(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {"PREFECT_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
-        [sys.executable, "-c", ASK], cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", REQUESTS], cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     codes, allowed, flows, created = json.loads(done.stdout.splitlines()[-1])

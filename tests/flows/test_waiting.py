@@ -1,4 +1,4 @@
-"""A folder in use: runs of a deployment wait for it, others are refused."""
+"""A busy folder: runs of a deployment wait for it, other runs are refused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.flows.conftest import PROJECT
 
 @pytest.fixture
 def shown(monkeypatch):
-    """The names and messages of the states that Prefect was asked to show."""
+    """Collects the names and messages of the states that were set in Prefect."""
     states: list[tuple[str, str]] = []
-    monkeypatch.setattr(waiting, "_show", lambda name, message: states.append((name, message)))
+    monkeypatch.setattr(waiting, "_set_state", lambda name, message: states.append((name, message)))
     monkeypatch.setattr(waiting, "_POLL_S", 0.02)
     return states
 
@@ -38,17 +38,21 @@ def started_by(monkeypatch, deployment_id: str | None) -> None:
 
 def test_a_run_from_the_command_line_is_refused_at_once(folder, monkeypatch, shown):
     started_by(monkeypatch, None)
-    with folder_lock(folder), pytest.raises(BusyError, match="another run is at work here"), waiting.turn_in(folder):
+    with (
+        folder_lock(folder),
+        pytest.raises(BusyError, match="another run is at work here"),
+        waiting.wait_for_folder(folder),
+    ):
         pass
     assert shown == []
 
 
-def test_a_run_of_a_deployment_waits_shows_it_and_then_works(folder, monkeypatch, shown):
+def test_a_run_of_a_deployment_waits_shows_its_state_and_then_runs(folder, monkeypatch, shown):
     started_by(monkeypatch, "a deployment")
     entered, leave = threading.Event(), threading.Event()
 
     def work():
-        with waiting.turn_in(folder):
+        with waiting.wait_for_folder(folder):
             entered.set()
             leave.wait(60)
 
@@ -57,7 +61,7 @@ def test_a_run_of_a_deployment_waits_shows_it_and_then_works(folder, monkeypatch
         run.start()
         assert not entered.wait(0.5)
     assert entered.wait(60)
-    with pytest.raises(BusyError), folder_lock(folder):  # it holds the folder while it works
+    with pytest.raises(BusyError), folder_lock(folder):  # the run locks the folder
         pass
     leave.set()
     run.join()
@@ -65,14 +69,14 @@ def test_a_run_of_a_deployment_waits_shows_it_and_then_works(folder, monkeypatch
     assert "another run is at work here since" in shown[0][1]
 
 
-def test_a_free_folder_is_taken_without_a_word(folder, monkeypatch, shown):
+def test_a_free_folder_is_locked_without_a_change_of_state(folder, monkeypatch, shown):
     started_by(monkeypatch, "a deployment")
-    with waiting.turn_in(folder):
+    with waiting.wait_for_folder(folder):
         pass
     assert shown == []
 
 
-def test_no_deployment_holds_a_lease_that_a_restarted_server_does_not_know():
+def test_no_deployment_has_a_concurrency_limit_whose_lease_a_server_restart_would_lose():
     deployments = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
     assert len(deployments) == 6
-    assert not [one["name"] for one in deployments if "concurrency_limit" in one]
+    assert not [deployment["name"] for deployment in deployments if "concurrency_limit" in deployment]

@@ -232,7 +232,7 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "from prefect import flow\n"
         "from prefect.settings import PREFECT_API_URL, temporary_settings\n"
         "from flows.engine.lineage import Stage\n"
-        "from flows.engine.runners import open_crew\n"
+        "from flows.engine.runners import open_runner\n"
         "from flows.engine.scheduler import run_stages\n"
         "class Lineage:\n"
         "    def changes(self, name): return ['new']\n"
@@ -240,8 +240,8 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "    def upstream(self, name): return set()\n"
         "@flow\n"
         "def night():\n"
-        "    with open_crew('local', 1, Path.cwd(), True) as crew:\n"
-        "        print(run_stages([Stage('data', 'python stage.py', 'builds')], Lineage(), crew))\n"
+        "    with open_runner('local', 1, Path.cwd(), True) as stage_runner:\n"
+        "        print(run_stages([Stage('data', 'python stage.py', 'builds')], Lineage(), stage_runner))\n"
         "night()\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}

@@ -239,7 +239,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
             assert time.monotonic() < deadline, "the models were not restarted"
             time.sleep(0.2)
     finally:
-        assert "is served no more" in flow.stop(home)
+        assert "is no longer served" in flow.stop(home)
     assert flow.running(home) is None
     assert not psutil.pid_exists(process)
 
@@ -261,7 +261,7 @@ def test_second_gateway_is_rejected_and_the_first_can_be_stopped(models, deploym
         assert flow.status(home)["pid"] == first
     finally:
         ended = flow.stop(home)
-    assert ended == f"{url} is served no more"
+    assert ended == f"{url} is no longer served"
     assert not psutil.pid_exists(first)
 
 
