@@ -237,6 +237,7 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         "class Lineage:\n"
         "    def changes(self, name): return ['new']\n"
         "    def restore(self, name): return False\n"
+        "    def inputs(self, name): return {}\n"
         "    def upstream(self, name): return set()\n"
         "@flow\n"
         "def night():\n"
