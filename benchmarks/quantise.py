@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,6 @@ from lilliput.params import load_params
 
 PEERS = {"olive": ("olive-ai", "torch", "transformers"), "llmcompressor": ("llmcompressor", "torch", "transformers")}
 OWN = ("lilliput", "gptqmodel", "rtn")
-HELD_OUT = 32
 
 
 def main(
@@ -127,17 +127,16 @@ def _run(name: str, job: dict[str, Any], settings: Params) -> None:
 
 
 def _ours(name: str, job: dict[str, Any], settings: Params, target: Path) -> None:
+    from lilliput.compress.context import Context
     from lilliput.compress.gptq import gptq
     from lilliput.compress.rtn import rtn
     from lilliput.data.corpus import read_corpus
 
-    corpus, parent, prompt = read_corpus(Path(job["data"])), Path(job["model"]), settings.data.system_prompt
-    held_out = [question for question in corpus.questions if question.answerable][:HELD_OUT]
-    if name == "rtn":
-        result = rtn(parent, held_out, prompt, settings.strategies.rtn)
-    else:
-        calibration = corpus.calibration[: len(job["calibration"])]
-        result = gptq(parent, calibration, held_out, prompt, settings.strategies.gptq)
+    corpus = read_corpus(Path(job["data"]))
+    corpus = replace(corpus, calibration=corpus.calibration[: len(job["calibration"])])
+    context = Context(Path(job["model"]), settings.data.system_prompt, lambda: corpus)
+    strategies = settings.strategies
+    result = rtn(context, strategies.rtn) if name == "rtn" else gptq(context, strategies.gptq)
     assert result.save is not None
     result.save(target)
 

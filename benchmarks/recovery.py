@@ -93,6 +93,7 @@ def _train(job: dict[str, Any], project: Path, settings: Params, learns: str | N
     from usage import so_far, tell
 
     from lilliput.chat.template import pad_id
+    from lilliput.compress.context import Context
     from lilliput.compress.distill import distill
     from lilliput.data.corpus import read_corpus
     from lilliput.models import open_model
@@ -103,8 +104,14 @@ def _train(job: dict[str, Any], project: Path, settings: Params, learns: str | N
     config = settings.strategies.distill.model_copy(update={"steps": job["steps"], "checkpoint_every": 0})
     student, target = Path(job["model"]), Path(job["target"])
     if learns == "teacher":
-        questions = read_corpus(project / "data").train
-        model = distill(student, Path(job["teacher"]), questions, settings.data.system_prompt, config, target).model
+        context = Context(
+            student,
+            settings.data.system_prompt,
+            lambda: read_corpus(project / "data"),
+            teacher=Path(job["teacher"]),
+            teacher_logits=target,
+        )
+        model = distill(context, config).model
     else:
         model, tokenizer = open_model(student)
         model.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Make one candidate by applying its strategy to its parent."""
+"""Makes one candidate by applying its strategy to its parent."""
 
 from __future__ import annotations
 
@@ -20,22 +20,13 @@ from lilliput.artifacts import (
     write_history,
     writing,
 )
+from lilliput.compress.context import Context
 from lilliput.compress.result import Result
-from lilliput.config import (
-    AwqConfig,
-    DistillConfig,
-    ExpertsConfig,
-    GptqConfig,
-    LoadConfig,
-    LoraConfig,
-    Params,
-    RtnConfig,
-)
+from lilliput.config import Params
 from lilliput.data.corpus import read_corpus
 from lilliput.errors import LilliputError
 from lilliput.graph import check_shape, require_gpu
 from lilliput.models import (
-    open_model,
     parameter_count,
     probe_logits,
     prove_reload,
@@ -51,11 +42,11 @@ from tasks.process.console import ERROR, EXIT_REFUSED
 from tasks.process.cost import measured_cost
 from tasks.process.memory_check import require_memory
 
-RELOAD_TOLERANCE = 1e-3  # largest difference of any logit; the reloaded model sums the same numbers in the same order
+RELOAD_TOLERANCE = 1e-3  # largest allowed difference of a logit; both models sum in the same order
 
 
 def compress(params: Params, candidate: str) -> None:
-    """Writes models/<candidate>, after checking that it reopens in a fresh process, and costs/<candidate>.json."""
+    """Writes models/<candidate>, after a check that it reopens in a fresh process, and costs/<candidate>.json."""
     require_gpu(params, [candidate])
     require_memory(params, [candidate])
     if command := launch_command(params, candidate):
@@ -65,7 +56,7 @@ def compress(params: Params, candidate: str) -> None:
 
 
 def make(params: Params, candidate: str) -> None:
-    """Makes `candidate` in this process; if several processes train together, only the main one writes."""
+    """Runs `compress` in this process; of several training processes only the main one writes."""
     spec = params.candidates[candidate]
     parent = verify(layout.model(spec.parent))
     if not is_main():
@@ -74,8 +65,8 @@ def make(params: Params, candidate: str) -> None:
     require_room(layout.model(candidate).parent, parent.size_bytes)
     with measured_cost(layout.cost(candidate)) as cost:
         checkpoints = _checkpoints(params, candidate, parent)
-        if found := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
-            cost["resumed_from"] = max(found)  # this cost excludes the work before the interruption
+        if present := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
+            cost["resumed_from"] = max(present)  # this cost does not include the work before the kill
         result = _apply(params, candidate, checkpoints)
         cost.update(result.checks)
         with writing(layout.model(candidate)) as directory:
@@ -86,7 +77,7 @@ def make(params: Params, candidate: str) -> None:
 
 
 def _checkpoints(params: Params, candidate: str, parent: Manifest) -> Path:
-    """Returns the folder for training state, named by a fingerprint of all inputs; removes outdated ones."""
+    """Returns the checkpoint folder, named by a fingerprint of all inputs; removes the folders of other inputs."""
     teacher = params.candidates[candidate].teacher
     key = fingerprint(
         params.strategy_config(candidate).model_dump(mode="json"),
@@ -103,44 +94,22 @@ def _checkpoints(params: Params, candidate: str, parent: Manifest) -> Path:
 
 
 def _apply(params: Params, candidate: str, checkpoints: Path) -> Result:
-    spec, config = params.candidates[candidate], params.strategy_config(candidate)
-    parent_dir, system_prompt = layout.model(spec.parent), params.data.system_prompt
-    if isinstance(config, LoadConfig):
-        from lilliput.compress.load import load
+    name = params.candidates[candidate].apply
+    strategy = getattr(importlib.import_module(f"lilliput.compress.{name}"), name)  # imports only its own libraries
+    return strategy(_context(params, candidate, checkpoints), params.strategy_config(candidate))
 
-        gguf = params.source.file and Path(params.source.file).name
-        return load(parent_dir, gguf, config)
-    corpus = read_corpus(layout.DATA)
-    if isinstance(config, LoraConfig):
-        from lilliput.compress.lora import lora
 
-        return lora(parent_dir, corpus.train, system_prompt, config, checkpoints)
-    if isinstance(config, DistillConfig):
-        from lilliput.compress.distill import distill
-
-        assert spec.teacher is not None, "held by check_graph"
-        teacher_dir, cache = layout.model(spec.teacher), layout.TEACHER_LOGITS
-        return distill(parent_dir, teacher_dir, corpus.train, system_prompt, config, cache, checkpoints)
-    if isinstance(config, ExpertsConfig):
-        from lilliput.compress.experts import experts
-
-        return experts(parent_dir, corpus.train, system_prompt, config, checkpoints)
-    held_out = [question for question in corpus.questions if question.answerable][:32]
-    if isinstance(config, RtnConfig):
-        from lilliput.compress.rtn import rtn
-
-        return rtn(parent_dir, held_out, system_prompt, config)
-    if isinstance(config, AwqConfig):
-        from lilliput.compress.awq import awq
-
-        return awq(parent_dir, corpus.calibration, held_out, system_prompt, config)
-    if isinstance(config, GptqConfig):
-        from lilliput.compress.gptq import gptq
-
-        return gptq(parent_dir, corpus.calibration, held_out, system_prompt, config)
-    # Every other strategy is the function of its module's name, with these arguments.
-    strategy = getattr(importlib.import_module(f"lilliput.compress.{spec.apply}"), spec.apply)
-    return strategy(open_model(parent_dir), corpus.calibration, system_prompt, config)
+def _context(params: Params, candidate: str, checkpoints: Path) -> Context:
+    spec, file = params.candidates[candidate], params.source.file
+    return Context(
+        parent=layout.model(spec.parent),
+        system_prompt=params.data.system_prompt,
+        open_corpus=lambda: read_corpus(layout.DATA),
+        teacher=layout.model(spec.teacher) if spec.teacher else None,
+        gguf_file=Path(file).name if file else None,
+        checkpoints=checkpoints,
+        teacher_logits=layout.TEACHER_LOGITS,
+    )
 
 
 def _write(result: Result, directory: Path) -> float:
@@ -150,7 +119,7 @@ def _write(result: Result, directory: Path) -> float:
         )
         result.save(directory)
     else:
-        save_model(result.model, result.tokenizer, directory)  # rounds the weights in place to the stored precision
+        save_model(result.model, result.tokenizer, directory)  # rounds the weights in place to the stored dtype
     expected = probe_logits(result.model.float(), result.tokenizer)
     write_history(directory, result.history)
     return prove_reload(directory, expected, RELOAD_TOLERANCE)
@@ -170,11 +139,11 @@ def _seal(params: Params, candidate: str, parent: Manifest, result: Result, dire
     )
 
 
-def _main(candidate: str) -> None:
-    """Runs in each process that accelerate starts: all train, the main one writes."""
+def _one_of_several(candidate: str) -> None:
+    """Runs one of the processes that accelerate starts: all train, the main one writes."""
     from accelerate import PartialState
 
-    PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")  # selects this process's GPU for torch
+    PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")  # selects this process's GPU in torch
     try:
         make(load_params(layout.PARAMS), candidate)
     except LilliputError as error:
@@ -184,4 +153,4 @@ def _main(candidate: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _one_of_several(sys.argv[1])

@@ -60,12 +60,12 @@ def _draw_steps(source: Path) -> Row:
     from lilliput.data.corpus import read_corpus
     from lilliput.params import load_params
     from lilliput.training.examples import collate, encode_examples
-    from lilliput.training.loop import set_aside
+    from lilliput.training.loop import split_validation
 
     params, tokenizer = load_params(PROJECT / "params.yaml"), real_tokenizer()
     with timed() as cost:
         corpus = read_corpus(source.parent / "data")
-        learnt, _ = set_aside(corpus.train, params.strategies.lora)
+        learnt, _ = split_validation(corpus.train, params.strategies.lora)
         examples = encode_examples(tokenizer, params.data.system_prompt, learnt)
         for place in random.Random(0).choices(range(len(examples)), k=640):
             collate([examples[place]], 0)

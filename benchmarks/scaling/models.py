@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,24 +57,31 @@ def _draw(folder: Path, name: str) -> Row:
 
 
 def _lora(folder: Path, _name: str) -> Row:
+    from lilliput.compress.context import Context
     from lilliput.compress.lora import lora
+    from lilliput.data.corpus import Corpus
 
     params, questions = _params(), _questions()
     config = params.strategies.lora.model_copy(update={"steps": STEPS, "checkpoint_every": 0})
+    context = Context(folder / "drawn", params.data.system_prompt, lambda: Corpus(questions, [], []))
     with timed() as cost:
-        lora(folder / "drawn", questions, params.data.system_prompt, config)
+        lora(context, config)
     return cost | _size(folder) | {"steps": STEPS}
 
 
 def _gptq(folder: Path, _name: str) -> Row:
+    from lilliput.compress.context import Context
     from lilliput.compress.gptq import gptq
+    from lilliput.data.corpus import Corpus
 
     params, questions = _params(), _questions()
     config = params.strategies.gptq.model_copy(update={"calibration_examples": CALIBRATION})
     target = folder / "quantised"
     target.mkdir()
+    corpus = Corpus([], questions, questions[:8])
+    context = Context(folder / "drawn", params.data.system_prompt, lambda: corpus)
     with timed() as cost:
-        result = gptq(folder / "drawn", questions, questions[:8], params.data.system_prompt, config)
+        result = gptq(context, config)
         assert result.save
         result.save(target)
     written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
@@ -101,7 +107,7 @@ def _params() -> Any:
     return load_params(PROJECT / "params.yaml")
 
 
-def _questions() -> Sequence[Any]:
+def _questions() -> list[Any]:
     from lilliput.data.questions import Question
 
     return [

@@ -1,1 +1,1 @@
-"""One strategy a file."""
+"""Compression strategies, one per file: `def <name>(context: Context, config: <Config>) -> Result`."""

@@ -1,76 +1,64 @@
 """AWQ (Lin et al., arXiv 2306.00978): input channels with large activations are scaled up before rounding to nearest.
 
-The scales are folded into what comes before, so the checkpoint is an ordinary one in AutoGPTQ's format. GPTQModel does
-the rounding and packing; its own AWQ does not run on a CPU in float32 and writes another format. Clipping of weights,
-which the authors' code adds, is left out.
+The scales are folded into the preceding module, so the checkpoint is an ordinary one in AutoGPTQ's format. GPTQModel
+rounds and packs; its own AWQ does not run on a CPU in float32 and writes another format. Unlike the authors' code, this
+one does not clip weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lilliput.compress.context import Context
+from lilliput.compress.hooks import registered_hooks, run_texts
 from lilliput.compress.packing import open_parent, packed_result, round_to_nearest, rounded
 from lilliput.compress.result import Result
 from lilliput.config import AwqConfig
-from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, probe_logits
 from lilliput.resident import give_back_memory
-from lilliput.training.examples import encode_examples
 
-_GRAM_BYTES = 2**30  # of input statistics held at once; larger models are passed over several times
-_SAME_LOGITS = 1e-2  # folding only moves factors between weights; what is left is float32's rounding
+_GRAM_BYTES = 2**30  # input statistics in memory at once; larger models need several passes
+_SAME_LOGITS = 1e-2  # relative; folding only moves factors between weights, so the rest is float32 rounding
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that read the same input, and what writes that input: a norm or a linear layer."""
+    """Linear layers that read the same input, and the norm or linear layer that writes it."""
 
     writer: torch.nn.Module
     readers: list[torch.nn.Linear]
 
 
-def awq(
-    parent_dir: Path,
-    calibration: Sequence[Question],
-    held_out: Sequence[Question],
-    system_prompt: str,
-    config: AwqConfig,
-) -> Result:
-    """The parent scaled and rounded; embeddings and norms stay in float.
-
-    Args:
-        parent_dir: a float checkpoint.
-        calibration: what activations are collected on; the first `config.calibration_examples` are used.
-        held_out: texts on which perplexity is measured before and after.
-        system_prompt: the system line before each question.
-        config: grid and search.
+def awq(context: Context, config: AwqConfig) -> Result:
+    """Returns the parent scaled and rounded; embeddings and norms stay in float.
 
     Raises:
-        StrategyError: the layers' sizes do not suit the group size, or the architecture does not take folded scales.
+        StrategyError: the group size does not divide the inputs of a layer, or scales cannot be folded into the
+            architecture.
     """
-    model, parent = open_parent(parent_dir, held_out, system_prompt, config)
-    examples = encode_examples(parent.tokenizer, system_prompt, calibration[: config.calibration_examples])
+    model, parent = open_parent(context, config)
+    examples = context.calibration(parent.tokenizer, config.calibration_examples)
     texts = [example.input_ids for example in examples]
     expected = probe_logits(model, parent.tokenizer)
     errors = scale_model(model, texts, config, parent.dtype)
     difference = (probe_logits(model, parent.tokenizer) - expected).abs().max().item()
     if not difference <= _SAME_LOGITS * expected.abs().max().item():
         raise StrategyError(
-            f"apply: awq: folding scales into a {type(model).__name__} changed its logits by {difference:.3g}, so its "
-            "norms or projections are not of Llama's kind; choose gptq or rtn"
+            f"apply: awq: folding scales into a {type(model).__name__} changed its logits by {difference:.3g}: "
+            "its norms or projections do not compute what Llama's do; choose gptq or rtn"
         )
     scaled = model.state_dict()
     del model
     give_back_memory()
-    quantised = round_to_nearest(parent_dir, config, scaled)
+    quantised = round_to_nearest(context.parent, config, scaled)
     facts = {
         "calibration_tokens": sum(map(len, texts)),
         "error_against_rounding": sum(best / plain if plain else 1.0 for plain, best in errors) / len(errors),
@@ -83,41 +71,41 @@ def awq(
 def scale_model(
     model: PreTrainedModel, texts: Sequence[Sequence[int]], config: AwqConfig, dtype: torch.dtype
 ) -> list[tuple[float, float]]:
-    """Folds the best scales into `model` in place, which computes the same as before.
+    """Folds the best scales into `model` in place; its outputs stay the same.
 
     Args:
         model: a decoder of the Llama kind.
         texts: calibration token ids.
         config: grid and search.
-        dtype: in which norms will be stored; they are rounded to it here, and their readers make up for it.
+        dtype: stored dtype of the norms; they are rounded to it here, and their readers compensate.
 
     Returns:
-        For each decoder layer the error ‖(W − Q) X‖² per token of its scaled groups: by plain rounding, and by AWQ.
+        For each decoder layer the error ‖(W − Q) X‖² per token of its scaled groups: with plain rounding, and with AWQ.
 
     Raises:
-        StrategyError: a layer lacks the parts of Llama's.
+        StrategyError: a layer lacks a part of a Llama layer.
     """
     layers = [_groups(layer) for layer in decoder_layers(model)]
     needed = max(sum(4 * group.readers[0].in_features ** 2 for group in groups) for groups in layers)
     at_once = max(1, _GRAM_BYTES // needed)
     errors = []
     for start in tqdm(range(0, len(layers), at_once), desc="awq", unit="pass"):
-        part = layers[start : start + at_once]
-        # Scaling does not change what the model computes, so later passes see the same activations.
-        statistics = _input_statistics(model, texts, [group for groups in part for group in groups])
-        for groups in part:
-            found = [_best_scales(group, *statistics[id(group)], config) for group in groups]
-            for group, (scales, _, _) in zip(groups, found, strict=True):
+        batch = layers[start : start + at_once]
+        # Scaling does not change the model's outputs, so later passes see the same activations.
+        statistics = _input_statistics(model, texts, [group for groups in batch for group in groups])
+        for groups in batch:
+            results = [_best_scales(group, *statistics[id(group)], config) for group in groups]
+            for group, (scales, _, _) in zip(groups, results, strict=True):
                 fold(group, scales, dtype)
-            errors.append((sum(plain for _, plain, _ in found), sum(best for _, _, best in found)))
+            errors.append((sum(plain for _, plain, _ in results), sum(best for _, _, best in results)))
     return errors
 
 
 def _groups(layer: Any) -> list[Group]:
-    """The groups of a layer: what reads the norms, the attention's output, and what the feed-forward part gates.
+    """Returns the groups of a layer: readers of the norms, of the attention output and of the gated activations.
 
-    With grouped-query attention several heads read one channel of v, so there the output projection is not scaled, as
-    in the authors' code.
+    With grouped-query attention several heads read one channel of v. The output projection is then not scaled, as in
+    the authors' code.
     """
     try:
         attention, mlp = layer.self_attn, layer.mlp
@@ -131,7 +119,7 @@ def _groups(layer: Any) -> list[Group]:
             groups.append(Group(attention.v_proj, [attention.o_proj]))
     except AttributeError as error:
         raise StrategyError(
-            f"apply: awq: {type(layer).__name__} has not the parts of a Llama layer ({error}); choose gptq or rtn"
+            f"apply: awq: {type(layer).__name__} lacks a part of a Llama layer ({error}); choose gptq or rtn"
         ) from None
     return groups
 
@@ -139,34 +127,33 @@ def _groups(layer: Any) -> list[Group]:
 def _input_statistics(
     model: PreTrainedModel, texts: Sequence[Sequence[int]], groups: Sequence[Group]
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """E[x xᵀ] (inputs, inputs) and E|x| (inputs,) of each group over all tokens, by the group's id."""
-    tokens, where = sum(map(len, texts)), next(model.parameters()).device
-    sums = {}
-    handles = []
+    """Returns E[x xᵀ] (inputs, inputs) and E|x| (inputs,) over all tokens, by the id of the group."""
+    tokens, device = sum(map(len, texts)), next(model.parameters()).device
+    statistics = {}
     for group in groups:
         inputs = group.readers[0].in_features
-        gram, magnitude = torch.zeros(inputs, inputs, device=where), torch.zeros(inputs, device=where)
-        sums[id(group)] = (gram, magnitude)
+        statistics[id(group)] = torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, device=device)
 
-        def add(_module, args, gram=gram, magnitude=magnitude) -> None:  # noqa: ANN001
-            x = args[0].reshape(-1, args[0].shape[-1])
-            gram.addmm_(x.T, x, alpha=1 / tokens)
-            magnitude.add_(x.abs().sum(0) / tokens)
+    def add(gram: torch.Tensor, magnitude: torch.Tensor, _module: torch.nn.Module, args: Any) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        gram.addmm_(x.T, x, alpha=1 / tokens)
+        magnitude.add_(x.abs().sum(0) / tokens)
 
-        handles.append(group.readers[0].register_forward_pre_hook(add))
-    try:
-        for text in texts:
-            model(input_ids=torch.tensor([list(text)], device=where), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
+    with registered_hooks(
+        group.readers[0].register_forward_pre_hook(partial(add, *statistics[id(group)])) for group in groups
+    ):
+        run_texts(model, texts)
+    return statistics
 
 
 def _best_scales(
     group: Group, gram: torch.Tensor, magnitude: torch.Tensor, config: AwqConfig
 ) -> tuple[torch.Tensor, float, float]:
-    """The scales s = E|x|^α of least error ‖(Q(W s) s⁻¹ − W) X‖² (eq. 4 and 5), the error at α = 0, and theirs."""
+    """Searches the scales s = E|x|^α of least error ‖(Q(W s) s⁻¹ − W) X‖² (eq. 4 and 5).
+
+    Returns:
+        The scales, the error without scales (α = 0), and the error with these scales.
+    """
     weight = torch.cat([reader.weight for reader in group.readers])
     tried = []
     for step in range(config.scale_steps):
@@ -174,15 +161,15 @@ def _best_scales(
         scales = scales / (scales.max() * scales.min()).sqrt()
         difference = rounded(weight * scales, config.bits, config.group_size, config.symmetric) / scales - weight
         tried.append(((difference @ gram * difference).sum().item(), scales))
-    best = min(tried, key=lambda one: one[0])
+    best = min(tried, key=lambda trial: trial[0])
     return best[1], tried[0][0], best[0]
 
 
 @torch.no_grad()
 def fold(group: Group, scales: torch.Tensor, dtype: torch.dtype) -> None:
-    """Multiplies what `group`'s layers read by `scales` and divides what they are given by them, in place.
+    """Divides the output of the group's writer by `scales` and multiplies its readers' weights by them, in place.
 
-    A norm's weight is rounded to `dtype`, as it will be stored, and the readers take up the difference.
+    The weight of a norm is rounded to `dtype`, as it will be stored; the readers' weights compensate.
     """
     writer: Any = group.writer
     if isinstance(writer, torch.nn.Linear):

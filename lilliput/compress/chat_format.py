@@ -1,4 +1,4 @@
-"""Checks a source's tokenizer and chat template before its weights are opened, and repairs what has one remedy.
+"""Checks a source's tokenizer and chat template before its weights are opened; repairs faults with a single remedy.
 
 Repairs are stored in the checkpoint, so that training, evaluation, llama.cpp and every other reader of the
 checkpoint see the same prompt.
@@ -19,10 +19,10 @@ from lilliput.chat.template import conversation, encode_text, end_id, end_ids, r
 from lilliput.errors import SourceError
 
 _SYSTEM, _QUESTION, _ANSWER = "Lilliput-System", "Lilliput-Question", "Lilliput-Answer"
-_TEXTS = ("Zürich", "Ω", "東京", "🙂", "~")  # what questions may hold
+_TEXTS = ("Zürich", "Ω", "東京", "🙂", "~")  # characters that questions may contain
 
-# Gemma's own template joins the two in this way. The expression at the end keeps a line break that the model's
-# template may begin with, which Jinja removes after a block.
+# Joins system prompt and first user turn as Gemma's own template does. Jinja removes a line break after a block: the
+# expression at the end keeps a line break at the start of the model's template.
 _MERGE_SYSTEM = (
     "{%- if messages|length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user'"
     " and messages[0]['content'] is string and messages[1]['content'] is string -%}"
@@ -35,12 +35,12 @@ _MERGE_SYSTEM = (
 def checked_tokenizer(
     tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, place: Path
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer as later stages need it; each change is reported as a warning.
+    """Returns the tokenizer as later stages need it; each change is reported as a warning.
 
     - A template that rejects or drops the system prompt is extended to put it into the first user turn.
     - A template that never writes the header of the assistant's turn is extended to write it at the end of a prompt.
     - Tokens without a row in the embedding table are removed.
-    - A tokenizer without EOS gets the token with which the template closes an assistant's turn.
+    - A tokenizer without EOS gets the token that closes an assistant's turn in the template.
 
     Args:
         tokenizer: the source's; may be changed in place.
@@ -49,11 +49,11 @@ def checked_tokenizer(
 
     Raises:
         SourceError: there is no chat template or it fails, an answer has no end, the prompt needs tokens without a row
-            in the embedding table, or some text cannot be encoded.
+            in the embedding table, or a text cannot be encoded.
     """
     if not tokenizer.chat_template:
         raise SourceError(
-            f"{place}: the tokenizer has no chat template, so a question cannot be put to the model; use an "
+            f"{place}: the tokenizer has no chat template, so the model cannot be given a question; use an "
             "instruction-tuned model, or add `chat_template` to its tokenizer_config.json"
         )
     _take_system_prompt(tokenizer, place)
@@ -67,17 +67,17 @@ def checked_tokenizer(
 
 
 def name_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """`model` with every token that ends an answer in its generation config, which is saved with it.
+    """Returns `model` with every token that ends an answer in its generation config, which is saved with it.
 
-    Ids that the embedding table has no row for are left out.
+    Ids without a row in the embedding table are left out.
     """
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     rows = _rows(model.config)
     ends = [end for end in end_ids(tokenizer, generation) if end < rows]
-    named = cast("Any", generation.eos_token_id)
-    if ends != sorted(named if isinstance(named, list) else [named]):
+    present = cast("Any", generation.eos_token_id)
+    if ends != sorted(present if isinstance(present, list) else [present]):
         generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-        generation._from_model_config = False  # or transformers would derive it from config.json again
+        generation._from_model_config = False  # keeps transformers from deriving it from config.json
     if (generation.pad_token_id or 0) >= rows:
         generation.pad_token_id = end_id(tokenizer)
     model.generation_config = generation
@@ -85,7 +85,7 @@ def name_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def chat_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Unusual facts about the chat template, for readers of the checkpoint; empty if there are none."""
+    """Returns unusual facts about the chat template for the manifest; empty if there are none."""
     merged = tokenizer.get_chat_template().startswith(_MERGE_SYSTEM)
     facts = {"system_prompt": "in the first user turn: the model's own template takes none"} if merged else {}
     return facts | ({"dated_prompt": True} if uses_date(tokenizer) else {})
@@ -93,29 +93,30 @@ def chat_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _take_system_prompt(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
     """Extends a template that rejects or drops the system prompt."""
-    found = _rendered(tokenizer, conversation(_SYSTEM, _QUESTION))
-    if isinstance(found, str) and _SYSTEM in found:
+    with_system = _rendered(tokenizer, conversation(_SYSTEM, _QUESTION))
+    if isinstance(with_system, str) and _SYSTEM in with_system:
         return
-    alone = _rendered(tokenizer, conversation(_SYSTEM, _QUESTION)[1:])
-    if isinstance(alone, Exception):
-        raise _template_error(alone, place)
-    if _QUESTION not in alone:  # it drops or changes more than that, and is rejected
+    without = _rendered(tokenizer, conversation(_SYSTEM, _QUESTION)[1:])
+    if isinstance(without, Exception):
+        raise _template_error(without, place)
+    if _QUESTION not in without:  # it drops or changes more; `_require_chat` rejects it
         return
-    reason = "drops the system prompt" if isinstance(found, str) else f"rejects the system prompt ({_line(found)})"
+    rejected = not isinstance(with_system, str)
+    reason = f"rejects the system prompt ({_line(with_system)})" if rejected else "drops the system prompt"
     tokenizer.chat_template = _MERGE_SYSTEM + tokenizer.get_chat_template()
     warnings.warn(f"{place}: the chat template {reason}; it is put into the first user turn", stacklevel=2)
 
 
 def _require_chat(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
-    """Raises SourceError unless the template renders a conversation with all of its texts, and an answer ends."""
+    """Raises SourceError unless the template renders all texts of a conversation and an answer has an end token."""
     for messages in (conversation(_SYSTEM, _QUESTION), conversation(_SYSTEM, _QUESTION, _ANSWER)):
         text = _rendered(tokenizer, messages)
         if isinstance(text, Exception):
             raise _template_error(text, place)
         if lost := [message["role"] for message in messages if message["content"] not in text]:
             raise SourceError(
-                f"{place}: the chat template leaves out what the {' and the '.join(lost)} says, or "
-                "changes it; correct `chat_template` in its tokenizer_config.json"
+                f"{place}: the chat template drops or changes the text of the role {' and '.join(lost)}; correct "
+                "`chat_template` in its tokenizer_config.json"
             )
     if turn_end_id(tokenizer) is None and tokenizer.eos_token_id is None:
         raise SourceError(
@@ -125,26 +126,26 @@ def _require_chat(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
 
 
 def _write_answer_header(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
-    """Extends a template that ignores `add_generation_prompt`: the model would have to write its own header first."""
+    """Extends a template that ignores `add_generation_prompt`; otherwise the model would have to write the header."""
     prompt, whole = conversation(_SYSTEM, _QUESTION), conversation(_SYSTEM, _QUESTION, _ANSWER)
-    asked, answered = render(tokenizer, prompt), render(tokenizer, whole, answer_follows=False)
-    if asked != render(tokenizer, prompt, answer_follows=False) or not answered.startswith(asked):
+    question, answered = render(tokenizer, prompt), render(tokenizer, whole, answer_follows=False)
+    if question != render(tokenizer, prompt, answer_follows=False) or not answered.startswith(question):
         return
-    header = answered[len(asked) : answered.index(_ANSWER)]
+    header = answered[len(question) : answered.index(_ANSWER)]
     if not header.strip():
         return
-    # Jinja drops a line break at the template's end, which is no longer the end.
-    own = tokenizer.get_chat_template().removesuffix("\n")
-    written = json.dumps(header, ensure_ascii=False)
-    tokenizer.chat_template = f"{own}{{% if add_generation_prompt %}}{{{{ {written} }}}}{{% endif %}}"
+    # Jinja drops a line break at the end of a template, but this is no longer the end.
+    original = tokenizer.get_chat_template().removesuffix("\n")
+    quoted = json.dumps(header, ensure_ascii=False)
+    tokenizer.chat_template = f"{original}{{% if add_generation_prompt %}}{{{{ {quoted} }}}}{{% endif %}}"
     warnings.warn(
-        f"{place}: the chat template does not begin the assistant's turn; {header!r} is put at the end of prompts",
+        f"{place}: the chat template does not begin the assistant's turn; {header!r} is added at the end of prompts",
         stacklevel=2,
     )
 
 
 def _within_table(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, place: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer without tokens that the embedding table has no row for."""
+    """Returns the tokenizer without the tokens that have no row in the embedding table."""
     rows = _rows(config)
     _require_padding_row(config, rows, place)
     vocabulary = cast("dict[str, int]", tokenizer.get_vocab())
@@ -152,12 +153,12 @@ def _within_table(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
     if not beyond:
         return tokenizer
     added = cast("Any", tokenizer).added_tokens_decoder
-    needed = {*_needed(tokenizer)}
-    in_use = sorted(text for text, token in beyond.items() if token in needed or token not in added)
+    required = {*_required_ids(tokenizer)}
+    in_use = sorted(text for text, token in beyond.items() if token in required or token not in added)
     if in_use:
         raise SourceError(
-            f"{place}: {len(in_use)} tokens that are in use have no row in the embedding table of {rows} rows, "
-            f"{in_use[0]!r} ({beyond[in_use[0]]}) among them; use the tokenizer that belongs to these weights"
+            f"{place}: {len(in_use)} tokens in use have no row in the embedding table of {rows} rows, for example "
+            f"{in_use[0]!r} ({beyond[in_use[0]]}); use the tokenizer that belongs to these weights"
         )
     warnings.warn(
         f"{place}: {len(beyond)} added tokens have no row in the embedding table of {rows} rows and are removed: "
@@ -167,15 +168,17 @@ def _within_table(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
     return _without(tokenizer, beyond, place)
 
 
-def _needed(tokenizer: PreTrainedTokenizerBase) -> Iterable[int]:
-    """Ids that prompts, answers and plain texts hold, whatever the question is."""
+def _required_ids(tokenizer: PreTrainedTokenizerBase) -> Iterable[int]:
+    """Yields the ids that prompts, answers and plain texts contain with any question."""
     yield from encode_text(tokenizer, render(tokenizer, conversation(_SYSTEM, _QUESTION)))
     yield from encode_text(tokenizer, render(tokenizer, conversation(_SYSTEM, _QUESTION, _ANSWER)))
-    yield from cast("list[int]", tokenizer(_QUESTION)["input_ids"])  # with what the tokenizer adds around a text
+    yield from cast(
+        "list[int]", tokenizer(_QUESTION)["input_ids"]
+    )  # with the tokens that the tokenizer adds around a text
 
 
 def _without(tokenizer: PreTrainedTokenizerBase, removed: Collection[str], place: Path) -> PreTrainedTokenizerBase:
-    """`tokenizer` without the added tokens `removed`; the library can add tokens, but not remove them."""
+    """Returns `tokenizer` without the added tokens `removed`; the library cannot remove tokens."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         if not Path(scratch, "tokenizer.json").is_file():
@@ -190,7 +193,7 @@ def _without(tokenizer: PreTrainedTokenizerBase, removed: Collection[str], place
 
 
 def _cleaned(value: Any, removed: Collection[str]) -> Any:
-    """`value` without entries that are, or describe, one of the tokens `removed`."""
+    """Returns the JSON value without entries that are, or describe, one of the tokens `removed`."""
 
     def names_one(entry: Any) -> bool:
         text = entry.get("content", entry.get("pad_token")) if isinstance(entry, dict) else entry
@@ -204,6 +207,7 @@ def _cleaned(value: Any, removed: Collection[str]) -> Any:
 
 
 def _require_padding_row(config: PretrainedConfig, rows: int, place: Path) -> None:
+    """Raises SourceError if the padding token has no row in the embedding table."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     if pad is not None and pad >= rows:
         raise SourceError(
@@ -213,7 +217,7 @@ def _require_padding_row(config: PretrainedConfig, rows: int, place: Path) -> No
 
 
 def _require_text(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
-    """Raises SourceError where the tokenizer fails on a text or loses all of it."""
+    """Raises SourceError if the tokenizer fails on a text or loses all of it."""
     for text in _TEXTS:
         try:
             lost = not encode_text(tokenizer, text)
@@ -221,30 +225,30 @@ def _require_text(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
             lost = True
         if lost:
             raise SourceError(
-                f"{place}: the tokenizer cannot encode {text!r} and has no unknown token to put in its place, so parts "
+                f"{place}: the tokenizer cannot encode {text!r} and has no unknown token to replace it, so parts "
                 "of questions would be lost; name an `unk_token` or add bytes to its vocabulary"
             )
 
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
-    """Makes the token that the template writes after an assistant's turn the EOS token."""
+    """Sets the token that closes an assistant's turn in the template as the EOS token."""
     tokenizer.eos_token = cast("Any", tokenizer).convert_ids_to_tokens(end_id(tokenizer))
     warnings.warn(
-        f"{place}: the tokenizer names no EOS token; {tokenizer.eos_token} is used, with which the chat template "
-        "closes an assistant's turn",
+        f"{place}: the tokenizer names no EOS token; {tokenizer.eos_token} is used, which closes an assistant's turn "
+        "in the chat template",
         stacklevel=2,
     )
 
 
 def _rows(config: PretrainedConfig) -> int:
-    """Rows of the embedding table."""
+    """Returns the number of rows of the embedding table."""
     return int(cast("Any", config.get_text_config()).vocab_size)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str | Exception:
     try:
         return render(tokenizer, messages, answer_follows=messages[-1]["role"] != "assistant")
-    except Exception as error:  # whatever the template's code may raise
+    except Exception as error:  # the template's code may raise anything
         return error
 
 

@@ -1,18 +1,18 @@
 """A mixture of experts merged from branches of one parent (Sukhbaatar et al., Branch-Train-MiX, arXiv 2403.07816).
 
-The training questions are split into topics without labels (Gururangan et al., c-BTM, arXiv 2303.14177). Each topic has
-a branch of its own, a LoRA of the parent. The branches' feed-forward layers become the experts of each layer, all other
-weights are averaged, and routers are derived from each topic's hidden states, then trained for a few steps alone.
+The training questions are clustered into topics without labels (Gururangan et al., c-BTM, arXiv 2303.14177). A branch
+of the parent is fine-tuned with LoRA on each topic. The feed-forward layers of the branches become the experts of each
+layer; all other weights are averaged. Routers are computed from the hidden states of each topic, then trained alone for
+a few steps.
 
-The architecture is Mixtral, or Qwen3-MoE where queries and keys are normed. In both the weights of a token's experts
-sum to 1, so that a mixture of equal branches is the branch, whatever its routers say.
+The architecture is Mixtral, or Qwen3-MoE if queries and keys are normed. In both, the weights of a token's experts sum
+to 1, so a mixture of equal branches computes the same as the branch with any router.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import MixtralConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 from lilliput.chat.template import pad_id
+from lilliput.compress.context import Context
 from lilliput.compress.lora import lora
 from lilliput.compress.mixture import (
     active_parameters,
@@ -34,66 +35,54 @@ from lilliput.compress.mixture import (
     require_same,
     set_active,
 )
-from lilliput.compress.result import Result
+from lilliput.compress.result import History, Result
 from lilliput.config import ExpertsConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import Opened, decoder_layers, open_model
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_states, label_loss
-from lilliput.training.examples import collate, encode_examples, lazy_examples
-from lilliput.training.loop import History, outcome, set_aside, train
+from lilliput.training.examples import collate, encode_examples
+from lilliput.training.loop import train, training_examples, training_facts
 
 Topics = list[list[Question]]
 
-RESTARTS = 4  # of the clustering, of which the best is taken
-ROUNDS = 10  # of each, at most
-ROUTER_QUESTIONS = 64  # of each topic: half to derive the routers from, half to tell where tokens go
-RIDGE = 1e-1  # of the mean diagonal of XᵀX
+RESTARTS = 4  # of the clustering; the best result is used
+ROUNDS = 10  # maximum per restart
+ROUTER_QUESTIONS = 64  # per topic: half to compute the routers, half to measure the routing
+RIDGE = 1e-1  # as a share of the mean diagonal of XᵀX
 
 
-def experts(
-    parent: Path,
-    questions: Sequence[Question],
-    system_prompt: str,
-    config: ExpertsConfig,
-    checkpoints: Path | None = None,
-) -> Result:
-    """A mixture of branches of the model in `parent`, each trained on its topic of `questions`.
+def experts(context: Context, config: ExpertsConfig) -> Result:
+    """Returns a mixture of branches of the parent, each trained on one topic of the training questions.
 
     All branches start from the same adapter, drawn from `config.seed`.
 
-    Args:
-        parent: folder of a float checkpoint.
-        questions: training questions with their answers.
-        system_prompt: the system line before each question.
-        config: how many topics, how many experts for a token, schedules and seed.
-        checkpoints: where killed trainings go on from, a folder for each (see `train`).
-
     Raises:
-        StrategyError: the architecture cannot stand for the parent, or there are too few questions for the topics.
+        StrategyError: the architecture cannot represent the parent, or there are too few questions for the topics.
     """
-    opened = open_model(parent)
+    system_prompt = context.system_prompt
+    opened = open_model(context.parent)
     mixture, tokenizer = mixture_of(opened, config.experts), opened[1]
-    topics = split(opened, questions, system_prompt, config)
+    topics = split_into_topics(opened, context.corpus.train, system_prompt, config)
     del opened
     history: History = {}
     for number, topic in enumerate(topics):
-        branch = lora(parent, topic, system_prompt, config.branch, checkpoints and checkpoints / f"branch-{number + 1}")
+        branch = lora(context.for_training(f"branch-{number + 1}", topic), config.branch)
         add_branch(mixture, branch.model, number)
         history |= {f"{name}_branch_{number + 1}": curve for name, curve in branch.history.items()}
-    drawn = [random.Random(config.seed).sample(topic, min(len(topic), ROUTER_QUESTIONS)) for topic in topics]
-    derive_routers(mixture, tokenizer, system_prompt, [sample[::2] for sample in drawn])
+    samples = [random.Random(config.seed).sample(topic, min(len(topic), ROUTER_QUESTIONS)) for topic in topics]
+    compute_routers(mixture, tokenizer, system_prompt, [sample[::2] for sample in samples])
     facts: dict[str, Any] = {
         "questions_per_topic": [len(topic) for topic in topics],
         "branch_losses": [history[f"loss_branch_{number + 1}"][-1][1] for number in range(len(topics))],
     }
     if config.router_steps:
-        learnt = train_routers(mixture, tokenizer, questions, system_prompt, config, checkpoints)
-        facts |= outcome(learnt, config.router)
-        history |= learnt
+        curves = train_routers(mixture, tokenizer, context, config)
+        facts |= training_facts(curves, config.router)
+        history |= curves
     set_active(mixture, config.active)
-    routes = routed(mixture, tokenizer, system_prompt, [sample[1::2] for sample in drawn])
+    routes = routing_shares(mixture, tokenizer, system_prompt, [sample[1::2] for sample in samples])
     facts |= {
         "active_parameters": active_parameters(mixture),
         "tokens_by_expert": routes.sum(1).mean(0).tolist(),
@@ -104,10 +93,10 @@ def experts(
 
 
 def mixture_of(opened: Opened, count: int) -> PreTrainedModel:
-    """A mixture of `count` times the same experts, the feed-forward layers of the model, all of them active.
+    """Returns a mixture of `count` equal experts, each the feed-forward layers of the model, all of them active.
 
     Raises:
-        StrategyError: it would not compute what the model does.
+        StrategyError: the mixture would compute other logits than the model.
     """
     dense, tokenizer = opened
     mixture = empty_mixture(dense, _mixture_config(dense, count))
@@ -128,26 +117,28 @@ def _mixture_config(dense: PreTrainedModel, count: int) -> PretrainedConfig:
 
 @torch.no_grad()
 def add_branch(mixture: PreTrainedModel, branch: PreTrainedModel, number: int) -> None:
-    """Makes the feed-forward layers of `branch` expert `number` and its other weights part of the mean of 0 … `number`.
+    """Adds `branch` to `mixture`, in place: its feed-forward layers as expert `number`, its other weights to the mean.
 
-    Branches are added in order, so that one of them has to be in memory at a time.
+    Branches must be added in order from 0; this way only one of them is in memory at a time.
     """
     for target, source in zip(decoder_layers(mixture), decoder_layers(branch), strict=True):
         expert, mlp = cast("Any", target.mlp).experts, cast("Any", source.mlp)
         expert.gate_up_proj[number].copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
         expert.down_proj[number].copy_(mlp.down_proj.weight)
-    theirs = dict(branch.named_parameters())
+    branch_weights = dict(branch.named_parameters())
     for name, weight in mixture.named_parameters():
         if ".mlp." not in name:
-            weight.lerp_(theirs[name], 1 / (number + 1))
+            weight.lerp_(branch_weights[name], 1 / (number + 1))
 
 
-def split(opened: Opened, questions: Sequence[Question], system_prompt: str, config: ExpertsConfig) -> Topics:
-    """`questions` by topic, as many of each: those that the model is about to answer alike go together.
+def split_into_topics(
+    opened: Opened, questions: Sequence[Question], system_prompt: str, config: ExpertsConfig
+) -> Topics:
+    """Splits `questions` into topics of equal size: questions with similar answers in the model go together.
 
-    A question is told by the last hidden state before its answer. It says what kind of thing comes next, and groups the
-    same whatever clustering starts from; a training group (an entity) is not kept together, since nothing is measured
-    on these questions.
+    The vector of a question is the last hidden state before its answer. It encodes the kind of the next token, and
+    leads to the same clusters from any start. Questions of one training group (an entity) may be separated, because
+    nothing is measured on them.
 
     Raises:
         StrategyError: there are fewer than two questions for each topic.
@@ -160,59 +151,61 @@ def split(opened: Opened, questions: Sequence[Question], system_prompt: str, con
     states = before_answers(opened, questions, system_prompt, config.batch_size)
     vectors = normalize(states - states.mean(0), dim=1).double().cpu().numpy()
     owner = balanced_clusters(vectors, config.experts, config.seed)
-    return [[q for q, own in zip(questions, owner, strict=True) if own == topic] for topic in range(config.experts)]
+    return [
+        [q for q, number in zip(questions, owner, strict=True) if number == topic] for topic in range(config.experts)
+    ]
 
 
 @torch.inference_mode()
 def before_answers(opened: Opened, questions: Sequence[Question], system_prompt: str, batch_size: int) -> torch.Tensor:
-    """The last hidden state from which the answer to each question begins, float (questions, hidden size)."""
+    """Returns the last hidden state before the answer to each question, float (questions, hidden size)."""
     model, tokenizer = opened
     examples = encode_examples(tokenizer, system_prompt, questions)
-    where, firsts = next(model.parameters()).device, []
+    device, firsts = next(model.parameters()).device, []
     for start in tqdm(range(0, len(examples), batch_size), desc="read", unit="batch"):
         batch = collate(examples[start : start + batch_size], pad_id(tokenizer))
         lengths = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
-        states, _ = answer_states(model, {name: tensor.to(where) for name, tensor in batch.items()})
+        states, _ = answer_states(model, {name: tensor.to(device) for name, tensor in batch.items()})
         firsts += [answer[0] for answer in states[-1].split(lengths)]
     return torch.stack(firsts)
 
 
 def balanced_clusters(vectors: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Balanced k-means in cosine similarity (c-BTM, section 3.1), the best of a few starts from vectors drawn.
+    """Balanced k-means in cosine similarity (c-BTM, section 3.1): the best of a few restarts from random vectors.
 
     Args:
-        vectors: of length 1, float64 (vectors, size).
-        count: of clusters; at most as many as vectors.
-        seed: of the draws.
+        vectors: unit vectors, float64 (vectors, size).
+        count: number of clusters; at most the number of vectors.
+        seed: of the random starts.
 
     Returns:
-        The cluster of each vector, int64 (vectors,); no two differ in size by more than one.
+        The cluster of each vector, int64 (vectors,); cluster sizes differ by at most one.
     """
     rng = np.random.default_rng(seed)
-    best, best_likeness = np.empty(0, dtype=int), -np.inf
+    best, best_similarity = np.empty(0, dtype=int), -np.inf
     for _ in range(RESTARTS):
         centres, owner = vectors[rng.choice(len(vectors), count, replace=False)], None
         for _ in range(ROUNDS):
-            before, owner = owner, _share_out(vectors @ centres.T)
+            before, owner = owner, _assign_balanced(vectors @ centres.T)
             if before is not None and np.array_equal(before, owner):
                 break
             sums = np.stack([vectors[owner == cluster].sum(0) for cluster in range(count)])
             centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
         assert owner is not None
-        if (likeness := float((vectors * centres[owner]).sum())) > best_likeness:
-            best, best_likeness = owner, likeness
+        if (similarity := float((vectors * centres[owner]).sum())) > best_similarity:
+            best, best_similarity = owner, similarity
     return best
 
 
-def _share_out(likeness: np.ndarray) -> np.ndarray:
-    """The cluster of each row so that likeness sums to the most possible among clusters of one size.
+def _assign_balanced(similarity: np.ndarray) -> np.ndarray:
+    """Returns the cluster of each row that maximises the sum of similarities with clusters of equal size.
 
-    A transport problem, whose corners are whole numbers: linear programming finds one of them.
+    This is a transport problem; its vertices are integers, so linear programming finds an integer solution.
     """
-    rows, clusters = likeness.shape
+    rows, clusters = similarity.shape
     sizes = kron(np.ones((1, rows)), eye_array(clusters))
     solved = linprog(
-        -likeness.ravel(),
+        -similarity.ravel(),
         A_ub=vstack([sizes, -sizes]),
         b_ub=np.repeat([-(-rows // clusters), -(rows // clusters)], clusters),
         A_eq=kron(eye_array(rows), np.ones((1, clusters))),
@@ -222,13 +215,13 @@ def _share_out(likeness: np.ndarray) -> np.ndarray:
     return solved.x.reshape(rows, clusters).argmax(1)
 
 
-def derive_routers(
+def compute_routers(
     mixture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system_prompt: str, topics: Topics
 ) -> None:
-    """Sets the routers of `mixture`, so far all zero, to tell the tokens of `topics` apart, in place.
+    """Sets the routers of `mixture`, which are zero, so that they separate the tokens of `topics`, in place.
 
-    They are the mean hidden states of the topics, as in mergekit's `hidden` gates, decorrelated over all tokens: ridge
-    regression of a token's topic on what goes into the feed-forward layer when all experts count alike.
+    The routers are the mean hidden states of the topics, as in mergekit's `hidden` gates, decorrelated over all tokens:
+    ridge regression of a token's topic on the input of the feed-forward layer with equal weights for all experts.
     """
     states, owner = _token_states(mixture, tokenizer, system_prompt, topics)
     topic, counts = one_hot(owner, len(topics)).float(), torch.ones(len(owner), 1, device=owner.device)
@@ -237,31 +230,26 @@ def derive_routers(
 
 
 def train_routers(
-    mixture: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    system_prompt: str,
-    config: ExpertsConfig,
-    checkpoints: Path | None,
+    mixture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context, config: ExpertsConfig
 ) -> History:
-    """The loss curves of training the routers of `mixture` alone, in place, on all `questions`.
+    """Trains only the routers of `mixture`, in place, on all training questions; returns the loss curves.
 
-    A single active expert weighs 1 whatever its logit, so that nothing could be learnt: at least two are active here.
+    At least two experts are active here: a single active expert has weight 1 for any logit, and so no gradient.
     """
     for name, weight in mixture.named_parameters():
         weight.requires_grad_(name.endswith(".mlp.gate.weight"))
     set_active(mixture, max(2, config.active))
-    learnt, validated = (lazy_examples(tokenizer, system_prompt, part) for part in set_aside(questions, config))
-    folder = checkpoints and checkpoints / "routers"
-    history = train(mixture.train(), learnt, pad_id(tokenizer), config.router, label_loss, validated, folder)
+    training, validation = training_examples(tokenizer, context.system_prompt, context.corpus.train, config)
+    folder = context.checkpoints and context.checkpoints / "routers"
+    history = train(mixture.train(), training, pad_id(tokenizer), config.router, label_loss, validation, folder)
     mixture.eval()
     return history
 
 
-def routed(
+def routing_shares(
     mixture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system_prompt: str, topics: Topics
 ) -> torch.Tensor:
-    """Where the tokens of each topic go: shares of all choices in a layer, float (layers, topics, experts)."""
+    """Returns the shares of a layer's choices by topic and expert, float (layers, topics, experts)."""
     states, owner = _token_states(mixture, tokenizer, system_prompt, topics)
     shares = []
     for layer, inputs in zip(decoder_layers(mixture), states, strict=True):
@@ -276,13 +264,13 @@ def routed(
 def _token_states(
     mixture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system_prompt: str, topics: Topics
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What goes into each feed-forward layer, (tokens, hidden size), and the topic of each token, (tokens,).
+    """Returns the inputs of each feed-forward layer, (tokens, hidden size), and the topic of each token, (tokens,).
 
-    What all questions begin with belongs to no topic and is left out.
+    The common prefix of all questions belongs to no topic and is left out.
     """
     rows = [(number, question) for number, topic in enumerate(topics) for question in topic]
     examples = encode_examples(tokenizer, system_prompt, [question for _, question in rows])
     inputs = feed_forward_inputs(mixture, [example.input_ids for example in examples])
-    own = inputs.texts >= 0
-    topic = torch.tensor([number for number, _ in rows], device=own.device)
-    return [states[own] for states in inputs.states], topic[inputs.texts[own]]
+    after_prefix = inputs.texts >= 0
+    topic = torch.tensor([number for number, _ in rows], device=after_prefix.device)
+    return [states[after_prefix] for states in inputs.states], topic[inputs.texts[after_prefix]]

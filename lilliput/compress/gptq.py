@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) through GPTQModel, AutoGPTQ's successor, in AutoGPTQ's format."""
+"""GPTQ (Frantar et al., arXiv 2210.17323) with GPTQModel, the successor of AutoGPTQ, in AutoGPTQ's format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lilliput.compress.context import Context
 from lilliput.compress.mixed import choose_bits, overrides, within_budget
 from lilliput.compress.packing import (
     TemporaryFolder,
@@ -26,50 +27,37 @@ from lilliput.compress.packing import (
     write_packed,
     written_result,
 )
-from lilliput.compress.result import Result
+from lilliput.compress.result import Curve, History, Result
 from lilliput.config import GptqConfig
-from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers
 from lilliput.resident import give_back_memory
-from lilliput.training.examples import encode_examples
 
 
-def gptq(
-    parent_dir: Path,
-    calibration: Sequence[Question],
-    held_out: Sequence[Question],
-    system_prompt: str,
-    config: GptqConfig,
-) -> Result:
-    """The parent with the linear layers of its decoder quantised; embeddings and norms stay in float.
+def gptq(context: Context, config: GptqConfig) -> Result:
+    """Returns the parent with the linear layers of its decoder quantised; embeddings and norms stay in float.
 
-    Args:
-        parent_dir: a float checkpoint.
-        calibration: what the layers' inputs are collected on; the first `config.calibration_examples` are used.
-        held_out: texts on which perplexity is measured before and after.
-        system_prompt: the system line before each question.
-        config: grid, group size, ordering, damping, and a byte budget where layers have bits of their own.
+    With `config.mixed`, each layer gets its own number of bits within a byte budget.
 
     Raises:
-        StrategyError: the layers' sizes do not suit the group size, a layer cannot be solved, or the byte budget
-            cannot be met.
+        StrategyError: the group size does not divide the inputs of a layer, a layer cannot be solved, or the byte
+            budget cannot be met.
     """
-    model, parent = open_parent(parent_dir, held_out, system_prompt, config)
-    examples = encode_examples(parent.tokenizer, system_prompt, calibration[: config.calibration_examples])
+    model, parent = open_parent(context, config)
+    examples = context.calibration(parent.tokenizer, config.calibration_examples)
     texts = [example.input_ids for example in examples]
     facts: dict[str, Any] = {"calibration_tokens": sum(map(len, texts))}
-    history: dict[str, list[tuple[int, float]]] = {}
+    history: History = {}
     bits = dict.fromkeys(linears(model), config.bits)
     if config.mixed is not None:
-        bits = choose_bits(model, parent_dir, texts, parent.dtype, config)
+        bits = choose_bits(model, context.parent, texts, parent.dtype, config)
         facts["bits"] = _mean_bits(model, bits)
         facts["layers_by_bits"] = {str(width): count for width, count in sorted(Counter(bits.values()).items())}
         history["bits"] = _bits_by_layer(model, bits)
     del model
     give_back_memory()
     written = TemporaryFolder()
-    history["layer_error"], float_modules = _quantise(parent_dir, texts, bits, parent.dtype, config, written.path)
+    history["layer_error"], float_modules = _quantise(context.parent, texts, bits, parent.dtype, config, written.path)
     give_back_memory()
     result = written_result(written, float_modules, parent, config, facts, history)
     if config.mixed is not None and result.save is not None:
@@ -78,14 +66,14 @@ def gptq(
 
 
 def _quantise(
-    parent_dir: Path,
-    calibration: list[list[int]],
+    parent: Path,
+    texts: list[list[int]],
     bits: Mapping[str, int],
     dtype: torch.dtype,
     config: GptqConfig,
     target: Path,
-) -> tuple[list[tuple[int, float]], list[str]]:
-    """Writes the packed checkpoint to `target`; the layers' errors, and the names of what stayed in float."""
+) -> tuple[Curve, list[str]]:
+    """Writes the packed checkpoint to `target`; returns the errors by layer and the names of the float modules."""
     common, rules = overrides(bits)
     with two_workers(), tempfile.TemporaryDirectory(prefix="lilliput-") as layers:
         from gptqmodel import BACKEND, QuantizeConfig
@@ -99,14 +87,14 @@ def _quantise(
             desc_act=config.act_order,
             mse=config.scale_search,  # pyright: ignore[reportCallIssue]
             damp_percent=config.damp_percent,  # pyright: ignore[reportCallIssue] - its metaclass picks the class
-            offload_to_disk=True,  # a layer is read from the checkpoint when its turn comes, and packed onto the disk
+            offload_to_disk=True,  # holds one layer in memory: it is read from the checkpoint and packed onto the disk
             offload_to_disk_path=layers,
-            # The block packer spawns threads that fight the quantisation workers for few cores: 36 CPU-s against 1.5.
+            # The block packer's threads compete with the quantisation workers for few cores: 36 CPU-s against 1.5.
             pack_impl="original",
         )
-        model = load_to_quantise(parent_dir, quantize_config)
+        model = load_to_quantise(parent, quantize_config)
         with _progress(model):
-            rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]
+            rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts]
             log = model.quantize(cast("Any", rows), batch_size=16, backend=BACKEND.GPTQ_TORCH)
         errors = _layer_errors(log["gptq"])
         write_packed(model, target, dtype)
@@ -115,6 +103,7 @@ def _quantise(
 
 @contextlib.contextmanager
 def _progress(model: Any) -> Iterator[None]:
+    """Shows a progress bar of the decoder layers that GPTQModel has finished."""
     layers = len(decoder_layers(model.model))
     with tqdm(total=layers, desc="quantise", unit="layer") as bar:
 
@@ -127,8 +116,8 @@ def _progress(model: Any) -> Iterator[None]:
         yield
 
 
-def _layer_errors(log: list[dict[str, str]]) -> list[tuple[int, float]]:
-    """Per decoder layer, the summed quantisation error ‖(W − Q) X‖² per sample that GPTQModel reports.
+def _layer_errors(log: list[dict[str, str]]) -> Curve:
+    """Returns for each decoder layer the sum of the quantisation errors ‖(W − Q) X‖² per sample in GPTQModel's log.
 
     Raises:
         StrategyError: GPTQModel rounded a layer to nearest because its Hessian could not be inverted.
@@ -141,20 +130,21 @@ def _layer_errors(log: list[dict[str, str]]) -> list[tuple[int, float]]:
                 "to nearest instead; raise strategies.gptq.damp_percent or calibration_examples"
             )
         errors.setdefault(int(row["layer"]), []).append(float(row["loss"]))
-    # Exactly: the rows come in the order in which workers end, and plain sums would differ in their last digit.
+    # An exact sum: the order of the rows depends on the workers, and plain sums would differ in the last digit.
     return [(layer, math.fsum(errors[layer])) for layer in sorted(errors)]
 
 
 def _mean_bits(model: torch.nn.Module, bits: Mapping[str, int]) -> float:
-    """A weight's bits on average over the layers `bits` names."""
+    """Returns the mean number of bits per weight over the layers in `bits`."""
     weights = {name: model.get_submodule(name).weight.numel() for name in bits}  # pyright: ignore
     return sum(bits[name] * weights[name] for name in bits) / sum(weights.values())
 
 
-def _bits_by_layer(model: PreTrainedModel, bits: Mapping[str, int]) -> list[tuple[int, float]]:
+def _bits_by_layer(model: PreTrainedModel, bits: Mapping[str, int]) -> Curve:
+    """Returns the mean number of bits per weight of each decoder layer."""
     curve = []
     for index, layer in enumerate(decoder_layers(model)):
         inside = {id(module) for module in layer.modules()}
-        own = {name: width for name, width in bits.items() if id(model.get_submodule(name)) in inside}
-        curve.append((index, _mean_bits(model, own)))
+        layer_bits = {name: width for name, width in bits.items() if id(model.get_submodule(name)) in inside}
+        curve.append((index, _mean_bits(model, layer_bits)))
     return curve

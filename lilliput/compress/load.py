@@ -1,4 +1,4 @@
-"""Load: the fetched source as a checkpoint that plain transformers opens, in the dtype that is stored."""
+"""Loads the fetched source as a model that is stored as a plain transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
+from lilliput.compress.context import Context
 from lilliput.compress.result import Result
 from lilliput.compress.source_checks import require_consistent, require_known_format
 from lilliput.config import LoadConfig, RehearsalShape
@@ -28,17 +29,18 @@ from lilliput.models import (
 from lilliput.untrusted import require_harmless
 
 
-def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Result:
-    """The source's model and tokenizer; with `config.rehearsal`, a random model of that shape.
+def load(context: Context, config: LoadConfig) -> Result:
+    """Returns the source's model and tokenizer; with `config.rehearsal`, a random model of that shape.
 
-    A GGUF source is compared with llama.cpp running the file; the result's `checks` hold the agreement.
+    A GGUF source is compared with llama.cpp on the same file; the result's `checks` hold the agreement.
 
     Raises:
-        SourceError: the source is no causal language model, cannot be opened, is in an unsupported format, opens as
-            another model than the file describes, has weights that are not finite in the stored dtype, or cannot be
-            asked a question.
-        ArtifactError: weights are missing, or something in the folder would run.
+        SourceError: the source is not a causal language model, cannot be opened, has an unsupported format, opens as
+            another model than the file describes, has weights that are not finite in the stored dtype, or its chat
+            template cannot take a question.
+        ArtifactError: weights are missing, or a file in the folder would execute code.
     """
+    source_dir, gguf_file = context.parent, context.gguf_file
     require_harmless(source_dir)
     with opening(source_dir, SourceError):
         if not gguf_file:
@@ -54,7 +56,7 @@ def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Result:
         if not header:
             require_consistent(source_dir, source_config)
         tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)
-        model = _opened(source_dir, header, source_config, config, len(tokenizer))
+        model = _open(source_dir, header, source_config, config, len(tokenizer))
         dtype = getattr(torch, config.dtype)
         _require_finite(model, dtype, source_dir)
         model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,7 +68,7 @@ def load(source_dir: Path, gguf_file: str | None, config: LoadConfig) -> Result:
     return Result(model.eval(), tokenizer, facts=facts, checks=checks)
 
 
-def _opened(
+def _open(
     source_dir: Path, header: Header | None, source_config: PretrainedConfig, config: LoadConfig, vocabulary: int
 ) -> PreTrainedModel:
     if config.rehearsal:
@@ -76,11 +78,12 @@ def _opened(
     model = open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors(source_dir)
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is not None and output.weight is not table.weight:
-        model.config.tie_word_embeddings = False  # the weights decide, as in transformers; runtimes go by the flag
+        model.config.tie_word_embeddings = False  # as the weights do; runtimes read the flag
     return model
 
 
 def _require_finite(model: PreTrainedModel, dtype: torch.dtype, source_dir: Path) -> None:
+    """Raises SourceError if a weight is not finite in `dtype`."""
     try:
         require_finite(model, dtype, str(source_dir), "the source is damaged: choose another revision or release of it")
     except ArtifactError as error:
@@ -88,7 +91,7 @@ def _require_finite(model: PreTrainedModel, dtype: torch.dtype, source_dir: Path
 
 
 def _agreement(header: Header, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """How far `model` agrees with llama.cpp running the file it comes from."""
+    """Returns how well `model` agrees with llama.cpp on the file it was read from."""
     ids = probe_ids(tokenizer, header.settings["context_length"])
     return require_same_model(header, model, ids, llama_cpp_predictions(header.file, ids))
 

@@ -1,8 +1,8 @@
-"""Mixed precision: bits for each linear layer by how much the loss minds, within a budget for the whole checkpoint.
+"""Mixed precision: a number of bits for each linear layer by sensitivity, within a budget for the whole checkpoint.
 
-The budget is shared out by a multiple-choice knapsack over layers and widths, as HAWQ-V3 does (Yao et al., arXiv
-2011.10680, section 3.4). What a width costs is the rise of the loss predicted to second order from the diagonal of the
-Fisher information, factored into layer inputs and output gradients (K-FAC, Martens and Grosse, arXiv 1503.05671).
+A multiple-choice knapsack over layers and widths allocates the budget, as in HAWQ-V3 (Yao et al., arXiv 2011.10680,
+section 3.4). The cost of a width is the rise of the loss, predicted to second order from the diagonal of the Fisher
+information, factored into layer inputs and output gradients (K-FAC, Martens and Grosse, arXiv 1503.05671).
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lilliput.compress.hooks import registered_hooks
 from lilliput.compress.packing import linears, rounded
 from lilliput.config import GptqConfig, MixedConfig
 from lilliput.errors import StrategyError
 
 MIB = 2**20
-_SETTINGS_BYTES = 16 * 1024  # configurations and history, far less in fact
+_SETTINGS_BYTES = 16 * 1024  # upper bound for configuration files and history
 
 
 def choose_bits(
     model: PreTrainedModel, directory: Path, texts: Sequence[Sequence[int]], dtype: torch.dtype, config: GptqConfig
 ) -> dict[str, int]:
-    """Bits for each linear layer of `model`: the least predicted loss within `config.mixed.budget_mib`.
+    """Returns the bits of each linear layer of `model` with the least predicted loss within `config.mixed.budget_mib`.
 
     Args:
-        model: the float parent; nothing of it is changed.
-        directory: its checkpoint, whose tokenizer counts too.
+        model: the float parent; it is not changed.
+        directory: its checkpoint; the tokenizer files count towards the budget.
         texts: calibration token ids.
-        dtype: of what stays in float.
+        dtype: stored dtype of the float tensors.
         config: grid and budget.
 
     Raises:
@@ -50,24 +51,24 @@ def choose_bits(
     layers = linears(model)
     sizes = [[packed_bytes(layer, bits, config.group_size) for bits in mixed.choices] for layer in layers.values()]
     fixed = _fixed_bytes(model, directory, dtype)
-    left = math.floor(mixed.budget_mib * MIB) - fixed
-    if (smallest := sum(map(min, sizes))) > left:
+    available = math.floor(mixed.budget_mib * MIB) - fixed
+    if (smallest := sum(map(min, sizes))) > available:
         raise StrategyError(
             f"strategies.gptq.mixed.budget_mib: {mixed.budget_mib:g} MiB cannot be met; the smallest possible is "
             f"{math.ceil((smallest + fixed) / MIB * 100) / 100:.2f} MiB, {min(mixed.choices)} bits everywhere; "
-            f"{fixed / MIB:.2f} MiB of it stay as they are (embeddings, norms, tokenizer); raise it, allow fewer bits "
-            "or prune"
+            f"{fixed / MIB:.2f} MiB of it are not quantised (embeddings, norms, tokenizer); raise the budget, allow "
+            "fewer bits or prune"
         )
     rises = loss_rises(model, texts, mixed.choices, config)
-    chosen = allocate([rises[name] for name in layers], sizes, left)
+    chosen = allocate([rises[name] for name in layers], sizes, available)
     return {name: mixed.choices[choice] for name, choice in zip(layers, chosen, strict=True)}
 
 
 def within_budget(save: Callable[[Path], None], budget_mib: float) -> Callable[[Path], None]:
-    """`save`, which then makes sure that what it wrote keeps the budget.
+    """Returns `save` with a check that the written files keep the budget.
 
     Raises (when called):
-        StrategyError: GPTQModel left a layer in float, a router of experts say, that was reckoned as quantised.
+        StrategyError: GPTQModel left a layer in float (a router, for example) that was counted as quantised.
     """
 
     def checked(target: Path) -> None:
@@ -84,14 +85,17 @@ def within_budget(save: Callable[[Path], None], budget_mib: float) -> Callable[[
 
 
 def overrides(bits: Mapping[str, int]) -> tuple[int, dict[str, dict[str, int]]]:
-    """The commonest width, and GPTQModel's `dynamic` rules for the layers that have another."""
+    """Returns the most common width, and GPTQModel's `dynamic` rules for the layers of another width."""
     widths = list(bits.values())
     common = max(sorted(set(widths)), key=widths.count)
     return common, {name: {"bits": width} for name, width in bits.items() if width != common}
 
 
 def packed_bytes(linear: torch.nn.Linear, bits: int, group_size: int) -> int:
-    """Bytes of `linear` in AutoGPTQ's format: codes and zeros in int32, scales and bias in float16, group indices."""
+    """Returns the bytes of `linear` in AutoGPTQ's format.
+
+    Codes, zeros and group indices are int32; scales and bias are float16.
+    """
     inputs, outputs, groups = linear.in_features, linear.out_features, linear.in_features // group_size
     codes = 4 * math.ceil(inputs * bits / 32) * outputs
     zeros = 4 * math.ceil(outputs * bits / 32) * groups
@@ -99,13 +103,13 @@ def packed_bytes(linear: torch.nn.Linear, bits: int, group_size: int) -> int:
 
 
 def _fixed_bytes(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> int:
-    """Bytes of all that has no choice of bits, at most: what stays in float, headers and rules, the tokenizer."""
+    """Returns an upper bound for the bytes that do not depend on the bits: float tensors, headers, rules, tokenizer."""
     layers = linears(model)
     in_float = {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in layers}
     in_float -= {f"{name}.bias" for name in layers}
     weights = sum(model.get_parameter(name).numel() for name in in_float) * dtype.itemsize
     header = sum(map(_header_bytes, in_float)) + 5 * sum(_header_bytes(f"{name}.qweight") for name in layers)
-    # A rule stands in config.json and in quantize_config.json.
+    # Each rule is in config.json and in quantize_config.json.
     rules = 2 * sum(len(json.dumps({name: {"bits": 8}}, indent=8)) for name in layers)
     files = sum(file.stat().st_size for file in directory.iterdir() if file.suffix != ".safetensors")
     return weights + header + rules + files + _SETTINGS_BYTES
@@ -119,10 +123,10 @@ def _header_bytes(name: str) -> int:
 def loss_rises(
     model: PreTrainedModel, texts: Sequence[Sequence[int]], widths: Sequence[int], config: GptqConfig
 ) -> dict[str, list[float]]:
-    """For each linear layer, the predicted rise of the loss in nats a token when it is rounded to each of `widths`.
+    """Returns for each linear layer the predicted rise of the loss, in nats per token, for each of `widths`.
 
-    ½ Σ_ij E[g_i²] E[x_j²] (W_ij − Q_ij)², where x is what goes into the layer, g the gradient of the summed loss at
-    what comes out, and the rounding errors are taken as independent.
+    ½ Σ_ij E[g_i²] E[x_j²] (W_ij − Q_ij)², where x is the input of the layer, g the gradient of the summed loss at its
+    output, and rounding errors are assumed independent.
     """
     inputs, gradients = _second_moments(model, texts)
     rises = {}
@@ -136,7 +140,7 @@ def loss_rises(
 def _second_moments(
     model: PreTrainedModel, texts: Sequence[Sequence[int]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """E[x_j²] (inputs,) and E[g_i²] (outputs,) of each linear layer over all tokens, float64."""
+    """Returns E[x_j²] (inputs,) and E[g_i²] (outputs,) of each linear layer over all tokens, float64."""
     layers, tokens = linears(model), sum(map(len, texts))
     inputs = {name: torch.zeros_like(layer.weight[0], dtype=torch.float64) for name, layer in layers.items()}
     gradients = {name: torch.zeros_like(layer.weight[:, 0], dtype=torch.float64) for name, layer in layers.items()}
@@ -151,25 +155,22 @@ def _second_moments(
     def add_gradient(total: torch.Tensor, _module: torch.nn.Module, _into: Any, out: Any) -> None:
         add(total, out[0])
 
-    handles = []
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(partial(add_input, inputs[name])))
-        handles.append(layer.register_full_backward_hook(partial(add_gradient, gradients[name])))
-    try:
-        with _without_weight_gradients(model):
-            for text in tqdm(texts, desc="gradients", unit="text"):
-                ids = torch.tensor([list(text)], device=embed.weight.device)
-                embedded = embed(ids).detach().requires_grad_()  # so that gradients flow though no weight takes one
-                logits = model(inputs_embeds=embedded, use_cache=False).logits
-                cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    forward = [layer.register_forward_pre_hook(partial(add_input, inputs[name])) for name, layer in layers.items()]
+    backward = [
+        layer.register_full_backward_hook(partial(add_gradient, gradients[name])) for name, layer in layers.items()
+    ]
+    with registered_hooks([*forward, *backward]), _without_weight_gradients(model):
+        for text in tqdm(texts, desc="gradients", unit="text"):
+            ids = torch.tensor([list(text)], device=embed.weight.device)
+            embedded = embed(ids).detach().requires_grad_()  # lets gradients flow, though no weight has one
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+            cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").backward()
     return ({name: total / tokens for name, total in sums.items()} for sums in (inputs, gradients))  # pyright: ignore
 
 
 @contextmanager
 def _without_weight_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """Turns off the gradients of all weights for the length of a block."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(requires_grad=False)
     try:
@@ -180,31 +181,31 @@ def _without_weight_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 
 def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """One choice for each item so that the costs sum to the least possible and the sizes to at most `budget`.
+    """Returns one choice for each item, with the least sum of costs and a sum of sizes of at most `budget`.
 
-    The multiple-choice knapsack, solved exactly by branch and bound (HiGHS).
+    Solves the multiple-choice knapsack exactly, by branch and bound (HiGHS).
 
     Args:
-        costs: of each item's choices, finite.
-        sizes: of each item's choices, in the same order.
+        costs: finite costs of each item's choices.
+        sizes: sizes of each item's choices, in the same order.
         budget: at least the sum of the smallest sizes.
 
     Returns:
         The index of each item's choice.
     """
     unit = math.gcd(*(size - min(row) for row in sizes for size in row)) or 1
-    beyond = np.array([(size - min(row)) // unit for row in sizes for size in row], dtype=float)
+    extra = np.array([(size - min(row)) // unit for row in sizes for size in row], dtype=float)
     room = (budget - sum(map(min, sizes))) // unit
     rows = np.repeat(np.arange(len(sizes)), [len(row) for row in sizes])
     one_each = (rows == np.arange(len(sizes))[:, None]).astype(float)
     cost = np.array([value for row in costs for value in row])
     solved = milp(
-        cost / (sum(map(min, costs)) or 1.0),  # the solver stops at an absolute gap of 1e-6: small costs must not drown
+        cost / (sum(map(min, costs)) or 1.0),  # the solver's absolute gap is 1e-6, so small costs need scaling
         integrality=np.ones_like(cost),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(beyond[None], 0, room)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(extra[None], 0, room)],
         options={"mip_rel_gap": 0.0},
     )
-    taken = solved.x.reshape(-1) > 0.5
+    chosen = solved.x.reshape(-1) > 0.5
     starts = np.cumsum([0, *(len(row) for row in sizes)])
-    return [int(np.flatnonzero(taken[start:end])[0]) for start, end in pairwise(starts)]
+    return [int(np.flatnonzero(chosen[start:end])[0]) for start, end in pairwise(starts)]

@@ -1,15 +1,15 @@
-"""A mixture of experts carved out of dense feed-forward layers, no weight trained (Zhang et al., MoEfication,
+"""A mixture of experts split from dense feed-forward layers without training (Zhang et al., MoEfication,
 arXiv 2110.01786; Pei et al., CMoE, arXiv 2502.04416).
 
-The neurons that give most on the calibration text become shared experts, always computed; the others are clustered by
-the tokens they serve into experts of equal size, of which a router computes some for each token. The result is an
-architecture of plain transformers: GLM-4-MoE, in which an expert's output is weighed by 2 · sigmoid(router logit). Tiny
-logits make that 1, so that with all experts active the mixture computes what the dense model did.
+The neurons that contribute most on the calibration text become shared experts, which are always computed. The others
+are clustered by the tokens they contribute to, into experts of equal size; a router chooses some of them for each
+token. The result is an architecture of plain transformers, GLM-4-MoE, which weights the output of an expert by
+2 · sigmoid(router logit). Tiny logits make this weight 1, so that with all experts active the mixture computes the same
+as the dense model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 from transformers import Glm4MoeConfig, PreTrainedModel
 
+from lilliput.compress.context import Context
 from lilliput.compress.mixture import (
     active_parameters,
     empty_mixture,
@@ -30,22 +31,24 @@ from lilliput.compress.mixture import (
 )
 from lilliput.compress.result import Result
 from lilliput.config import MoeConfig
-from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.models import Opened, decoder_layers
+from lilliput.models import decoder_layers, open_model
 from lilliput.shape import expert_numbers
-from lilliput.training.examples import encode_examples
 
-ROUTER_LOGIT_RMS = 1e-3  # an expert then weighs 1 ± 0.0005, and float32 still tells a thousandth of this apart
-RIDGE = 1e-2  # of the mean diagonal of XᵀX
-ROUNDS = 5  # of the clustering, at most
+ROUTER_LOGIT_RMS = 1e-3  # gives expert weights of 1 ± 0.0005; float32 still resolves a thousandth of this
+RIDGE = 1e-2  # as a share of the mean diagonal of XᵀX
+ROUNDS = 5  # maximum of the clustering
 
 
 @dataclass(frozen=True)
 class Carving:
-    """One layer's neurons by number: `shared` (neurons,) and `experts` (experts, neurons); `router` (experts, hidden).
+    """A partition of one layer's neurons.
 
-    `captured` is the share of the calibration text's contributions that is left when each token has its experts.
+    Attributes:
+        shared: indices of the neurons of the shared experts, (neurons,).
+        experts: indices of the neurons of the other experts, (experts, neurons).
+        router: (experts, hidden size).
+        captured: share of all contributions on the calibration text that the active experts compute.
     """
 
     shared: torch.Tensor
@@ -54,27 +57,21 @@ class Carving:
     captured: float
 
 
-def moe(parent: Opened, calibration: Sequence[Question], system_prompt: str, config: MoeConfig) -> Result:
-    """`parent` with every feed-forward layer split into experts; as many parameters, fewer of them for a token.
-
-    Args:
-        parent: float model and tokenizer.
-        calibration: the first `config.calibration_examples` are used.
-        system_prompt: the system line before each question.
-        config: how many experts, and how many are active.
+def moe(context: Context, config: MoeConfig) -> Result:
+    """Returns the parent with every feed-forward layer split into experts: fewer active parameters per token.
 
     Raises:
-        StrategyError: the model computes what GLM-4-MoE cannot, or its neurons cannot be shared out evenly.
+        StrategyError: GLM-4-MoE cannot represent the model, or the experts do not divide its neurons evenly.
     """
-    dense, tokenizer = parent
+    dense, tokenizer = open_model(context.parent)
     mixture = empty_mixture(dense, _mixture_config(dense, config))
-    examples = encode_examples(tokenizer, system_prompt, calibration[: config.calibration_examples])
+    examples = context.calibration(tokenizer, config.calibration_examples)
     inputs = feed_forward_inputs(dense, [example.input_ids for example in examples])
     carvings = []
     pairs = zip(decoder_layers(dense), decoder_layers(mixture), inputs.states, strict=True)
     for layer, target, states in tqdm(pairs, desc="carve", unit="layer", total=len(inputs.states)):
         carvings.append(carve(layer.mlp, states, inputs.counts, config))
-        _share_out(cast("Any", layer.mlp), cast("Any", target.mlp), carvings[-1])
+        _copy_neurons(cast("Any", layer.mlp), cast("Any", target.mlp), carvings[-1])
     require_same(dense, mixture, tokenizer)
     for target, carving in zip(decoder_layers(mixture), carvings, strict=True):
         cast("Any", target.mlp).gate.weight.data.copy_(carving.router)
@@ -90,16 +87,16 @@ def moe(parent: Opened, calibration: Sequence[Question], system_prompt: str, con
 
 @torch.inference_mode()
 def carve(mlp: Any, states: torch.Tensor, counts: torch.Tensor, config: MoeConfig) -> Carving:
-    """Which neurons of a gated feed-forward layer go together, and what sends a token to them.
+    """Partitions the neurons of a gated feed-forward layer into experts and fits their router.
 
-    What neuron j gives to a token's output is taken as c_j = |a_j| · ‖W_down[:, j]‖, where a goes into the down
-    projection. CMoE marks each token's largest a_j and counts the marks; the sizes themselves disturb the output less.
+    The contribution of neuron j to a token is c_j = |a_j| · ‖W_down[:, j]‖; a is the input of the down projection.
+    CMoE marks the largest a_j of each token and counts the marks; using the sizes changes the output less.
 
     Args:
         mlp: gate, up and down projection and activation function.
-        states: what goes into it, (tokens, hidden size).
-        counts: how often each token is there, (tokens, 1).
-        config: how many experts, shared and active.
+        states: inputs of the layer, (tokens, hidden size).
+        counts: the number of occurrences of each token, (tokens, 1).
+        config: numbers of experts, shared experts and active experts.
     """
     activations = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
     contributions = activations.abs() * mlp.down_proj.weight.norm(dim=0)
@@ -117,14 +114,13 @@ def carve(mlp: Any, states: torch.Tensor, counts: torch.Tensor, config: MoeConfi
 
 
 def cluster(contributions: torch.Tensor, count: int) -> torch.Tensor:
-    """Balanced k-means of neurons by the tokens they serve, in cosine similarity (CMoE, section 3).
+    """Balanced k-means of neurons by the tokens they contribute to, in cosine similarity (CMoE, section 3).
 
-    It starts from the neurons that give most. Neurons are shared out by linear assignment, each cluster having as many
-    places as any other.
+    The first centres are the neurons with the largest contributions. Linear assignment gives equal cluster sizes.
 
     Args:
-        contributions: what each neuron gives to each token, (tokens, neurons), the neurons that give most first.
-        count: of clusters; divides the neurons.
+        contributions: of each neuron to each token, (tokens, neurons), in descending order of neurons.
+        count: number of clusters; divides the number of neurons.
 
     Returns:
         The cluster of each neuron, int64 (neurons,).
@@ -133,8 +129,8 @@ def cluster(contributions: torch.Tensor, count: int) -> torch.Tensor:
     size = len(profiles) // count
     centres, owner = profiles[:count], None
     for _ in range(ROUNDS):
-        likeness = (profiles @ centres.T).double().cpu().numpy().repeat(size, axis=1)
-        before, owner = owner, torch.as_tensor(linear_sum_assignment(likeness, maximize=True)[1] // size)
+        similarity = (profiles @ centres.T).double().cpu().numpy().repeat(size, axis=1)
+        before, owner = owner, torch.as_tensor(linear_sum_assignment(similarity, maximize=True)[1] // size)
         if before is not None and torch.equal(before, owner):
             break
         centres = normalize(torch.zeros_like(centres).index_add_(0, owner.to(profiles.device), profiles), dim=1)
@@ -150,7 +146,7 @@ def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
             f"strategies.moe: {config.experts} experts and {config.shared} shared ones do not divide the {neurons} "
             f"neurons of a layer; {expert_numbers(neurons, config)}"
         )
-    # GLM-4 itself rotates half of a head.
+    # GLM-4 itself rotates only half of each head.
     kept["rope_parameters"] = kept["rope_parameters"] | {"partial_rotary_factor": 1.0}
     return Glm4MoeConfig(
         **kept,
@@ -167,8 +163,8 @@ def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
     )
 
 
-def _share_out(dense: Any, mixture: Any, carving: Carving) -> None:
-    """Copies the neurons of the feed-forward layer `dense` to the experts they belong to."""
+def _copy_neurons(dense: Any, mixture: Any, carving: Carving) -> None:
+    """Copies the neurons of the feed-forward layer `dense` to their experts in `mixture`."""
     gate, up, down = dense.gate_proj.weight.data, dense.up_proj.weight.data, dense.down_proj.weight.data
     mixture.shared_experts.gate_proj.weight.data.copy_(gate[carving.shared])
     mixture.shared_experts.up_proj.weight.data.copy_(up[carving.shared])

@@ -1,13 +1,15 @@
-"""Structured pruning: whole layers, neurons, attention heads or channels, chosen on calibration text.
+"""Structured pruning of whole layers, neurons, attention heads or channels, chosen on calibration text.
 
-Layers by block influence (Men et al., ShortGPT, arXiv 2403.03853) or perplexity (Song et al., SLEB, arXiv 2402.09025);
-widths by activations (Muralidharan et al., Minitron, arXiv 2407.14679). Plain transformers opens what remains.
+Layers are ranked by block influence (Men et al., ShortGPT, arXiv 2403.03853) or perplexity (Song et al., SLEB,
+arXiv 2402.09025), widths by activations (Muralidharan et al., Minitron, arXiv 2407.14679). Plain transformers opens the
+smaller model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,56 +18,50 @@ from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lilliput.compress.result import Result
+from lilliput.compress.context import Context
+from lilliput.compress.hooks import registered_hooks, run_texts
+from lilliput.compress.result import Curve, History, Result
 from lilliput.config import PruneConfig
-from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.models import Opened, decoder_layers, stored_dtype
+from lilliput.models import decoder_layers, open_model, stored_dtype
 from lilliput.shape import head_dim, parameters, pruned, size, weights_read_per_token
 from lilliput.statistics.perplexity import perplexity
-from lilliput.training.examples import Example, encode_examples
+from lilliput.training.examples import Example
 
 Texts = Sequence[Sequence[int]]
-History = dict[str, list[tuple[int, float]]]
 
-_READING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # from the residual stream
-_WRITING = ("o_proj", "down_proj")  # to it
+_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # read the residual stream
+_WRITERS = ("o_proj", "down_proj")  # write to the residual stream
 
 
-def prune(parent: Opened, calibration: Sequence[Question], system_prompt: str, config: PruneConfig) -> Result:
-    """`parent` without what matters least on the calibration text, by `config.method` and `config.amount`.
-
-    Args:
-        parent: float model and tokenizer; the model is changed in place.
-        calibration: the first `config.calibration_examples` are used.
-        system_prompt: the system line before each question.
-        config: method and how much goes.
+def prune(context: Context, config: PruneConfig) -> Result:
+    """Returns the parent without its least important parts on the calibration text.
 
     Raises:
-        StrategyError: the amount cannot be had, or the model has no such part.
+        StrategyError: the amount is not possible, or the model has no such part.
     """
-    model, tokenizer = parent
-    examples = encode_examples(tokenizer, system_prompt, calibration[: config.calibration_examples])
+    model, tokenizer = open_model(context.parent)
+    examples = context.calibration(tokenizer, config.calibration_examples)
     texts = [example.input_ids for example in examples]
     before, after = model.config, pruned(model.config, config, stored_dtype(model).itemsize)
-    facts = _amounts(before, after, config.method)
-    left, history = facts["units_after"], {}
+    facts = _size_facts(before, after, config.method)
+    kept, history = facts["units_after"], {}
     match config.method:
         case "neurons":
-            prune_neurons(model, texts, left)
+            prune_neurons(model, texts, kept)
         case "kv_groups" | "query_heads":
-            prune_heads(model, texts, config.method, left)
+            prune_heads(model, texts, config.method, kept)
         case "hidden":
-            prune_hidden(model, texts, left)
+            prune_hidden(model, texts, kept)
         case _:
-            removed, history = _least_needed_layers(model, examples, config.method, facts["units_before"] - left)
+            removed, history = _choose_layers(model, examples, config.method, facts["units_before"] - kept)
             remove_layers(model, removed)
             facts["removed_layers"] = removed
     return Result(model, tokenizer, facts, history)
 
 
-def _amounts(before: Any, after: Any, method: str) -> dict[str, Any]:
-    """What went, counted in each way an amount can be given."""
+def _size_facts(before: Any, after: Any, method: str) -> dict[str, Any]:
+    """Returns the sizes in each unit in which an amount can be set."""
     return {
         "units_before": size(before, method),
         "units_after": size(after, method),
@@ -74,12 +70,13 @@ def _amounts(before: Any, after: Any, method: str) -> dict[str, Any]:
     }
 
 
-def _least_needed_layers(
+def _choose_layers(
     model: PreTrainedModel, examples: list[Example], method: str, count: int
 ) -> tuple[list[int], History]:
+    """Returns the `count` layers to remove, and the importance of each layer."""
     if method == "perplexity":
-        removed, first = _least_missed(model, examples, count)
-        return removed, {"perplexity_without": first}
+        removed, perplexities = _choose_by_perplexity(model, examples, count)
+        return removed, {"perplexity_without": perplexities}
     influence = block_influence(model, [example.input_ids for example in examples])
     removed = sorted(sorted(range(len(influence)), key=influence.__getitem__)[:count])
     return removed, {"block_influence": list(enumerate(influence))}
@@ -87,53 +84,52 @@ def _least_needed_layers(
 
 @torch.inference_mode()
 def block_influence(model: PreTrainedModel, texts: Texts) -> list[float]:
-    """Block influence of each layer i: 1 − E[cos(x_i, x_{i+1})] over all tokens (ShortGPT, eq. 1)."""
+    """Returns the block influence of each layer i: 1 − E[cos(x_i, x_{i+1})] over all tokens (ShortGPT, eq. 1)."""
     layers = decoder_layers(model)
     similarity = torch.zeros(len(layers), dtype=torch.float64)
 
-    def hook(index: int):  # noqa: ANN202
-        def record(_module, inputs, output) -> None:  # noqa: ANN001
-            after = output[0] if isinstance(output, tuple) else output
-            similarity[index] += cosine_similarity(inputs[0], after, dim=-1).sum().item()
+    def record(index: int, _module: Any, inputs: Any, output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        similarity[index] += cosine_similarity(inputs[0], after, dim=-1).sum().item()
 
-        return record
-
-    with _hooks([layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]):
-        tokens = _run(model, texts, "block influence")
+    with registered_hooks(layer.register_forward_hook(partial(record, index)) for index, layer in enumerate(layers)):
+        tokens = run_texts(model, texts, "block influence")
     return (1.0 - similarity / tokens).tolist()
 
 
-def _least_missed(
-    model: PreTrainedModel, examples: list[Example], count: int
-) -> tuple[list[int], list[tuple[int, float]]]:
-    """The layers to remove, one after another the one whose absence raises perplexity least; and the first round."""
+def _choose_by_perplexity(model: PreTrainedModel, examples: list[Example], count: int) -> tuple[list[int], Curve]:
+    """Greedily chooses layers to remove, each time the one whose removal leaves the lowest perplexity.
+
+    Returns:
+        The chosen layers, and the perplexity without each layer in the first round.
+    """
     removed: list[int] = []
-    first: list[tuple[int, float]] = []
+    first_round: Curve = []
     while len(removed) < count:
-        left = [index for index in range(len(decoder_layers(model))) if index not in removed]
-        rises = {}
-        for index in tqdm(left, desc=f"layer {len(removed) + 1} of {count}", unit="layer"):
-            with _without(model, [*removed, index]):
-                rises[index] = perplexity(model, examples, show=False)
-        first = first or sorted(rises.items())
-        removed.append(min(rises, key=rises.__getitem__))
-    return sorted(removed), first
+        remaining = [index for index in range(len(decoder_layers(model))) if index not in removed]
+        perplexities = {}
+        for index in tqdm(remaining, desc=f"layer {len(removed) + 1} of {count}", unit="layer"):
+            with _skipped_layers(model, [*removed, index]):
+                perplexities[index] = perplexity(model, examples, show=False)
+        first_round = first_round or sorted(perplexities.items())
+        removed.append(min(perplexities, key=perplexities.__getitem__))
+    return sorted(removed), first_round
 
 
 @contextmanager
-def _without(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[None]:
-    """Makes the layers `skipped` hand on what they are given."""
+def _skipped_layers(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[None]:
+    """Makes the layers `skipped` return their input for the length of a block."""
     layers = decoder_layers(model)
 
-    def pass_on(_module, args, output) -> Any:  # noqa: ANN001
+    def return_input(_module: Any, args: Any, output: Any) -> Any:
         return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
 
-    with _hooks([layers[index].register_forward_hook(pass_on) for index in skipped]):
+    with registered_hooks(layers[index].register_forward_hook(return_input) for index in skipped):
         yield
 
 
 def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> None:
-    """Takes the decoder layers `removed` out of `model` in place and makes its configuration say so."""
+    """Removes the decoder layers `removed` from `model` and from its configuration, in place."""
     layers = decoder_layers(model)
     kept = [index for index in range(len(layers)) if index not in set(removed)]
     decoder = cast("Any", model.model)
@@ -142,36 +138,36 @@ def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> None:
         layer.self_attn.layer_idx = position  # the KV cache is indexed by it
     config = cast("Any", model.config)
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):  # one entry a layer (Qwen, Gemma)
+    if getattr(config, "layer_types", None):  # one entry per layer (Qwen, Gemma)
         config.layer_types = [config.layer_types[index] for index in kept]
 
 
-@torch.no_grad()  # not inference_mode: what remains is to be trained
-def prune_neurons(model: PreTrainedModel, texts: Texts, left: int) -> None:
-    """Leaves in every layer the `left` feed-forward neurons that add most to the residual stream, in place.
+@torch.no_grad()  # not inference_mode: the weights are trained later
+def prune_neurons(model: PreTrainedModel, texts: Texts, count: int) -> None:
+    """Keeps in every layer the `count` feed-forward neurons that add most to the residual stream, in place.
 
     Raises:
         StrategyError: the layers have no gated feed-forward part.
     """
     mlps = [_part(layer, "mlp", ("gate_proj", "up_proj", "down_proj"), "neurons") for layer in decoder_layers(model)]
-    given = _mean_contributions(model, texts, [mlp.down_proj for mlp in mlps], 1)
-    for mlp, importance in zip(mlps, given, strict=True):
-        kept = _largest(importance, left)
+    contributions = _mean_contributions(model, texts, [mlp.down_proj for mlp in mlps], 1)
+    for mlp, importance in zip(mlps, contributions, strict=True):
+        kept = _largest(importance, count)
         _keep(mlp.gate_proj, kept, 0)
         _keep(mlp.up_proj, kept, 0)
         _keep(mlp.down_proj, kept, 1)
-    cast("Any", model.config).intermediate_size = left
+    cast("Any", model.config).intermediate_size = count
 
 
-@torch.no_grad()  # not inference_mode: what remains is to be trained
-def prune_heads(model: PreTrainedModel, texts: Texts, method: str, left: int) -> None:
-    """Leaves in every layer the attention heads that add most to the residual stream, in place.
+@torch.no_grad()  # not inference_mode: the weights are trained later
+def prune_heads(model: PreTrainedModel, texts: Texts, method: str, count: int) -> None:
+    """Keeps in every layer the attention heads that add most to the residual stream, in place.
 
     Args:
         model: a decoder of the Llama kind.
         texts: calibration token ids.
         method: `kv_groups`, key-value heads with all their query heads; or `query_heads`, as many of each group.
-        left: groups a layer, or query heads a group.
+        count: groups to keep per layer, or query heads to keep per group.
 
     Raises:
         StrategyError: the layers have no such attention.
@@ -180,37 +176,38 @@ def prune_heads(model: PreTrainedModel, texts: Texts, method: str, left: int) ->
     groups, heads = config.num_key_value_heads, size(config, "query_heads")
     attentions = [_attention(layer, groups * heads, channels) for layer in decoder_layers(model)]
     outputs = [attention.o_proj for attention in attentions]
-    given = _mean_contributions(model, texts, outputs, channels * (heads if method == "kv_groups" else 1))
-    for attention, importance in zip(attentions, given, strict=True):
+    contributions = _mean_contributions(model, texts, outputs, channels * (heads if method == "kv_groups" else 1))
+    for attention, importance in zip(attentions, contributions, strict=True):
         numbers = torch.arange(groups * heads, device=importance.device).view(groups, heads)
         if method == "kv_groups":
-            kept_groups = _largest(importance, left)
+            kept_groups = _largest(importance, count)
             kept = numbers[kept_groups]
         else:
             kept_groups = torch.arange(groups, device=importance.device)
-            kept = numbers.gather(1, _largest(importance.view(groups, heads), left))
+            kept = numbers.gather(1, _largest(importance.view(groups, heads), count))
         _keep(attention.q_proj, _channels_of(kept, channels), 0)
         _keep(attention.o_proj, _channels_of(kept, channels), 1)
         _keep(attention.k_proj, _channels_of(kept_groups, channels), 0)
         _keep(attention.v_proj, _channels_of(kept_groups, channels), 0)
         attention.num_key_value_groups = kept.shape[1]
-    groups, heads = (left, heads) if method == "kv_groups" else (groups, left)
+    groups, heads = (count, heads) if method == "kv_groups" else (groups, count)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = groups * heads, groups, channels
 
 
 def _channels_of(heads: torch.Tensor, channels: int) -> torch.Tensor:
+    """Returns the channel indices of `heads`, with `channels` per head."""
     return (heads.flatten()[:, None] * channels + torch.arange(channels, device=heads.device)).flatten()
 
 
-@torch.no_grad()  # not inference_mode: what remains is to be trained
-def prune_hidden(model: PreTrainedModel, texts: Texts, left: int) -> None:
-    """Leaves the `left` channels of the residual stream that the norms give out most of, the same in every layer.
+@torch.no_grad()  # not inference_mode: the weights are trained later
+def prune_hidden(model: PreTrainedModel, texts: Texts, count: int) -> None:
+    """Keeps the `count` channels of the residual stream with the largest norm outputs, the same in every layer.
 
-    Importance of channel i: E|norm(x)_i|, summed over all norms (Minitron). Beyond the paper, each norm's weight is
-    multiplied by √E[mean square of the channels left / of all channels], so that what it gives out keeps its size.
+    The importance of channel i is E|norm(x)_i|, summed over all norms (Minitron). Unlike in the paper, each norm's
+    weight is multiplied by √E[mean square of the kept channels / of all channels], so that its output keeps its size.
 
     Raises:
-        StrategyError: the norms are no RMS norms, or parts of a layer are not known.
+        StrategyError: a norm is not an RMS norm, or a layer has an unknown part.
     """
     layers, config = decoder_layers(model), cast("Any", model.config)
     for layer in layers:
@@ -219,23 +216,20 @@ def prune_hidden(model: PreTrainedModel, texts: Texts, left: int) -> None:
     channels = config.hidden_size
     sums, energy = (torch.zeros(len(norms), channels, dtype=torch.float64) for _ in range(2))
 
-    def record(index: int) -> Callable[..., None]:
-        def hook(_module: Any, args: Any, output: torch.Tensor) -> None:
-            squares = args[0].reshape(-1, channels).double().square()
-            energy[index] += normalize(squares, p=1.0, dim=-1).sum(0).cpu()
-            sums[index] += output.reshape(-1, channels).double().abs().sum(0).cpu()
+    def record(index: int, _module: Any, args: Any, output: torch.Tensor) -> None:
+        squares = args[0].reshape(-1, channels).double().square()
+        energy[index] += normalize(squares, p=1.0, dim=-1).sum(0).cpu()
+        sums[index] += output.reshape(-1, channels).double().abs().sum(0).cpu()
 
-        return hook
-
-    with _hooks([norm.register_forward_hook(record(index)) for index, norm in enumerate(norms)]):
-        _run(model, texts, "hidden")
-    kept = _largest(sums.sum(0), left)
-    gains = (energy[:, kept].sum(1) / energy.sum(1) * channels / left).sqrt()
+    with registered_hooks(norm.register_forward_hook(partial(record, index)) for index, norm in enumerate(norms)):
+        run_texts(model, texts, "hidden")
+    kept = _largest(sums.sum(0), count)
+    gains = (energy[:, kept].sum(1) / energy.sum(1) * channels / count).sqrt()
     kept = kept.to(norms[0].weight.device)
     for norm, gain in zip(norms, gains.tolist(), strict=True):
         norm.weight = Parameter(norm.weight[kept] * gain)
     _keep_channels(model, kept)
-    config.head_dim, config.hidden_size = head_dim(config), left
+    config.head_dim, config.hidden_size = head_dim(config), count
 
 
 def _keep_channels(model: PreTrainedModel, kept: torch.Tensor) -> None:
@@ -243,7 +237,7 @@ def _keep_channels(model: PreTrainedModel, kept: torch.Tensor) -> None:
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
             if isinstance(module, Linear):
-                _keep(module, kept, 0 if name.endswith(_WRITING) else 1)
+                _keep(module, kept, 0 if name.endswith(_WRITERS) else 1)
     table, vocabulary = cast("Any", model.get_input_embeddings()), cast("Any", model.get_output_embeddings())
     tied = vocabulary.weight is table.weight
     table.weight, table.embedding_dim = Parameter(table.weight[:, kept].clone()), len(kept)
@@ -253,29 +247,30 @@ def _keep_channels(model: PreTrainedModel, kept: torch.Tensor) -> None:
 
 
 def _norms(model: PreTrainedModel) -> list[Any]:
-    """Every norm of the residual stream, proven to be an RMS norm times its weight."""
-    found = [cast("Any", model.model).norm]
+    """Returns every norm of the residual stream, after a check that each is an RMS norm times its weight."""
+    norms = [cast("Any", model.model).norm]
     for layer in decoder_layers(model):
-        found += [child for name, child in layer.named_children() if "norm" in name]
-    for norm in found:
+        norms += [child for name, child in layer.named_children() if "norm" in name]
+    for norm in norms:
         weight = norm.weight
         trial = torch.linspace(-1.0, 2.0, len(weight), device=weight.device)
         expected = trial * trial.square().mean().rsqrt() * weight
         if not torch.allclose(norm(trial), expected, rtol=1e-2, atol=1e-5):
             raise StrategyError(
-                f"strategies.prune.method: hidden: {type(norm).__name__} is no RMS norm times its weight; "
+                f"strategies.prune.method: hidden: {type(norm).__name__} is not an RMS norm times its weight; "
                 "choose another method"
             )
-    return found
+    return norms
 
 
 def _require_llama_parts(layer: Any) -> None:
+    """Raises StrategyError if `layer` lacks a projection of a Llama layer or has another one."""
     _part(layer, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"), "hidden")
     _part(layer, "mlp", ("gate_proj", "up_proj", "down_proj"), "hidden")
     for name, parameter in layer.named_parameters():
-        if parameter.dim() > 1 and name.split(".")[-2] not in (*_READING, *_WRITING):
+        if parameter.dim() > 1 and name.split(".")[-2] not in (*_READERS, *_WRITERS):
             raise StrategyError(
-                f"strategies.prune.method: hidden: {type(layer).__name__} has a part it does not know, {name}; "
+                f"strategies.prune.method: hidden: {type(layer).__name__} has an unknown part, {name}; "
                 "choose another method"
             )
 
@@ -283,11 +278,11 @@ def _require_llama_parts(layer: Any) -> None:
 def _attention(layer: Any, heads: int, channels: int) -> Any:
     attention = _part(layer, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"), "attention heads")
     others = [p for name, p in attention.named_parameters() if not name.split(".")[0].endswith("_proj")]
-    shared = all(parameter.numel() == channels for parameter in others)  # by all heads, as Qwen 3's norms
+    shared = all(parameter.numel() == channels for parameter in others)  # shared by all heads, as Qwen 3's norms
     if not shared or {attention.q_proj.out_features, attention.o_proj.in_features} != {heads * channels}:
         raise StrategyError(
-            f"strategies.prune.method: attention heads: {type(attention).__name__} has parts of other sizes than "
-            "its heads; choose another method"
+            f"strategies.prune.method: attention heads: {type(attention).__name__} has parts that are not "
+            "split by heads; choose another method"
         )
     return attention
 
@@ -303,9 +298,9 @@ def _part(layer: Any, name: str, projections: Sequence[str], method: str) -> Any
 
 
 def _mean_contributions(model: PreTrainedModel, texts: Texts, outputs: list[Linear], width: int) -> list[torch.Tensor]:
-    """For each projection and each `width` consecutive inputs u of it, E‖W[:, u] x_u‖: what these add to its output.
+    """Returns E‖W[:, u] x_u‖ for each projection and each block u of `width` inputs: the block's mean contribution.
 
-    The norm is taken as √(x_uᵀ (W[:, u]ᵀ W[:, u]) x_u). Each result is float64, (inputs / width,).
+    The norm is computed as √(x_uᵀ (W[:, u]ᵀ W[:, u]) x_u). Each result is float64, (inputs / width,).
     """
     grams, sums = [], []
     for output in outputs:
@@ -313,48 +308,27 @@ def _mean_contributions(model: PreTrainedModel, texts: Texts, outputs: list[Line
         grams.append(torch.einsum("oui,ouj->uij", weight, weight))
         sums.append(torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device))
 
-    def adding(gram: torch.Tensor, total: torch.Tensor) -> Callable[..., None]:
-        def hook(_module: Any, args: Any) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).double().unflatten(1, (-1, width))
-            squares = (torch.einsum("nui,uij->nuj", x, gram) * x).sum(-1)
-            total.add_(squares.clamp_min(0.0).sqrt().sum(0))
+    def add(gram: torch.Tensor, total: torch.Tensor, _module: Any, args: Any) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1]).double().unflatten(1, (-1, width))
+        squares = (torch.einsum("nui,uij->nuj", x, gram) * x).sum(-1)
+        total.add_(squares.clamp_min(0.0).sqrt().sum(0))
 
-        return hook
-
-    with _hooks(
-        [
-            output.register_forward_pre_hook(adding(gram, total))
-            for output, gram, total in zip(outputs, grams, sums, strict=True)
-        ]
+    with registered_hooks(
+        output.register_forward_pre_hook(partial(add, gram, total))
+        for output, gram, total in zip(outputs, grams, sums, strict=True)
     ):
-        tokens = _run(model, texts, "contributions")
+        tokens = run_texts(model, texts, "contributions")
     return [total / tokens for total in sums]
 
 
 def _largest(importance: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` largest values of the last dimension, ascending."""
+    """Returns the indices of the `count` largest values of the last dimension, in ascending order."""
     return importance.topk(count).indices.sort(-1).values
 
 
 def _keep(linear: Linear, kept: torch.Tensor, dim: int) -> None:
+    """Keeps the outputs (`dim` 0) or inputs (`dim` 1) `kept` of a linear layer, in place."""
     linear.weight = Parameter(linear.weight.index_select(dim, kept).clone())
     linear.out_features, linear.in_features = linear.weight.shape
     if linear.bias is not None and dim == 0:
         linear.bias = Parameter(linear.bias.index_select(0, kept).clone())
-
-
-@contextmanager
-def _hooks(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(model: PreTrainedModel, texts: Texts, label: str) -> int:
-    """Runs `model` over `texts`, one at a time, for its hooks; the number of tokens."""
-    where = next(model.parameters()).device
-    for text in tqdm(texts, desc=label, unit="text"):
-        model(input_ids=torch.tensor([list(text)], device=where), use_cache=False)
-    return sum(map(len, texts))

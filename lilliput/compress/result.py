@@ -1,4 +1,4 @@
-"""What every strategy gives back."""
+"""The output of a strategy."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Curve = list[tuple[int, float]]
+History = dict[str, Curve]
+
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed model in memory and what is worth telling about it.
+    """A compressed model in memory and its records.
 
     Attributes:
         facts: for the manifest and the registry; JSON values.
         history: curves by name, each of (step or layer, value).
-        save: writes the checkpoint where `save_model` does not fit (packed codes, an adapter kept apart).
-        checks: measurements that differ between machines, for the record of costs; JSON values.
+        save: writes the checkpoint where `save_model` does not fit (packed codes, a separate adapter).
+        checks: measurements that differ between machines, for the cost record; JSON values.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any] = field(default_factory=dict)
-    history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    history: History = field(default_factory=dict)
     save: Callable[[Path], None] | None = None
     checks: dict[str, Any] = field(default_factory=dict)

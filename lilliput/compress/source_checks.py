@@ -1,4 +1,4 @@
-"""Checks a source's config.json before its weights are opened: supported format, no contradictions."""
+"""Checks of a source's config.json before its weights are opened: supported format, no contradictions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FORMATS = (
 
 
 def require_known_format(directory: Path) -> None:
-    """Rejects a checkpoint whose weights are quantised in a format that is not opened here, before it is read.
+    """Rejects a checkpoint with weights in an unsupported quantised format.
 
     Raises:
-        SourceError: the format is neither plain float nor GPTQ; the supported formats are listed.
+        SourceError: the format is neither plain float nor GPTQ; the message lists the supported formats.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     quantisation = config.get("quantization_config")
@@ -31,25 +31,25 @@ def require_known_format(directory: Path) -> None:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
     if method != "gptq":
         raise SourceError(
-            f"{directory / 'config.json'}: weights quantised as `{method}` (quantization_config), which are not opened "
-            f"here; supported are {_FORMATS}. Choose the release of this model in one of them"
+            f"{directory / 'config.json'}: weights are quantised as `{method}` (quantization_config), which is not "
+            f"supported; supported are {_FORMATS}. Choose a release of this model in one of these formats"
         )
 
 
 def require_consistent(directory: Path, config: PretrainedConfig) -> None:
-    """Rejects a config.json that says two things, of which transformers would take one without a message.
+    """Rejects a config.json with contradictions, which transformers would resolve without a message.
 
     Raises:
-        SourceError: the architecture is not that of the model type, the rotary embeddings are described twice and
-            differently, or are of a type without a formula.
+        SourceError: the architecture does not match the model type, the rotary embeddings have two different
+            descriptions, or their type is unknown.
     """
     file = directory / "config.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
-    opened = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     named = raw.get("architectures") or []
-    if opened and named and opened not in named:
+    if expected and named and expected not in named:
         raise SourceError(
-            f"{file}: model_type {config.model_type} is opened as {opened}, but architectures names "
+            f"{file}: model_type {config.model_type} is opened as {expected}, but architectures names "
             f"{', '.join(named)}; correct the one that is wrong"
         )
     rope = getattr(config, "rope_parameters", None) or {}

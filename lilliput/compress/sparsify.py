@@ -1,12 +1,13 @@
-"""Sparsity: single weights become zero, chosen on calibration text; the shape and the bytes stay.
+"""Unstructured and 2:4 sparsity: calibration text decides which weights become zero; shape and bytes do not change.
 
-By |W| · ‖X‖ (Sun et al., Wanda, arXiv 2306.11695), or by what their loss costs once the others have made up for it
-(Frantar & Alistarh, SparseGPT, arXiv 2301.00774).
+Wanda ranks weights by |W| · ‖X‖ (Sun et al., arXiv 2306.11695). SparseGPT ranks them by the error that remains after
+the other weights compensate (Frantar & Alistarh, arXiv 2301.00774).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,30 +15,24 @@ from torch.nn import Linear, Module
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lilliput.compress.context import Context
+from lilliput.compress.hooks import registered_hooks, run_texts
 from lilliput.compress.result import Result
 from lilliput.config import SparsifyConfig
-from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
-from lilliput.models import Opened, decoder_layers
-from lilliput.training.examples import encode_examples
+from lilliput.models import decoder_layers, open_model
 
 
-def sparsify(parent: Opened, calibration: Sequence[Question], system_prompt: str, config: SparsifyConfig) -> Result:
-    """`parent` with zeros among the weights of its decoder's linear parts; embeddings and norms stay.
+def sparsify(context: Context, config: SparsifyConfig) -> Result:
+    """Returns the parent with zeros in the linear layers of its decoder; embeddings and norms do not change.
 
-    Layer by layer, each on what the sparse layers before it give out.
-
-    Args:
-        parent: float model and tokenizer; the model is changed in place.
-        calibration: the first `config.calibration_examples` are used.
-        system_prompt: the system line before each question.
-        config: method, sparsity and pattern.
+    Works layer by layer, each on the outputs of the sparse layers before it.
 
     Raises:
-        StrategyError: a layer's inputs are no multiple of four, for the pattern 2:4.
+        StrategyError: the pattern is 2:4 and the inputs of a layer are not a multiple of four.
     """
-    model, tokenizer = parent
-    examples = encode_examples(tokenizer, system_prompt, calibration[: config.calibration_examples])
+    model, tokenizer = open_model(context.parent)
+    examples = context.calibration(tokenizer, config.calibration_examples)
     changes = sparsify_layers(model, [example.input_ids for example in examples], config)
     weights = [module.weight for module in decoder_layers(model).modules() if isinstance(module, Linear)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
@@ -46,41 +41,40 @@ def sparsify(parent: Opened, calibration: Sequence[Question], system_prompt: str
 
 @torch.inference_mode()
 def sparsify_layers(model: PreTrainedModel, texts: Sequence[Sequence[int]], config: SparsifyConfig) -> list[float]:
-    """Zeroes weights of `model` in place; for each layer ‖outputs now − outputs before‖² / ‖outputs before‖²."""
+    """Zeroes weights of `model` in place; returns by layer ‖sparse outputs − dense outputs‖² / ‖dense outputs‖²."""
     layers = list(decoder_layers(model))
-    states, settings = _layer_inputs(model, layers, texts)
+    states, arguments = _layer_inputs(model, layers, texts)
     changes = []
     for index, layer in enumerate(tqdm(layers, desc=config.method, unit="layer")):
         linears = [module for module in layer.modules() if isinstance(module, Linear)]
-        squares = [_no_squares(linear, config.method) for linear in linears]
-        handles = [
-            linear.register_forward_pre_hook(_adding_to(total)) for linear, total in zip(linears, squares, strict=True)
-        ]
-        dense = _outputs(layer, states, settings[index])
-        for handle in handles:
-            handle.remove()
+        squares = [_zero_squares(linear, config.method) for linear in linears]
+        with registered_hooks(
+            linear.register_forward_pre_hook(partial(_add_squares, total))
+            for linear, total in zip(linears, squares, strict=True)
+        ):
+            dense = _outputs(layer, states, arguments[index])
         for linear, total in zip(linears, squares, strict=True):
             linear.weight.copy_(sparse_weight(linear.weight, total, config))
-        states = _outputs(layer, states, settings[index])
+        states = _outputs(layer, states, arguments[index])
         changed = sum((new - old).square().sum() for new, old in zip(states, dense, strict=True))
         changes.append(float(changed / sum(old.square().sum() for old in dense)))
     return changes
 
 
 def sparse_weight(weight: torch.Tensor, squares: torch.Tensor, config: SparsifyConfig) -> torch.Tensor:
-    """`weight` with zeros in it.
+    """Returns a sparse version of `weight`.
 
     Args:
         weight: (outputs, inputs).
-        squares: XᵀX over all tokens, (inputs, inputs), for SparseGPT; its diagonal, (inputs,), for Wanda. float64.
+        squares: float64; for SparseGPT XᵀX over all tokens, (inputs, inputs); for Wanda its diagonal, (inputs,).
         config: method, sparsity, pattern; damping and block size for SparseGPT.
 
     Raises:
-        StrategyError: the inputs are no multiple of four, for the pattern 2:4.
+        StrategyError: the pattern is 2:4 and the inputs are not a multiple of four.
     """
     if config.pattern == "2:4" and weight.shape[1] % 4:
         raise StrategyError(
-            f"strategies.sparsify.pattern: 2:4 needs inputs in fours, but a layer has {weight.shape[1]}; "
+            f"strategies.sparsify.pattern: 2:4 needs a multiple of 4 inputs, but a layer has {weight.shape[1]}; "
             "choose unstructured"
         )
     if config.method == "wanda":
@@ -89,12 +83,12 @@ def sparse_weight(weight: torch.Tensor, squares: torch.Tensor, config: SparsifyC
 
 
 def wanda_mask(weight: torch.Tensor, input_norms: torch.Tensor, sparsity: float, pattern: str) -> torch.Tensor:
-    """Which weights go: in each row, or each four of a row, those of the lowest |W_ij| · ‖X_j‖ (Wanda, eq. 1).
+    """Returns the mask of weights to zero: the lowest |W_ij| · ‖X_j‖ of each row, or of each four (Wanda, eq. 1).
 
     Args:
         weight: (outputs, inputs).
         input_norms: ‖X_j‖ over all tokens, (inputs,).
-        sparsity: share of a row that goes; not used by the pattern 2:4.
+        sparsity: share of each row; not used by the pattern 2:4.
         pattern: `unstructured` or `2:4`.
 
     Returns:
@@ -107,16 +101,16 @@ def wanda_mask(weight: torch.Tensor, input_norms: torch.Tensor, sparsity: float,
 
 
 def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, config: SparsifyConfig) -> torch.Tensor:
-    """SparseGPT's algorithm 1: columns from left to right; what is pruned of one is made up for by those to its right.
+    """SparseGPT's algorithm 1: prunes columns from left to right; the columns to the right compensate.
 
-    U is the upper Cholesky factor of H⁻¹, so that U_jj² is [H⁻¹]_jj once the columns before j are settled, and row j
-    of U / U_jj the compensation. The mask of a block of columns (of four for 2:4) is chosen when it is reached, by the
-    lowest w² / U_jj².
+    U is the upper Cholesky factor of H⁻¹. After the columns before j are done, U_jj² is [H⁻¹]_jj, and row j of U / U_jj
+    is the compensation. The mask of each block of columns (four columns for 2:4) is chosen when the block is reached:
+    the lowest w² / U_jj².
 
     Args:
         weight: (outputs, inputs), float64.
         hessian: XᵀX, (inputs, inputs), float64; damped here.
-        config: sparsity (exact over the whole), pattern, damping and block size.
+        config: sparsity (exact over the whole matrix), pattern, damping and block size.
     """
     weight, (rows, columns) = weight.clone(), weight.shape
     damping = config.damp_percent * hessian.diagonal().mean()
@@ -125,8 +119,8 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, config: SparsifyConfi
     for start in range(0, columns, config.block_size):
         end = min(start + config.block_size, columns)
         block, local = weight[:, start:end], factor[start:end, start:end]
-        gone = round(rows * end * config.sparsity) - round(rows * start * config.sparsity)
-        mask = _sparsegpt_mask(block, local, gone, config.pattern)
+        count = round(rows * end * config.sparsity) - round(rows * start * config.sparsity)
+        mask = _sparsegpt_mask(block, local, count, config.pattern)
         errors = torch.zeros_like(block)
         for column in range(end - start):
             if config.pattern == "2:4" and column % 4 == 0:
@@ -134,15 +128,15 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, config: SparsifyConfi
                 mask[:, four] = _two_of_four(_saliency(block[:, four], local[four, four]))
             errors[:, column] = block[:, column] * mask[:, column] / local[column, column]
             block[:, column:] -= errors[:, column, None] * local[column, column:]
-            block[:, column].masked_fill_(mask[:, column], 0.0)  # the subtraction leaves rounding errors
+            block[:, column].masked_fill_(mask[:, column], 0.0)  # the subtraction is not exactly zero
         weight[:, end:] -= errors @ factor[start:end, end:]
     return weight
 
 
-def _sparsegpt_mask(block: torch.Tensor, factor: torch.Tensor, gone: int, pattern: str) -> torch.Tensor:
-    if pattern == "2:4":  # chosen four by four on the way
+def _sparsegpt_mask(block: torch.Tensor, factor: torch.Tensor, count: int, pattern: str) -> torch.Tensor:
+    if pattern == "2:4":  # chosen later, for four columns at a time
         return torch.zeros_like(block, dtype=torch.bool)
-    return _lowest(_saliency(block, factor).reshape(1, -1), gone).reshape(block.shape)
+    return _lowest(_saliency(block, factor).reshape(1, -1), count).reshape(block.shape)
 
 
 def _saliency(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +148,7 @@ def _two_of_four(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` lowest of each row, as a mask."""
+    """Returns the mask of the `count` lowest scores of each row."""
     lowest = scores.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)
 
@@ -162,40 +156,32 @@ def _lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
 def _layer_inputs(
     model: PreTrainedModel, layers: Sequence[Module], texts: Sequence[Sequence[int]]
 ) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
-    """Of each text what the first layer is given, and by layer the masks and positions that go with it."""
+    """Returns the first layer's input for each text, and the other arguments (masks, positions) by layer and text."""
     states: list[torch.Tensor] = []
-    settings: list[list[dict[str, Any]]] = [[] for _ in layers]
+    arguments: list[list[dict[str, Any]]] = [[] for _ in layers]
 
-    def record(index: int) -> Any:
-        def hook(_module: Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if index == 0:
-                states.append(args[0])
-            settings[index].append(kwargs)
+    def record(index: int, _module: Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if index == 0:
+            states.append(args[0])
+        arguments[index].append(kwargs)
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(layers)]
-    where = next(model.parameters()).device
-    for text in texts:
-        model(input_ids=torch.tensor([list(text)], device=where), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return states, settings
+    with registered_hooks(
+        layer.register_forward_pre_hook(partial(record, index), with_kwargs=True) for index, layer in enumerate(layers)
+    ):
+        run_texts(model, texts)
+    return states, arguments
 
 
-def _outputs(layer: Module, states: Sequence[torch.Tensor], settings: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
-    given = [layer(state, **kwargs) for state, kwargs in zip(states, settings, strict=True)]
-    return [output[0] if isinstance(output, tuple) else output for output in given]
+def _outputs(layer: Module, states: Sequence[torch.Tensor], arguments: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+    outputs = [layer(state, **kwargs) for state, kwargs in zip(states, arguments, strict=True)]
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
 
-def _no_squares(linear: Linear, method: str) -> torch.Tensor:
-    sides = 1 if method == "wanda" else 2
-    return torch.zeros([linear.in_features] * sides, dtype=torch.float64, device=linear.weight.device)
+def _zero_squares(linear: Linear, method: str) -> torch.Tensor:
+    dimensions = 1 if method == "wanda" else 2
+    return torch.zeros([linear.in_features] * dimensions, dtype=torch.float64, device=linear.weight.device)
 
 
-def _adding_to(squares: torch.Tensor) -> Any:
-    def hook(_module: Module, args: Any) -> None:
-        inputs = args[0].reshape(-1, args[0].shape[-1])
-        squares.add_(inputs.T @ inputs if squares.dim() == 2 else inputs.square().sum(0))
-
-    return hook
+def _add_squares(squares: torch.Tensor, _module: Module, args: Any) -> None:
+    inputs = args[0].reshape(-1, args[0].shape[-1])
+    squares.add_(inputs.T @ inputs if squares.dim() == 2 else inputs.square().sum(0))

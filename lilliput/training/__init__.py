@@ -1,1 +1,1 @@
-"""Training on answers: examples, loss, loop and checkpoints, shared by LoRA, distillation and experts."""
+"""Training on answers, shared by the strategies `lora`, `distill` and `experts`."""

@@ -1,6 +1,6 @@
-"""The state from which a killed training goes on: trainable weights, optimiser, schedule and random numbers.
+"""Training checkpoints: trainable weights, optimiser, schedule and random state, as safetensors and JSON.
 
-transformers' Trainer would write it with torch.save, which is pickle; here it is safetensors and JSON.
+transformers' Trainer would write them with torch.save, which uses pickle.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ _WEIGHTS, _OPTIMIZER, _SCHEDULE, _RANDOM = (
     "schedule.json",
     "random.safetensors",
 )
-_CODE = ("compress", "training", "chat", "data")  # what examples, losses and steps follow from
+_CODE = ("compress", "training", "chat", "data")  # packages that determine examples, losses and steps
 
 
 def fingerprint(*parts: Any) -> str:
-    """The sha256 of `parts` (JSON values) and of what else a training follows from: code, libraries, kind of device.
+    """Returns the sha256 of `parts` (JSON values) and of the code, the libraries and the kind of device.
 
-    What is kept under it is never used for other work, and nothing has to be told to make it stale.
+    Used as a cache key: a change of any input gives another key.
     """
     package = Path(__file__).parents[1]
     code = [path for folder in _CODE for path in sorted((package / folder).glob("*.py"))]
     sums = [file_sha256(path) for path in [*code, package / "models.py"]]
-    whole = [parts, sums, library_versions(), lilliput.models.device().type]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    inputs = [parts, sums, library_versions(), lilliput.models.device().type]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in `folder`, `checkpoint-<step>`; None if there is none."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(found) if found else None
+    """Returns the last complete checkpoint in `folder`, `checkpoint-<step>`, or None."""
+    path = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(path) if path else None
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Writes `model`'s trainable weights to `path`, whole or not at all."""
+    """Writes the trainable weights of `model` to `path` atomically."""
     with written_aside(path) as partial:
         save_file({name: weight.detach().contiguous() for name, weight in _trainable(model).items()}, partial)
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Gives `model` the weights that `save_weights` wrote, in place."""
+    """Loads the weights that `save_weights` wrote into `model`."""
     stored = load_file(path)
     with torch.no_grad():
         for name, weight in _trainable(model).items():
@@ -59,7 +59,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def save_state(model: torch.nn.Module, optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Writes all that the next step follows from into `folder`, but for the place in the data."""
+    """Writes the training state into `folder`, without the position in the data."""
     save_weights(model, folder / _WEIGHTS)
     state = optimizer.state_dict()
     moments = {f"{number}.{key}": value for number, row in state["state"].items() for key, value in row.items()}
@@ -70,12 +70,12 @@ def save_state(model: torch.nn.Module, optimizer: Any, scheduler: Any, folder: P
 
 
 def load_checkpoint_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Gives `model` the weights in the checkpoint `folder`, in place."""
+    """Loads the weights of the checkpoint `folder` into `model`."""
     load_weights(model, folder / _WEIGHTS)
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Puts the optimiser and the learning rate's schedule where the checkpoint `folder` has them."""
+    """Restores the optimiser and the learning-rate schedule from the checkpoint `folder`."""
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in load_file(folder / _OPTIMIZER).items():
         number, _, key = name.partition(".")
@@ -86,7 +86,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
 
 
 def load_random(folder: Path) -> None:
-    """Lets torch draw on from where the checkpoint `folder` was written."""
+    """Restores torch's random state from the checkpoint `folder`."""
     state = load_file(folder / _RANDOM)
     torch.random.set_rng_state(state["cpu"])
     if "cuda" in state:

@@ -1,4 +1,4 @@
-"""Questions with their answers as token ids: what training, distillation and calibration read."""
+"""Questions with their answers as token ids, for training, distillation and calibration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and answer; `labels` equals `input_ids` on the answer and IGNORED before it."""
+    """Token ids of prompt and answer; `labels` equals `input_ids` on the answer and is IGNORED before it."""
 
     input_ids: list[int]
     labels: list[int]
@@ -27,17 +27,17 @@ class Example:
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
 ) -> list[Example]:
-    """Each question with its answer (an abstention where there is none) under the chat template."""
+    """Returns each question with its answer, or an abstention if it has none, in the chat template."""
     return list(lazy_examples(tokenizer, system_prompt, questions))
 
 
 def lazy_examples(
     tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
 ) -> Sequence[Example]:
-    """`encode_examples`, each when it is wanted: a training draws a few hundred of what may be a million."""
+    """Like `encode_examples`, but encodes on access: a training uses a few hundred of up to a million examples."""
 
-    def encode(place: int) -> Example:
-        question = questions[place]
+    def encode(index: int) -> Example:
+        question = questions[index]
         prompt = encode_prompt(tokenizer, system_prompt, question.question)
         answer = encode_answer(tokenizer, question.answer or ABSTENTION)
         return Example(prompt + answer, [IGNORED] * len(prompt) + answer)
@@ -46,7 +46,7 @@ def lazy_examples(
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Right-padded tensors `input_ids`, `attention_mask`, `labels`, each int64 of shape (batch, longest)."""
+    """Returns right-padded tensors `input_ids`, `attention_mask`, `labels`, each int64 of shape (batch, longest)."""
     longest = max(len(example.input_ids) for example in examples)
 
     def pad(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Gradient descent on questions and their answers, shared by LoRA and distillation; the loop is transformers' own.
+"""Gradient descent on questions and their answers, with transformers' Trainer.
 
-It runs on accelerate, in one process or in several (`accelerate launch`): data parallel, or sharded by FSDP 2, as its
-environment says. A batch is shared out among the processes, so that what is learnt does not depend on their number but
-for rounding. Every process has the trained weights afterwards.
+It runs on accelerate, in one process or in several (`accelerate launch`): data parallel or sharded by FSDP 2, depending
+on the environment. The processes share each batch, so the result depends on their number only through rounding.
+Afterwards every process has the trained weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import (
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -46,27 +47,27 @@ from lilliput.training.checkpoint import (
     save_state,
     save_weights,
 )
-from lilliput.training.examples import Batch, Example, collate
+from lilliput.training.examples import Batch, Example, collate, lazy_examples
 
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
-History = dict[str, list[tuple[int, float]]]
+Curves = dict[str, list[tuple[int, float]]]
 
 
 class _WithLoss(torch.nn.Module):
-    """A model whose forward is its loss: what is shared out among processes counts gradients by calls of `forward`."""
+    """A model whose forward is the loss: distributed wrappers synchronise gradients by calls of `forward`."""
 
     def __init__(self, model: torch.nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model, self.loss = model, loss
         self.config = model.config
-        self._no_split_modules = getattr(causal_lm(model), "_no_split_modules", None)  # what FSDP shards by
+        self._no_split_modules = getattr(causal_lm(model), "_no_split_modules", None)  # FSDP's units
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         return self.loss(self.model, batch)
 
 
 class _AnswerTrainer(Trainer):
-    """transformers' Trainer with our loss, our validation and checkpoints that are not pickled."""
+    """transformers' Trainer with our loss, our validation and checkpoints without pickle."""
 
     model: Any
     bfloat16: bool
@@ -74,20 +75,20 @@ class _AnswerTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the answer tokens of a whole step, of which `inputs` may be a part.
+        """Returns the share of `inputs` in the mean loss over all answer tokens of a step.
 
-        With gradient accumulation the Trainer adds the parts up, and says how many tokens there are in all. Processes
-        take the mean of their gradients where the sum is wanted, hence their number.
+        With gradient accumulation the Trainer sums the parts of a step and passes their number of tokens. The processes
+        average their gradients where a sum is needed, hence the factor.
         """
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss = model(**inputs)
         if num_items_in_batch is None:
             return loss
-        return loss * (_answer_tokens(inputs) / num_items_in_batch) * processes()
+        return loss * (_answer_tokens(inputs) / num_items_in_batch) * process_count()
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """The mean loss over all answer tokens that were set aside, in nats; draws no random numbers."""
+        """Returns the mean loss over all answer tokens of the validation set, in nats; draws no random numbers."""
         self.model.eval()
         examples, size = self.eval_dataset.examples, self.args.per_device_train_batch_size  # pyright: ignore
         batches = (self.data_collator(examples[start : start + size]) for start in range(0, len(examples), size))
@@ -102,13 +103,13 @@ class _AnswerTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.control.should_training_stop or not self.state.is_world_process_zero:
-            return  # after a stop the result comes next, and a training that has stopped must not go on
+            return  # a stopped training must not be resumed
         folder = Path(str(self.args.output_dir))
-        earlier = list(folder.glob("checkpoint-*"))
+        old_checkpoints = list(folder.glob("checkpoint-*"))
         with writing(folder / f"checkpoint-{self.state.global_step}") as target:
             save_state(self.model.model, self.optimizer, self.lr_scheduler, target)
             self.state.save_to_json(str(target / TRAINER_STATE_NAME))
-        for old in earlier:
+        for old in old_checkpoints:
             remove(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -124,17 +125,17 @@ class _AnswerTrainer(Trainer):
 
 
 class _KeepBest(TrainerCallback):
-    """Keeps the weights of the best validation, and stops after `patience` without a better one.
+    """Saves the weights of the best validation, and stops after `patience` validations without a better one.
 
-    It reads the log, so that a resumed training needs no memory of its own. transformers' EarlyStoppingCallback would,
-    and leaves keeping to pickled checkpoints.
+    It reads the log, so a resumed training needs no further state. transformers' EarlyStoppingCallback needs it, and
+    relies on pickled checkpoints to keep the best weights.
     """
 
     def __init__(self, path: Path, patience: int) -> None:
         self.path, self.patience = path, patience
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After each validation, which is the log's last entry."""
+        """Called after each validation, which is the last entry of the log."""
         losses = [value for _, value in _curve(state, "eval_loss")]
         since_best = len(losses) - 1 - losses.index(min(losses))
         if since_best == 0:
@@ -142,8 +143,10 @@ class _KeepBest(TrainerCallback):
         control.should_training_stop |= since_best >= self.patience
 
 
-def set_aside(questions: Sequence[Question], config: TrainingConfig) -> tuple[Sequence[Question], Sequence[Question]]:
-    """Questions to train on and to validate on; all questions of a group are on one side.
+def split_validation(
+    questions: Sequence[Question], config: TrainingConfig
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """Splits `questions` into training and validation questions; all questions of a group are on one side.
 
     Raises:
         StrategyError: there are too few groups for both sides.
@@ -155,17 +158,25 @@ def set_aside(questions: Sequence[Question], config: TrainingConfig) -> tuple[Se
     if not 0 < len(drawn) < len(groups):
         raise StrategyError(
             f"validation_share: {config.validation_share} of {len(groups)} training groups leaves nothing to validate "
-            "or to train on; give more groups or another share (0 for no validation)"
+            "or to train on; add groups or choose another share (0 for no validation)"
         )
-    validated = [place for place, question in enumerate(questions) if question.group in drawn]
-    learnt = sorted({*range(len(questions))} - {*validated})
-    return pick(questions, learnt), pick(questions, validated)
+    validation = [index for index, question in enumerate(questions) if question.group in drawn]
+    training = sorted({*range(len(questions))} - {*validation})
+    return pick(questions, training), pick(questions, validation)
+
+
+def training_examples(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question], config: TrainingConfig
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Returns the examples to train on and to validate on; they are encoded on access."""
+    training, validation = split_validation(questions, config)
+    return lazy_examples(tokenizer, system_prompt, training), lazy_examples(tokenizer, system_prompt, validation)
 
 
 def computes_in_bfloat16(config: TrainingConfig) -> bool:
-    """Whether `config.precision` means bfloat16 on this machine; `auto` goes by the hardware, never by the clock.
+    """Returns whether `config.precision` means bfloat16 on this machine.
 
-    Two timings of the same work may come out either way, and the same inputs would then give other bytes.
+    `auto` depends on the hardware, never on a timing: timings vary, and the same inputs would give other bytes.
     """
     if config.precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -180,30 +191,30 @@ def train(
     loss: Loss,
     validation: Sequence[Example] = (),
     checkpoints: Path | None = None,
-) -> History:
+) -> Curves:
     """Trains `model` in place for `config.steps` steps, or until validation no longer improves.
 
     Args:
-        model: in training mode, what is to be trained marked by `requires_grad`.
+        model: in training mode; `requires_grad` marks the trainable weights.
         examples: to train on.
-        pad_id: fills up batches.
+        pad_id: pads batches.
         config: schedule and seed.
-        loss: of a batch, a mean over its answer tokens; in evaluation mode it must draw no random numbers.
-        validation: examples by which to stop, and to choose the weights that are kept.
-        checkpoints: a folder that outlives a kill, for this training alone; what is found there is continued from, and
-            the result is the same. The caller removes it when the result is safe.
+        loss: mean over the answer tokens of a batch; in evaluation mode it must draw no random numbers.
+        validation: examples that decide when to stop and which weights to keep.
+        checkpoints: a persistent folder for this training only. A killed training resumes from it with the same
+            result. The caller removes it after storing the result.
 
     Returns:
         The curves `loss` and, with validation, `validation_loss`: (step, nats).
 
     Raises:
-        StrategyError: the loss is NaN or infinite.
-        StrategyError: the processes cannot share the batches, or FSDP is asked for what it cannot do here.
+        StrategyError: the loss is NaN or infinite, the processes cannot share the batches evenly, or FSDP does not
+            support the settings.
     """
     _require_shareable(config)
-    learner = copy.deepcopy(model) if sharded() else model  # sharding changes a model's parameters for good
+    learner = copy.deepcopy(model) if sharded() else model  # sharding replaces a model's parameters permanently
     with _folder(checkpoints) as folder:
-        best = folder / f"best-{os.environ.get('RANK', '0')}.safetensors"  # each process its own: they are the same
+        best = folder / f"best-{os.environ.get('RANK', '0')}.safetensors"  # one per process, with equal content
         trainer = _AnswerTrainer(
             model=_WithLoss(learner, loss),
             args=_arguments(folder, config, validate=bool(validation)),
@@ -225,20 +236,20 @@ def train(
     return {"loss": curve} | ({"validation_loss": _curve(trainer.state, "eval_loss")} if validation else {})
 
 
-def processes() -> int:
-    """How many processes train together; 1 unless accelerate started this one beside others."""
+def process_count() -> int:
+    """Returns the number of processes that train together; more than 1 only under accelerate."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def own_device() -> torch.device:
-    """Where this process computes; a model that FSDP is to share out is opened elsewhere."""
-    return cast("torch.device", PartialState().device) if processes() > 1 else device()
+def training_device() -> torch.device:
+    """Returns the device of this process; a model to be sharded by FSDP is opened elsewhere."""
+    return cast("torch.device", PartialState().device) if process_count() > 1 else device()
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The main process is through the block before others enter it, and find there what it left on the disk."""
-    if processes() == 1:
+    """Lets the main process run the block before the others, which then find its files."""
+    if process_count() == 1:
         yield
         return
     with PartialState().main_process_first():
@@ -246,32 +257,32 @@ def main_process_first() -> Iterator[None]:
 
 
 def _require_shareable(config: TrainingConfig) -> None:
-    if config.batch_size % processes():
+    if config.batch_size % process_count():
         raise StrategyError(
-            f"batch_size: {config.batch_size} examples cannot be shared out evenly among {processes()} processes; "
-            "change one of them"
+            f"batch_size: {config.batch_size} examples cannot be divided evenly among {process_count()} processes; "
+            "change one of the two"
         )
     if sharded() and config.validation_share:
-        raise StrategyError("validation_share: weights sharded by FSDP are not kept by validation; set it to 0")
+        raise StrategyError("validation_share: validation cannot keep weights that FSDP has sharded; set it to 0")
 
 
 @torch.no_grad()
 def _gather(learner: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Gives `model` the trained weights of `learner`, which the processes hold in parts; all processes call this."""
-    whole = dict(model.named_parameters())
-    for name, part in learner.named_parameters():
-        if part.requires_grad:
-            whole[name].copy_(cast("Any", part).full_tensor())
+    """Copies the trained weights of `learner`, sharded over the processes, to `model`; all processes must call this."""
+    weights = dict(model.named_parameters())
+    for name, shard in learner.named_parameters():
+        if shard.requires_grad:
+            weights[name].copy_(cast("Any", shard).full_tensor())
 
 
-def outcome(history: History, config: TrainingConfig) -> dict[str, Any]:
-    """What a manifest tells of a training: precision, last loss and, with validation, the step that was kept."""
+def training_facts(history: Curves, config: TrainingConfig) -> dict[str, Any]:
+    """Returns facts for the manifest: precision, last loss and, with validation, the step with the best weights."""
     facts: dict[str, Any] = {
         "precision": "bfloat16" if computes_in_bfloat16(config) else "float32",
         "final_loss": history["loss"][-1][1],
     }
-    if processes() > 1:  # sums over shared batches are rounded otherwise, so bytes differ from those of one process
-        facts["processes"] = processes()
+    if process_count() > 1:  # sums are rounded differently, so the bytes differ from a training in one process
+        facts["processes"] = process_count()
     if "validation_loss" in history:
         facts["best_step"], facts["validation_loss"] = min(history["validation_loss"], key=lambda point: point[1])
     return facts
@@ -279,6 +290,7 @@ def outcome(history: History, config: TrainingConfig) -> dict[str, Any]:
 
 @contextmanager
 def _folder(checkpoints: Path | None) -> Iterator[Path]:
+    """Yields the folder `checkpoints`, or a temporary one."""
     if checkpoints:
         checkpoints.mkdir(parents=True, exist_ok=True)
         yield checkpoints
@@ -308,7 +320,7 @@ def _arguments(folder: Path, config: TrainingConfig, validate: bool) -> Training
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        accelerator_config={"split_batches": True},  # `batch_size` is that of all processes together
+        accelerator_config={"split_batches": True},  # `batch_size` is the sum over all processes
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lilliput.compress.rtn import rtn
 from lilliput.config import RtnConfig
+from tests.contexts import context
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +21,7 @@ def quantised(checkpoint, facts, tmp_path_factory) -> Callable[..., Path]:
         key = (bits, group_size, symmetric)
         if key not in made:
             result = rtn(
-                checkpoint,
-                facts[:2],
-                "Answer.",
+                context(checkpoint, held_out=facts[:2]),
                 RtnConfig.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric}),
             )
             folder = tmp_path_factory.mktemp("quantised")

@@ -27,6 +27,7 @@ from lilliput.config import GgufTarget, LoadConfig, OnnxTarget
 from lilliput.errors import CompileError
 from lilliput.models import random_model, save_model
 from lilliput.runtime.llamacpp import LlamaCppRuntime
+from tests.contexts import context
 from tests.families import BOS, CHATML, DATED, DATED_BY_VARIABLE, GEMMA, OTHER_END, OWN_END, TURN_END, make_source
 
 SYSTEM = 'Say "I don\'t know" if so.'
@@ -84,7 +85,7 @@ def base(padded, tmp_path, monkeypatch, recwarn):
 
     def make(template, edit=lambda tokenizer: None, generation=None):
         source = make_source(padded, tmp_path / "source", template, edit, generation)
-        loaded = load(source, None, LoadConfig(dtype="float32", seed=0))
+        loaded = load(context(source), LoadConfig(dtype="float32", seed=0))
         save_model(loaded.model, loaded.tokenizer, tmp_path / "base")
         recwarn.clear()  # that a system prompt is merged is tested elsewhere
         return tmp_path / "base", AutoTokenizer.from_pretrained(tmp_path / "base")

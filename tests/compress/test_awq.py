@@ -12,8 +12,8 @@ from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, probe_logits, random_model
 from lilliput.training.examples import encode_examples
+from tests.contexts import SYSTEM, context
 
-SYSTEM = "Answer briefly."
 CONFIG = AwqConfig(bits=3, group_size=32, symmetric=False, calibration_examples=16, scale_steps=10)
 
 
@@ -21,7 +21,7 @@ def texts_of(tokenizer, facts):
     return [example.input_ids for example in encode_examples(tokenizer, SYSTEM, facts)]
 
 
-def test_scaling_leaves_the_float_model_what_it_computes(opened, facts):
+def test_scaling_keeps_the_outputs_of_the_float_model(opened, facts):
     model, tokenizer = opened
     before, weight = probe_logits(model, tokenizer), model.model.layers[1].mlp.up_proj.weight.detach().clone()
     scale_model(model, texts_of(tokenizer, facts), CONFIG, torch.bfloat16)
@@ -31,7 +31,7 @@ def test_scaling_leaves_the_float_model_what_it_computes(opened, facts):
     assert torch.equal(norm, norm.bfloat16().float())
 
 
-def test_scaling_works_where_every_head_has_its_own_values(tokenizer, facts):
+def test_scaling_works_without_grouped_query_attention(tokenizer, facts):
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=4, initializer_range=0.2, **shape)
     model = random_model(config, seed=3).eval()
@@ -41,7 +41,7 @@ def test_scaling_works_where_every_head_has_its_own_values(tokenizer, facts):
     assert (model.model.layers[0].self_attn.o_proj.weight - weight).abs().max() > 0.01
 
 
-def test_the_best_scales_are_those_of_least_output_error():
+def test_best_scales_have_the_least_output_error():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(400, 64, generator=generator)
     x[:, [5, 40]] *= 20.0
@@ -51,18 +51,18 @@ def test_the_best_scales_are_those_of_least_output_error():
     weight, errors = reader.weight.detach(), []
     for step in range(10):
         s = x.abs().mean(0) ** (step / 10)
-        scaled = rounded(weight * s, 3, 32, symmetric=False) / s  # a common factor of s changes nothing
+        scaled = rounded(weight * s, 3, 32, symmetric=False) / s  # a common factor of s has no effect
         errors.append(((x @ (scaled - weight).T) ** 2).sum().item() / 400)
     assert plain == pytest.approx(errors[0], rel=1e-3)
     assert best == pytest.approx(min(errors), rel=1e-3)
-    assert best < 0.8 * plain  # what the method is for: a few channels carry the output
+    assert best < 0.8 * plain  # a few channels carry the output
     step = min(range(10), key=errors.__getitem__)
     expected = x.abs().mean(0) ** (step / 10)
     torch.testing.assert_close(scales / scales[0], expected / expected[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("writer", [LlamaRMSNorm(8), Linear(4, 8)])
-def test_folding_is_exact_though_norms_are_rounded(writer):
+def test_folding_is_exact_with_rounded_norms(writer):
     generator = torch.Generator().manual_seed(2)
     readers = [Linear(8, 3), Linear(8, 5)]
     x = torch.randn(6, writer.weight.shape[-1], generator=generator)
@@ -73,8 +73,8 @@ def test_folding_is_exact_though_norms_are_rounded(writer):
 
 
 @pytest.mark.slow
-def test_the_reopened_checkpoint_is_the_scaled_model_rounded(checkpoint, facts, tmp_path):
-    result = awq(checkpoint, facts, facts[:2], SYSTEM, CONFIG)
+def test_reopened_checkpoint_is_the_scaled_and_rounded_model(checkpoint, facts, tmp_path):
+    result = awq(context(checkpoint, facts, facts[:2]), CONFIG)
     result.save(tmp_path)
     reopened = open_model(tmp_path)[0]
     torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
@@ -86,22 +86,22 @@ def test_the_reopened_checkpoint_is_the_scaled_model_rounded(checkpoint, facts, 
     assert result.facts["error_against_rounding"] < 1.0
     assert [layer for layer, _ in result.history["awq_layer_error"]] == [0, 1, 2, 3]
     again = tmp_path / "again"
-    awq(checkpoint, facts, facts[:2], SYSTEM, CONFIG).save(again)
+    awq(context(checkpoint, facts, facts[:2]), CONFIG).save(again)
     hashes = {hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest() for f in (tmp_path, again)}
     assert len(hashes) == 1
 
 
-def test_layers_of_another_kind_are_refused(opened, facts):
+def test_rejects_layers_unlike_llama(opened, facts):
     model, tokenizer = opened
     del model.model.layers[2].mlp.gate_proj
-    with pytest.raises(StrategyError, match=r"LlamaDecoderLayer has not the parts.*gate_proj.*choose gptq or rtn"):
+    with pytest.raises(StrategyError, match=r"LlamaDecoderLayer lacks a part.*gate_proj.*choose gptq or rtn"):
         scale_model(model, texts_of(tokenizer, facts[:1]), CONFIG, torch.float32)
 
 
-def test_norms_that_add_one_to_their_weight_are_refused(checkpoint, facts, monkeypatch):
+def test_rejects_norms_that_add_one_to_their_weight(checkpoint, facts, monkeypatch):
     def forward(self, x):
         return torch.nn.functional.rms_norm(x, x.shape[-1:]) * (1.0 + self.weight)
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    with pytest.raises(StrategyError, match="not of Llama's kind"):
-        awq(checkpoint, facts, facts[:2], SYSTEM, CONFIG)
+    with pytest.raises(StrategyError, match="do not compute what Llama's do"):
+        awq(context(checkpoint, facts, facts[:2]), CONFIG)

@@ -11,8 +11,8 @@ from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, probe_logits, prove_reload
 from lilliput.training.examples import encode_examples
+from tests.contexts import SYSTEM, context
 
-SYSTEM = "Answer briefly."
 CONFIG = {"bits": 4, "group_size": 32, "symmetric": True, "act_order": False, "calibration_examples": 16}
 CONFIG |= {"damp_percent": 0.05, "seed": 3}
 
@@ -20,12 +20,12 @@ CONFIG |= {"damp_percent": 0.05, "seed": 3}
 @pytest.fixture(scope="module")
 def quantised(checkpoint, facts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gptq")
-    result = gptq(checkpoint, facts, facts, SYSTEM, GptqConfig(**CONFIG))
+    result = gptq(context(checkpoint, facts, facts), GptqConfig(**CONFIG))
     result.save(folder)
     return result, folder
 
 
-def test_checkpoint_is_of_autogptqs_format(quantised):
+def test_checkpoint_has_autogptqs_format(quantised):
     _, folder = quantised
     config = json.loads((folder / "quantize_config.json").read_text())
     assert (config["bits"], config["group_size"], config["sym"]) == (4, 32, True)
@@ -37,22 +37,22 @@ def test_checkpoint_is_of_autogptqs_format(quantised):
     assert tensors[f"{up}.scales"].shape == (64 // 32, 128)
 
 
-def test_codes_are_the_weights_within_half_a_step_on_average(quantised, checkpoint):
+def test_codes_differ_from_weights_by_less_than_half_a_step_on_average(quantised, checkpoint):
     _, folder = quantised
     weight = open_model(checkpoint)[0].model.layers[1].mlp.up_proj.weight
     quantised_weight = open_model(folder)[0].model.layers[1].mlp.up_proj.weight
     scales = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.scales"].float()
     steps = (quantised_weight - weight).abs().mean() / scales.mean()
-    assert steps < 0.5  # rounding to nearest gives 0.25; GPTQ moves some weights further to mend others
+    assert steps < 0.5  # rounding to nearest gives 0.25; GPTQ moves some weights further to compensate others
 
 
 @pytest.mark.slow
-def test_reopened_in_a_fresh_process_it_is_the_model_in_memory(quantised):
+def test_reopened_checkpoint_equals_the_model_in_memory(quantised):
     result, folder = quantised
     assert prove_reload(folder, probe_logits(result.model, result.tokenizer), 1e-3) <= 1e-3
 
 
-def test_gptq_disturbs_a_layer_less_than_rounding_to_nearest(quantised, checkpoint, facts):
+def test_gptq_changes_a_layer_less_than_rounding_to_nearest(quantised, checkpoint, facts):
     _, folder = quantised
     model, tokenizer = open_model(checkpoint)
     inputs = []
@@ -70,7 +70,7 @@ def test_gptq_disturbs_a_layer_less_than_rounding_to_nearest(quantised, checkpoi
     assert error[0] < 0.9 * error[1]
 
 
-def test_perplexity_before_and_after_and_what_stayed_in_float_are_told(quantised):
+def test_facts_hold_perplexities_and_float_modules(quantised):
     facts = quantised[0].facts
     assert facts["perplexity_after"] == pytest.approx(facts["perplexity_before"], rel=0.2)
     assert facts["perplexity_after"] != facts["perplexity_before"]
@@ -79,7 +79,7 @@ def test_perplexity_before_and_after_and_what_stayed_in_float_are_told(quantised
 
 
 def test_same_seed_same_bytes(quantised, checkpoint, facts, tmp_path):
-    gptq(checkpoint, facts, facts[:2], SYSTEM, GptqConfig(**CONFIG)).save(tmp_path)
+    gptq(context(checkpoint, facts, facts[:2]), GptqConfig(**CONFIG)).save(tmp_path)
     first, second = (
         hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest() for f in (quantised[1], tmp_path)
     )
@@ -87,15 +87,15 @@ def test_same_seed_same_bytes(quantised, checkpoint, facts, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(checkpoint, facts, tmp_path_factory):
-    """Makes and saves a checkpoint with other settings, once for each."""
+def quantise_with(checkpoint, facts, tmp_path_factory):
+    """Makes and saves a checkpoint with other settings, once per setting."""
     known = {}
 
     def make(**changes):
         key = tuple(sorted(changes.items()))
         if key not in known:
-            folder = tmp_path_factory.mktemp("made")
-            result = gptq(checkpoint, facts, facts[:2], SYSTEM, GptqConfig(**CONFIG | changes))
+            folder = tmp_path_factory.mktemp("quantised")
+            result = gptq(context(checkpoint, facts, facts[:2]), GptqConfig(**CONFIG | changes))
             result.save(folder)
             known[key] = result, folder
         return known[key]
@@ -114,8 +114,8 @@ GRIDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
-def test_every_grid_reopens_to_the_model_in_memory_and_lies_near_the_float_weights(made, checkpoint, grid):
-    result, folder = made(**grid)
+def test_every_grid_reopens_to_the_model_in_memory_near_the_float_weights(quantise_with, checkpoint, grid):
+    result, folder = quantise_with(**grid)
     reopened, tensors = open_model(folder)[0], load_file(folder / "model.safetensors")
     torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
     up = "model.layers.2.mlp.up_proj"
@@ -125,12 +125,12 @@ def test_every_grid_reopens_to_the_model_in_memory_and_lies_near_the_float_weigh
     steps = tensors[f"{up}.scales"].float()[groups].T
     original = load_file(checkpoint / "model.safetensors")[f"{up}.weight"]
     distance = ((reopened.get_submodule(up).weight - original).abs() / steps).mean()
-    assert distance < 0.6  # rounding to nearest gives 0.25; GPTQ moves some weights further to mend others
+    assert distance < 0.6  # rounding to nearest gives 0.25; GPTQ moves some weights further to compensate others
 
 
-def test_error_falls_with_bits(quantised, made, checkpoint):
+def test_error_decreases_with_bits(quantised, quantise_with, checkpoint):
     original = probe_logits(*open_model(checkpoint))
-    plain = {grid["bits"]: made(**grid)[0] for grid in GRIDS if grid["group_size"] == 32} | {4: quantised[0]}
+    plain = {grid["bits"]: quantise_with(**grid)[0] for grid in GRIDS if grid["group_size"] == 32} | {4: quantised[0]}
     errors = [
         (probe_logits(result.model, result.tokenizer) - original).square().mean().sqrt().item()
         for _, result in sorted(plain.items())
@@ -140,20 +140,20 @@ def test_error_falls_with_bits(quantised, made, checkpoint):
     assert errors[3] < 0.3 * errors[2]
 
 
-def test_a_layer_that_gptqmodel_rounded_instead_is_refused():
+def test_rejects_a_layer_that_gptqmodel_rounded_instead():
     log = [{"layer": "3", "module": "mlp.up_proj", "loss": "rtn fallback"}]
     with pytest.raises(StrategyError, match=r"layer 3, mlp\.up_proj: its Hessian could not be inverted"):
         _layer_errors(log)
 
 
-def test_group_size_that_divides_no_layer_is_refused_before_anything_is_quantised(checkpoint, facts):
+def test_rejects_a_group_size_that_divides_no_layer_before_quantising(checkpoint, facts):
     with pytest.raises(StrategyError, match=r"128 does not divide.*64; choose one of 64, 32, 16"):
-        gptq(checkpoint, facts, facts, SYSTEM, GptqConfig(**CONFIG | {"group_size": 128}))
+        gptq(context(checkpoint, facts, facts), GptqConfig(**CONFIG | {"group_size": 128}))
 
 
-def test_searched_scales_are_never_wider_and_round_the_weights_closer(quantised, checkpoint, facts, tmp_path):
+def test_searched_scales_are_never_wider_and_reduce_rounding_error(quantised, checkpoint, facts, tmp_path):
     _, folder = quantised
-    gptq(checkpoint, facts, facts, SYSTEM, GptqConfig(**CONFIG | {"scale_search": 2.0})).save(tmp_path)
+    gptq(context(checkpoint, facts, facts), GptqConfig(**CONFIG | {"scale_search": 2.0})).save(tmp_path)
     name, weight = "model.layers.0.mlp.up_proj", open_model(checkpoint)[0].model.layers[0].mlp.up_proj.weight
     plain, searched = (load_file(each / "model.safetensors")[f"{name}.scales"].float() for each in (folder, tmp_path))
     assert (searched <= plain * 1.01).all()
@@ -166,7 +166,7 @@ def test_searched_scales_are_never_wider_and_round_the_weights_closer(quantised,
     assert errors[1] < errors[0]
 
 
-def test_a_layers_error_does_not_depend_on_which_worker_ends_first():
+def test_layer_error_does_not_depend_on_the_order_of_workers():
     losses = [0.1, 0.2, 0.3, 1e-9, 0.7, 1e-17]
     log = [{"layer": "3", "module": str(place), "loss": str(loss)} for place, loss in enumerate(losses)]
     assert _layer_errors(log) == _layer_errors(log[::-1]) == [(3, math.fsum(losses))]

@@ -1,4 +1,4 @@
-"""Sources that would load as another model, or that hold what cannot be stored, and sources that are supported."""
+"""Sources that are supported, and sources that `load` rejects: wrong architecture, values that cannot be stored."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from lilliput.compress.rtn import rtn
 from lilliput.config import LoadConfig, RtnConfig
 from lilliput.errors import ArtifactError, LilliputError, SourceError
 from lilliput.models import open_model, opening, probe_logits, prove_reload, save_model
+from tests.contexts import context
 from tests.gguf_source.conftest import perturbed, write_gguf
 
 FLOAT32, FLOAT16 = LoadConfig(dtype="float32"), LoadConfig(dtype="float16")
@@ -38,21 +39,21 @@ def change_config(folder, drop=(), **changes):
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "bfloat16"), (float("inf"), "float32")])
-def test_weights_that_are_not_finite_are_named_and_counted(value, dtype, source):
+def test_rejects_weights_that_are_not_finite_with_name_and_count(value, dtype, source):
     change_tensors(source, **{WEIGHT: lambda weight: weight[0, :3].fill_(value)})
     with pytest.raises(SourceError, match=rf"{WEIGHT}: 3 of 8192 values are NaN or infinite.*source is damaged"):
-        load(source, None, LoadConfig(dtype=dtype))
+        load(context(source), LoadConfig(dtype=dtype))
 
 
-def test_values_beyond_the_stored_dtype_are_named_with_the_largest(source):
+def test_rejects_values_beyond_the_stored_dtype_with_the_largest(source):
     change_tensors(source, **{WEIGHT: lambda weight: weight[0, :2].fill_(-1e5)})
     with pytest.raises(SourceError, match=rf"{WEIGHT}: 2 of 8192 values \(largest 1e\+05\) do not fit into float16"):
-        load(source, None, FLOAT16)
-    assert load(source, None, LoadConfig(dtype="bfloat16"))
+        load(context(source), FLOAT16)
+    assert load(context(source), LoadConfig(dtype="bfloat16"))
 
 
 @pytest.mark.filterwarnings("ignore:.*added tokens have no row in the embedding table:UserWarning")
-def test_a_gguf_source_with_weights_that_are_not_finite_is_refused(tmp_path):
+def test_rejects_a_gguf_source_with_weights_that_are_not_finite(tmp_path):
     from transformers import LlamaConfig
 
     shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -60,10 +61,10 @@ def test_a_gguf_source_with_weights_that_are_not_finite_is_refused(tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data[3, :4] = float("nan")
     file = write_gguf(tmp_path / "model.gguf", model, "llama", {}, {})
     with pytest.raises(SourceError, match=r"layers\.0\.mlp\.up_proj\.weight: 4 of 4096 values are NaN"):
-        load(tmp_path, file.name, FLOAT32)
+        load(context(tmp_path, gguf_file=file.name), FLOAT32)
 
 
-def test_a_diverged_model_is_not_written(opened, tmp_path):
+def test_does_not_write_a_diverged_model(opened, tmp_path):
     model, tokenizer = opened
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] = float("nan")
     with pytest.raises(ArtifactError, match=rf"not written: {WEIGHT}: 1 of 8192 values are NaN.*learning rate"):
@@ -71,7 +72,7 @@ def test_a_diverged_model_is_not_written(opened, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_finite_weights_whose_logits_are_not_are_told_apart_from_a_failed_write(opened, checkpoint):
+def test_infinite_logits_of_finite_weights_have_their_own_message(opened, checkpoint):
     logits = probe_logits(*opened).clone()
     logits[0, 0] = float("nan")
     with pytest.raises(ArtifactError, match="computes logits that are NaN or infinite, though its weights are finite"):
@@ -79,48 +80,48 @@ def test_finite_weights_whose_logits_are_not_are_told_apart_from_a_failed_write(
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors", "fp8", "awq", "hqq", "torchao", "mxfp4"])
-def test_quantised_formats_that_are_not_opened_are_answered_with_those_that_are(method, source):
+def test_message_on_an_unsupported_format_lists_the_supported_ones(method, source):
     change_config(source, quantization_config={"quant_method": method})
     with pytest.raises(SourceError, match=rf"`{method}`.*supported are safetensors in float32, .*`gptq`\), and GGUF"):
-        load(source, None, FLOAT32)
+        load(context(source), FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float_sources_are_supported(dtype, opened, tmp_path):
     model, tokenizer = opened
     save_model(model, tokenizer, tmp_path, dtype)
-    loaded = load(tmp_path, None, FLOAT32).model
+    loaded = load(context(tmp_path), FLOAT32).model
     assert torch.equal(probe_logits(loaded, tokenizer), probe_logits(model.float(), tokenizer))
 
 
 @pytest.mark.slow
-def test_a_source_in_autogptqs_format_is_dequantised(checkpoint, facts, tmp_path):
+def test_dequantises_a_source_in_autogptqs_format(checkpoint, facts, tmp_path):
     packed, written = tmp_path / "packed", tmp_path / "written"
     packed.mkdir(), written.mkdir()
-    result = rtn(checkpoint, facts[:2], "Answer.", RtnConfig(bits=4, group_size=32, symmetric=True))
+    result = rtn(context(checkpoint, held_out=facts[:2]), RtnConfig(bits=4, group_size=32, symmetric=True))
     result.save(packed)
     result.tokenizer.save_pretrained(packed)
-    loaded = load(packed, None, FLOAT32)
+    loaded = load(context(packed), FLOAT32)
     save_model(loaded.model, loaded.tokenizer, written)
     assert "quantization_config" not in json.loads((written / "config.json").read_text())
     assert torch.equal(probe_logits(*open_model(written)), probe_logits(*open_model(packed)))
 
 
-def test_weights_without_a_place_are_named(source):
+def test_names_weights_without_a_place(source):
     change_tensors(source, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})
     with pytest.raises(ArtifactError, match=r"1 weights have no place .*layers\.0\.self_attn\.q_proj\.bias"):
-        load(source, None, FLOAT32)
+        load(context(source), FLOAT32)
 
 
-def test_fewer_layers_than_the_files_hold_are_refused(source):
+def test_rejects_fewer_layers_than_the_files_hold(source):
     change_config(source, num_hidden_layers=2)
     with pytest.raises(ArtifactError, match=r"18 weights have no place .*layers\.2"):
-        load(source, None, FLOAT32)
+        load(context(source), FLOAT32)
 
 
-def test_an_output_table_of_its_own_corrects_the_flag_that_ties_it(source):
+def test_untied_output_weights_correct_the_flag(source):
     change_tensors(source, **{"lm_head.weight": torch.randn(49152, 64)})
-    loaded = load(source, None, FLOAT32)
+    loaded = load(context(source), FLOAT32)
     assert loaded.model.config.tie_word_embeddings is False
     assert loaded.model.get_output_embeddings().weight is not loaded.model.get_input_embeddings().weight
 
@@ -134,22 +135,22 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("message", CONTRADICTIONS)
-def test_a_configuration_that_says_two_things_is_refused(message, source):
+def test_rejects_a_contradictory_configuration(message, source):
     change_config(source, **CONTRADICTIONS[message])
     with pytest.raises(SourceError, match=message):
-        load(source, None, FLOAT32)
+        load(context(source), FLOAT32)
 
 
-def test_the_old_spelling_of_rope_scaling_computes_what_the_new_one_does(source):
+def test_old_and_new_form_of_rope_scaling_are_equivalent(source):
     new = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
     change_config(source, rope_parameters=new)
-    expected = load(source, None, FLOAT32)
+    expected = load(context(source), FLOAT32)
     change_config(source, drop=["rope_parameters"], rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0})
-    actual = load(source, None, FLOAT32)
+    actual = load(context(source), FLOAT32)
     assert torch.equal(probe_logits(actual.model, actual.tokenizer), probe_logits(expected.model, expected.tokenizer))
 
 
-def test_a_missing_shard_is_named(source):
+def test_names_a_missing_shard(source):
     tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     here, missing = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -158,7 +159,7 @@ def test_a_missing_shard_is_named(source):
     index = {name: here if name in first else missing for name in tensors}
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     with pytest.raises(SourceError, match=f"{missing}.*damaged, missing or incomplete"):
-        load(source, None, FLOAT32)
+        load(context(source), FLOAT32)
 
 
 REMEDIES = {

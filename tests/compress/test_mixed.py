@@ -13,8 +13,8 @@ from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
 from lilliput.training.examples import encode_examples
+from tests.contexts import SYSTEM, context
 
-SYSTEM = "Answer briefly."
 MIB = 2**20
 
 
@@ -25,7 +25,7 @@ def config(budget_mib: float) -> GptqConfig:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_allocation_is_that_of_brute_force(seed):
+def test_allocation_equals_brute_force(seed):
     draw = random.Random(seed)
     sizes = [[2 * unit, 3 * unit, 4 * unit, 8 * unit] for unit in (draw.choice([96, 192, 480]) for _ in range(6))]
     costs = [[10 ** draw.uniform(-4, 4) / 4**bits for bits in (2, 3, 4, 8)] for _ in range(6)]
@@ -37,18 +37,18 @@ def test_allocation_is_that_of_brute_force(seed):
 
     fitting = (choice for choice in itertools.product(range(4), repeat=6) if total(sizes, choice) <= budget)
     best = min(total(costs, choice) for choice in fitting)
-    found = allocate(costs, sizes, budget)
-    assert total(sizes, found) <= budget
-    assert total(costs, found) == pytest.approx(best, rel=1e-6)
+    chosen = allocate(costs, sizes, budget)
+    assert total(sizes, chosen) <= budget
+    assert total(costs, chosen) == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize("room", [0, 10**9])
-def test_allocation_at_its_ends(room):
+def test_allocation_with_least_and_unlimited_budget(room):
     sizes, costs = [[20, 30, 80]] * 3, [[9.0, 4.0, 1.0]] * 3
     assert allocate(costs, sizes, 60 + room) == ([0, 0, 0] if room == 0 else [2, 2, 2])
 
 
-def test_predicted_rise_is_the_formula_and_near_the_true_one(opened, facts):
+def test_predicted_rise_equals_the_formula(opened, facts):
     model, tokenizer = opened
     texts = [example.input_ids for example in encode_examples(tokenizer, SYSTEM, facts[:6])]
     rises = loss_rises(model, texts, [2, 4, 8], config(100.0))
@@ -72,15 +72,15 @@ def test_predicted_rise_is_the_formula_and_near_the_true_one(opened, facts):
     assert rises[name][1] == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_the_commonest_width_needs_no_rule():
+def test_most_common_width_needs_no_rule():
     assert overrides({"a": 3, "b": 4, "c": 3}) == (3, {"b": {"bits": 4}})
     assert overrides({"a": 8}) == (8, {})
 
 
 @pytest.mark.slow
-def test_a_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(checkpoint, facts, tmp_path):
+def test_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(checkpoint, facts, tmp_path):
     budget = 15.48
-    result = gptq(checkpoint, facts, facts[:2], SYSTEM, config(budget))
+    result = gptq(context(checkpoint, facts, facts[:2]), config(budget))
     result.save(tmp_path)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert written <= budget * MIB
@@ -90,7 +90,7 @@ def test_a_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(
     rules = json.loads((tmp_path / "quantize_config.json").read_text())
     widths = {name: rules["dynamic"].get(name, rules)["bits"] for name in original}
     assert len(set(widths.values())) > 1
-    for name, layer in linears(reopened).items():  # a code of so many bits takes at most so many values in a group
+    for name, layer in linears(reopened).items():  # codes of b bits have at most 2^b values per group
         distinct = max(len(group.unique()) for group in layer.weight.reshape(-1, 32))
         assert 2 ** (widths[name] - 1) < distinct <= 2 ** widths[name] or (widths[name] == 8 and distinct > 16)
     weights = {name: layer.weight.numel() for name, layer in original.items()}
@@ -102,26 +102,26 @@ def test_a_mixed_checkpoint_keeps_its_budget_and_reopens_to_the_model_in_memory(
     assert curve[2] == pytest.approx(sum(widths[name] * size for name, size in third.items()) / sum(third.values()))
 
 
-def test_predicted_bytes_of_a_layer_are_those_written(checkpoint, facts, tmp_path):
+def test_predicted_bytes_of_a_layer_equal_written_bytes(checkpoint, facts, tmp_path):
     from safetensors.torch import load_file
 
     from lilliput.compress.rtn import rtn
     from lilliput.config import RtnConfig
 
     layers = linears(open_model(checkpoint)[0])
-    rtn(checkpoint, facts[:1], SYSTEM, RtnConfig(bits=3, group_size=16, symmetric=True)).save(tmp_path)
+    rtn(context(checkpoint, held_out=facts[:1]), RtnConfig(bits=3, group_size=16, symmetric=True)).save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for name, layer in layers.items():
         written = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.startswith(f"{name}."))
         assert packed_bytes(layer, 3, 16) == written
 
 
-def test_a_checkpoint_beyond_the_budget_is_refused_however_it_came_about(tmp_path):
+def test_rejects_a_written_checkpoint_beyond_the_budget(tmp_path):
     save = within_budget(lambda target: (target / "weights").write_bytes(bytes(2 * MIB)) and None, 1.5)
     with pytest.raises(StrategyError, match=r"2\.00 MiB were written for a budget of 1\.5 MiB"):
         save(tmp_path)
 
 
-def test_a_budget_that_cannot_be_met_is_refused_with_the_smallest_possible(opened, checkpoint):
+def test_rejects_an_impossible_budget_with_the_smallest_possible(opened, checkpoint):
     with pytest.raises(StrategyError, match=r"15 MiB cannot be met; the smallest possible is 15\.\d\d MiB, 2 bits"):
         choose_bits(opened[0], checkpoint, [], torch.float32, config(15.0))

@@ -12,8 +12,8 @@ from lilliput.errors import StrategyError
 from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
 from lilliput.statistics.perplexity import perplexity
 from lilliput.training.examples import encode_examples
+from tests.contexts import SYSTEM, context, saved
 
-SYSTEM = "Answer briefly."
 TOKENS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0}
@@ -24,7 +24,7 @@ def config(method="block_influence", by="removed_count", value=1, multiple=32):
 
 
 def reopened(model, tokenizer, folder):
-    """What plain transformers makes of the checkpoint."""
+    """Saves the model and opens it with plain transformers."""
     save_model(model, tokenizer, folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
@@ -34,28 +34,28 @@ def texts(opened, facts):
     return [example.input_ids for example in encode_examples(opened[1], SYSTEM, facts[:4])]
 
 
-def test_influence_is_one_minus_the_mean_cosine_of_what_goes_in_and_out(opened, texts):
+def test_influence_is_one_minus_the_mean_cosine_of_input_and_output(opened, texts):
     model = opened[0]
-    found = block_influence(model, texts)
+    influence = block_influence(model, texts)
     states = [model(input_ids=torch.tensor([text]), output_hidden_states=True).hidden_states for text in texts]
-    for layer in range(3):  # transformers' last hidden state is after the final norm, so not the last layer's
+    for layer in range(3):  # transformers' last hidden state is after the final norm
         cosines = torch.cat([cosine_similarity(h[layer], h[layer + 1], dim=-1)[0] for h in states])
-        assert found[layer] == pytest.approx(1 - cosines.mean().item(), abs=1e-5)
+        assert influence[layer] == pytest.approx(1 - cosines.mean().item(), abs=1e-5)
 
 
-def test_a_layer_that_does_nothing_goes_first(opened, facts):
+def test_removes_a_layer_without_effect_first(opened, facts, tmp_path):
     model, tokenizer = opened
     for projection in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
         projection.weight.data.zero_()
     expected = probe_logits(model, tokenizer)
-    result = prune(opened, facts, SYSTEM, config())
+    result = prune(context(saved(*opened, tmp_path), facts), config())
     assert result.facts["removed_layers"] == [2]
     assert torch.allclose(probe_logits(result.model, tokenizer), expected, atol=1e-5)
 
 
-def test_the_smaller_checkpoint_opens_and_generates(opened, facts, tmp_path):
+def test_smaller_checkpoint_opens_and_generates(checkpoint, opened, facts, tmp_path):
     before = parameter_count(opened[0])
-    result = prune(opened, facts, SYSTEM, config(value=2))
+    result = prune(context(checkpoint, facts), config(value=2))
     save_model(result.model, result.tokenizer, tmp_path)
     again, _ = open_model(tmp_path)
     assert torch.allclose(
@@ -63,19 +63,19 @@ def test_the_smaller_checkpoint_opens_and_generates(opened, facts, tmp_path):
     )
     assert again.config.num_hidden_layers == 2
     assert parameter_count(again) < before
-    # The KV cache is indexed by layer: generation step by step must agree with the whole forward.
+    # The KV cache is indexed by layer: step-by-step generation must agree with the full forward.
     ids = torch.tensor([[5, 6, 7, 8]])
     past = again(input_ids=ids[:, :3], use_cache=True).past_key_values
     step = again(input_ids=ids[:, 3:], past_key_values=past).logits[0, -1]
     assert torch.allclose(step, again(input_ids=ids).logits[0, -1], atol=1e-4)
 
 
-def test_removing_every_layer_is_refused(opened, facts):
+def test_rejects_the_removal_of_every_layer(checkpoint, facts):
     with pytest.raises(StrategyError, match=r"leaves 0 of 4 layers; choose `value: 3` \(leaves 1\)"):
-        prune(opened, facts, SYSTEM, config(value=4))
+        prune(context(checkpoint, facts), config(value=4))
 
 
-def test_one_entry_a_layer_of_the_configuration_goes_too(opened):
+def test_removes_the_layers_from_the_configuration(opened):
     model = opened[0]
     model.config.layer_types = ["a", "b", "c", "d"]
     remove_layers(model, [1, 2])
@@ -84,8 +84,8 @@ def test_one_entry_a_layer_of_the_configuration_goes_too(opened):
 
 
 @pytest.mark.slow
-def test_by_perplexity_the_layer_goes_without_which_the_answers_are_likeliest(opened, checkpoint, facts):
-    result = prune(opened, facts, SYSTEM, config("perplexity"))
+def test_perplexity_removes_the_layer_whose_absence_costs_least(opened, checkpoint, facts):
+    result = prune(context(checkpoint, facts), config("perplexity"))
     examples, without = encode_examples(opened[1], SYSTEM, facts[:4]), []
     for layer in range(4):
         model, _ = open_model(checkpoint)
@@ -96,30 +96,30 @@ def test_by_perplexity_the_layer_goes_without_which_the_answers_are_likeliest(op
     assert perplexity(result.model, examples) == pytest.approx(min(without), rel=1e-4)
 
 
-def test_neurons_that_give_nothing_go_first_and_the_model_is_the_same(opened, facts, tmp_path):
+def test_removes_neurons_without_effect_first_and_keeps_the_outputs(opened, facts, tmp_path):
     model, tokenizer = opened
-    dead = torch.arange(0, 128, 4)  # a quarter of them, spread over the layer
+    dead = torch.arange(0, 128, 4)  # every fourth neuron
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data[:, dead] = 0.0
     expected = probe_logits(model, tokenizer)
-    result = prune(opened, facts, SYSTEM, config("neurons", "removed_share", 0.25))
+    result = prune(context(saved(*opened, tmp_path / "parent"), facts), config("neurons", "removed_share", 0.25))
     assert (result.facts["units_before"], result.facts["units_after"]) == (128, 96)
     assert torch.allclose(probe_logits(result.model, tokenizer), expected, atol=1e-5)
-    again = reopened(result.model, tokenizer, tmp_path)
+    again = reopened(result.model, tokenizer, tmp_path / "child")
     assert again.config.intermediate_size == again.model.layers[0].mlp.up_proj.out_features == 96
     assert torch.allclose(probe_logits(again, tokenizer), expected, atol=1e-5)
 
 
 def inputs_of(module, model, texts):
-    found = []
-    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0][0].detach()))
+    inputs = []
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].detach()))
     for text in texts:
         model(input_ids=torch.tensor([text]))
     handle.remove()
-    return torch.cat(found)
+    return torch.cat(inputs)
 
 
-def test_neurons_are_weighed_by_activation_and_outgoing_weights(opened, texts):
+def test_neuron_importance_is_activation_times_outgoing_weights(opened, texts):
     model = opened[0]
     mlp = model.model.layers[0].mlp
     weight = mlp.down_proj.weight.detach().clone()
@@ -130,7 +130,7 @@ def test_neurons_are_weighed_by_activation_and_outgoing_weights(opened, texts):
 
 
 @pytest.mark.parametrize(("method", "left"), [("kv_groups", (2, 1)), ("query_heads", (2, 2))])
-def test_pruned_heads_are_those_that_add_least_and_as_if_their_outputs_were_zero(opened, texts, tmp_path, method, left):
+def test_removes_the_heads_that_add_least_as_if_their_outputs_were_zero(opened, texts, tmp_path, method, left):
     model, tokenizer = opened
     parent = copy.deepcopy(model)
     for layer, masked in zip(model.model.layers, parent.model.layers, strict=True):  # 4 heads of 16 channels, 2 groups
@@ -138,45 +138,45 @@ def test_pruned_heads_are_those_that_add_least_and_as_if_their_outputs_were_zero
         heads = [x[:, head * 16 : head * 16 + 16] @ weight[:, head * 16 : head * 16 + 16].T for head in range(4)]
         if method == "kv_groups":
             sizes = torch.stack([(heads[2 * group] + heads[2 * group + 1]).norm(dim=1).mean() for group in range(2)])
-            gone = [2 * int(sizes.argmin()), 2 * int(sizes.argmin()) + 1]
+            removed = [2 * int(sizes.argmin()), 2 * int(sizes.argmin()) + 1]
         else:
             sizes = torch.stack([head.norm(dim=1).mean() for head in heads]).view(2, 2)
-            gone = [2 * group + int(sizes[group].argmin()) for group in range(2)]
-        for head in gone:
+            removed = [2 * group + int(sizes[group].argmin()) for group in range(2)]
+        for head in removed:
             weight[:, head * 16 : head * 16 + 16] = 0.0
     prune_heads(model, texts, method, 1)
     again = reopened(model, tokenizer, tmp_path)
     assert torch.allclose(probe_logits(again, tokenizer), probe_logits(parent, tokenizer), atol=1e-4)
     assert (again.config.num_attention_heads, again.config.num_key_value_heads) == left
     assert again.config.head_dim == 16
-    ids = torch.tensor([[5, 6, 7, 8]])  # step by step, in memory, as in one pass
+    ids = torch.tensor([[5, 6, 7, 8]])  # step by step in memory equals one pass
     past = model(input_ids=ids[:, :3], use_cache=True).past_key_values
     step = model(input_ids=ids[:, 3:], past_key_values=past).logits[0, -1]
     assert torch.allclose(step, again(input_ids=ids).logits[0, -1], atol=1e-4)
 
 
-def test_channels_that_are_zero_go_first_and_the_model_is_the_same(opened, facts, tmp_path):
+def test_removes_zero_channels_first_and_keeps_the_outputs(opened, facts, tmp_path):
     model, tokenizer = opened
-    gone = torch.arange(0, 64, 2)
-    model.model.embed_tokens.weight.data[:, gone] = 0.0
+    removed = torch.arange(0, 64, 2)
+    model.model.embed_tokens.weight.data[:, removed] = 0.0
     for layer in model.model.layers:
         for writing in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            writing.weight.data[gone] = 0.0
+            writing.weight.data[removed] = 0.0
     expected = probe_logits(model, tokenizer)
-    result = prune(opened, facts, SYSTEM, config("hidden", "removed_share", 0.5))
-    again = reopened(result.model, tokenizer, tmp_path)
+    result = prune(context(saved(*opened, tmp_path / "parent"), facts), config("hidden", "removed_share", 0.5))
+    again = reopened(result.model, tokenizer, tmp_path / "child")
     assert torch.allclose(probe_logits(result.model, tokenizer), expected, atol=1e-3)
     assert torch.allclose(probe_logits(again, tokenizer), expected, atol=1e-3)
     assert (again.config.hidden_size, again.config.head_dim) == (32, 16)
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-def test_channels_are_weighed_by_what_all_norms_give_out(opened, texts):
+def test_channel_importance_is_the_output_of_all_norms(opened, texts):
     model = opened[0]
     for layer in model.model.layers:
         torch.nn.init.uniform_(layer.input_layernorm.weight)
     states = [model(input_ids=torch.tensor([t]), output_hidden_states=True).hidden_states for t in texts]
-    importance = torch.cat([h[-1][0] for h in states]).abs().mean(0)  # transformers' last is after the final norm
+    importance = torch.cat([h[-1][0] for h in states]).abs().mean(0)  # transformers' last one is after the final norm
     for layer in model.model.layers:
         importance += inputs_of(layer.self_attn.q_proj, model, texts).abs().mean(0)
         importance += inputs_of(layer.mlp.up_proj, model, texts).abs().mean(0)
@@ -186,7 +186,7 @@ def test_channels_are_weighed_by_what_all_norms_give_out(opened, texts):
 
 
 @pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config, Qwen3Config])
-def test_other_architectures_open_as_they_were_pruned(kind, tmp_path):
+def test_pruned_models_of_other_architectures_reopen(kind, tmp_path):
     model = random_model(kind(**SMALL), seed=0).eval()
     prune_neurons(model, TOKENS, 20)
     prune_heads(model, TOKENS, "query_heads", 1)
@@ -200,13 +200,13 @@ def test_other_architectures_open_as_they_were_pruned(kind, tmp_path):
     assert again.lm_head.weight is not again.model.embed_tokens.weight
 
 
-def test_what_is_not_of_the_llama_kind_is_refused_before_anything_is_cut():
+def test_rejects_models_unlike_llama_before_any_change():
     by_all_heads = random_model(Olmo2Config(**SMALL), seed=0)
-    with pytest.raises(StrategyError, match="parts of other sizes than its heads"):
+    with pytest.raises(StrategyError, match="parts that are not split by heads"):
         prune_heads(by_all_heads, TOKENS, "kv_groups", 1)
     other_norm = random_model(CohereConfig(**SMALL), seed=0)
     before = parameter_count(other_norm)
-    with pytest.raises(StrategyError, match="no RMS norm times its weight"):
+    with pytest.raises(StrategyError, match="not an RMS norm times its weight"):
         prune_hidden(other_norm, TOKENS, 12)
     assert parameter_count(other_norm) == before
 
@@ -214,7 +214,7 @@ def test_what_is_not_of_the_llama_kind_is_refused_before_anything_is_cut():
 @pytest.mark.parametrize("method", ["neurons", "query_heads", "hidden"])
 def test_same_inputs_same_bytes(checkpoint, facts, tmp_path, method):
     def digest(name):
-        model = prune(open_model(checkpoint), facts, SYSTEM, config(method, "removed_share", 0.5)).model
+        model = prune(context(checkpoint, facts), config(method, "removed_share", 0.5)).model
         model.save_pretrained(tmp_path / name)
         return hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
 
@@ -229,8 +229,8 @@ def test_same_inputs_same_bytes(checkpoint, facts, tmp_path, method):
         ("hidden", "kept_parameters", 0.6, 32),
     ],
 )
-def test_the_largest_size_within_the_target_is_left(opened, facts, method, by, value, left):
+def test_keeps_the_largest_size_within_the_target(checkpoint, opened, facts, method, by, value, left):
     parameters = parameter_count(opened[0])
-    result = prune(opened, facts, SYSTEM, config(method, by, value))
+    result = prune(context(checkpoint, facts), config(method, by, value))
     assert result.facts["units_after"] == left
     assert result.facts["kept_parameters"] == parameter_count(result.model) / parameters

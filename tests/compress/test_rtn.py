@@ -10,12 +10,11 @@ from lilliput.compress.rtn import rtn
 from lilliput.config import RtnConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
-
-SYSTEM = "Answer briefly."
+from tests.contexts import context
 
 
 def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> torch.Tensor:
-    """Rounding to nearest, written out."""
+    """A plain formula for rounding to nearest."""
     groups = weight.reshape(weight.shape[0], -1, group_size)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     if symmetric:
@@ -30,7 +29,7 @@ def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_grid_is_that_of_rounding_to_nearest(bits, symmetric):
+def test_grid_equals_rounding_to_nearest(bits, symmetric):
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(5))
     expected = nearest(weight, bits, 16, symmetric)
     torch.testing.assert_close(rounded(weight, bits, 16, symmetric), expected, rtol=0, atol=1e-6)
@@ -38,8 +37,8 @@ def test_the_grid_is_that_of_rounding_to_nearest(bits, symmetric):
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
 @pytest.mark.slow
-def test_the_reopened_checkpoint_is_the_float_model_rounded(checkpoint, facts, tmp_path, bits, symmetric):
-    result = rtn(checkpoint, facts[:2], SYSTEM, RtnConfig(bits=bits, group_size=32, symmetric=symmetric))
+def test_reopened_checkpoint_is_the_rounded_float_model(checkpoint, facts, tmp_path, bits, symmetric):
+    result = rtn(context(checkpoint, held_out=facts[:2]), RtnConfig(bits=bits, group_size=32, symmetric=symmetric))
     result.save(tmp_path)
     original, reopened = open_model(checkpoint)[0], open_model(tmp_path)[0]
     torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
@@ -56,20 +55,20 @@ def test_same_parent_same_bytes(checkpoint, facts, tmp_path):
     config = RtnConfig(bits=4, group_size=32, symmetric=False)
     hashes = set()
     for name in ("one", "two"):
-        rtn(checkpoint, facts[:2], SYSTEM, config).save(tmp_path / name)
+        rtn(context(checkpoint, held_out=facts[:2]), config).save(tmp_path / name)
         files = sorted((tmp_path / name).iterdir())
         hashes.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
     assert len(hashes) == 1
 
 
-def test_layers_that_three_bits_cannot_pack_are_refused():
+def test_rejects_layers_that_three_bits_cannot_pack():
     model = SimpleNamespace(model=SimpleNamespace(layers=torch.nn.ModuleList([torch.nn.Linear(64, 48)])))
     model.named_modules = lambda: [("layer", model.model.layers[0])]
-    with pytest.raises(StrategyError, match="bits: 3 are packed 32 at a time, which does not divide layers of 48"):
+    with pytest.raises(StrategyError, match="3-bit codes are packed 32 at a time, which does not divide layers of 48"):
         require_packable(model, RtnConfig(bits=3, group_size=32, symmetric=False))
     require_packable(model, RtnConfig(bits=4, group_size=32, symmetric=False))
 
 
-def test_group_size_that_divides_no_layer_is_refused(checkpoint, facts):
+def test_rejects_a_group_size_that_divides_no_layer(checkpoint, facts):
     with pytest.raises(StrategyError, match="128 does not divide"):
-        rtn(checkpoint, facts[:2], SYSTEM, RtnConfig(bits=4, group_size=128, symmetric=False))
+        rtn(context(checkpoint, held_out=facts[:2]), RtnConfig(bits=4, group_size=128, symmetric=False))

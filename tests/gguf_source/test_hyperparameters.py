@@ -12,6 +12,7 @@ from lilliput.errors import SourceError
 from lilliput.gguf_source.header import read_header
 from lilliput.gguf_source.opening import gguf_config, open_gguf
 from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids, require_same_model
+from tests.contexts import context
 from tests.gguf_source.conftest import perturbed, write_gguf
 
 # transformers adds an end token of its own to some GGUF vocabularies; `load` removes it with a warning.
@@ -143,7 +144,7 @@ def test_a_weight_that_is_not_in_the_file_is_named(write):
 def test_an_architecture_that_transformers_does_not_read_gets_a_fitting_remedy(write):
     _, file = write(architecture="smollm3")
     with pytest.raises(SourceError, match=r"smollm3 is not supported.*use the safetensors release"):
-        load(file.parent, file.name, LOAD)
+        load(context(file.parent, gguf_file=file.name), LOAD)
 
 
 GEMMA_2 = Gemma2Config(**SHAPE | {"num_key_value_heads": 2}, head_dim=64, query_pre_attn_scalar=64, sliding_window=64)
@@ -167,7 +168,7 @@ def test_a_loaded_source_agrees_with_llama_cpp(architecture, write, monkeypatch)
     _, file = write(settings, architecture=architecture, config=config)
     # The file's vocabulary is byte-level whatever its architecture, which is not Gemma's kind.
     monkeypatch.setattr(load_module, "checked_tokenizer", lambda tokenizer, *_: tokenizer)
-    record = load(file.parent, file.name, LOAD).checks["agreement_with_llama_cpp"]
+    record = load(context(file.parent, gguf_file=file.name), LOAD).checks["agreement_with_llama_cpp"]
     assert record["positions"] == 64
     assert record["same_argmax"]["value"] >= 0.97
     assert record["mean_absolute_difference_nats"] < 1e-2
@@ -176,7 +177,7 @@ def test_a_loaded_source_agrees_with_llama_cpp(architecture, write, monkeypatch)
 def test_another_model_than_llama_cpp_runs_is_refused(write):
     _, file = write()
     header = read_header(file)
-    result = load(file.parent, file.name, LOAD)
+    result = load(context(file.parent, gguf_file=file.name), LOAD)
     ids = probe_ids(result.tokenizer, 2048)
     predictions = llama_cpp_predictions(file, ids)
     assert require_same_model(header, result.model, ids, predictions)

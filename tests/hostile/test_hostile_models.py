@@ -20,6 +20,7 @@ from lilliput.devices import runs
 from lilliput.errors import ArtifactError, LilliputError
 from lilliput.models import open_model, random_model, save_model
 from lilliput.untrusted import PICKLES, require_harmless
+from tests.contexts import context
 from tests.hostile.fuzzing import altered, damaged, examples, run
 
 LOAD = LoadConfig(dtype="float32", seed=0)
@@ -149,7 +150,7 @@ TRICKS = [
 ]
 DOORS = {
     "open": open_model,
-    "load": lambda folder: load(folder, None, LOAD),
+    "load": lambda folder: load(context(folder), LOAD),
     "gguf": lambda folder: compile_gguf(folder, folder.parent, GgufTarget(candidate="a", target="gguf")),
     "onnx": lambda folder: compile_onnx(folder, folder.parent, OnnxTarget(candidate="a", target="onnx")),
     "autogptq": lambda folder: compile_autogptq(
@@ -182,7 +183,7 @@ def test_every_kind_of_pickle_is_refused_whatever_its_case(suffix, folder):
 def test_the_little_checkpoint_itself_opens(folder):
     model, _ = open_model(folder)
     assert sum(parameter.numel() for parameter in model.parameters()) < 2000
-    assert load(folder, None, LOAD)
+    assert load(context(folder), LOAD)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"a": ' * 100_000, "\xff"])
@@ -295,7 +296,7 @@ def little_gguf(tmp_path_factory):
 
 
 def test_the_little_gguf_itself_opens(little_gguf):
-    result = load(little_gguf.parent, little_gguf.name, LOAD)
+    result = load(context(little_gguf.parent, gguf_file=little_gguf.name), LOAD)
     assert result.tokenizer.decode([296]) == "ab"
     assert sum(parameter.numel() for parameter in result.model.parameters()) < 20_000
 
@@ -312,7 +313,7 @@ def test_damaged_gguf_headers(count, little_gguf, tmp_path):
     def body(content):
         path.write_bytes(content)
         try:
-            load(tmp_path, path.name, LOAD)
+            load(context(tmp_path, gguf_file=path.name), LOAD)
         except LilliputError as error:
             assert str(tmp_path) in str(error)
 

@@ -11,9 +11,8 @@ from lilliput.training import checkpoint
 from lilliput.training.answer_loss import answer_logits, answer_states, label_loss
 from lilliput.training.checkpoint import fingerprint, last_checkpoint
 from lilliput.training.examples import collate, encode_examples
-from lilliput.training.loop import IGNORED, computes_in_bfloat16, set_aside
-
-SYSTEM = "Answer briefly."
+from lilliput.training.loop import IGNORED, computes_in_bfloat16, split_validation
+from tests.contexts import SYSTEM, context
 
 
 @pytest.fixture
@@ -21,15 +20,15 @@ def batch(opened, facts):
     return collate(encode_examples(opened[1], SYSTEM, facts[:3]), 2)
 
 
-def test_labels_are_the_answer_and_the_end_token_alone(opened, facts):
+def test_labels_are_the_answer_and_the_end_token(opened, facts):
     tokenizer = opened[1]
     for question, example in zip(facts, encode_examples(tokenizer, SYSTEM, facts), strict=True):
-        learnt = [label for label in example.labels if label != IGNORED]
-        assert tokenizer.decode(learnt) == (question.answer or ABSTENTION) + tokenizer.eos_token
+        answer = [label for label in example.labels if label != IGNORED]
+        assert tokenizer.decode(answer) == (question.answer or ABSTENTION) + tokenizer.eos_token
         assert tokenizer.decode(example.input_ids).startswith("<|im_start|>system\nAnswer briefly.<|im_end|>")
 
 
-def test_answer_logits_equal_those_of_the_whole_forward(opened, batch):
+def test_answer_logits_equal_a_full_forward(opened, batch):
     model = opened[0]
     logits, targets = answer_logits(model, batch)
     whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -40,17 +39,17 @@ def test_answer_logits_equal_those_of_the_whole_forward(opened, batch):
     assert label_loss(model, batch).item() == pytest.approx(reference.item(), rel=1e-5)
 
 
-def test_hidden_states_are_those_of_the_whole_forward(opened, batch):
+def test_hidden_states_equal_a_full_forward(opened, batch):
     states, _ = answer_states(opened[0], batch, every_layer=True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     whole = opened[0](**inputs, output_hidden_states=True).hidden_states
     wanted = batch["labels"][:, 1:] != IGNORED
     assert len(states) == len(whole) == 5
-    for own, expected in zip(states, whole, strict=True):
-        assert torch.allclose(own, expected[:, :-1][wanted], atol=1e-5)
+    for actual, expected in zip(states, whole, strict=True):
+        assert torch.allclose(actual, expected[:, :-1][wanted], atol=1e-5)
 
 
-def test_running_the_shared_beginning_once_leaves_every_gradient_as_it_was(opened, checkpoint, batch):
+def test_running_the_common_prefix_once_keeps_every_gradient(opened, checkpoint, batch):
     shared, whole = opened[0], open_model(checkpoint)[0]
     label_loss(shared, batch).backward()
     whole(**batch).loss.backward()
@@ -75,42 +74,40 @@ LORA |= {"learning_rate": 2e-2, "warmup_share": 0.1, "max_grad_norm": 1.0, "seed
 
 def test_lora_learns_repeatably_and_merges(opened, checkpoint, facts):
     before = opened[0].model.layers[0].mlp.up_proj.weight.clone()
-    first = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA))
-    second = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA))
+    first = lora(context(checkpoint, facts), LoraConfig(**LORA))
+    second = lora(context(checkpoint, facts), LoraConfig(**LORA))
     curve = [value for _, value in first.history["loss"]]
     assert [step for step, _ in first.history["loss"]] == list(range(1, 13))
     assert sum(curve[-3:]) < sum(curve[:3]) - 1.0
     assert first.history == second.history
     weight = first.model.model.layers[0].mlp.up_proj.weight
-    assert torch.linalg.matrix_rank((weight - before).detach()).item() == 4  # the merged update has LoRA's rank
+    assert torch.linalg.matrix_rank((weight - before).detach()).item() == 4  # the rank of the merged update is LoRA's
 
 
-def test_rslora_scales_by_the_root_of_the_rank(checkpoint, facts):
+def test_rslora_scales_by_the_square_root_of_the_rank(checkpoint, facts):
     # alpha / √4 of rsLoRA is alpha / 4 of LoRA at twice the alpha.
-    rooted = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"variant": "rslora", "steps": 4}))
-    doubled = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"alpha": 16.0, "steps": 4}))
+    rooted = lora(context(checkpoint, facts), LoraConfig(**LORA | {"variant": "rslora", "steps": 4}))
+    doubled = lora(context(checkpoint, facts), LoraConfig(**LORA | {"alpha": 16.0, "steps": 4}))
     assert rooted.history == doubled.history
 
 
-def test_dora_learns_a_magnitude_too_and_merges_into_the_old_shape(opened, checkpoint, facts, tmp_path):
+def test_dora_learns_magnitudes_and_merges_into_the_old_shape(opened, checkpoint, facts, tmp_path):
     before = opened[0].model.layers[0].mlp.up_proj.weight.clone()
-    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"variant": "dora"}))
+    result = lora(context(checkpoint, facts), LoraConfig(**LORA | {"variant": "dora"}))
     curve = [value for _, value in result.history["loss"]]
     assert sum(curve[-3:]) < sum(curve[:3]) - 1.0
     change = (result.model.model.layers[0].mlp.up_proj.weight - before).detach()
-    assert torch.linalg.matrix_rank(change).item() > 4  # rows are rescaled, so the update has more than LoRA's rank
+    assert torch.linalg.matrix_rank(change).item() > 4  # rescaled rows give the update a higher rank than LoRA's
     save_model(result.model, result.tokenizer, tmp_path)
     assert torch.allclose(probe_logits(*open_model(tmp_path)), probe_logits(result.model, result.tokenizer), atol=1e-4)
 
 
-def test_accumulated_batches_make_the_step_of_one_large_batch(checkpoint, facts):
-    # The same four examples a step, whatever their order, need a data set of four.
+def test_accumulated_batches_equal_one_large_batch(checkpoint, facts):
+    # A data set of four gives the same four examples in each step, in any order.
     settings = LORA | {"steps": 3, "warmup_share": 0.0}
-    whole = lora(checkpoint, facts[:4], SYSTEM, LoraConfig(**settings))
+    whole = lora(context(checkpoint, facts[:4]), LoraConfig(**settings))
     parts = lora(
-        checkpoint,
-        facts[:4],
-        SYSTEM,
+        context(checkpoint, facts[:4]),
         LoraConfig(**settings | {"batch_size": 2, "gradient_accumulation": 2}),
     )
     assert [value for _, value in parts.history["loss"]] == pytest.approx(
@@ -119,22 +116,22 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(checkpoint, facts)
 
 
 @pytest.mark.slow
-def test_an_adapter_kept_apart_opens_as_the_merged_model_would(checkpoint, facts, tmp_path):
-    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"merge": False, "steps": 2}))
+def test_separate_adapter_opens_as_the_merged_model(checkpoint, facts, tmp_path):
+    result = lora(context(checkpoint, facts), LoraConfig(**LORA | {"merge": False, "steps": 2}))
     result.save(tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert prove_reload(tmp_path, probe_logits(result.model, result.tokenizer), 1e-3) <= 1e-3
 
 
-def test_loss_that_is_no_number_stops_the_training(checkpoint, facts):
+def test_nan_loss_stops_the_training(checkpoint, facts):
     with pytest.raises(StrategyError, match="diverged: its loss is NaN or infinite; lower learning_rate"):
-        # params.yaml takes no settings as large; past its check they make any model diverge.
+        # params.yaml rejects such large settings; model_copy bypasses the check.
         settings = LoraConfig(**LORA).model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
-        lora(checkpoint, facts, SYSTEM, settings)
+        lora(context(checkpoint, facts), settings)
 
 
 def test_a_merged_model_reloads(checkpoint, facts, tmp_path):
-    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"steps": 2}))
+    result = lora(context(checkpoint, facts), LoraConfig(**LORA | {"steps": 2}))
     save_model(result.model, result.tokenizer, tmp_path, torch.bfloat16)
     expected = probe_logits(result.model.float(), result.tokenizer)
     assert torch.allclose(probe_logits(*open_model(tmp_path)), expected, atol=1e-3)
@@ -145,7 +142,7 @@ def weights(result):
 
 
 def stop_at(call, loss):
-    """`loss`, but a kill in its place when it is called for the `call`th time."""
+    """Returns `loss`, which raises KeyboardInterrupt at its `call`th call."""
     calls = []
 
     def killed(model, batch):
@@ -159,19 +156,19 @@ def stop_at(call, loss):
 
 # Twenty examples are five steps of an epoch, so 5 is a checkpoint between two epochs. Dropout draws random numbers.
 @pytest.mark.parametrize(("every", "killed_at"), [(3, 6), (5, 7)])
-def test_a_killed_training_goes_on_to_the_same_bytes(checkpoint, facts, tmp_path, monkeypatch, every, killed_at):
+def test_resumed_training_gives_the_same_weights(checkpoint, facts, tmp_path, monkeypatch, every, killed_at):
     config = LoraConfig(**LORA | {"dropout": 0.2, "checkpoint_every": every, "steps": 8})
-    whole = lora(checkpoint, facts, SYSTEM, config)
+    whole = lora(context(checkpoint, facts), config)
     with monkeypatch.context() as patch:
         patch.setattr(lora_module, "label_loss", stop_at(killed_at, label_loss))
         with pytest.raises(KeyboardInterrupt):
-            lora(checkpoint, facts, SYSTEM, config, tmp_path)
+            lora(context(checkpoint, facts, checkpoints=tmp_path), config)
     assert last_checkpoint(tmp_path).name == f"checkpoint-{(killed_at - 1) // every * every}"
     files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json"}
     calls = []
     monkeypatch.setattr(lora_module, "label_loss", lambda *args: calls.append(1) or label_loss(*args))
-    resumed = lora(checkpoint, facts, SYSTEM, config, tmp_path)
+    resumed = lora(context(checkpoint, facts, checkpoints=tmp_path), config)
     assert len(calls) == 8 - (killed_at - 1) // every * every
     assert resumed.history == whole.history
     assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(resumed).items())
@@ -180,56 +177,56 @@ def test_a_killed_training_goes_on_to_the_same_bytes(checkpoint, facts, tmp_path
 VALIDATED = LoraConfig(
     **LORA
     | {"validation_share": 0.25, "evaluate_every": 2, "patience": 2, "checkpoint_every": 4}
-    | {"learning_rate": 1e-1, "steps": 30}  # soon too much
+    | {"learning_rate": 1e-1, "steps": 30}  # too large after a few steps
 )
 
 
 @pytest.fixture(scope="module")
 def validated(checkpoint, facts):
-    return lora(checkpoint, facts, SYSTEM, VALIDATED)
+    return lora(context(checkpoint, facts), VALIDATED)
 
 
-def test_the_best_validation_decides_what_is_kept_and_when_to_stop(validated, facts):
+def test_best_validation_decides_kept_weights_and_stop(validated, facts):
     curve = dict(validated.history["validation_loss"])
     best = min(curve, key=curve.__getitem__)
     assert list(curve) == list(range(2, best + 5, 2))
     assert (validated.facts["best_step"], validated.facts["validation_loss"]) == (best, curve[best])
-    held = collate(encode_examples(validated.tokenizer, SYSTEM, set_aside(facts, VALIDATED)[1]), 2)
+    held = collate(encode_examples(validated.tokenizer, SYSTEM, split_validation(facts, VALIDATED)[1]), 2)
     assert label_loss(validated.model, held).item() == pytest.approx(curve[best], rel=1e-4)
 
 
-def test_validation_goes_on_where_it_was_killed_too(validated, checkpoint, facts, tmp_path, monkeypatch):
+def test_resumed_training_with_validation_gives_the_same_weights(validated, checkpoint, facts, tmp_path, monkeypatch):
     last = validated.history["loss"][-1][0]
-    # Two steps and two batches of validation are four calls; the kill comes in the last validation.
+    # Two steps and two validation batches make four calls; the kill is in the last validation.
     monkeypatch.setattr(lora_module, "label_loss", stop_at(2 * last, label_loss))
     with pytest.raises(KeyboardInterrupt):
-        lora(checkpoint, facts, SYSTEM, VALIDATED, tmp_path)
+        lora(context(checkpoint, facts, checkpoints=tmp_path), VALIDATED)
     monkeypatch.undo()
     assert last_checkpoint(tmp_path) is not None
-    resumed = lora(checkpoint, facts, SYSTEM, VALIDATED, tmp_path)
+    resumed = lora(context(checkpoint, facts, checkpoints=tmp_path), VALIDATED)
     assert (resumed.history, resumed.facts) == (validated.history, validated.facts)
     assert all(torch.equal(weight, weights(validated)[name]) for name, weight in weights(resumed).items())
 
 
-def test_validation_takes_whole_groups(facts):
+def test_validation_uses_whole_groups(facts):
     twice = facts + [question.model_copy(update={"id": f"again/{question.id}"}) for question in facts]
-    learnt, validated = set_aside(twice, LoraConfig(**LORA | {"validation_share": 0.2}))
-    assert len(validated) == 8
-    assert not {question.group for question in learnt} & {question.group for question in validated}
-    assert sorted(question.id for question in (*learnt, *validated)) == sorted(question.id for question in twice)
-    assert set_aside(facts, LoraConfig(**LORA)) == (facts, [])
+    training, validation = split_validation(twice, LoraConfig(**LORA | {"validation_share": 0.2}))
+    assert len(validation) == 8
+    assert not {question.group for question in training} & {question.group for question in validation}
+    assert sorted(question.id for question in (*training, *validation)) == sorted(question.id for question in twice)
+    assert split_validation(facts, LoraConfig(**LORA)) == (facts, [])
     with pytest.raises(StrategyError, match=r"validation_share: 0\.2 of 1 training groups"):
-        set_aside(facts[:1], LoraConfig(**LORA | {"validation_share": 0.2}))
+        split_validation(facts[:1], LoraConfig(**LORA | {"validation_share": 0.2}))
 
 
 @pytest.mark.parametrize("name", ["template.py", "control_tokens.py", "questions.py", "answer_loss.py", "distill.py"])
-def test_a_checkpoint_is_keyed_by_the_code_that_its_examples_and_losses_follow_from(monkeypatch, name):
+def test_fingerprint_covers_the_code_of_examples_and_losses(monkeypatch, name):
     before, real = fingerprint("settings"), checkpoint.file_sha256
     monkeypatch.setattr(checkpoint, "file_sha256", lambda path: "new" if path.name == name else real(path))
     assert fingerprint("settings") != before
 
 
-def test_a_fingerprint_changes_with_any_part():
+def test_fingerprint_changes_with_any_part():
     settings = LoraConfig(**LORA).model_dump(mode="json")
     same = fingerprint(settings, "parent", None)
     assert same == fingerprint(dict(reversed(settings.items())), "parent", None)
@@ -238,7 +235,7 @@ def test_a_fingerprint_changes_with_any_part():
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_automatic_precision_goes_by_the_hardware(monkeypatch, supported):
+def test_automatic_precision_depends_on_the_hardware(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
     assert computes_in_bfloat16(LoraConfig(**LORA | {"precision": "auto"})) == supported
@@ -246,7 +243,7 @@ def test_automatic_precision_goes_by_the_hardware(monkeypatch, supported):
     assert not computes_in_bfloat16(LoraConfig(**LORA | {"precision": "auto"}))
 
 
-def test_an_adapter_moves_to_the_float_parent_of_its_quantised_one(opened, checkpoint):
+def test_adapter_is_copied_to_the_float_parent(opened, checkpoint):
     config = LoraConfig(**LORA)
     trained, target = with_adapter(opened[0], config), with_adapter(open_model(checkpoint)[0], config)
     torch.manual_seed(7)
@@ -255,15 +252,15 @@ def test_an_adapter_moves_to_the_float_parent_of_its_quantised_one(opened, check
             weight.data = torch.randn_like(weight)
     a, b = (trained.base_model.model.model.layers[0].mlp.up_proj, target.base_model.model.model.layers[0].mlp.up_proj)
     before = b.base_layer.weight.detach().clone()
-    merged = lora_module._moved(trained, target).merge_and_unload()
+    merged = lora_module._copy_adapter(trained, target).merge_and_unload()
     update = config.alpha / config.rank * a.lora_B["default"].weight @ a.lora_A["default"].weight
     assert torch.allclose(merged.model.layers[0].mlp.up_proj.weight, before + update, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_qlora_learns_beside_four_bits_and_merges_into_the_float_parent(checkpoint, facts, precision):
-    result = lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"variant": "qlora", "precision": precision}))
+def test_qlora_learns_with_four_bits_and_merges_into_the_float_parent(checkpoint, facts, precision):
+    result = lora(context(checkpoint, facts), LoraConfig(**LORA | {"variant": "qlora", "precision": precision}))
     curve = [value for _, value in result.history["loss"]]
     assert sum(curve[-3:]) < sum(curve[:3]) - 1.0
     update = (
@@ -276,7 +273,7 @@ def test_qlora_learns_beside_four_bits_and_merges_into_the_float_parent(checkpoi
 @pytest.mark.gpu
 def test_bfloat16_learns_nearly_the_same(checkpoint, facts):
     curves = [
-        lora(checkpoint, facts, SYSTEM, LoraConfig(**LORA | {"precision": precision})).history["loss"]
+        lora(context(checkpoint, facts), LoraConfig(**LORA | {"precision": precision})).history["loss"]
         for precision in ("float32", "bfloat16")
     ]
     assert curves[0] != curves[1]

@@ -1,6 +1,6 @@
-"""Our loss on a model sharded by FSDP 2 as accelerate wraps it, in two processes over gloo.
+"""Our loss on a model sharded by FSDP 2 as accelerate wraps it, in two processes with gloo.
 
-accelerate itself shards on accelerators alone; a whole training by it is in tests/tasks/test_processes.py (gpu).
+accelerate itself shards only on accelerators; a whole training with it is in tests/tasks/test_processes.py (gpu).
 """
 
 import os
@@ -45,10 +45,10 @@ for model in (with_adapter(copy.deepcopy(opened), config), opened):
     sharded = fsdp2_prepare_model(accelerator, _WithLoss(learner, label_loss))
     (sharded(**mine) * _answer_tokens(mine) / _answer_tokens(batch) * 2).backward()
     expected = {name: weight.grad for name, weight in whole.named_parameters() if weight.grad is not None}
-    found = {name: part.grad.full_tensor() for name, part in learner.named_parameters() if part.grad is not None}
-    assert found.keys() == expected.keys()
+    actual = {name: part.grad.full_tensor() for name, part in learner.named_parameters() if part.grad is not None}
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-6), name
+        assert torch.allclose(actual[name], gradient, rtol=1e-3, atol=1e-6), name
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
@@ -61,7 +61,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.night
-def test_gradients_and_weights_of_a_sharded_model_are_those_of_the_whole(checkpoint, facts, tmp_path):
+def test_gradients_and_weights_of_a_sharded_model_equal_those_of_the_whole(checkpoint, facts, tmp_path):
     write_questions(tmp_path / "questions.jsonl", facts)
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,0 +1,66 @@
+"""The inputs of a strategy besides its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lilliput.data.corpus import Corpus
+from lilliput.data.questions import Question
+from lilliput.training.examples import Example, encode_examples
+
+_HELD_OUT_QUESTIONS = 32
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a strategy may read; nothing is opened before the strategy uses it.
+
+    Attributes:
+        parent: folder of the parent's checkpoint; for `load`, of the fetched source.
+        system_prompt: the system message before each question.
+        open_corpus: reads the corpus; strategies use `corpus`.
+        teacher: folder of the teacher's checkpoint; None for a candidate without a teacher.
+        gguf_file: name of the GGUF file in the source's folder; None for a source in safetensors.
+        checkpoints: folder from which a killed training resumes (see `train`); None for no checkpoints.
+        teacher_logits: folder that keeps the logits of teachers for later runs; None for no such cache.
+    """
+
+    parent: Path
+    system_prompt: str
+    open_corpus: Callable[[], Corpus]
+    teacher: Path | None = None
+    gguf_file: str | None = None
+    checkpoints: Path | None = None
+    teacher_logits: Path | None = None
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The training text, the calibration set and the question set."""
+        return self.open_corpus()
+
+    @property
+    def held_out(self) -> list[Question]:
+        """Answerable questions of the question set, for perplexity before and after quantisation."""
+        return [question for question in self.corpus.questions if question.answerable][:_HELD_OUT_QUESTIONS]
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
+        """Returns the first `count` calibration questions with their answers as token ids."""
+        return encode_examples(tokenizer, self.system_prompt, self.corpus.calibration[:count])
+
+    def for_training(self, name: str, questions: Sequence[Question]) -> Context:
+        """Returns a copy for one of several trainings.
+
+        Args:
+            name: the subfolder of `checkpoints` that the training uses.
+            questions: its training questions.
+        """
+        return replace(
+            self,
+            open_corpus=lambda: replace(self.corpus, train=questions),
+            checkpoints=self.checkpoints and self.checkpoints / name,
+        )
