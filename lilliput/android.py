@@ -1,9 +1,9 @@
-"""A real Android phone over adb: llama.cpp's own bench on it, and what it took from the battery.
+"""Measures a compiled model on a real Android phone over adb: llama.cpp's bench, and the energy from the battery.
 
 python -m lilliput.android bundles/phone-4gb/model.gguf --bench ~/llama-android/llama-bench
 
-The bench binary is yours to build or fetch (llama.cpp, `cmake` with the NDK's toolchain). The phone must not be on its
-charger, nor powered by the USB cable, for the battery to tell anything: connect adb over Wi-Fi (`adb pair`).
+Build or download the bench binary yourself (llama.cpp, `cmake` with the NDK's toolchain). The battery shows energy only
+if the phone is neither on its charger nor powered by the USB cable: connect adb over Wi-Fi (`adb pair`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Battery:
     """One reading of Android's battery service.
 
     Attributes:
-        charge_uah: µAh left, by the fuel gauge's counter; None where the phone has none (it then says 0).
+        charge_uah: remaining charge in µAh by the fuel gauge's counter; None if the phone has none (it reports 0).
         voltage_v: volts.
         level: percent.
-        powered: whether anything charges it.
+        powered: whether the phone is charging.
     """
 
     charge_uah: int | None
@@ -43,16 +43,16 @@ class Battery:
 
 
 def parse_battery(text: str) -> Battery:
-    """What `dumpsys battery` printed.
+    """Parses the output of `dumpsys battery`.
 
     Raises:
-        ArtifactError: level or voltage are missing.
+        ArtifactError: level or voltage is missing.
     """
     fields: dict[str, str] = {}
     for name, value in _FIELD.findall(text):
-        fields.setdefault(name.strip(), value)  # makers append lines of their own, some under the same names
+        fields.setdefault(name.strip(), value)  # manufacturers append own lines, some with the same names
     if "level" not in fields or "voltage" not in fields:
-        raise ArtifactError(f"no battery level or voltage in what the phone says: {text.strip()[:200]!r}")
+        raise ArtifactError(f"no battery level or voltage in the phone's output: {text.strip()[:200]!r}")
     voltage = int(fields["voltage"])
     return Battery(
         charge_uah=int(fields.get("Charge counter", "0")) or None,
@@ -63,10 +63,10 @@ def parse_battery(text: str) -> Battery:
 
 
 def parse_bench(text: str) -> dict[str, Any]:
-    """What `llama-bench -o json` printed: tokens per second of prompt and answer, each with its samples.
+    """Parses the output of `llama-bench -o json`: tokens per second of prompt and answer, with their samples.
 
     Raises:
-        ArtifactError: it is no JSON of that form.
+        ArtifactError: the output has another form.
     """
     try:
         rows = json.loads(text[text.index("[") :])
@@ -82,11 +82,11 @@ def parse_bench(text: str) -> dict[str, Any]:
             "threads": prefill["n_threads"],
         }
     except (ValueError, KeyError, TypeError, StopIteration):
-        raise ArtifactError(f"not what `llama-bench -o json` prints: {text.strip()[:200]!r}") from None
+        raise ArtifactError(f"not the output of `llama-bench -o json`: {text.strip()[:200]!r}") from None
 
 
 def energy_j(before: Battery, after: Battery) -> float | None:
-    """Joules that left the battery: the counter's difference at the mean voltage; None where it tells nothing."""
+    """Returns the joules taken from the battery: charge difference × mean voltage; None if the counter shows none."""
     if before.powered or after.powered or before.charge_uah is None or after.charge_uah is None:
         return None
     used_uah = before.charge_uah - after.charge_uah
@@ -105,44 +105,44 @@ def bench_on_phone(
     idle_s: float = 60.0,
     deadline_s: float = 1800.0,
 ) -> dict[str, Any]:
-    """Pushes model and bench, runs it, and reads the battery before, after an idle while, and after the run.
+    """Pushes model and bench, runs the bench, and reads the battery before an idle period, after it, and after the run.
 
-    The energy is that of the run less what the phone takes idle in the same time; `idle_watts` is None where idling did
-    not move the counter, and then nothing is taken off. It is of the whole phone, so switch the screen off; a counter
-    moves in steps of a milliampere-hour or so, hence the repetitions.
+    The energy is that of the run minus the phone's idle energy in the same time. `idle_watts` is None if idling did not
+    change the counter; then nothing is subtracted. The energy is of the whole phone, so switch the screen off. The
+    counter moves in steps of about a milliampere-hour, hence the repetitions.
 
     Args:
         model: a GGUF file.
         bench: llama.cpp's `llama-bench` for the phone.
-        serial: which phone, as `adb devices` names it.
-        threads: CPU threads there.
-        prompt_tokens: of each prompt.
-        new_tokens: of each answer.
-        repetitions: of both.
-        idle_s: how long idle power is watched before.
-        deadline_s: after which the run is given up.
+        serial: the phone's serial number in `adb devices`.
+        threads: CPU threads on the phone.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens of each answer.
+        repetitions: of prompt and answer.
+        idle_s: seconds of the idle period before the run.
+        deadline_s: limit of each adb command.
 
     Raises:
-        ArtifactError: adb is missing or fails, the run takes too long, or its output is not understood.
+        ArtifactError: adb is missing or fails, the run takes too long, or its output cannot be parsed.
     """
     adb = _Adb(serial, deadline_s)
     adb.run("shell", "mkdir", "-p", FOLDER)
     adb.run("push", str(model), f"{FOLDER}/model.gguf")
     adb.run("push", str(bench), f"{FOLDER}/llama-bench")
     adb.run("shell", "chmod", "755", f"{FOLDER}/llama-bench")
-    idle_from = parse_battery(adb.run("shell", "dumpsys", "battery"))
+    idle_start = parse_battery(adb.run("shell", "dumpsys", "battery"))
     time.sleep(idle_s)
     before = parse_battery(adb.run("shell", "dumpsys", "battery"))
     sizes = ["-p", str(prompt_tokens), "-n", str(new_tokens), "-r", str(repetitions), "-t", str(threads)]
     started = time.monotonic()
-    told = adb.run("shell", f"cd {FOLDER} && LD_LIBRARY_PATH=. ./llama-bench -m model.gguf {' '.join(sizes)} -o json")
-    took_s = time.monotonic() - started
+    output = adb.run("shell", f"cd {FOLDER} && LD_LIBRARY_PATH=. ./llama-bench -m model.gguf {' '.join(sizes)} -o json")
+    duration_s = time.monotonic() - started
     after = parse_battery(adb.run("shell", "dumpsys", "battery"))
-    found = parse_bench(told)
-    used, idle = energy_j(before, after), energy_j(idle_from, before)
-    idle_w = idle / idle_s if idle is not None and idle_s else None  # None: not taken off, the counter told nothing
-    per_token = None if used is None else max(0.0, used - (idle_w or 0.0) * took_s) / found["tokens"]
-    return found | {
+    record = parse_bench(output)
+    used_j, idle_j = energy_j(before, after), energy_j(idle_start, before)
+    idle_w = idle_j / idle_s if idle_j is not None and idle_s else None  # None: nothing is subtracted
+    per_token = None if used_j is None else max(0.0, used_j - (idle_w or 0.0) * duration_s) / record["tokens"]
+    return record | {
         "model": adb.run("shell", "getprop", "ro.product.model").strip(),
         "energy_per_token_j": {
             "value": per_token,
@@ -164,7 +164,7 @@ class _Adb:
 
     def run(self, *arguments: str) -> str:
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 [*self._command, *arguments],
                 capture_output=True,
                 text=True,
@@ -174,10 +174,10 @@ class _Adb:
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            raise ArtifactError(f"adb {' '.join(arguments)}: not done after {self._deadline_s:g} s") from None
-        if done.returncode:
-            raise ArtifactError(f"adb {' '.join(arguments)}: {(done.stderr or done.stdout).strip()[:500]}")
-        return done.stdout
+            raise ArtifactError(f"adb {' '.join(arguments)}: did not finish within {self._deadline_s:g} s") from None
+        if process.returncode:
+            raise ArtifactError(f"adb {' '.join(arguments)}: {(process.stderr or process.stdout).strip()[:500]}")
+        return process.stdout
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -196,13 +196,13 @@ def main(
 ) -> None:
     """Run a compiled model on a phone and print tokens per second and joules per token as JSON."""
     try:
-        found = bench_on_phone(
+        record = bench_on_phone(
             model, bench, serial=serial, threads=threads, repetitions=repetitions, idle_s=idle_seconds
         )
     except ArtifactError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

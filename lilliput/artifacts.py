@@ -1,4 +1,4 @@
-"""A model directory: written aside and renamed, so that it is whole or absent; sealed by a manifest of sha256 sums."""
+"""Artefacts: folders that are written atomically and sealed by a manifest of sha256 sums."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 HISTORY = "history.json"
 ADAPTER = "adapter"
 PARITY = "parity.json"
-# What a runtime does not need is not counted as the model's size.
+# Files that no runtime needs; they do not count towards the model's size.
 _NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/")
 _READ = 0o444
 _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "safetensors")
 
 
 class Manifest(BaseModel):
-    """What an artefact is and what it was made from.
+    """Describes an artefact and what it was made from.
 
     Attributes:
         config: the resolved settings of the strategy.
-        parent_sha256: the parent's identity (`artifact_sha256`); None for the source.
-        facts: what the strategy found out on the way (removed layers, perplexities, …).
-        size_bytes: of the files a runtime needs.
+        parent_sha256: `artifact_sha256` of the parent; None for the source.
+        facts: results of the strategy (removed layers, perplexities, …).
+        size_bytes: size of the files that a runtime needs.
         files: sha256 of each file, by path relative to the artefact.
     """
 
@@ -57,32 +57,32 @@ class Manifest(BaseModel):
 
     @property
     def artifact_sha256(self) -> str:
-        """The identity of the artefact: the hash of its whole manifest, and so of every file in it."""
+        """The identity of the artefact: the hash of its manifest, which covers every file."""
         return hashlib.sha256(_canonical(self.model_dump()).encode()).hexdigest()
 
     @property
     def text(self) -> str:
-        """As it stands in lilliput.json."""
+        """The text of lilliput.json."""
         return _canonical(self.model_dump(), indent=2) + "\n"
 
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
+    """Yields an empty folder that is renamed to `target` if the block succeeds, and removed if it fails.
 
-    It is on the disk before it has its name, so that power that goes leaves no whole-looking folder of empty files.
-    Whoever may read what this process writes may read all of it: safetensors and temporary folders keep to themselves.
+    The files are flushed to disk before the rename, so a power failure cannot leave a complete-looking folder of empty
+    files. Permissions follow the umask, because safetensors and temporary folders would make files private.
     """
     partial = target.with_name(f".{target.name}.partial")
-    remove(partial)  # what a killed run left
+    remove(partial)  # left by a killed run
     partial.mkdir(parents=True)
-    given = _mode(partial)  # as the umask has it
+    default_mode = _mode(partial)  # set by the umask
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            wanted = _mode(path) | (given if path.is_dir() else given & _READ)
-            if wanted != _mode(path):
-                path.chmod(wanted)
+            mode = _mode(path) | (default_mode if path.is_dir() else default_mode & _READ)
+            if mode != _mode(path):
+                path.chmod(mode)
             _flush(path)
         remove(target)
         partial.rename(target)
@@ -92,8 +92,8 @@ def writing(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a place to write a file to that becomes `path` when the block ends well, and vanishes when it does not."""
+def writing_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path that is renamed to `path` if the block succeeds, and removed if it fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -105,7 +105,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` another name of the file `source`, or a copy of it where the file system has no links."""
+    """Creates `target` as a hard link to `source`, or as a copy if the file system does not support links."""
     try:
         os.link(source, target)
     except OSError:
@@ -113,23 +113,23 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Removes `directory` if it is there; renamed first, so that a half-removed one never looks whole."""
-    doomed = directory.with_name(f".{directory.name.lstrip('.')}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)  # what a killed run left
+    """Removes `directory` if it exists; renames it first, so that a partly removed folder never looks complete."""
+    renamed = directory.with_name(f".{directory.name.lstrip('.')}.removed")
+    shutil.rmtree(renamed, ignore_errors=True)  # left by a killed run
     if directory.exists():
-        directory.rename(doomed)
-        shutil.rmtree(doomed)
+        directory.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def require_room(folder: Path, needed_bytes: int = 0) -> None:
-    """Refuses, before anything expensive starts, a folder that takes no file or not so many bytes.
+    """Checks, before anything expensive starts, that `folder` is writable and has enough disk space.
 
     Args:
-        folder: where something will be written.
-        needed_bytes: that are expected to be.
+        folder: where files will be written.
+        needed_bytes: expected size of these files.
 
     Raises:
-        ArtifactError: it is read-only, or its disk has not that much left.
+        ArtifactError: the folder is read-only, or its disk has too little space.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -148,7 +148,7 @@ def require_room(folder: Path, needed_bytes: int = 0) -> None:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether `error` or what led to it is that a disk takes no more; safetensors and SQLite say so in words alone."""
+    """Whether `error` or one of its causes is a full disk; safetensors and SQLite report it only as text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
@@ -159,16 +159,16 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 def describe_full_disk(error: BaseException) -> str:
-    """What to say of an `error` for which `disk_is_full`: what was written, how much is free here, what to do."""
-    what = " ".join(str(error).split())[:300]
+    """Returns a message for an `error` for which `disk_is_full`: the failed write, the free space and the remedy."""
+    cause = " ".join(str(error).split())[:300]
     return (
-        f"{what}; {Path.cwd()} has {free_mib(Path.cwd())} MiB free, {tempfile.gettempdir()} "
+        f"{cause}; {Path.cwd()} has {free_mib(Path.cwd())} MiB free, {tempfile.gettempdir()} "
         f"{free_mib(Path(tempfile.gettempdir()))}: free some space and run this again, nothing is half-written"
     )
 
 
 def free_mib(folder: Path) -> int:
-    """What the disk under `folder` has left, in MiB."""
+    """Returns the free space of the disk of `folder`, in MiB."""
     return shutil.disk_usage(folder).free // 2**20
 
 
@@ -182,7 +182,7 @@ def seal(
     parameters: int,
     facts: dict[str, Any],
 ) -> Manifest:
-    """The manifest of the finished files in `directory`, written beside them."""
+    """Writes the manifest of the finished files in `directory`, and returns it."""
     files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     manifest = Manifest(
         candidate=candidate,
@@ -201,12 +201,12 @@ def seal(
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of the libraries that decide what is computed."""
+    """Returns the versions of the libraries that results depend on."""
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the artefact in `directory`, unverified.
+    """Returns the manifest of the artefact in `directory`, unverified.
 
     Raises:
         ArtifactError: there is no artefact, or its manifest is not readable.
@@ -214,30 +214,32 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(
-            f"{directory}: no {MANIFEST} here, so this is no finished artefact; run the stage that makes it"
+            f"{directory}: no {MANIFEST} here, so this is not a finished artefact; run the stage that creates it"
         )
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: not a manifest ({type(error).__name__}); make this artefact again") from None
+        raise ArtifactError(f"{path}: not a manifest ({type(error).__name__}); create this artefact again") from None
 
 
 def verify(directory: Path) -> Manifest:
-    """The manifest of the artefact in `directory`, once every file in it has the sha256 it should.
+    """Verifies the sha256 of every file of the artefact in `directory`, and returns its manifest.
 
     Raises:
-        ArtifactError: a file is missing, altered or not listed, or the folder is not harmless (lilliput/untrusted.py).
+        ArtifactError: a file is missing, altered or not listed, or the folder is unsafe (lilliput/untrusted.py).
     """
     manifest = read_manifest(directory)
     require_harmless(directory)
-    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {MANIFEST}
-    if strays := found ^ manifest.files.keys():
-        raise ArtifactError(f"{directory}: missing or unlisted: {', '.join(sorted(strays))}; make this artefact again")
+    names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {MANIFEST}
+    if differing := names ^ manifest.files.keys():
+        raise ArtifactError(
+            f"{directory}: missing or unlisted: {', '.join(sorted(differing))}; create this artefact again"
+        )
     for name, expected in manifest.files.items():
         if (actual := file_sha256(directory / name)) != expected:
             raise ArtifactError(
                 f"{directory / name}: altered or truncated (sha256 {actual}, should be {expected}); "
-                f"delete {directory} and run again: it is restored, if DVC's cache has it whole, or made again"
+                f"delete {directory} and run again: it is restored from DVC's cache or created again"
             )
     return manifest
 
@@ -248,25 +250,25 @@ def write_history(directory: Path, series: dict[str, list[tuple[int, float]]]) -
 
 
 def read_history(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves written by `write_history`; empty where the strategy has none."""
+    """Returns the curves of `write_history`; empty if the strategy has none."""
     path = directory / HISTORY
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, whole or not at all."""
+    """Writes `text` to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as partial:
+    with writing_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON to `path`, whole or not at all; NaN is refused."""
+    """Writes `value` as indented JSON to `path` atomically; rejects NaN with a ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, as hex."""
+    """Returns the sha256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -276,7 +278,7 @@ def _mode(path: Path) -> int:
 
 
 def _flush(path: Path) -> None:
-    """Has the system put what was written to `path`, a file or a folder's list of names, on the disk."""
+    """Flushes `path`, a file or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

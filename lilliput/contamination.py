@@ -1,4 +1,4 @@
-"""Contamination: asked questions whose text stands, in part, in what was trained on."""
+"""Contamination: finds evaluation questions whose text overlaps with the training text."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections.abc import Iterable, Sequence
 
 from lilliput.data.questions import Question, normalise
 
-# The length of overlap that GPT-3's authors looked for (Brown et al., arXiv 2005.14165, appendix C).
+# The overlap length of GPT-3 (Brown et al., arXiv 2005.14165, appendix C).
 WORDS = 13
 
 
-def contaminated(train: Iterable[Question], asked: Sequence[Question]) -> list[str]:
-    """The ids of `asked` questions that share 13 successive words with a training row.
+def find_contaminated(train: Iterable[Question], questions: Sequence[Question]) -> list[str]:
+    """Returns the ids of `questions` that share 13 successive words with a training row.
 
-    Questions of fewer words are compared whole when the corpus is built, and entities never stand on both sides.
+    Shorter questions are compared whole when the corpus is built, and no entity occurs in both splits.
     """
-    grams = {question.id: _grams(question) for question in asked}
-    wanted = set().union(*grams.values())  # those of the few, not of the many: the training text may be a million rows
-    if not wanted:
+    grams = {question.id: _grams(question) for question in questions}
+    evaluated = set().union(
+        *grams.values()
+    )  # held in memory instead of the training text, which may have a million rows
+    if not evaluated:
         return []
-    known: set[tuple[str, ...]] = set()
+    overlap: set[tuple[str, ...]] = set()
     for question in train:
-        known |= wanted & _grams(question)
-    return [question.id for question in asked if not known.isdisjoint(grams[question.id])]
+        overlap |= evaluated & _grams(question)
+    return [question.id for question in questions if not overlap.isdisjoint(grams[question.id])]
 
 
 def _grams(question: Question) -> set[tuple[str, ...]]:

@@ -1,25 +1,26 @@
-"""Every error Lilliput raises on purpose.
+"""Every error that Lilliput raises deliberately.
 
 LilliputError            exit code 2: the message says what, where and what to do
-├── ConfigError          params.yaml (or a file it names) is not usable
-│   └── BusyError        another run is at work in the folder
-├── SourceError          a model or a wheel cannot be fetched, verified or opened
-├── DataError            a corpus or a question set is not usable
-├── ArtifactError        a model directory is missing, incomplete or not what it says
+├── ConfigError          params.yaml (or a file it names) is invalid
+│   └── BusyError        another run is active in the folder
+├── SourceError          a model or a wheel cannot be downloaded, verified or opened
+├── DataError            a corpus or a question set is invalid
+├── ArtifactError        a model directory is missing, incomplete or altered
 ├── StrategyError        a strategy cannot be applied to this parent
-├── CompileError         a checkpoint cannot be compiled for a target, or what came out is another model
-├── PublishError         a bundle cannot be put on the hub
-├── RegistryError        MLflow does not answer, or refuses
-└── StageError           a stage of the pipeline ended badly in its own process
+├── CompileError         a checkpoint cannot be compiled for a target, or the compiled model differs from it
+├── PublishError         a bundle cannot be uploaded to the hub
+├── RegistryError        MLflow does not answer, or rejects the request
+└── StageError           a stage of the pipeline failed in its own process
+    └── TemporaryError   a download failed; another attempt may succeed
 """
 
 
 class LilliputError(Exception):
-    """A problem the reader can mend; anything else is a bug and keeps its traceback."""
+    """A problem that the user can solve; any other exception is a bug and keeps its traceback."""
 
 
 class ConfigError(LilliputError):
-    """The configuration is refused. `problems` holds one line per problem found."""
+    """The configuration is invalid. `problems` has one line per problem."""
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else problems
@@ -27,11 +28,11 @@ class ConfigError(LilliputError):
 
 
 class BusyError(ConfigError):
-    """Another run is at work in the folder; once it ends, the same command succeeds."""
+    """Another run is active in the folder; the same command works after it has ended."""
 
 
 class SourceError(LilliputError):
-    """A source model or wheel cannot be fetched, verified or opened; `temporary` if another try may help."""
+    """A source model or wheel cannot be downloaded, verified or opened; `temporary` if another attempt may succeed."""
 
     def __init__(self, message: str, *, temporary: bool = False) -> None:
         self.temporary = temporary
@@ -39,11 +40,11 @@ class SourceError(LilliputError):
 
 
 class DataError(LilliputError):
-    """A corpus or a question set is not usable."""
+    """A corpus or a question set is invalid."""
 
 
 class ArtifactError(LilliputError):
-    """A model directory is missing, incomplete, altered or not what it says it is."""
+    """A model directory is missing, incomplete, altered or unsafe."""
 
 
 class StrategyError(LilliputError):
@@ -51,15 +52,15 @@ class StrategyError(LilliputError):
 
 
 class CompileError(LilliputError):
-    """A checkpoint cannot be compiled for a target, or the compiled model is not the one that was measured."""
+    """A checkpoint cannot be compiled for a target, or the compiled model differs from the checkpoint."""
 
 
 class PublishError(LilliputError):
-    """A bundle is not its device's champion, or the hub does not take it."""
+    """A bundle is not its device's champion, or the hub rejects it."""
 
 
 class RegistryError(LilliputError):
-    """MLflow does not answer, or refuses; `temporary` if another try may help."""
+    """MLflow does not answer, or rejects the request; `temporary` if another attempt may succeed."""
 
     def __init__(self, message: str, *, temporary: bool = False) -> None:
         self.temporary = temporary
@@ -67,8 +68,8 @@ class RegistryError(LilliputError):
 
 
 class StageError(LilliputError):
-    """A stage ended badly in its own process; its log holds the whole story."""
+    """A stage failed in its own process; its log has the details."""
 
 
 class TemporaryError(StageError):
-    """A stage could not fetch something; another try may succeed."""
+    """A stage could not download something; another attempt may succeed."""

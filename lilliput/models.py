@@ -1,13 +1,10 @@
-"""Opens, saves and proves causal language models: safetensors only, never pickle, never remote code."""
+"""Opens causal language models and reads their parts: safetensors only, never pickle, never remote code."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +12,11 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,100 +26,100 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lilliput.artifacts import ADAPTER
 from lilliput.errors import ArtifactError, LilliputError, SourceError
 from lilliput.memory import FLOAT, free_bytes
-from lilliput.redaction import environment_without_secrets
-from lilliput.resident import give_back_memory
+from lilliput.resident import release_memory
 from lilliput.untrusted import require_harmless
 
-PROBE_TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen; iron is a metal, and so is gold."
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def device() -> torch.device:
-    """The accelerator if there is one, else the CPU; also where FSDP is to share out a model too large for one of them.
+    """Returns the accelerator if there is one, else the CPU.
 
-    Of several processes each has its own, which accelerate sets.
+    With FSDP it is the CPU, because a model too large for one accelerator is opened before it is sharded. Each of
+    several processes has its own accelerator, which accelerate sets.
     """
     return torch.device("cuda" if torch.cuda.is_available() and not sharded() else "cpu")
 
 
 def sharded() -> bool:
-    """Whether each of several processes holds a part of the model alone (FSDP), as accelerate's environment says."""
+    """Whether each of several processes holds only a shard of the model (FSDP), by accelerate's environment."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def open_model(directory: Path) -> Opened:
-    """The model in `directory`, in float32 and evaluation mode, and its tokenizer; on the GPU if it fits there.
+    """Opens the model in `directory` and its tokenizer: float32, evaluation mode, on the GPU if it fits there.
 
-    A GPTQ checkpoint is dequantised: each weight becomes `scale · (code − zero)`, the very number its kernels use. A
-    LoRA adapter kept apart is applied.
+    A GPTQ checkpoint is dequantised: each weight becomes `scale · (code − zero)`, exactly the number that its kernels
+    use. A LoRA adapter stored separately is merged.
 
     Raises:
-        ArtifactError: `directory` holds no checkpoint that opens, or something that would run.
+        ArtifactError: `directory` contains no checkpoint that opens, or contains code.
     """
     config = read_config(directory)
-    with opening(directory, ArtifactError):
+    with translate_errors(directory, ArtifactError):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = _dequantised(directory) if is_quantised(config) else _checkpoint(directory)
+        model = _open_gptq(directory) if is_quantised(config) else _open_float(directory)
         if (directory / ADAPTER).is_dir():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(directory / ADAPTER)).merge_and_unload()
-    return model.eval().to(_place_for(model)), tokenizer  # pyright: ignore[reportReturnType, reportArgumentType]
+    return model.eval().to(_device_for(model)), tokenizer  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
-def _place_for(model: torch.nn.Module) -> torch.device:
-    """`device`, but the CPU for weights that would leave no tenth of a GPU's free memory to compute in."""
-    where, needed = device(), FLOAT * parameter_count(model)
-    return where if where.type == "cpu" or needed <= 0.9 * free_bytes(where) else torch.device("cpu")
+def _device_for(model: torch.nn.Module) -> torch.device:
+    """Returns `device()`, but the CPU if the weights would leave less than a tenth of the GPU's free memory."""
+    preferred, needed_bytes = device(), FLOAT * parameter_count(model)
+    fits = preferred.type == "cpu" or needed_bytes <= 0.9 * free_bytes(preferred)
+    return preferred if fits else torch.device("cpu")
 
 
 @contextmanager
-def opening(place: Path, refusal: type[LilliputError]) -> Iterator[None]:
-    """Raises any exception of a library over the files at `place` as `refusal`, with a remedy that fits its cause.
+def translate_errors(place: Path, error_class: type[LilliputError]) -> Iterator[None]:
+    """Raises any exception of a library that reads `place` as `error_class`, with a remedy for its cause.
 
-    The libraries document no list of what they raise.
+    Every exception is caught, because the libraries do not document what they raise.
 
     Raises:
-        refusal: an exception other than a LilliputError was raised in the block; it is the cause.
+        error_class: the block raised an exception other than a LilliputError, which becomes the cause.
     """
     try:
         yield
     except LilliputError:
         raise
     except Exception as error:
-        raise refusal(
-            f"{place}: no model that opens ({type(error).__name__}: {_first_line(error)}); {_remedy(error)}"
+        raise error_class(
+            f"{place}: the model does not open ({type(error).__name__}: {_first_line(error)}); {_remedy(error)}"
         ) from error
 
 
 def _remedy(error: Exception) -> str:
-    """What to do about `error`, which a library raised while it opened a model."""
+    """Returns advice for `error`, which a library raised while it opened a model."""
     text = str(error)
     if isinstance(error, ImportError):
-        return "install what it names, or use a model that does not need it"
+        return "install the package it names, or use a model that does not need it"
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         return "use a machine with more memory, or a smaller model"
     if "GGUF model with architecture" in text:
         return "use the safetensors release of this model (source.model without source.file)"
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return f"transformers {transformers.__version__} does not know it; choose a model that it knows"
+        return f"transformers {transformers.__version__} does not support this architecture; choose a supported model"
     if "ignore_mismatched_sizes" in text or "size mismatch" in text:
         return "its configuration and its weights have different shapes; fetch both from the same revision"
-    return "a file is damaged, missing or incomplete; fetch or make it again"
+    return "a file is damaged, missing or incomplete; download or create it again"
 
 
 def open_nf4(directory: Path, bfloat16: bool) -> Opened:
-    """The model in `directory` with its linear layers in NF4, the rest in float32, and its tokenizer, to train beside.
+    """Opens the model in `directory` with linear layers in NF4 and the rest in float32, for QLoRA, and its tokenizer.
 
-    The constants of the blocks are quantised in their turn (Dettmers et al., QLoRA, arXiv 2305.14314, section 3).
+    The quantisation constants are quantised as well (Dettmers et al., QLoRA, arXiv 2305.14314, section 3).
 
     Args:
         directory: a float checkpoint.
         bfloat16: whether the dequantised layers compute in bfloat16, else in float32.
 
     Raises:
-        ImportError: bitsandbytes is not installed; `require_gpu` says so early.
-        ArtifactError: something in `directory` would run.
+        ImportError: bitsandbytes is not installed; `require_gpu` checks this early.
+        ArtifactError: `directory` contains code.
     """
     require_harmless(directory)
     quantisation = BitsAndBytesConfig(
@@ -145,97 +140,54 @@ def open_nf4(directory: Path, bfloat16: bool) -> Opened:
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """The configuration of the checkpoint in `directory`.
+    """Returns the configuration of the checkpoint in `directory`.
 
     Raises:
-        ArtifactError: there is none, it is no causal language model's, or something beside it would run.
+        ArtifactError: `directory` has no configuration, or contains code.
+        SourceError: the model is not a causal language model.
     """
     require_harmless(directory)
-    with opening(directory, ArtifactError):
+    with translate_errors(directory, ArtifactError):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         require_causal_lm(config, str(directory))
     return config
 
 
 def require_causal_lm(config: PretrainedConfig, place: str) -> None:
-    """Raises SourceError unless `config` names a causal language model."""
+    """Raises SourceError unless `config` describes a causal language model."""
     architectures = config.architectures or []
-    # A GGUF file names no architecture; then the model type must be one transformers has a causal LM for.
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not (any(name.endswith("ForCausalLM") for name in architectures) or (known and not architectures)):
+    # A GGUF file names no architecture; then transformers must have a causal LM for the model type.
+    has_causal_lm = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not (any(name.endswith("ForCausalLM") for name in architectures) or (has_causal_lm and not architectures)):
         raise SourceError(
             f"{place}: not a causal language model (model type `{config.model_type}`, architectures: "
-            f"{', '.join(architectures) or 'none named'}); choose a decoder such as Llama, Qwen, Mistral or Gemma"
+            f"{', '.join(architectures) or 'none'}); choose a decoder such as Llama, Qwen, Mistral or Gemma"
         )
 
 
 def is_quantised(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint's weights are quantised codes."""
+    """Whether the checkpoint is quantised."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """A model of `config`'s shape with seeded random weights."""
+    """Returns a model of `config`'s shape with seeded random weights."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Writes a checkpoint that plain transformers opens; `model`'s weights are cast to `dtype` in place first.
-
-    Raises:
-        ArtifactError: a weight is NaN or infinite, or would be in `dtype`; nothing is written then.
-    """
-    require_finite(
-        model,
-        dtype or stored_dtype(model),
-        f"{directory}: not written",
-        "the step before diverged: lower its learning rate, or raise the damping of its solver",
-    )
-    for parameter in model.parameters():  # not the buffers: rounded rotary frequencies would change every logit
-        parameter.data = parameter.data.to(dtype or stored_dtype(model))
-    # Nothing but greedy decoding is used or measured; sampling defaults of the source are kept where it has them.
-    model.generation_config = model.generation_config or GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(directory, safe_serialization=True)
-    tokenizer.save_pretrained(directory)
-
-
-def require_finite(model: torch.nn.Module, dtype: torch.dtype, place: str, remedy: str) -> None:
-    """Raises ArtifactError if a weight or buffer of `model` is NaN or infinite, or would be when stored as `dtype`.
-
-    Args:
-        model: in any float dtype.
-        dtype: that the checkpoint is stored in.
-        place: of the model, for the message.
-        remedy: what to do about NaN and infinite values, for the message.
-    """
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        if broken := int((~torch.isfinite(tensor)).sum()):
-            raise ArtifactError(f"{place}: {name}: {broken} of {tensor.numel()} values are NaN or infinite; {remedy}")
-        if too_large := int((~torch.isfinite(tensor.to(dtype))).sum()):
-            raise ArtifactError(
-                f"{place}: {name}: {too_large} of {tensor.numel()} values (largest {tensor.abs().max().item():.4g}) do "
-                f"not fit into {str(dtype).removeprefix('torch.')} (at most {torch.finfo(dtype).max:.4g}); store it as "
-                "bfloat16 or float32 (strategies.load.dtype)"
-            )
-
-
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype `model`'s checkpoint was stored in, which its descendants keep."""
+    """Returns the dtype of `model`'s checkpoint, which models derived from it keep."""
     return getattr(model, "stored_dtype", torch.float32)
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Distinct parameters; tied ones count once."""
+    """Returns the number of distinct parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder layers of a model of the Llama kind.
+    """Returns the decoder layers of a model of the Llama kind.
 
     Raises:
         ArtifactError: the model has no `model.layers`.
@@ -244,20 +196,20 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     if not isinstance(layers, torch.nn.ModuleList):
         raise ArtifactError(
             f"{type(model).__name__} has no list of decoder layers at `model.layers`; "
-            "this strategy handles decoders of the Llama kind (Llama, Mistral, Qwen, Gemma, …)"
+            "this strategy supports decoders of the Llama kind (Llama, Mistral, Qwen, Gemma, …)"
         )
     return layers
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits for chosen hidden states of the last layer, as the model's own forward would give them.
+    """Computes logits from hidden states of the last layer, as the model's own forward pass does.
 
     Args:
         model: a causal LM of the Llama kind.
         hidden: float tensor (…, hidden size), after the final norm.
 
     Returns:
-        Tensor (…, vocabulary), scaled (Granite, Cohere) or capped (Gemma 2) where the architecture does so.
+        Tensor (…, vocabulary), scaled (Granite, Cohere) or capped (Gemma 2) if the architecture does so.
     """
     logits = cast("torch.nn.Module", model.get_output_embeddings())(hidden)
     logits = logits / getattr(model.config, "logits_scaling", 1.0) * getattr(model.config, "logit_scale", 1.0)
@@ -265,55 +217,12 @@ def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Ten
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-@torch.inference_mode()
-def probe_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Logits of the fixed probe text, float32, shape (tokens, vocabulary)."""
-    ids = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"]
-    where = next(model.parameters()).device
-    return model(input_ids=ids.to(where)).logits[0].float().cpu()
-
-
-def _require_finite_logits(logits: torch.Tensor, directory: Path) -> None:
-    if not torch.isfinite(logits).all():
-        raise ArtifactError(
-            f"{directory}: the model computes logits that are NaN or infinite, though its weights are finite: some are "
-            "too large; lower the learning rate of its training, or choose another parent"
-        )
-
-
-def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: float) -> float:
-    """The largest logit difference between the model in memory and `directory` reopened in a fresh process.
-
-    Args:
-        directory: the written checkpoint.
-        expected_logits: `probe_logits` of the model in memory, shape (tokens, vocabulary).
-        tolerance: largest absolute difference allowed, in logits.
-
-    Raises:
-        ArtifactError: the checkpoint does not open by itself, is another model, or computes no finite logits.
-    """
-    _require_finite_logits(expected_logits, directory)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, "reloaded.safetensors")
-        command = [sys.executable, "-m", "lilliput.models", str(directory), str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_without_secrets())
-        if done.returncode:
-            raise ArtifactError(f"{directory}: does not reopen in a fresh process:\n{done.stderr[-2000:]}")
-        difference = (load_file(path)["logits"] - expected_logits).abs().max().item()
-    if not difference <= tolerance:  # written so that NaN fails too
-        raise ArtifactError(
-            f"{directory}: reopened in a fresh process its logits differ by {difference:.3g} "
-            f"(tolerance {tolerance:.3g}), so what was written is not what was made"
-        )
-    return difference
-
-
 def open_safetensors(directory: Path) -> PreTrainedModel:
-    """The float checkpoint in `directory`, in float32, every weight of it read from its files.
+    """Opens the float checkpoint in `directory` in float32; every weight must come from its files.
 
     Raises:
-        ArtifactError: weights are missing, which transformers would draw at random, or the files hold weights that the
-            model has no place for, which it would drop.
+        ArtifactError: weights are missing, which transformers would initialise randomly, or the files hold weights
+            without a place in the model, which transformers would drop.
     """
     opened: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -321,65 +230,67 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
     model, loading = opened
     if missing := sorted(loading["missing_keys"]):
         raise ArtifactError(
-            f"{directory}: {len(missing)} weights are missing, {missing[0]} among them; fetch or make it again"
+            f"{directory}: {len(missing)} weights are missing, for example {missing[0]}; download or create the "
+            "checkpoint again"
         )
     if unused := sorted(loading["unexpected_keys"]):
         raise ArtifactError(
             f"{directory}: {len(unused)} weights have no place in {type(model).__name__} as config.json describes it, "
-            f"{unused[0]} among them; without them it would be another model: correct config.json (layers, biases)"
+            f"for example {unused[0]}; without them it would be a different model: correct config.json (layers, biases)"
         )
     return model
 
 
 def open_dequantised(directory: Path) -> PreTrainedModel:
-    """The GPTQ checkpoint in `directory` as a float32 model, whose configuration knows of no quantisation."""
-    model = _dequantised(directory)
+    """Opens the GPTQ checkpoint in `directory` as a float32 model whose configuration mentions no quantisation."""
+    model = _open_gptq(directory)
     vars(model.config).pop("quantization_config", None)
-    for trace in ("is_quantized", "hf_quantizer", "quantization_method", "hf_device_map"):
-        if hasattr(model, trace):
-            delattr(model, trace)
+    for attribute in ("is_quantized", "hf_quantizer", "quantization_method", "hf_device_map"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
     return model
 
 
-def _checkpoint(directory: Path) -> PreTrainedModel:
+def _open_float(directory: Path) -> PreTrainedModel:
     model = open_safetensors(directory)
     name = json.loads((directory / "config.json").read_text()).get("dtype") or "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ArtifactError(f"{directory / 'config.json'}: dtype: torch has none of this name; found {name!r:.80}")
+        raise ArtifactError(f"{directory / 'config.json'}: dtype: {name!r:.80} is not a torch dtype; correct it")
     model.stored_dtype = dtype  # pyright: ignore[reportArgumentType]
     for name, parameter in model.named_parameters():
         if name.endswith(".mlp.gate.weight"):
-            parameter.requires_grad_(False)  # a carved router's logits are thousandths: one step of Adam drowns them
+            # A carved router's logits are thousandths: one Adam step would overwrite them.
+            parameter.requires_grad_(False)
     return model
 
 
-def _dequantised(directory: Path) -> PreTrainedModel:
+def _open_gptq(directory: Path) -> PreTrainedModel:
     from gptqmodel import BACKEND, GPTQModel
 
-    # The kernel opens in float16 only. Its scales are float16 and so are exact; what is left in float is not.
+    # The kernel opens in float16 only: exact for the scales, but not for weights that are stored as floats.
     packed = GPTQModel.load(
         str(directory), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16, trust_remote_code=False
     ).model
     model = dequantise(cast("PreTrainedModel", packed))
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            for name in own.keys() & set(tensors.keys()):
-                own[name].data = tensors.get_tensor(name).float()
-    give_back_memory()
+            for name in parameters.keys() & set(tensors.keys()):
+                parameters[name].data = tensors.get_tensor(name).float()
+    release_memory()
     return model
 
 
 def dequantise(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` in float32 with plain linear layers in place of GPTQModel's, changed in place."""
+    """Converts `model` in place to float32, with plain linear layers instead of GPTQModel's."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    # GPTQModel compiles the formula on its first use, which takes longer than running it on every layer.
+    # GPTQModel compiles the formula on first use, which takes longer than running it on every layer.
     with torch.compiler.set_stance("force_eager"):
         for name in [name for name, module in model.named_modules() if isinstance(module, TorchLinear)]:
-            model.set_submodule(name, _dense(model.get_submodule(name)))  # one by one: the packed one is gone then
-    for parameter in model.parameters():  # not the buffers, see save_model
+            model.set_submodule(name, _dense(model.get_submodule(name)))  # one by one, to free each packed layer
+    for parameter in model.parameters():  # not the buffers, see saving.save_model
         parameter.data = parameter.data.float()
     return model
 
@@ -395,12 +306,3 @@ def _dense(module: Any) -> torch.nn.Linear:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _write_probe(arguments: Iterable[str]) -> Any:
-    directory, target = (Path(argument) for argument in arguments)
-    save_file({"logits": probe_logits(*open_model(directory))}, target)
-
-
-if __name__ == "__main__":
-    _write_probe(sys.argv[1:])

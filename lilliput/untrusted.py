@@ -1,4 +1,4 @@
-"""What a model folder may hold before a library opens it: nothing that runs, and nothing that leads out of it."""
+"""Checks a model folder before a library opens it: no code that would run, and no link out of the folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from lilliput.errors import ArtifactError
 
-# What torch, numpy and joblib unpickle, by its name; what is inside is not looked at.
+# Extensions of files that torch, numpy and joblib unpickle; their content is not checked.
 PICKLES = frozenset({".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
-# transformers reads these and does as they say.
+# transformers reads these files and follows their settings.
 _DESCRIPTIONS = (
     "config.json",
     "tokenizer_config.json",
@@ -19,7 +19,7 @@ _DESCRIPTIONS = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-# Keys whose value names code: a module beside the weights, or a kernel on the hub (`org/name`).
+# Keys whose value names code: a module in the folder, or a kernel on the hub (`org/name`).
 _CODE = ("auto_map", "custom_pipelines", "custom_generate")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _ADAPTER = "adapter_config.json"
@@ -27,87 +27,87 @@ _INDEX = ".index.json"
 
 
 def require_harmless(directory: Path) -> None:
-    """Refuses a model folder that would run code or read outside itself, before anything in it is opened.
+    """Rejects a model folder that contains code or refers to files outside, before anything in it is opened.
 
     Raises:
-        ArtifactError: a link or a special file, a pickle, code of its own in a description, an index that names files
-            elsewhere, an adapter that names another model, or a description that is no JSON map.
+        ArtifactError: a link or special file, a pickle, a description that names code or is not a JSON object, an index
+            of files elsewhere, or an adapter that names another model.
     """
     require_no_links(directory)
     require_no_pickles(directory)
     if (directory / _ADAPTER).exists():
         raise ArtifactError(
-            f"{directory / _ADAPTER}: an adapter names the model it belongs to, which would be opened in its place; "
+            f"{directory / _ADAPTER}: an adapter names its base model, which would be opened instead; "
             "merge it into a checkpoint first"
         )
     for name in _DESCRIPTIONS:
         if (directory / name).is_file():
-            _require_no_code(_map_in(directory / name), directory / name)
+            _require_no_code(_read_object(directory / name), directory / name)
     for path in directory.glob(f"*{_INDEX}"):
-        _require_local_shards(_map_in(path), path)
+        _require_local_shards(_read_object(path), path)
 
 
 def require_no_links(directory: Path) -> None:
-    """Raises ArtifactError if anything below `directory` is neither a file nor a folder of its own."""
+    """Raises ArtifactError if anything below `directory` is not a regular file or folder."""
     for path in directory.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ArtifactError(
-                f"{path}: a link or special file, which may lead out of {directory}; put the file itself there"
+                f"{path}: a link or special file, which may lead out of {directory}; replace it with the file itself"
             )
 
 
 def require_no_pickles(directory: Path) -> None:
-    """Raises ArtifactError if a file below `directory` is, by its name, one that is opened by unpickling it."""
+    """Raises ArtifactError if a file below `directory` has the extension of a pickle."""
     pickles = sorted(path for path in directory.rglob("*") if path.suffix.lower() in PICKLES and not path.is_dir())
     if pickles:
         raise ArtifactError(
-            f"{', '.join(map(str, pickles))}: pickles run code when they are opened, so none may lie beside a model; "
+            f"{', '.join(map(str, pickles))}: pickles run code when opened, so a model folder must not contain any; "
             "remove them, and convert weights to safetensors"
         )
 
 
-def _map_in(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
-            f"{path}: not readable as JSON ({type(error).__name__}: {error}); fetch or make it again"
+            f"{path}: not readable as JSON ({type(error).__name__}: {error}); download or create it again"
         ) from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path}: holds no map of settings; fetch or make it again")
-    return found
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: not a JSON object; download or create it again")
+    return value
 
 
 def _require_no_code(settings: dict[str, Any], path: Path) -> None:
     for key, value in _items(settings):
         names_kernel = key in _KERNELS and any("/" in text for text in _texts(value))
         if key in _CODE or names_kernel:
-            raise ArtifactError(f"{path}: names code of its own ({key}), which is never run; take it out")
+            raise ArtifactError(f"{path}: names code ({key}), which is never run; remove the key")
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and its value, however deep; the deepest JSON that Python reads is walked."""
-    waiting = [value]
-    while waiting:
-        current = waiting.pop()
+    """Yields every key and its value at all depths, without recursion."""
+    pending = [value]
+    while pending:
+        current = pending.pop()
         if isinstance(current, dict):
             yield from current.items()
-            waiting += current.values()
+            pending += current.values()
         elif isinstance(current, list):
-            waiting += current
+            pending += current
 
 
 def _texts(value: Any) -> list[str]:
-    """`value` where it is a text, or the texts in it where it is a map."""
+    """Returns `value` if it is a string, or its strings if it is a dictionary."""
     return [text for text in (value.values() if isinstance(value, dict) else [value]) if isinstance(text, str)]
 
 
 def _require_local_shards(index: dict[str, Any], path: Path) -> None:
     shards = index.get("weight_map")
     if not isinstance(shards, dict):
-        raise ArtifactError(f"{path}: has no weight_map; fetch or make it again")
+        raise ArtifactError(f"{path}: has no weight_map; download or create it again")
     for shard in shards.values():
         if not isinstance(shard, str) or Path(shard).name != shard or Path(shard).suffix != ".safetensors":
             raise ArtifactError(
-                f"{path}: weight_map names {shard!r:.80}, which is no safetensors file in this folder; correct it"
+                f"{path}: weight_map names {shard!r:.80}, which is not a safetensors file in this folder; correct it"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from lilliput.artifacts import verify, writing
-from lilliput.compile.bundle import Use, write_bundle
+from lilliput.compile.bundle import BundleSettings, write_bundle
 from lilliput.config import Params
 from lilliput.errors import ArtifactError
 from tasks import layout
@@ -24,7 +24,7 @@ def bundle(params: Params) -> None:
             if manifest.artifact_sha256 != decision["compiled"]["sha256"]:
                 raise ArtifactError(f"{compiled}: not what was promoted for {device}; run the stage promote again")
             profile = params.devices[device]
-            use = Use(
+            settings = BundleSettings(
                 device=device,
                 threads=profile.threads,
                 context_tokens=profile.context_tokens,
@@ -33,4 +33,4 @@ def bundle(params: Params) -> None:
                 licence=params.source.licence,
             )
             (directory / device).mkdir()
-            write_bundle(directory / device, compiled, layout.model(config.candidate), manifest, use)
+            write_bundle(directory / device, compiled, layout.model(config.candidate), manifest, settings)

@@ -26,15 +26,9 @@ from lilliput.config import Params
 from lilliput.data.corpus import read_corpus
 from lilliput.errors import LilliputError
 from lilliput.graph import check_shape, require_gpu
-from lilliput.models import (
-    parameter_count,
-    probe_logits,
-    prove_reload,
-    read_config,
-    require_finite,
-    save_model,
-)
+from lilliput.models import parameter_count, read_config
 from lilliput.params import load_params
+from lilliput.saving import probe_logits, prove_reload, require_finite, save_model
 from lilliput.training.checkpoint import fingerprint
 from tasks import layout
 from tasks.process.accelerate import is_main, launch, launch_command

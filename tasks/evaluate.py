@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lilliput.artifacts import verify, write_json, write_text
 from lilliput.config import Params
-from lilliput.contamination import contaminated
+from lilliput.contamination import find_contaminated
 from lilliput.data.corpus import read_corpus
 from lilliput.evaluate.record import evaluate_candidate
 from tasks import layout
@@ -22,7 +22,7 @@ def evaluate(params: Params, candidate: str) -> None:
         candidate,
         corpus.questions,
         params,
-        contaminated=contaminated(corpus.train, corpus.questions),
+        contaminated=find_contaminated(corpus.train, corpus.questions),
         root=Path(),
         artifact_sha256=manifest.artifact_sha256,
         size_bytes=manifest.size_bytes,

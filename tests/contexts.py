@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.compress.context import Context
 from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
-from lilliput.models import save_model
+from lilliput.saving import save_model
 
 SYSTEM = "Answer briefly."
 

@@ -1,4 +1,4 @@
-"""The tiny model in the manner of other model families: other chat templates and special tokens, the same weights."""
+"""Variants of the tiny model: chat templates and special tokens of other model families, with the same weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-# SmolLM2's vocabulary has these; llama.cpp knows none of them by name as the end of anything.
+# Tokens of SmolLM2's vocabulary that llama.cpp does not recognise by name as end tokens.
 BOS, TURN_END, OTHER_END = "<jupyter_start>", "<issue_closed>", "<jupyter_code>"
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Closes turns with a token of its own, as Llama 3 does.
+# Ends turns with a token of its own, as Llama 3 does.
 OWN_END = CHATML.replace("<|im_end|>", TURN_END)
-# Begins with BOS and takes no system role, as Gemma.
+# Begins with BOS and rejects the system role, as Gemma does.
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}"
@@ -29,7 +29,7 @@ GEMMA = (
     f"{{{{ message['content'] | trim }}}}{TURN_END}\n{{% endfor %}}"
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
-# Writes no system prompt at all, without a word about it.
+# Silently drops the system prompt.
 DROPS_SYSTEM = CHATML.replace(
     "%}<|im_start|>", "%}{% if message['role'] == 'system' %}{% continue %}{% endif %}<|im_start|>", 1
 )
@@ -48,7 +48,7 @@ def make_source(
     edit: Callable[[Any], None] = lambda tokenizer: None,
     generation: dict[str, Any] | None = None,
 ) -> Path:
-    """`folder` with the tiny model under another chat template.
+    """Copies the tiny model to `folder` with another chat template.
 
     Args:
         checkpoint: the tiny model.

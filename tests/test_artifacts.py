@@ -42,13 +42,13 @@ def test_round_trip(tmp_path):
     assert read_history(folder) == {"loss": [[1, 2.0]]}
 
 
-def test_same_content_has_the_same_identity_and_other_content_another(tmp_path):
+def test_identity_follows_the_content(tmp_path):
     first, second, third = (verify(make(tmp_path / n, t)) for n, t in (("a", "w"), ("b", "w"), ("c", "v")))
     assert first.artifact_sha256 == second.artifact_sha256 != third.artifact_sha256
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add"])
-def test_damage_is_found_and_named(tmp_path, damage):
+def test_damage_is_an_error_that_names_the_file(tmp_path, damage):
     folder = make(tmp_path / "a")
     file = folder / "model.safetensors"
     if damage == "flip":
@@ -63,16 +63,16 @@ def test_damage_is_found_and_named(tmp_path, damage):
         verify(folder)
 
 
-def test_a_folder_without_manifest_is_no_artefact(tmp_path):
+def test_a_folder_without_a_valid_manifest_is_rejected(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(ArtifactError, match="no finished artefact"):
+    with pytest.raises(ArtifactError, match="not a finished artefact"):
         verify(tmp_path / "a")
     (tmp_path / "a" / MANIFEST).write_text('{"candidate": ')
     with pytest.raises(ArtifactError, match="not a manifest"):
         verify(tmp_path / "a")
 
 
-def test_failure_inside_leaves_the_old_artefact_and_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_old_artefact_and_nothing_else(tmp_path):
     folder = make(tmp_path / "a", "old")
     with pytest.raises(RuntimeError), writing(folder) as partial:
         (partial / "model.safetensors").write_text("half")
@@ -81,8 +81,8 @@ def test_failure_inside_leaves_the_old_artefact_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_who_may_read_the_folder_may_read_what_is_in_it(tmp_path):
-    """safetensors writes for its own user alone, and a temporary folder's mode comes along with its copy."""
+def test_file_permissions_follow_the_folder(tmp_path):
+    """safetensors writes files that only their owner may read; a copy of a temporary folder keeps its mode."""
     with writing(tmp_path / "made") as folder:
         (folder / "inner").mkdir(mode=0o700)
         (folder / "inner" / "model.safetensors").touch(mode=0o600)
@@ -96,7 +96,7 @@ def test_who_may_read_the_folder_may_read_what_is_in_it(tmp_path):
     assert modes["protected"] & 0o222 == 0
 
 
-def test_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
+def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from lilliput.artifacts import writing\n"
         f"with writing(Path({str(tmp_path / 'a')!r})) as partial:\n"
@@ -109,25 +109,25 @@ def test_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
     process.wait()
     process.stdout.close()
     assert not (tmp_path / "a").exists()
-    verify(make(tmp_path / "a"))  # the next run is not disturbed by what was left
+    verify(make(tmp_path / "a"))  # the next run is not disturbed by leftovers
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_remove_is_complete_and_forgiving(tmp_path):
+def test_remove_is_complete_and_accepts_missing_folders(tmp_path):
     remove(tmp_path / "none")
     make(tmp_path / "a")
     remove(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_refuses_nan_and_leaves_the_old_file(tmp_path):
+def test_writing_nan_as_json_fails_and_keeps_the_old_file(tmp_path):
     write_json(tmp_path / "m.json", {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "m.json", {"a": float("nan")})
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": 1}
 
 
-def test_a_writer_killed_before_any_of_its_changes_leaves_the_old_the_new_or_none(tmp_path):
+def test_a_writer_killed_before_any_change_leaves_the_old_or_new_artefact_or_none(tmp_path):
     make(tmp_path / "a", "old")
     kills = 0
     while killed_at(kills, lambda: make(tmp_path / "a", "new")):
@@ -136,22 +136,22 @@ def test_a_writer_killed_before_any_of_its_changes_leaves_the_old_the_new_or_non
             assert verify(tmp_path / "a")
             assert (tmp_path / "a" / "model.safetensors").read_text() in ("old", "new")
         make(tmp_path / "a", "old")
-        assert [path.name for path in tmp_path.iterdir()] == ["a"]  # the next writer clears what was left aside
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]  # the next writer removes leftovers
     assert kills >= 10
 
 
-def test_a_json_file_killed_before_any_of_its_changes_is_the_old_or_the_new(tmp_path):
+def test_a_json_writer_killed_before_any_change_leaves_the_old_or_new_file(tmp_path):
     write_json(tmp_path / "m.json", {"a": 1})
     kills = 0
     while killed_at(kills, lambda: write_json(tmp_path / "m.json", {"a": 2})):
         kills += 1
         assert json.loads((tmp_path / "m.json").read_text()) in ({"a": 1}, {"a": 2})
-    assert kills >= 2  # before it is opened aside, before it is renamed
+    assert kills >= 2  # before opening the temporary file, before renaming it
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
 
 
-def test_a_full_disk_leaves_the_old_artefact_and_record_and_says_so(small_disk):
+def test_a_full_disk_is_recognised_and_keeps_the_old_artefact_and_record(small_disk):
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_old_artefact_and_record_and_says_so(small_disk):
     make(small_disk / "a", "new")
 
 
-def test_a_database_on_a_full_disk_says_so_in_words_that_are_known(small_disk):
+def test_sqlite_s_error_on_a_full_disk_is_recognised(small_disk):
     connection = sqlite3.connect(small_disk / "store.db")
     with pytest.raises(sqlite3.OperationalError) as raised:
         connection.execute("create table t as select zeroblob(4000000)")
@@ -180,12 +180,12 @@ def test_a_database_on_a_full_disk_says_so_in_words_that_are_known(small_disk):
     assert disk_is_full(raised.value)
 
 
-def test_an_ordinary_error_is_no_full_disk():
+def test_other_errors_are_not_a_full_disk():
     assert not disk_is_full(ValueError("no"))
     assert not disk_is_full(PermissionError(13, "denied"))
 
 
-def test_too_little_room_is_refused_before_anything_is_written(small_disk):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(small_disk):
     require_room(small_disk, 1 << 20)
     with pytest.raises(ArtifactError, match=r"\d MiB free, and about 4 MiB will be written; free some space"):
         require_room(small_disk, 4 << 20)

@@ -22,7 +22,7 @@ def params():
     return load_params(PROJECT / "params.yaml")
 
 
-def test_parameters_are_those_of_the_model(opened):
+def test_parameters_equal_those_of_the_model(opened):
     assert Shape.of(opened[0].config.to_dict()).parameters == parameter_count(opened[0])
     assert SMALL.parameters == 134_515_008
     assert LARGE.parameters == 8_030_261_248
@@ -30,20 +30,20 @@ def test_parameters_are_those_of_the_model(opened):
 
 
 @pytest.mark.parametrize("name", ["base", "lora", "pruned", "distilled"])
-def test_estimates_are_near_what_was_measured(params, name):
+def test_estimates_are_near_measurements(params, name):
     shape, teacher = (replace(SMALL, layers=26), SMALL) if name == "distilled" else (SMALL, None)
     expected = estimate(params.strategy_config(name), shape, SHORT, HOST, teacher)
     measured = json.loads((PROJECT / "costs" / f"{name}.json").read_text())["peak_rss_bytes"]
     assert 0.7 < expected.process_bytes / measured < 1.4
 
 
-def test_nothing_of_the_default_graph_is_too_large_for_eight_gib(params):
+def test_the_default_graph_fits_into_eight_gib(params):
     for name, spec in params.candidates.items():
         teacher = SMALL if spec.teacher else None
         assert estimate(params.strategy_config(name), SMALL, SHORT, Machine(8 * GIB), teacher).host_bytes < 6 * GIB
 
 
-def test_a_gpu_holds_what_the_host_held_and_sharding_shares_it_out(params):
+def test_training_moves_to_the_gpu_and_sharding_divides_it(params):
     config = params.strategy_config("distilled")
     alone, on_gpu = (estimate(config, LARGE, SHORT, machine) for machine in (HOST, GPU))
     four = estimate(config, LARGE, SHORT, replace(GPU, processes=4, sharded=True))
@@ -55,11 +55,11 @@ def test_a_gpu_holds_what_the_host_held_and_sharding_shares_it_out(params):
     assert copies.host_bytes == pytest.approx(4 * copies.process_bytes)
 
 
-def test_gptq_of_eight_billion_fits_one_card(params):
+def test_gptq_of_eight_billion_parameters_fits_one_gpu(params):
     assert estimate(params.strategy_config("gptq"), LARGE, SHORT, GPU).gpu_bytes < 24 * GIB
 
 
-def test_four_bits_are_what_lets_eight_billion_be_tuned_on_one_card(params):
+def test_qlora_is_needed_to_tune_eight_billion_parameters_on_one_gpu(params):
     config = params.strategy_config("lora")
     assert estimate(config, LARGE, SHORT, GPU).gpu_bytes > 24 * GIB
     assert (
@@ -77,5 +77,5 @@ def test_a_model_too_large_for_the_gpu_stays_on_the_host(monkeypatch):
     monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
     layer = torch.nn.Linear(10, 10, bias=False)  # 400 bytes
     for free, kind in ((400, "cpu"), (500, "cuda")):
-        monkeypatch.setattr(models, "free_bytes", lambda where, free=free: free)
-        assert models._place_for(layer).type == kind
+        monkeypatch.setattr(models, "free_bytes", lambda device, free=free: free)
+        assert models._device_for(layer).type == kind

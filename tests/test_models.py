@@ -6,16 +6,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lilliput.errors import ArtifactError, SourceError
-from lilliput.models import open_model, probe_logits, prove_reload, read_config, save_model
+from lilliput.models import open_model, read_config
+from lilliput.saving import probe_logits, prove_reload, save_model
 
 
-def test_checkpoint_opens_in_plain_transformers_with_the_same_logits(checkpoint, opened):
+def test_plain_transformers_opens_a_checkpoint_with_the_same_logits(checkpoint, opened):
     model, tokenizer = opened
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     assert torch.equal(probe_logits(plain, tokenizer), probe_logits(model, tokenizer))
 
 
-def test_stored_dtype_is_kept_and_the_model_in_memory_is_rounded_likewise(opened, tmp_path):
+def test_saving_rounds_the_model_in_memory_to_the_stored_dtype(opened, tmp_path):
     model, tokenizer = opened
     save_model(model, tokenizer, tmp_path, torch.bfloat16)
     expected = probe_logits(model.float(), tokenizer)
@@ -24,13 +25,13 @@ def test_stored_dtype_is_kept_and_the_model_in_memory_is_rounded_likewise(opened
     assert torch.equal(probe_logits(again, tokenizer), expected)
 
 
-def test_reload_is_proven_in_a_fresh_process(opened, checkpoint):
+def test_a_saved_model_reopens_in_a_fresh_process(opened, checkpoint):
     assert prove_reload(checkpoint, probe_logits(*opened), 1e-4) <= 1e-4
 
 
 @pytest.mark.slow
-def test_reload_of_another_model_is_refused(opened, checkpoint):
-    with pytest.raises(ArtifactError, match="not what was made"):
+def test_a_different_reopened_model_is_an_error(opened, checkpoint):
+    with pytest.raises(ArtifactError, match="not the model in memory"):
         prove_reload(checkpoint, probe_logits(*opened) + 0.5, 1e-3)
 
 
@@ -50,12 +51,12 @@ def test_pickled_weights_are_never_opened(checkpoint, tmp_path):
         open_model(tmp_path)
 
 
-def test_a_model_that_is_no_causal_lm_is_refused_by_its_type(tmp_path):
+def test_a_model_other_than_a_causal_lm_is_rejected(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
     with pytest.raises(SourceError, match=r"not a causal language model.*bert"):
         read_config(tmp_path)
 
 
-def test_an_empty_folder_is_no_checkpoint(tmp_path):
+def test_an_empty_folder_is_rejected(tmp_path):
     with pytest.raises(ArtifactError, match=str(tmp_path)):
         read_config(tmp_path)

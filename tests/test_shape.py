@@ -18,14 +18,16 @@ SHAPE = LlamaConfig(
 )
 
 
-def left(method, by, value, multiple=4, weight_bytes=2):
+def prune_shape(method, by, value, multiple=4, weight_bytes=2):
     settings = PruneConfig(method=method, amount={"by": by, "value": value}, multiple=multiple, calibration_examples=1)
     return pruned(SHAPE, settings, weight_bytes)
 
 
-def test_parameters_are_those_of_the_model():
+def test_parameters_equal_those_of_the_model():
     assert parameters(SHAPE) == parameter_count(random_model(SHAPE, seed=0))
-    assert parameters(SHAPE) - weights_read_per_token(SHAPE) == 100 * 48  # an embedding is looked up, not read
+    assert (
+        parameters(SHAPE) - weights_read_per_token(SHAPE) == 100 * 48
+    )  # an embedding table is looked up, not read whole
 
 
 @pytest.mark.parametrize(
@@ -38,12 +40,12 @@ def test_parameters_are_those_of_the_model():
         ("hidden", "removed_share", 0.3, 36),  # 33.6, to a multiple of 4 that 6 heads divide
     ],
 )
-def test_units_are_counted_as_the_method_counts_them(method, by, value, expected):
-    assert size(left(method, by, value), method) == expected
+def test_pruned_sizes_by_method(method, by, value, expected):
+    assert size(prune_shape(method, by, value), method) == expected
 
 
-def test_heads_go_in_whole_groups_or_evenly_and_keep_their_size():
-    groups, heads = left("kv_groups", "removed_count", 1), left("query_heads", "removed_count", 1)
+def test_heads_are_removed_by_group_or_evenly_and_keep_their_size():
+    groups, heads = prune_shape("kv_groups", "removed_count", 1), prune_shape("query_heads", "removed_count", 1)
     assert (groups.num_attention_heads, groups.num_key_value_heads, groups.head_dim) == (3, 1, 8)
     assert (heads.num_attention_heads, heads.num_key_value_heads, heads.head_dim) == (4, 2, 8)
     assert linear_inputs(groups) == (24, 48, 64)
@@ -63,11 +65,11 @@ def test_heads_go_in_whole_groups_or_evenly_and_keep_their_size():
 @pytest.mark.parametrize(
     ("by", "value"), [("kept_parameters", 0.85), ("kept_latency_estimate", 0.85), ("kept_mib", 0.09)]
 )
-def test_what_is_kept_is_the_most_that_the_target_allows(method, sizes, by, value):
+def test_pruning_keeps_as_much_as_the_limit_allows(method, sizes, by, value):
     cost = weights_read_per_token if by == "kept_latency_estimate" else parameters
     limit = value * 2**20 / 2 if by == "kept_mib" else value * cost(SHAPE)
     fitting = [units for units in sizes if cost(resized(SHAPE, method, units)) <= limit]
-    assert size(left(method, by, value), method) == max(fitting)
+    assert size(prune_shape(method, by, value), method) == max(fitting)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +82,13 @@ def test_what_is_kept_is_the_most_that_the_target_allows(method, sizes, by, valu
             "leaves 0 of 3 layers; choose `value: 2` .leaves 1., `value: 1` .leaves 2.",
         ),
         ("block_influence", "removed_count", 9, "leaves 0 of 3 layers"),
-        ("neurons", "removed_share", 0.02, "leaves 64 of 64 neurons a layer; choose, among others, `value: 0.938`"),
+        ("neurons", "removed_share", 0.02, "leaves 64 of 64 neurons per layer; choose, among others, `value: 0.938`"),
         ("neurons", "removed_count", 3, "leaves 61 of 64 neurons"),
         ("hidden", "removed_count", 8, "leaves 40 of 48 hidden channels.*leaves 12.*leaves 24.*leaves 36.$"),
         ("neurons", "kept_parameters", 0.1, "leaves 0 of 64 neurons"),
         ("neurons", "kept_mib", 100, "leaves 64 of 64 neurons"),
     ],
 )
-def test_what_cannot_be_had_is_refused_with_what_can(method, by, value, message):
+def test_impossible_amounts_are_rejected_with_possible_ones(method, by, value, message):
     with pytest.raises(StrategyError, match=f"strategies.prune.amount: {by} {value} {message}"):
-        left(method, by, value)
+        prune_shape(method, by, value)

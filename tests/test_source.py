@@ -9,7 +9,7 @@ from lilliput.errors import ArtifactError, SourceError
 from lilliput.source import fetch_source
 
 
-def test_path_brings_weights_and_descriptions_but_no_code(checkpoint, tmp_path):
+def test_a_path_source_copies_weights_and_descriptions_but_no_code(checkpoint, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
     for file in checkpoint.iterdir():
@@ -19,13 +19,13 @@ def test_path_brings_weights_and_descriptions_but_no_code(checkpoint, tmp_path):
     assert {path.name for path in target.iterdir()} == {path.name for path in checkpoint.iterdir()}
 
 
-def test_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
     with pytest.raises(SourceError, match="no such folder"):
         fetch_source(SourceConfig(model="path:/nowhere/at/all"), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "a.PT", "optimizer.pth", "deep/state.pkl"])
-def test_a_pickle_is_refused_by_its_name_and_nothing_is_taken(checkpoint, tmp_path, name):
+def test_a_pickle_is_rejected_by_its_name_and_nothing_is_copied(checkpoint, tmp_path, name):
     source, target = shutil.copytree(checkpoint, tmp_path / "source"), tmp_path / "target"
     target.mkdir(), (source / name).parent.mkdir(exist_ok=True)
     (source / name).write_bytes(b"pickle")
@@ -34,14 +34,14 @@ def test_a_pickle_is_refused_by_its_name_and_nothing_is_taken(checkpoint, tmp_pa
     assert [*target.iterdir()] == []
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
+def test_a_folder_without_weights_is_rejected(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
     with pytest.raises(SourceError, match="convert it to safetensors"):
         fetch_source(SourceConfig(model=f"path:{source}"), target, tmp_path)
 
 
-def test_links_within_the_hubs_cache_are_followed_and_no_others(checkpoint, tmp_path):
+def test_only_links_within_the_hubs_cache_are_followed(checkpoint, tmp_path):
     repository, target = tmp_path / "models--a--b", tmp_path / "target"
     blobs, source = shutil.copytree(checkpoint, repository / "blobs"), repository / "snapshots" / "commit"
     source.mkdir(parents=True), target.mkdir()
@@ -56,7 +56,7 @@ def test_links_within_the_hubs_cache_are_followed_and_no_others(checkpoint, tmp_
         fetch_source(config, target, tmp_path)
 
 
-def test_hub_files_are_checked_against_the_sums_the_hub_calls_them_by(checkpoint, tmp_path, monkeypatch):
+def test_hub_files_are_verified_against_the_sums_in_their_names(checkpoint, tmp_path, monkeypatch):
     blobs, source, target = (tmp_path / name for name in ("blobs", "snapshot", "target"))
     blobs.mkdir(), source.mkdir(), target.mkdir()
     for file in checkpoint.iterdir():
@@ -78,7 +78,7 @@ def test_hub_files_are_checked_against_the_sums_the_hub_calls_them_by(checkpoint
         altered.write_bytes(whole)
 
 
-def test_wrong_file_name_is_refused(checkpoint, tmp_path):
+def test_a_wrong_file_name_is_rejected(checkpoint, tmp_path):
     config = SourceConfig(model=f"path:{checkpoint}", file="other.gguf")
     with pytest.raises(SourceError, match=r"source\.file: other\.gguf"):
         fetch_source(config, tmp_path, Path("/unused"))

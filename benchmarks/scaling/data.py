@@ -46,12 +46,12 @@ def _build(source: Path) -> Row:
 
 
 def _screen(source: Path) -> Row:
-    from lilliput.contamination import contaminated
+    from lilliput.contamination import find_contaminated
     from lilliput.data.corpus import read_corpus
 
     with timed() as cost:
         corpus = read_corpus(source.parent / "data")
-        contaminated(corpus.train, corpus.questions)
+        find_contaminated(corpus.train, corpus.questions)
     return cost
 
 

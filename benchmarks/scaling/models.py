@@ -34,7 +34,8 @@ def models(
 def _draw(folder: Path, name: str) -> Row:
     from transformers import LlamaConfig
 
-    from lilliput.models import random_model, save_model
+    from lilliput.models import random_model
+    from lilliput.saving import save_model
 
     hidden, layers, heads, kv_heads, neurons = SHAPES[name]
     tokenizer = real_tokenizer()

@@ -29,7 +29,7 @@ from dvc_data.hashfile.db.local import LocalHashFileDB
 from dvc_data.hashfile.tree import Tree
 from dvc_objects.errors import ObjectFormatError
 
-from lilliput.artifacts import written_aside
+from lilliput.artifacts import writing_file
 from lilliput.errors import BusyError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class AtomicFileSystem(LocalFileSystem):
 
 @contextmanager
 def _atomic_writer(path: Path, encoding: str | None) -> Iterator[IO[str]]:
-    with written_aside(path) as aside, aside.open("w", encoding=encoding) as stream:
+    with writing_file(path) as aside, aside.open("w", encoding=encoding) as stream:
         yield stream
 
 
@@ -131,7 +131,7 @@ class Pipeline:
         path, entry = Path(self._repo.root_dir) / "dvc.lock", to_lockfile(stage)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if _STAGES.search(text):
-            with written_aside(path) as aside:
+            with writing_file(path) as aside:
                 aside.write_text(replace_entry(entry, text), encoding="utf-8")
         else:  # no stage is recorded yet
             stage.dvcfile.dump_stages([stage], update_pipeline=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flows.engine.lineage import Lineage, Stage
 from lilliput.config import Params
-from lilliput.memory import Estimate
+from lilliput.memory import MemoryEstimate
 from tasks import layout
 from tasks.process.memory_check import estimates
 
@@ -43,7 +43,7 @@ class PlannedStage:
     stage: Stage
     reason: str | None
     prediction: Prediction | None
-    memory: Estimate | None = None
+    memory: MemoryEstimate | None = None
 
 
 def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> list[PlannedStage]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lilliput.cache.answers import AnswerCache, CachedAnswer, CacheHit, CacheQuery
 from lilliput.cache.threshold import EXACT_ONLY, fit_threshold, labelled_pairs, pair_hit_rates, similarities
-from lilliput.chat.template import encode_beginning, encode_prompt, end_ids
+from lilliput.chat.template import encode_prompt, encode_shared_prefix, end_ids
 from lilliput.config import CachingConfig, EvaluationConfig, Params
 from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
@@ -96,7 +96,7 @@ def measure_caching(
     threshold, pairs = fitted_threshold(corpus, recipe, config, embedder)
     model, tokenizer = open_model(model_dir)
     plain = TorchRuntime(model, tokenizer, 1)
-    prefix = TorchRuntime(model, tokenizer, 1, encode_beginning(tokenizer, params.data.system_prompt))
+    prefix = TorchRuntime(model, tokenizer, 1, encode_shared_prefix(tokenizer, params.data.system_prompt))
     queries = draw_stream(select_free_questions(corpus.questions, params.evaluation), recipe, config)
     meter = EnergyMeter(params.evaluation.energy, params.watts_per_core, str(plain.device))
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(params.evaluation.timed_threads):

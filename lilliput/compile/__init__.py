@@ -1,1 +1,1 @@
-"""Compiling: a checkpoint becomes what a device's runtime opens, code for code. One target a file."""
+"""Compiles a checkpoint for a device's runtime, keeping quantised integers unchanged. One target per file."""

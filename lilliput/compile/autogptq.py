@@ -1,7 +1,7 @@
-"""AutoGPTQ's own form of a quantised checkpoint: what auto-gptq 0.7 and loaders of its kind open without a change.
+"""Exports a quantised checkpoint in the format that auto-gptq 0.7 and similar loaders open without changes.
 
-transformers writes less than they read: tied embeddings once, which auto-gptq takes for an output layer of zeros, and
-the rotary base inside `rope_parameters`, which transformers before 5 does not look for.
+transformers stores tied embeddings once, and auto-gptq then uses an output layer of zeros. transformers stores the
+rotary base inside `rope_parameters`, where versions before 5 do not read it. This export writes both explicitly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", 
 
 
 def compile_autogptq(checkpoint: Path, target: Path, _config: AutogptqTarget) -> dict[str, Any]:
-    """Writes the checkpoint into `target` as AutoGPTQ would have written it.
+    """Writes the checkpoint into the folder `target` in AutoGPTQ's format.
+
+    Returns:
+        Facts for the manifest.
 
     Raises:
         CompileError: the checkpoint is not quantised.
@@ -31,7 +34,7 @@ def compile_autogptq(checkpoint: Path, target: Path, _config: AutogptqTarget) ->
     require_harmless(checkpoint)
     layers = dict(read_codes(checkpoint))
     if not layers:
-        raise CompileError(f"{checkpoint}: not quantised, so there is nothing for auto-gptq to open")
+        raise CompileError(f"{checkpoint}: not quantised, but auto-gptq opens quantised checkpoints only")
     files = sorted(checkpoint.glob("*.safetensors"))
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -39,7 +42,7 @@ def compile_autogptq(checkpoint: Path, target: Path, _config: AutogptqTarget) ->
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         config["tie_word_embeddings"] = False
     config["rope_theta"] = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
-    config["torch_dtype"] = config["dtype"] = "float16"  # what its kernels compute in
+    config["torch_dtype"] = config["dtype"] = "float16"  # the dtype of auto-gptq's kernels
     floats = {name: t.to(torch.float16) if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
     save_file(floats, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

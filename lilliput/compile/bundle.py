@@ -1,4 +1,4 @@
-"""What a device is given: the compiled model and all it takes to run it with stock software, in one folder."""
+"""Writes a bundle: one folder with the compiled model and what stock software needs to run it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lilliput.artifacts import TOKENIZER_FILES, Manifest, seal, write_json, writ
 from lilliput.chat.template import (
     PINNED_DATE,
     conversation,
-    date_can_follow,
+    date_can_be_inserted_later,
     end_ids,
     read_generation_config,
     render,
@@ -40,7 +40,7 @@ _OLLAMA = {
     False: "; for Ollama: `ollama create {name} -f Modelfile`",
     True: "; not for Ollama, whose templates cannot format today's date as this model's chat template does",
 }
-_DATED = {
+_DATE_NOTES = {
     "none": "",
     "today": "; `{{date:FORMAT}}` in it is today in that strftime format",
     "pinned": f"; the date in it is that of evaluation, {PINNED_DATE:%Y-%m-%d}: the chat template computes with dates",
@@ -48,16 +48,16 @@ _DATED = {
 
 
 @dataclass(frozen=True)
-class Use:
-    """How a model is to be asked.
+class BundleSettings:
+    """Settings of a bundle: the device, and the prompt and limits used in evaluation.
 
     Attributes:
-        device: its name.
-        threads: CPU threads there.
-        context_tokens: of prompt and answer together.
-        system_prompt: the system line it was tuned and measured with.
-        max_new_tokens: of an answer.
-        licence: of the source model; None where nobody has named it.
+        device: name of the device.
+        threads: CPU threads of the device.
+        context_tokens: maximum tokens of prompt and answer together.
+        system_prompt: the system prompt of training and evaluation.
+        max_new_tokens: maximum tokens of an answer.
+        licence: licence of the source model; None if params.yaml names none.
     """
 
     device: str
@@ -68,15 +68,20 @@ class Use:
     licence: str | None
 
 
-def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manifest, use: Use) -> Manifest:
-    """Fills `folder` with model, tokenizer, prompt, sampling defaults, how to start it, and a manifest of sha256 sums.
+def write_bundle(
+    folder: Path, compiled: Path, checkpoint: Path, manifest: Manifest, settings: BundleSettings
+) -> Manifest:
+    """Writes model, tokenizer, prompt, sampling defaults and start instructions to `folder`, and seals it.
 
     Args:
         folder: an empty folder.
-        compiled: the compiled model, verified.
-        checkpoint: what it was compiled from.
-        manifest: of the compiled model.
-        use: how it is to be asked.
+        compiled: folder of the verified compiled model.
+        checkpoint: the checkpoint that was compiled.
+        manifest: manifest of the compiled model.
+        settings: device, prompt and limits.
+
+    Returns:
+        The manifest of the bundle.
     """
     for path in sorted(compiled.iterdir()):
         if path.name in manifest.files:
@@ -86,68 +91,74 @@ def write_bundle(folder: Path, compiled: Path, checkpoint: Path, manifest: Manif
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    template, dated = chat_template(tokenizer), _date(tokenizer)
-    sampling = {"temperature": 0.0, "max_new_tokens": use.max_new_tokens}
-    write_json(folder / "prompt.json", {"system": use.system_prompt, "template": template, "sampling": sampling})
+    template, date = prompt_template(tokenizer), _prompt_date(tokenizer)
+    sampling = {"temperature": 0.0, "max_new_tokens": settings.max_new_tokens}
+    write_json(folder / "prompt.json", {"system": settings.system_prompt, "template": template, "sampling": sampling})
     target = manifest.strategy
-    if target == "gguf" and dated != "today":
+    if target == "gguf" and date != "today":
         ends = end_ids(tokenizer, read_generation_config(checkpoint))
-        write_text(folder / "Modelfile", _modelfile(template, tokenizer.convert_ids_to_tokens(ends), use))
-    write_text(folder / "README.md", _readme(manifest, use, dated))
+        write_text(folder / "Modelfile", _modelfile(template, tokenizer.convert_ids_to_tokens(ends), settings))
+    write_text(folder / "README.md", _readme(manifest, settings, date))
     return seal(
         folder,
         candidate=manifest.candidate,
         strategy="bundle",
-        config={"device": use.device, "target": target, "context_tokens": use.context_tokens, "threads": use.threads},
+        config={
+            "device": settings.device,
+            "target": target,
+            "context_tokens": settings.context_tokens,
+            "threads": settings.threads,
+        },
         parent=manifest,
         parameters=manifest.parameters,
-        facts={"licence": use.licence, "candidate": manifest.config["candidate"]},
+        facts={"licence": settings.licence, "candidate": manifest.config["candidate"]},
     )
 
 
-def chat_template(tokenizer: Any) -> str:
-    """The text of the model's whole prompt, special tokens included, with `{{system}}` and `{{question}}` in it.
+def prompt_template(tokenizer: Any) -> str:
+    """Returns the model's whole prompt, special tokens included, with `{{system}}` and `{{question}}` in it.
 
-    Where the chat template inserts today's date there is `{{date:FORMAT}}`, FORMAT being one of strftime: the bundle is
-    used on another day than it was made. A template that computes with the date gets the date of evaluation.
+    Today's date becomes `{{date:FORMAT}}` (strftime), because a bundle is used on a later day. If the template computes
+    with the date, the date of evaluation is inserted instead.
     """
-    date = PINNED_DATE if _date(tokenizer) == "pinned" else None
+    date = PINNED_DATE if _prompt_date(tokenizer) == "pinned" else None
     return render(tokenizer, conversation("{{system}}", "{{question}}"), date=date)
 
 
-def _date(tokenizer: Any) -> Literal["none", "today", "pinned"]:
-    """The date in the prompt of a bundle."""
+def _prompt_date(tokenizer: Any) -> Literal["none", "today", "pinned"]:
+    """Returns how the prompt handles the date: not at all, as a placeholder, or pinned."""
     if not uses_date(tokenizer):
         return "none"
-    return "today" if date_can_follow(tokenizer) else "pinned"
+    return "today" if date_can_be_inserted_later(tokenizer) else "pinned"
 
 
-def _modelfile(template: str, stops: Sequence[str], use: Use) -> str:
+def _modelfile(template: str, stops: Sequence[str], settings: BundleSettings) -> str:
     ollama = template.replace("{{system}}", "{{ .System }}").replace("{{question}}", "{{ .Prompt }}")
-    settings = [("temperature", 0), ("num_ctx", use.context_tokens), ("num_predict", use.max_new_tokens)]
-    settings += [("stop", f'"{stop}"') for stop in stops]
-    system = use.system_prompt
-    # Three quotation marks would run into one that ends the text; what is one line needs none.
-    told = f'"""{system}\n"""' if "\n" in system or system.startswith('"') else system
-    lines = ["FROM ./model.gguf", f'TEMPLATE """{ollama}"""', f"SYSTEM {told}"]
-    return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in settings)]) + "\n"
+    parameters = [("temperature", 0), ("num_ctx", settings.context_tokens), ("num_predict", settings.max_new_tokens)]
+    parameters += [("stop", f'"{stop}"') for stop in stops]
+    system = settings.system_prompt
+    # The line break separates a final quotation mark from the closing ones; a single line needs no quotation marks.
+    quoted = f'"""{system}\n"""' if "\n" in system or system.startswith('"') else system
+    lines = ["FROM ./model.gguf", f'TEMPLATE """{ollama}"""', f"SYSTEM {quoted}"]
+    return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in parameters)]) + "\n"
 
 
-def _readme(manifest: Manifest, use: Use, dated: Literal["none", "today", "pinned"]) -> str:
+def _readme(manifest: Manifest, settings: BundleSettings, date: Literal["none", "today", "pinned"]) -> str:
     target = manifest.strategy
-    needs = (_NEEDS[target] + (_OLLAMA[dated == "today"] if target == "gguf" else "")).format(
+    needs = (_NEEDS[target] + (_OLLAMA[date == "today"] if target == "gguf" else "")).format(
         name=manifest.config["candidate"]
     )
-    start = _START[target].replace("CONTEXT", str(use.context_tokens)).replace("THREADS", str(use.threads))
+    start = _START[target].replace("CONTEXT", str(settings.context_tokens)).replace("THREADS", str(settings.threads))
+    licence = settings.licence or "not named in params.yaml (source.licence); see its publisher"
     return (
-        f"# {manifest.candidate} for {use.device}\n\n"
+        f"# {manifest.candidate} for {settings.device}\n\n"
         f"1. Needs: {needs}.\n"
         f"2. Start: `{start}`\n"
-        f"3. Ask with this system line: {json.dumps(use.system_prompt, ensure_ascii=False)}; "
+        f"3. Ask with this system line: {json.dumps(settings.system_prompt, ensure_ascii=False)}; "
         "prompt.json has the whole prompt with its special tokens, so tokenise it without adding any"
-        f"{_DATED[dated]}.\n"
-        f"4. Answers were measured greedy, with up to {use.max_new_tokens} new tokens; "
+        f"{_DATE_NOTES[date]}.\n"
+        f"4. Answers were measured greedy, with up to {settings.max_new_tokens} new tokens; "
         "parity.json says how near it is to its checkpoint.\n"
-        f"5. Licence of the model: {use.licence or 'not named in params.yaml (source.licence); see its publisher'}. "
+        f"5. Licence of the model: {licence}. "
         "lilliput.json has the sha256 of every file.\n"
     )

@@ -1,4 +1,4 @@
-"""The integers of a quantised checkpoint in AutoGPTQ's format, unpacked: nothing is rounded again."""
+"""Unpacks the integers of a quantised checkpoint in AutoGPTQ's format, without rounding again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Codes:
     """A quantised linear layer: weight[o, i] = scales[o, g] · (codes[o, i] − zeros[o, g]), g the group of input i.
 
     Attributes:
-        codes: uint8, shape (outputs, inputs), each below 2 ** bits.
+        codes: uint8, shape (outputs, inputs), values below 2 ** bits.
         scales: float16, shape (outputs, groups).
         zeros: uint8, shape (outputs, groups).
-        bits: of a code.
+        bits: bits per code.
     """
 
     codes: np.ndarray
@@ -33,21 +33,21 @@ class Codes:
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale and a zero."""
+        """Number of inputs that share a scale and a zero."""
         return self.codes.shape[1] // self.scales.shape[1]
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero stands in the middle of the grid."""
+        """Whether every zero is in the middle of the grid."""
         return bool((self.zeros == 1 << (self.bits - 1)).all())
 
     def in_groups_of(self, size: int) -> Codes:
-        """The same weights with a scale and a zero for every `size` inputs; `size` divides the group size."""
-        times = self.group_size // size
-        return Codes(self.codes, self.scales.repeat(times, 1), self.zeros.repeat(times, 1), self.bits)
+        """Returns the same weights in groups of `size` inputs; `size` must divide the group size."""
+        repeats = self.group_size // size
+        return Codes(self.codes, self.scales.repeat(repeats, 1), self.zeros.repeat(repeats, 1), self.bits)
 
     def weight(self) -> np.ndarray:
-        """The weights, float32 of shape (outputs, inputs)."""
+        """Returns the weights, float32 of shape (outputs, inputs)."""
         outputs, inputs = self.codes.shape
         grouped = self.codes.reshape(outputs, -1, self.group_size).astype(np.float32)
         centred = grouped - self.zeros[..., None].astype(np.float32)
@@ -55,10 +55,11 @@ class Codes:
 
 
 def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
-    """Each quantised layer of the checkpoint in `directory`, by its name without `.qweight`; none where all is float.
+    """Yields (layer name without `.qweight`, codes) for each quantised layer; nothing for a float checkpoint.
 
     Raises:
-        CompileError: the checkpoint is in another format, or its groups are no runs of inputs (`act_order`).
+        CompileError: the checkpoint has another format, or its groups are not runs of neighbouring inputs
+            (`act_order`).
     """
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if settings is None:
@@ -66,7 +67,7 @@ def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
     if settings.get("quant_method") != "gptq" or settings.get("checkpoint_format", "gptq") != "gptq":
         raise CompileError(
             f"{directory}: quantised as {settings.get('quant_method')}/{settings.get('checkpoint_format')}; only "
-            "AutoGPTQ's format (gptq, version 1) is read, which is what gptq, rtn and awq write"
+            "AutoGPTQ's format (gptq, version 1) can be read; the strategies gptq, rtn and awq write it"
         )
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "np") as tensors:
@@ -74,42 +75,43 @@ def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
                 if name.endswith(".qweight"):
                     layer = name.removesuffix(".qweight")
                     parts = {part: tensors.get_tensor(f"{layer}.{part}") for part in PARTS}
-                    yield layer, _unpacked(layer, **parts)
+                    yield layer, _unpack_layer(layer, **parts)
 
 
-def _unpacked(layer: str, qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> Codes:
+def _unpack_layer(layer: str, qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> Codes:
     inputs = len(g_idx)
     bits = qweight.shape[0] * 32 // inputs
     if (g_idx != np.arange(inputs) // (inputs // len(scales))).any():
         raise CompileError(
-            f"{layer}: its groups are no runs of neighbouring inputs (act_order: true), which no target can hold; "
+            f"{layer}: its groups are not runs of neighbouring inputs (act_order: true), and no target supports that; "
             "quantise with act_order: false"
         )
-    codes = _fields(qweight.T, bits)
-    zeros = _zeros(qzeros.view(np.uint32), bits)[:, : scales.shape[1]]
+    codes = _unpack_bits(qweight.T, bits)
+    zeros = _unpack_zeros(qzeros.view(np.uint32), bits)[:, : scales.shape[1]]
     return Codes(codes, scales.T.copy(), zeros.T.copy(), bits)
 
 
-def _zeros(words: np.ndarray, bits: int) -> np.ndarray:
-    """The zeros, of which version 1 stores one less: GPTQModel takes it off each number at 3 bits, else off the word.
+def _unpack_zeros(words: np.ndarray, bits: int) -> np.ndarray:
+    """Returns the zeros; format version 1 stores each of them minus one.
 
-    A zero of 0 that was less one by the word has borrowed from its neighbour, so the one is added to the word again.
+    GPTQModel subtracts the one from each number at 3 bits, and from the whole word otherwise. In the second case a zero
+    of 0 has borrowed from its neighbour, so the ones are added to the word before unpacking.
     """
     if bits == 3:
-        return (_fields(words, bits) + 1) & 7
-    ones = _words(np.ones(32, dtype=np.uint8), bits)
-    return _fields(words + np.tile(ones, words.shape[1] // len(ones) + 1)[: words.shape[1]], bits)
+        return (_unpack_bits(words, bits) + 1) & 7
+    ones = _pack_bits(np.ones(32, dtype=np.uint8), bits)
+    return _unpack_bits(words + np.tile(ones, words.shape[1] // len(ones) + 1)[: words.shape[1]], bits)
 
 
-def _fields(words: np.ndarray, bits: int) -> np.ndarray:
-    """Numbers of `bits` bits out of rows of 32-bit words, lowest bits first; a number may reach into the next word."""
+def _unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:
+    """Returns numbers of `bits` bits from rows of 32-bit words, lowest bits first; a number may span two words."""
     stream = np.ascontiguousarray(words).view(np.uint8)
     flags = np.unpackbits(stream, axis=1, bitorder="little")
     fields = flags[:, : flags.shape[1] // bits * bits].reshape(len(flags), -1, bits)
     return np.packbits(fields, axis=2, bitorder="little")[..., 0]
 
 
-def _words(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """32 numbers of `bits` bits each as 32-bit words: the inverse of `_fields`."""
+def _pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Packs 32 numbers of `bits` bits each into 32-bit words: the inverse of `_unpack_bits`."""
     flags = np.unpackbits(numbers[:, None], axis=1, bitorder="little")[:, :bits]
     return np.packbits(flags.reshape(-1), bitorder="little").view(np.uint32)

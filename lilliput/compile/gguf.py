@@ -1,7 +1,7 @@
-"""GGUF for llama.cpp: a quantised checkpoint's codes and scales are carried over as they are, the rest is converted.
+"""Compiles to GGUF for llama.cpp: copies the codes and scales of a quantised checkpoint, converts everything else.
 
-Names, hyper-parameters, tokenizer and the order of rows are llama.cpp's own converter's business; here is only what it
-does not do: it would turn the codes into floats and lose them.
+llama.cpp's own converter handles names, hyperparameters, tokenizer and the order of rows. By itself it would dequantise
+the codes to floats; this module keeps them.
 """
 
 from __future__ import annotations
@@ -28,42 +28,45 @@ from lilliput.untrusted import require_harmless
 if TYPE_CHECKING:
     from conversion.base import TextModel as _Converter
 else:
-    _Converter = object  # the architecture's own converter is chosen when its checkpoint is known
+    _Converter = object  # replaced by the converter of the checkpoint's architecture at run time
 
 FILE = "model.gguf"
-BLOCK = 32  # weights that share a scale in all types used here
+BLOCK = 32  # weights per scale in all types used here
 _FLOATS = {Type.F32, Type.F16, Type.BF16}
 
 
 def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str, Any]:
-    """Writes `target`/model.gguf and tells what became of each tensor.
+    """Writes `target`/model.gguf.
 
     Args:
         checkpoint: a model that transformers opens, in float or in AutoGPTQ's format.
         target: an existing folder.
-        config: the types of what is not quantised already.
+        config: the types of tensors that are not quantised yet.
 
     Returns:
-        The type of each tensor, how many there are of each, and `largest_weight_difference` between a quantised
-        layer's weights there and here, relative to its scale (0 but for offsets rounded to float16).
+        `tensors` (type of each), `tensors_by_type` (counts), and `largest_weight_difference`: between the weights of a
+        quantised layer in the checkpoint and in the file, relative to its scale (0 except for offsets rounded to
+        float16).
 
     Raises:
-        CompileError: the architecture is unknown to llama.cpp, or a layer's codes have no type that holds them.
-        ArtifactError: the checkpoint would run code of its own.
+        CompileError: llama.cpp does not know the architecture, or no type holds a layer's codes.
+        ArtifactError: the checkpoint contains code.
     """
-    # The converter trusts the code that some tokenizers name.
+    # The converter runs code that a tokenizer names.
     require_harmless(checkpoint)
     if not any(checkpoint.glob("*.safetensors")):
-        raise CompileError(f"{checkpoint}: no safetensors here, and pickled weights are never opened")
-    converter = _converter(checkpoint)
+        raise CompileError(
+            f"{checkpoint}: no safetensors file; pickled weights are never opened, convert them to safetensors"
+        )
+    converter = _make_converter(checkpoint)
     with torch.inference_mode():
         model = converter(checkpoint, gguf.LlamaFileType.ALL_F32, target / FILE, eager=True, model_name=checkpoint.name)
-        model.packed = dict(read_codes(checkpoint))
+        model.codes_by_layer = dict(read_codes(checkpoint))
         model.settings = config
         try:
             model.write()
         except (NotImplementedError, FileNotFoundError, KeyError, ValueError) as error:
-            raise CompileError(f"{checkpoint}: llama.cpp's converter does not take this model: {error}") from error
+            raise CompileError(f"{checkpoint}: llama.cpp's converter does not support this model: {error}") from error
     types = model.types
     return {
         "tensors": {name: kind.name for name, kind in sorted(types.items())},
@@ -73,13 +76,13 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
 
 
 def encode(codes: Codes) -> tuple[Type, np.ndarray]:
-    """The codes as GGUF's blocks of 32, and their type: Q4_0 (symmetric), Q4_1 (asymmetric) or Q8_0 (8 bits).
+    """Returns the GGUF type and its blocks of 32 weights: Q4_0 (symmetric), Q4_1 (asymmetric) or Q8_0 (8 bits).
 
-    Up to four bits fit into four. Q4_1 holds the offset −scale · zero where the checkpoint holds the zero; it is
-    rounded to float16, by less than 15 · 2⁻¹² of a step of the grid.
+    Codes of 2 to 4 bits are stored in 4 bits. Q4_1 stores the offset −scale · zero instead of the zero, rounded to
+    float16: an error below 15 · 2⁻¹² of a step of the grid.
 
     Raises:
-        CompileError: groups do not consist of whole blocks, or 8-bit codes lie too far from their zero.
+        CompileError: the group size is not a multiple of 32, or asymmetric 8-bit codes do not fit into int8.
     """
     if codes.group_size % BLOCK:
         raise CompileError(
@@ -93,7 +96,7 @@ def encode(codes: Codes) -> tuple[Type, np.ndarray]:
         centred = blocks.astype(np.int16) - codes.zeros[..., None]
         if centred.min() < -128 or centred.max() > 127:
             raise CompileError(
-                "8-bit codes around zeros of their own have no type in GGUF, which has one zero for all; "
+                "GGUF has no type for asymmetric 8-bit codes: its zero is the same for all weights; "
                 "quantise with symmetric: true"
             )
         kind, body = Type.Q8_0, centred.astype(np.int8).view(np.uint8)
@@ -107,27 +110,27 @@ def encode(codes: Codes) -> tuple[Type, np.ndarray]:
 
 
 def _nibbles(blocks: np.ndarray) -> np.ndarray:
-    """Two codes a byte: the first half of a block in the low bits, the second half in the high ones."""
+    """Packs two codes per byte: the first half of a block in the low bits, the second half in the high bits."""
     return blocks[..., : BLOCK // 2] | (blocks[..., BLOCK // 2 :] << 4)
 
 
-def _converter(checkpoint: Path) -> type[Any]:
-    """llama.cpp's converter of the checkpoint's architecture, taught to carry codes over."""
+def _make_converter(checkpoint: Path) -> type[Any]:
+    """Returns llama.cpp's converter class for the checkpoint's architecture, extended to keep codes."""
     from conversion.base import ModelBase, ModelType, get_model_architecture
 
     hparams = ModelBase.load_hparams(checkpoint, False)
     architecture = get_model_architecture(hparams, ModelType.TEXT)
-    base = _imported(architecture)
+    base = _import_converter(architecture)
     if base is None:
         raise CompileError(f"{checkpoint}: llama.cpp's converter does not know {architecture}")
-    return type("CodeConverter", (_CarriesCodes, base), {"model_arch": base.model_arch})
+    return type("CodeConverter", (_KeepsCodes, base), {"model_arch": base.model_arch})
 
 
-def _imported(architecture: str) -> type[Any] | None:
-    """The converter's class for `architecture`; None where it has none.
+def _import_converter(architecture: str) -> type[Any] | None:
+    """Returns the converter's class for `architecture`; None if there is none.
 
-    It is released apart from gguf and names a few families that the released gguf does not know yet. Those are given an
-    empty name, so that the modules they share with others can be imported; none of them can be converted.
+    The converter is released separately from gguf and refers to families that the released gguf does not know yet. Such
+    names become None, so that modules shared with other families can be imported; these families cannot be converted.
     """
     from conversion import get_model_class  # takes seconds
 
@@ -142,50 +145,54 @@ def _imported(architecture: str) -> type[Any] | None:
             setattr(error.obj, error.name, None)
 
 
-class _CarriesCodes(_Converter):
-    """What an architecture's converter is taught: tensors of types of our choosing, and codes as they are."""
+class _KeepsCodes(_Converter):
+    """Extends an architecture's converter: chooses the type of each tensor, and keeps codes."""
 
-    packed: dict[str, Codes]
+    codes_by_layer: dict[str, Codes]
     settings: GgufTarget
 
     def prepare_tensors(self) -> None:
         self.types: dict[str, Type] = {}
         self.largest_difference = 0.0
-        quantised = tuple(f"{layer}.{part}" for layer in self.packed for part in PARTS)
+        quantised = tuple(f"{layer}.{part}" for layer in self.codes_by_layer for part in PARTS)
         floats = (item for item in self.get_tensors() if item[0] not in quantised)
         for name, tensor in chain(self.generate_extra_tensors(), floats):
-            for new_name, changed in self._renamed(name, tensor.float()):
-                self._add(new_name, *_as_stored(new_name, changed.numpy(), self._kind(new_name, changed)))
-        for layer, codes in self.packed.items():
+            for new_name, changed in self._rename(name, tensor.float()):
+                self._add(new_name, *_convert(new_name, changed.numpy(), self._kind(new_name, changed)))
+        for layer, codes in self.codes_by_layer.items():
             self._add_codes(f"{layer}.weight", codes)
 
     def _add_codes(self, name: str, codes: Codes) -> None:
         parts = (codes.codes, codes.scales, codes.zeros, codes.weight())
-        moved = [list(self._renamed(name, torch.from_numpy(part.astype(np.float32)))) for part in parts]
+        moved = [list(self._rename(name, torch.from_numpy(part.astype(np.float32)))) for part in parts]
         if any(len(tensors) != 1 for tensors in moved):
-            raise CompileError(f"{name}: llama.cpp wants this layer in parts, and codes are not split")
+            raise CompileError(f"{name}: llama.cpp splits this layer into several tensors, and codes cannot be split")
         new_name = moved[0][0][0]
         rows = [tensors[0][1].numpy() for tensors in moved]
-        carried = Codes(rows[0].astype(np.uint8), rows[1].astype(np.float16), rows[2].astype(np.uint8), codes.bits)
-        if not np.array_equal(carried.weight(), rows[3]):
-            raise CompileError(f"{name}: llama.cpp's form of this layer is more than another order of its rows")
+        reordered = Codes(rows[0].astype(np.uint8), rows[1].astype(np.float16), rows[2].astype(np.uint8), codes.bits)
+        if not np.array_equal(reordered.weight(), rows[3]):
+            raise CompileError(
+                f"{name}: llama.cpp changes more than the order of this layer's rows, so its codes cannot be kept"
+            )
         try:
-            kind, data = encode(carried)
+            kind, data = encode(reordered)
         except CompileError as error:
             raise CompileError(f"{name}: {error}") from None
-        there = gguf.quants.dequantize(data, kind).reshape(carried.codes.shape[0], -1, carried.group_size)
-        step = np.abs(there - carried.weight().reshape(there.shape)) / carried.scales[..., None].astype(np.float32)
+        stored = gguf.quants.dequantize(data, kind).reshape(reordered.codes.shape[0], -1, reordered.group_size)
+        step = np.abs(stored - reordered.weight().reshape(stored.shape)) / reordered.scales[..., None].astype(
+            np.float32
+        )
         self.largest_difference = max(self.largest_difference, float(np.nan_to_num(step).max()))
         self._add(new_name, kind, data)
 
-    def _renamed(self, name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
-        """`tensor` under llama.cpp's name, its rows in llama.cpp's order."""
+    def _rename(self, name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
+        """Yields `tensor` under llama.cpp's name, its rows in llama.cpp's order."""
         block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         return self.modify_tensors(tensor, name, block)
 
     def _kind(self, name: str, tensor: torch.Tensor) -> Type:
         if tensor.dim() <= 1 or name.endswith("_norm.weight") or "ffn_gate_inp" in name:
-            return Type.F32  # norms, biases and routers: next to nothing in size, and llama.cpp wants them so
+            return Type.F32  # norms, biases and routers: small, and llama.cpp requires float32
         outside = name.startswith(("token_embd", "output"))
         return Type[(self.settings.embeddings if outside else self.settings.floats).upper()]
 
@@ -194,7 +201,7 @@ class _CarriesCodes(_Converter):
         self.gguf_writer.add_tensor(name, data, raw_dtype=kind)
 
     def set_vocab(self) -> None:
-        """A carved mixture keeps its parent's tokenizer, which the converter's reader for GLM does not take."""
+        """Writes the tokenizer. A mixture keeps its parent's, which the converter's reader for GLM would reject."""
         vocabulary = (self.dir_model / "tokenizer.json").read_text(encoding="utf-8")
         if self.hf_arch == "Glm4MoeForCausalLM" and "[gMASK]" not in vocabulary:
             self._set_vocab_gpt2()
@@ -204,9 +211,9 @@ class _CarriesCodes(_Converter):
         self._rank_tokens()
 
     def _rank_tokens(self) -> None:
-        """Writes scores by the order of merges for a SentencePiece vocabulary, all of which the converter scores alike.
+        """Writes token scores by merge order for a SentencePiece vocabulary; the converter gives all of them one score.
 
-        llama.cpp joins pieces by the score of what they make, so equal scores make other tokens than the checkpoint's.
+        llama.cpp merges pieces by the score of the merged piece, so equal scores would tokenise differently.
         """
         fields = {name: field.value for values in self.gguf_writer.kv_data for name, field in values.items()}
         if len(set(fields.get("tokenizer.ggml.scores", ()))) != 1:
@@ -219,20 +226,20 @@ class _CarriesCodes(_Converter):
         self.gguf_writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in texts])
 
     def _name_special_tokens(self) -> None:
-        """Writes which tokens end an answer, and that llama.cpp and Ollama add none to a prompt.
+        """Writes which tokens end an answer, and that no special token is added to a prompt.
 
-        The chat template writes the BOS token by itself where the model wants one, as in training and evaluation.
+        The chat template itself writes the BOS token where the model needs one, as in training and evaluation.
         """
         tokenizer = AutoTokenizer.from_pretrained(self.dir_model)
         ends = end_ids(tokenizer, read_generation_config(self.dir_model))
-        # llama.cpp's template engine reads `eos_token` from the first key, so it stays the tokenizer's own.
+        # llama.cpp's template engine reads `eos_token` from the first key, so that key is the tokenizer's EOS.
         first = cast("int", tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0])
         others = [end for end in ends if end != first]
         others.sort(key=lambda end: end != end_id(tokenizer))
         if len(others) > 2:
             names = ", ".join(map(str, cast("Any", tokenizer).convert_ids_to_tokens(ends)))
             raise CompileError(
-                f"{self.dir_model}: {len(ends)} tokens end an answer ({names}), and GGUF has room for three; remove "
+                f"{self.dir_model}: {len(ends)} tokens end an answer ({names}), but GGUF has room for three; remove "
                 "those that the model never writes from `eos_token_id` in the source's generation_config.json"
             )
         self.gguf_writer.add_eos_token_id(first)
@@ -241,7 +248,7 @@ class _CarriesCodes(_Converter):
         ):
             add(end)
         self.gguf_writer.add_add_bos_token(False)
-        for name in ("eos", "sep"):  # absent means no
+        for name in ("eos", "sep"):  # an absent key means no
             if any(f"tokenizer.ggml.add_{name}_token" in values for values in self.gguf_writer.kv_data):
                 getattr(self.gguf_writer, f"add_add_{name}_token")(False)
 
@@ -253,10 +260,10 @@ class _CarriesCodes(_Converter):
         super().set_type()
 
 
-def _as_stored(name: str, data: np.ndarray, kind: Type) -> tuple[Type, np.ndarray]:
-    """`data` in `kind`, or in float16 where its rows are no whole blocks."""
+def _convert(name: str, data: np.ndarray, kind: Type) -> tuple[Type, np.ndarray]:
+    """Returns `data` in the type `kind`, or in float16 if its rows are not whole blocks."""
     if kind not in _FLOATS and data.shape[-1] % BLOCK:
         kind = Type.F16
     if kind is Type.F16 and np.abs(data).max() > np.finfo(np.float16).max:
-        raise CompileError(f"{name}: values beyond float16; choose bf16 or f32")
+        raise CompileError(f"{name}: values exceed float16; choose bf16 or f32")
     return kind, gguf.quants.quantize(data, kind)

@@ -1,4 +1,4 @@
-"""ONNX for ONNX Runtime GenAI: its own builder takes the codes of an AutoGPTQ checkpoint as they are."""
+"""Compiles for ONNX Runtime GenAI; its builder keeps the codes of an AutoGPTQ checkpoint unchanged."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ _BITS = {4: "int4", 8: "int8"}
 
 
 def compile_onnx(checkpoint: Path, target: Path, config: OnnxTarget) -> dict[str, Any]:
-    """Writes a folder for ONNX Runtime GenAI into `target`.
+    """Writes a model for ONNX Runtime GenAI into the folder `target`.
 
-    Quantised layers keep their codes; the embedding table, which is the output layer too, is rounded to
+    Quantised layers keep their codes. The embedding table, which is also the output layer, is rounded to
     `config.embeddings`. A float checkpoint stays in float32.
 
+    Returns:
+        Facts for the manifest.
+
     Raises:
-        CompileError: the builder does not take this architecture or this grid, or is not done in time.
-        ArtifactError: the checkpoint would run code of its own.
+        CompileError: the builder does not support this architecture or grid, or exceeds its deadline.
+        ArtifactError: the checkpoint contains code.
     """
     require_harmless(checkpoint)
     layers = dict(read_codes(checkpoint))
@@ -37,7 +40,7 @@ def compile_onnx(checkpoint: Path, target: Path, config: OnnxTarget) -> dict[str
     if len(bits) > 1 or bits - _BITS.keys():
         raise CompileError(
             f"{checkpoint}: layers of {', '.join(map(str, sorted(bits)))} bits; ONNX Runtime's builder takes 4 or 8, "
-            "and the same for all"
+            "the same for all layers"
         )
     precision = _BITS[bits.pop()] if bits else "fp32"
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,23 +51,23 @@ def compile_onnx(checkpoint: Path, target: Path, config: OnnxTarget) -> dict[str
             command += [f"block_size={min(sizes)}", "accuracy_level=4", "algo_config=rtn"]
             if precision == "int4":
                 command.append(f"matmul_mixed_precision=last_matmul:{config.embeddings}")
-        _run(command, checkpoint, config.deadline_s)
+        _run_builder(command, checkpoint, config.deadline_s)
     settings = json.loads((target / "genai_config.json").read_text(encoding="utf-8"))
-    settings["search"] |= {"do_sample": False}  # what was measured is greedy
-    settings["model"]["eos_token_id"] = _ends(checkpoint)
+    settings["search"] |= {"do_sample": False}  # evaluation decodes greedily
+    settings["model"]["eos_token_id"] = _end_ids(checkpoint)
     (target / "genai_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {"precision": precision, "embeddings": config.embeddings if layers else "fp32", "code_layers": len(layers)}
 
 
-def _ends(checkpoint: Path) -> int | list[int]:
-    """Every token that ends an answer; the builder reads config.json and the tokenizer alone."""
+def _end_ids(checkpoint: Path) -> int | list[int]:
+    """Returns every token that ends an answer; the builder itself ignores generation_config.json."""
     ends = end_ids(AutoTokenizer.from_pretrained(checkpoint), read_generation_config(checkpoint))
     return ends if len(ends) > 1 else ends[0]
 
 
-def _run(command: list[str], checkpoint: Path, deadline_s: float) -> None:
+def _run_builder(command: list[str], checkpoint: Path, deadline_s: float) -> None:
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             capture_output=True,
             text=True,
@@ -75,7 +78,7 @@ def _run(command: list[str], checkpoint: Path, deadline_s: float) -> None:
             env=environment_without_secrets() | {"HF_HUB_OFFLINE": "1"},
         )
     except subprocess.TimeoutExpired:
-        raise CompileError(f"{checkpoint}: ONNX Runtime's builder was not done after {deadline_s:g} s") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise CompileError(f"{checkpoint}: ONNX Runtime's builder does not take this model: {last}")
+        raise CompileError(f"{checkpoint}: ONNX Runtime's builder did not finish within {deadline_s:g} s") from None
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CompileError(f"{checkpoint}: ONNX Runtime's builder does not support this model: {last}")

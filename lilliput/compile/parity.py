@@ -1,6 +1,6 @@
-"""Parity: a compiled model, opened by its own runtime in a fresh process, is held against its own checkpoint.
+"""Parity: compares a compiled model, run by its own runtime in a fresh process, with its checkpoint.
 
-Strings are not compared: runtimes round differently, and greedy answers part at the first near tie.
+Answers are not compared as text: runtimes round differently, and greedy answers diverge at the first near tie.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lilliput.chat.template import conversation, encode_answer, encode_prompt, encode_text, render, shared_beginning
+from lilliput.chat.template import conversation, encode_answer, encode_prompt, encode_text, render, shared_prefix_length
 from lilliput.config import ParityConfig
 from lilliput.data.questions import Question
-from lilliput.devices.runs import Job, Outcome, run_on_device
+from lilliput.devices.runs import DeviceJob, DeviceOutcome, run_on_device
 from lilliput.errors import CompileError
 from lilliput.models import open_model
 from lilliput.statistics import intervals
@@ -34,35 +34,32 @@ def prove_parity(
     system_prompt: str,
     config: ParityConfig,
 ) -> dict[str, Any]:
-    """The parity record of the compiled model in `folder`.
+    """Returns the parity record of the compiled model in `folder`.
 
-    The text is the first answerable questions with their answers, up to `config.tokens` tokens. Both predict each of
-    its tokens; and the compiled model chooses answers to `config.questions` questions, to which those of the
-    checkpoint are known. llama.cpp's chat server, which the gateway asks, must encode them as evaluation did.
+    The checkpoint and the compiled model both predict each token of a text of up to `config.tokens` tokens: the
+    answerable questions with their answers. The compiled model also answers `config.questions` choice questions, which
+    are compared with the recorded choices of the checkpoint. For gguf, llama.cpp's chat server, which the gateway uses,
+    must encode the prompts as evaluation did.
 
     Args:
-        target: which of lilliput/compile made it.
-        folder: where it lies.
-        checkpoint: what it was made from: the quantised one itself, not its float parent.
+        target: the compile target (a module of lilliput/compile).
+        folder: folder of the compiled model.
+        checkpoint: the checkpoint that was compiled: the quantised one, not its float parent.
         questions: the question set.
-        choices: the checkpoint's choice by the question's id, as its evaluation recorded it.
-        system_prompt: the system line before each question.
-        config: how much is compared, and how far it may differ.
+        choices: the checkpoint's choice by question id, as its evaluation recorded it.
+        system_prompt: the system prompt of each question.
+        config: number of tokens and questions, and tolerances.
 
     Raises:
-        CompileError: it is another model than its checkpoint.
-        ArtifactError: its runtime does not open it, crashes or hangs.
+        CompileError: the compiled model differs from its checkpoint.
+        ArtifactError: the runtime does not open the model, crashes or hangs.
     """
-    model, tokenizer = open_model(checkpoint)
-    text = _text(tokenizer, questions, config.tokens)
-    with torch.inference_mode():
-        expected = model(torch.tensor([text], device=model.device)).logits[0].float().log_softmax(-1).cpu()
-    del model
-    asked = [q for q in questions if q.answerable and q.choices and q.id in choices][: config.questions]
-    options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in asked]
-    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in asked]
-    longest = max(len(ids) + max(map(len, rest)) for ids, rest in zip(prompts, options, strict=True)) if asked else 0
-    job = Job(
+    tokenizer, text, expected = _predict(checkpoint, questions, config.tokens)
+    compared = [q for q in questions if q.answerable and q.choices and q.id in choices][: config.questions]
+    options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in compared]
+    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in compared]
+    longest = max(len(ids) + max(map(len, rest)) for ids, rest in zip(prompts, options, strict=True)) if compared else 0
+    job = DeviceJob(
         target,
         str(folder),
         threads=config.threads,
@@ -74,27 +71,40 @@ def prove_parity(
     outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
     _require_same_prompts(tokenizer, job, outcome)
     record = agreement(text, expected, outcome.predictions, config.clear_nats)
-    record |= _same_answers(asked, options, choices, outcome)
+    record |= _compare_choices(compared, options, choices, outcome)
     record |= {"runtime": outcome.details, "limits": config.model_dump(mode="json")}
     if problems := list(_problems(record, config)):
-        raise CompileError(f"{folder}: the compiled model is not the one in {checkpoint}: " + "; ".join(problems))
+        raise CompileError(
+            f"{folder}: the compiled model differs from the checkpoint {checkpoint}: " + "; ".join(problems)
+        )
     return record
+
+
+def _predict(
+    checkpoint: Path, questions: Sequence[Question], tokens: int
+) -> tuple[PreTrainedTokenizerBase, list[int], torch.Tensor]:
+    """Returns the checkpoint's tokenizer, the text as ids, and its log-probabilities, shape (length, vocabulary)."""
+    model, tokenizer = open_model(checkpoint)
+    text = _text(tokenizer, questions, tokens)
+    with torch.inference_mode():
+        expected = model(torch.tensor([text], device=model.device)).logits[0].float().log_softmax(-1).cpu()
+    return tokenizer, text, expected
 
 
 def _chats(system_prompt: str, questions: Sequence[Question]) -> list[list[dict[str, str]]]:
     return [conversation(system_prompt, question.question) for question in questions]
 
 
-def _require_same_prompts(tokenizer: PreTrainedTokenizerBase, job: Job, outcome: Outcome) -> None:
-    """Raises CompileError where the engine's own chat server puts a question in other tokens than evaluation did."""
-    for messages, found in zip(job.chats, outcome.chats, strict=True):
-        # The server fills in today's date where the template wants one.
+def _require_same_prompts(tokenizer: PreTrainedTokenizerBase, job: DeviceJob, outcome: DeviceOutcome) -> None:
+    """Raises CompileError if the runtime's chat server encodes a prompt differently from evaluation."""
+    for messages, ids in zip(job.chats, outcome.chats, strict=True):
+        # The server inserts today's date where the template asks for it.
         expected = encode_text(tokenizer, render(tokenizer, messages, date=datetime.now()))
-        if found != expected:
-            place = shared_beginning([expected, found])
+        if ids != expected:
+            place = shared_prefix_length([expected, ids])
             raise CompileError(
                 f"{job.folder}: {job.target} encodes the prompt of {messages[-1]['content']!r} differently from token "
-                f"{place} on: {tokenizer.decode(found[place : place + 8])!r}, where evaluation had "
+                f"{place} on: {tokenizer.decode(ids[place : place + 8])!r}, where evaluation had "
                 f"{tokenizer.decode(expected[place : place + 8])!r}; remove this target, or "
                 "choose a model with another tokenizer"
             )
@@ -105,41 +115,44 @@ def _text(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], tok
     return list(tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"])[:tokens]  # pyright: ignore
 
 
-def _same_answers(
-    asked: Sequence[Question],
+def _compare_choices(
+    compared: Sequence[Question],
     options: Sequence[Sequence[Sequence[int]]],
     choices: Mapping[str, str],
-    outcome: Outcome,
+    outcome: DeviceOutcome,
 ) -> dict[str, Any]:
-    if not asked:
+    if not compared:
         return {"questions": 0}
-    before, after = [], []
-    for question, ids, scores in zip(asked, options, outcome.scores, strict=True):
-        picked = question.choices[int(np.argmax([score / len(i) for score, i in zip(scores, ids, strict=True)]))]
-        before.append({"id": question.id, "choice_right": choices[question.id] == question.answer})
-        after.append({"id": question.id, "choice_right": picked == question.answer, "choice": picked})
-    difference = compare(before, after)["accuracy_choice"]
+    expected, actual = [], []
+    for question, ids, scores in zip(compared, options, outcome.scores, strict=True):
+        choice = question.choices[int(np.argmax([score / len(i) for score, i in zip(scores, ids, strict=True)]))]
+        expected.append({"id": question.id, "choice_right": choices[question.id] == question.answer})
+        actual.append({"id": question.id, "choice_right": choice == question.answer, "choice": choice})
+    difference = compare(expected, actual)["accuracy_choice"]
     return {
-        "questions": len(asked),
-        "same_choices": share([row["choice"] == choices[row["id"]] for row in after]),
+        "questions": len(compared),
+        "same_choices": share([row["choice"] == choices[row["id"]] for row in actual]),
         "accuracy_difference": intervals.as_dict(difference.difference),
         "accuracy_differs": difference.real,
     }
 
 
 def _problems(record: Mapping[str, Any], config: ParityConfig) -> Iterable[str]:
-    for key, least in {"same_argmax": config.same_argmax, "same_argmax_clear": config.same_argmax_clear}.items():
+    for key, minimum in {"same_argmax": config.same_argmax, "same_argmax_clear": config.same_argmax_clear}.items():
         share = record[key]
-        if share["value"] is not None and share["value"] < least:
+        if share["value"] is not None and share["value"] < minimum:
             yield (
                 f"{key.replace('_', ' ')} on {share['value']:.3f} of {share['n']} positions, "
-                f"at least {least:g} is asked (parity.{key})"
+                f"at least {minimum:g} is required (parity.{key})"
             )
-    if not abs(record["mean_difference_nats"]) <= config.mean_difference_nats:  # written so that NaN fails too
+    if not abs(record["mean_difference_nats"]) <= config.mean_difference_nats:  # in this form NaN fails too
         yield (
-            f"mean log-likelihood differs by {record['mean_difference_nats']:.3f} nats a token, "
+            f"mean log-likelihood differs by {record['mean_difference_nats']:.3f} nats per token, "
             f"{config.mean_difference_nats:g} is allowed (parity.mean_difference_nats)"
         )
     if record.get("accuracy_differs"):
-        found = record["accuracy_difference"]
-        yield f"choice accuracy differs by {found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+        difference = record["accuracy_difference"]
+        yield (
+            f"choice accuracy differs by {difference['value']:+.3f} "
+            f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"
+        )

@@ -22,8 +22,9 @@ from lilliput.compress.packing import open_parent, packed_result, round_to_neare
 from lilliput.compress.result import Result
 from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, probe_logits
-from lilliput.resident import give_back_memory
+from lilliput.models import decoder_layers
+from lilliput.resident import release_memory
+from lilliput.saving import probe_logits
 
 _GRAM_BYTES = 2**30  # input statistics in memory at once; larger models need several passes
 _SAME_LOGITS = 1e-2  # relative; folding only moves factors between weights, so the rest is float32 rounding
@@ -57,7 +58,7 @@ def awq(context: Context, config: AwqConfig) -> Result:
         )
     scaled = model.state_dict()
     del model
-    give_back_memory()
+    release_memory()
     quantised = round_to_nearest(context.parent, config, scaled)
     facts = {
         "calibration_tokens": sum(map(len, texts)),

@@ -31,7 +31,7 @@ from lilliput.compress.result import Curve, History, Result
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers
-from lilliput.resident import give_back_memory
+from lilliput.resident import release_memory
 
 
 def gptq(context: Context, config: GptqConfig) -> Result:
@@ -55,10 +55,10 @@ def gptq(context: Context, config: GptqConfig) -> Result:
         facts["layers_by_bits"] = {str(width): count for width, count in sorted(Counter(bits.values()).items())}
         history["bits"] = _bits_by_layer(model, bits)
     del model
-    give_back_memory()
+    release_memory()
     written = TemporaryFolder()
     history["layer_error"], float_modules = _quantise(context.parent, texts, bits, parent.dtype, config, written.path)
-    give_back_memory()
+    release_memory()
     result = written_result(written, float_modules, parent, config, facts, history)
     if config.mixed is not None and result.save is not None:
         return replace(result, save=within_budget(result.save, config.mixed.budget_mib))

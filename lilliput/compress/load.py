@@ -21,11 +21,11 @@ from lilliput.models import (
     is_quantised,
     open_dequantised,
     open_safetensors,
-    opening,
     random_model,
     require_causal_lm,
-    require_finite,
+    translate_errors,
 )
+from lilliput.saving import require_finite
 from lilliput.untrusted import require_harmless
 
 
@@ -42,7 +42,7 @@ def load(context: Context, config: LoadConfig) -> Result:
     """
     source_dir, gguf_file = context.parent, context.gguf_file
     require_harmless(source_dir)
-    with opening(source_dir, SourceError):
+    with translate_errors(source_dir, SourceError):
         if not gguf_file:
             require_known_format(source_dir)
         header = read_header(source_dir / gguf_file) if gguf_file else None

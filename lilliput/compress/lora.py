@@ -17,7 +17,8 @@ from lilliput.chat.template import pad_id
 from lilliput.compress.context import Context
 from lilliput.compress.result import Result
 from lilliput.config import LoraConfig
-from lilliput.models import open_model, open_nf4, save_model
+from lilliput.models import open_model, open_nf4
+from lilliput.saving import save_model
 from lilliput.training.answer_loss import label_loss
 from lilliput.training.loop import computes_in_bfloat16, train, training_examples, training_facts
 

@@ -12,7 +12,8 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from lilliput.compress.hooks import registered_hooks
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, parameter_count, probe_logits, random_model, stored_dtype
+from lilliput.models import decoder_layers, parameter_count, random_model, stored_dtype
+from lilliput.saving import probe_logits
 
 _KEPT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -1,1 +1,1 @@
-"""Devices: compiled models run within a device's budgets, and what that measures."""
+"""Runs compiled models within a device's limits and measures them."""

@@ -1,4 +1,4 @@
-"""A compiled model on each device that runs its target: does it fit, how quick is it, what does an answer take."""
+"""Measures a compiled model on each device of its target: fit, speed, and energy per answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lilliput.artifacts import Manifest
 from lilliput.chat.template import encode_prompt
 from lilliput.config import DeviceConfig, EvaluationConfig, Params
 from lilliput.data.questions import Question
-from lilliput.devices.runs import Answer, Job, Outcome, run_on_device
+from lilliput.devices.runs import DeviceJob, DeviceOutcome, TimedAnswer, run_on_device
 from lilliput.evaluate.accessibility import FEWEST_QUERIES, MIB, quantiles
 from lilliput.evaluate.record import stratified_sample
 from lilliput.statistics import intervals
@@ -27,18 +27,18 @@ _DEADLINE_FACTOR = 10.0
 def measure_on_devices(
     target: str, folder: Path, checkpoint: Path, questions: Sequence[Question], params: Params, manifest: Manifest
 ) -> dict[str, Any]:
-    """The device record of the compiled model in `folder`: a run on each device of `params` that runs `target`.
+    """Returns the device record of the compiled model in `folder`, with a run for each device of `params` and `target`.
 
-    Threads and memory are the device's; the processor is the one that is here. So times are of this machine, and joules
-    an estimate: CPU-seconds here times the device's declared watts a core.
+    Threads and memory are the device's; the processor is this machine's. So the times are this machine's, and joules
+    are an estimate: CPU-seconds × the device's declared watts per core.
 
     Args:
-        target: which of lilliput/compile made it.
-        folder: where it lies.
-        checkpoint: whose tokenizer encodes the questions.
-        questions: of which `evaluation.timed_queries` are asked.
+        target: the compile target (a module of lilliput/compile).
+        folder: folder of the compiled model.
+        checkpoint: the checkpoint whose tokenizer encodes the questions.
+        questions: the question set; `evaluation.timed_queries` of them are used.
         params: all of params.yaml.
-        manifest: of the compiled model.
+        manifest: manifest of the compiled model.
 
     Raises:
         ArtifactError: the runtime crashes or hangs.
@@ -49,49 +49,53 @@ def measure_on_devices(
     random.Random(config.seed).shuffle(drawn)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompts = [encode_prompt(tokenizer, params.data.system_prompt, question.question) for question in drawn]
-    found: dict[str, Any] = {}
-    peak, used = 0, 0.0
+    records: dict[str, Any] = {}
+    peak, cpu_s = 0, 0.0
     for name, device in params.devices.items():
         if device.target == target:
-            outcome = _run(target, folder, prompts, device, config)
+            outcome = _answer_on_device(target, folder, prompts, device, config)
             peak = max(peak, outcome.peak_rss_bytes)
-            used += outcome.cpu_s
-            found[name] = _device(outcome, device, manifest.size_bytes, config)
+            cpu_s += outcome.cpu_s
+            records[name] = _device_record(outcome, device, manifest.size_bytes, config)
     return {
         "sha256": manifest.artifact_sha256,
         "size_bytes": manifest.size_bytes,
         "emulated": f"threads and memory, on {platform.machine()}; watts are declared",
-        "devices": found,
+        "devices": records,
         "seconds": time.perf_counter() - started,
-        "cpu_seconds": used,
+        "cpu_seconds": cpu_s,
         "peak_rss_bytes": peak,
     }
 
 
-def _run(
+def _answer_on_device(
     target: str, folder: Path, prompts: list[list[int]], device: DeviceConfig, config: EvaluationConfig
-) -> Outcome:
-    job = Job(
+) -> DeviceOutcome:
+    job = DeviceJob(
         target,
         str(folder),
         device.threads,
         device.context_tokens,
-        answer=prompts,
+        prompts=prompts,
         max_tokens=config.query_tokens,
-        most_seconds=config.timed_seconds,
-        fewest=FEWEST_QUERIES,
+        max_seconds=config.timed_seconds,
+        min_answers=FEWEST_QUERIES,
     )
     deadline_s = 60.0 + _DEADLINE_FACTOR * config.timed_seconds
     return run_on_device(job, memory_bytes=int(device.ram_budget_mib * MIB), deadline_s=deadline_s)
 
 
-def _device(outcome: Outcome, device: DeviceConfig, size_bytes: int, config: EvaluationConfig) -> dict[str, Any]:
-    stored = size_bytes <= device.storage_budget_mib * MIB
-    reasons = [] if stored else [f"{size_bytes / MIB:.0f} MiB of files, {device.storage_budget_mib:g} MiB are allowed"]
+def _device_record(
+    outcome: DeviceOutcome, device: DeviceConfig, size_bytes: int, config: EvaluationConfig
+) -> dict[str, Any]:
+    storage_fits = size_bytes <= device.storage_budget_mib * MIB
+    reasons = (
+        [] if storage_fits else [f"{size_bytes / MIB:.0f} MiB of files, {device.storage_budget_mib:g} MiB are allowed"]
+    )
     if not outcome.fits:
         reasons.append(f"killed at {outcome.peak_rss_bytes / MIB:.0f} MiB, {device.ram_budget_mib:g} MiB are allowed")
     record: dict[str, Any] = {
-        "fits": stored and outcome.fits,
+        "fits": storage_fits and outcome.fits,
         "does_not_fit": "; ".join(reasons) or None,
         "threads": device.threads,
         "context_tokens": device.context_tokens,
@@ -104,7 +108,7 @@ def _device(outcome: Outcome, device: DeviceConfig, size_bytes: int, config: Eva
         "empty_rss_bytes": outcome.empty_rss_bytes,
         "load_s": outcome.load_s,
         "ttft_ms": quantiles([1e3 * answer.arrivals_s[0] for answer in answers]),
-        "tpot_ms": quantiles([1e3 * _between(answer) for answer in answers if len(answer.arrivals_s) > 1]),
+        "tpot_ms": quantiles([1e3 * _token_interval_s(answer) for answer in answers if len(answer.arrivals_s) > 1]),
         "rate_tokens_per_s": sum(len(answer.arrivals_s) for answer in answers)
         / sum(answer.arrivals_s[-1] for answer in answers),
         **_energy(answers, device.watts_per_core, config),
@@ -112,18 +116,18 @@ def _device(outcome: Outcome, device: DeviceConfig, size_bytes: int, config: Eva
     }
 
 
-def _between(answer: Answer) -> float:
+def _token_interval_s(answer: TimedAnswer) -> float:
     return (answer.arrivals_s[-1] - answer.arrivals_s[0]) / (len(answer.arrivals_s) - 1)
 
 
-def _energy(answers: Sequence[Answer], watts_per_core: float, config: EvaluationConfig) -> dict[str, Any]:
+def _energy(answers: Sequence[TimedAnswer], watts_per_core: float, config: EvaluationConfig) -> dict[str, Any]:
     rows = np.array([[answer.cpu_s * watts_per_core, len(answer.arrivals_s)] for answer in answers])
     label = {"source": "estimate_tdp", "measured": False, "idle_watts": None}
 
-    def estimated(of: Any) -> dict[str, Any]:
+    def estimate(of: Any) -> dict[str, Any]:
         return intervals.as_dict(intervals.statistic(of, rows, config.seed, config.resamples)) | label
 
     return {
-        "energy_per_query_j": estimated(lambda draw: draw[..., 0].mean(-1)),
-        "energy_per_token_j": estimated(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
+        "energy_per_query_j": estimate(lambda draw: draw[..., 0].mean(-1)),
+        "energy_per_token_j": estimate(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
     }

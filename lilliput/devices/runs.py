@@ -1,7 +1,7 @@
-"""Runs a compiled model as a device would: a process of its own, so many threads, so much memory, and a deadline.
+"""Runs a compiled model in a separate process with a device's threads, memory limit and a deadline.
 
-What is emulated: the number of threads and the memory, on the processor that is here. It is not the device's
-processor, so times are this machine's; docs/metrics.md says what that is worth.
+Only threads and memory are emulated. The processor is this machine's, so the times are too; docs/metrics.md discusses
+how far they carry over.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ _GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a device is to do with a compiled model, in this order.
+class DeviceJob:
+    """Work for a compiled model on a device, done in the order of the attributes.
 
     Attributes:
-        target: which of lilliput/compile made it.
-        folder: where it lies.
-        threads: CPU threads it may use; the process is kept on as many cores.
-        context_tokens: of prompt and answer together.
-        predict: ids of a text of which every token from `predict_from` on is predicted.
-        predict_from: place of the first token that is predicted.
-        score: prompts, and the continuations of each whose likelihood is asked.
-        chats: conversations, each encoded by the target's own chat server (only gguf).
-        answer: prompts that are answered one by one, timed.
-        max_tokens: of an answer.
-        most_seconds: after which no further answer is begun, if `fewest` were.
+        target: the compile target (a module of lilliput/compile).
+        folder: folder of the compiled model.
+        threads: CPU threads; the process is pinned to as many cores.
+        context_tokens: maximum tokens of prompt and answer together.
+        predict: token ids of a text; every token from `predict_from` on is predicted.
+        predict_from: index of the first predicted token.
+        score: (prompt, continuations) pairs; the likelihood of each continuation is computed.
+        chats: conversations to encode with the target's chat server (gguf only).
+        prompts: prompts to answer one by one, timed.
+        max_tokens: maximum tokens of an answer.
+        max_seconds: no further answer starts after this time, once `min_answers` are complete.
+        min_answers: answers to complete even after `max_seconds`.
     """
 
     target: str
@@ -53,34 +54,34 @@ class Job:
     predict_from: int = 1
     score: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
     chats: list[list[dict[str, str]]] = field(default_factory=list)
-    answer: list[list[int]] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0
-    most_seconds: float = 0.0
-    fewest: int = 4
+    max_seconds: float = 0.0
+    min_answers: int = 4
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One timed answer: seconds at which each token came, and the CPU-seconds of all."""
+class TimedAnswer:
+    """One timed answer: seconds from the request to each token, and CPU-seconds of the whole answer."""
 
     arrivals_s: list[float]
     cpu_s: float
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a device made of its job; `fits` is False, and all but the peak empty, where memory did not suffice.
+class DeviceOutcome:
+    """Result of a `DeviceJob`. If memory was insufficient, `fits` is False and only the peak is set.
 
     Attributes:
-        peak_rss_bytes: the largest resident size of the process.
-        empty_rss_bytes: its size before it opened the model: the interpreter, which a phone would not carry.
-        load_s: seconds until the model was open.
+        peak_rss_bytes: largest resident size of the process.
+        empty_rss_bytes: resident size before the model was opened: the interpreter, which a phone would not need.
+        load_s: seconds to open the model.
         cpu_s: CPU-seconds of the whole process.
-        predictions: for each token asked, its log-likelihood in nats and the likeliest token in its place.
-        scores: log-likelihoods in nats, as asked in `Job.score`.
-        chats: the token ids of each of `Job.chats`.
-        answers: one for each that was begun.
-        details: what the runtime is.
+        predictions: (log-likelihood in nats, likeliest token) for each predicted token.
+        scores: log-likelihoods in nats for `DeviceJob.score`.
+        chats: token ids of each conversation of `DeviceJob.chats`.
+        answers: one for each prompt that was started.
+        details: engine and settings of the runtime.
     """
 
     fits: bool
@@ -91,58 +92,58 @@ class Outcome:
     predictions: list[tuple[float, int]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
     chats: list[list[int]] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[TimedAnswer] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
 
 
-def run_on_device(job: Job, *, memory_bytes: int | None, deadline_s: float) -> Outcome:
-    """Does `job` in a fresh process that is killed when it takes more memory or time than it may.
+def run_on_device(job: DeviceJob, *, memory_bytes: int | None, deadline_s: float) -> DeviceOutcome:
+    """Runs `job` in a fresh process and kills it if it exceeds its memory or time.
 
-    Memory is the resident size, looked at fifty times a second, and at the end what the system says was the peak: a run
-    that peaked in between is found out, too.
+    The resident size is polled fifty times a second. At the end the system's own peak is compared too, so a short peak
+    between two polls is detected.
 
     Raises:
-        ArtifactError: the runtime does not open the model, crashes, or is not done in time.
+        ArtifactError: the runtime does not open the model, crashes, or exceeds the deadline.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        asked, told = Path(scratch, "job.json"), Path(scratch, "outcome.json")
-        asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        job_file, outcome_file = Path(scratch, "job.json"), Path(scratch, "outcome.json")
+        job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
         errors = Path(scratch, "stderr.txt")
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "lilliput.devices.runs", str(asked), str(told)],
+                [sys.executable, "-m", "lilliput.devices.runs", str(job_file), str(outcome_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
                 env=environment_without_secrets() | {"OMP_NUM_THREADS": str(job.threads)},
             )
             try:
-                peak, verdict = _watch(process, memory_bytes, deadline_s)
+                peak, end = _watch(process, memory_bytes, deadline_s)
             finally:
                 process.kill()
                 process.wait()
-        if verdict == "memory":
-            return Outcome(fits=False, peak_rss_bytes=peak)
-        said = errors.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
-        if verdict == "deadline":
+        if end == "memory":
+            return DeviceOutcome(fits=False, peak_rss_bytes=peak)
+        output = errors.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+        if end == "deadline":
             raise ArtifactError(
-                f"{job.folder}: {job.target} was not done after {deadline_s:g} s and was stopped:\n{said}"
+                f"{job.folder}: {job.target} did not finish within {deadline_s:g} s and was stopped:\n{output}"
             )
         if process.returncode:
-            how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
-            raise ArtifactError(f"{job.folder}: {job.target} ended with {how}:\n{said}")
-        found = json.loads(told.read_text(encoding="utf-8"))
-    peak = max(peak, found.pop("peak_rss_bytes"))
+            status = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
+            raise ArtifactError(f"{job.folder}: {job.target} ended with {status}:\n{output}")
+        result = json.loads(outcome_file.read_text(encoding="utf-8"))
+    peak = max(peak, result.pop("peak_rss_bytes"))
     if memory_bytes is not None and peak > memory_bytes:
-        return Outcome(fits=False, peak_rss_bytes=peak)
-    answers = [Answer(**answer) for answer in found.pop("answers")]
-    predictions = [(own, best) for own, best in found.pop("predictions")]
-    return Outcome(fits=True, peak_rss_bytes=peak, answers=answers, predictions=predictions, **found)
+        return DeviceOutcome(fits=False, peak_rss_bytes=peak)
+    answers = [TimedAnswer(**answer) for answer in result.pop("answers")]
+    predictions = [(likelihood, token) for likelihood, token in result.pop("predictions")]
+    return DeviceOutcome(fits=True, peak_rss_bytes=peak, answers=answers, predictions=predictions, **result)
 
 
 def _watch(process: subprocess.Popen[bytes], memory_bytes: int | None, deadline_s: float) -> tuple[int, str]:
-    """The largest resident size seen, and why the process ended: `done`, or what it had too much of."""
-    peak, end = 0, time.monotonic() + deadline_s
+    """Waits for the process; returns its largest resident size, and `done` or the exceeded limit."""
+    peak, deadline = 0, time.monotonic() + deadline_s
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         try:
@@ -151,15 +152,15 @@ def _watch(process: subprocess.Popen[bytes], memory_bytes: int | None, deadline_
             break
         if memory_bytes is not None and peak > memory_bytes:
             return peak, "memory"
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             return peak, "deadline"
         time.sleep(_POLL_S)
     process.wait(_GRACE_S)
     return peak, "done"
 
 
-def _work(job: Job) -> dict[str, Any]:
-    # What the evaluation's modules bring along would count as the device's memory, so nothing of them is used here.
+def _run_job(job: DeviceJob) -> dict[str, Any]:
+    # Imported modules count as the device's memory, so this function imports none of the evaluation.
     from lilliput.runtime.compiled import open_compiled
 
     if hasattr(os, "sched_setaffinity"):
@@ -168,13 +169,13 @@ def _work(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     runtime = open_compiled(job.target, Path(job.folder), job.threads, job.context_tokens)
     load_s = time.perf_counter() - started
-    answers = _answer(runtime, job) if job.answer else []
+    answers = _time_answers(runtime, job) if job.prompts else []
     return {
         "load_s": load_s,
         "empty_rss_bytes": empty_rss_bytes,
         "answers": answers,
         "predictions": list(runtime.predictions(job.predict, job.predict_from)) if job.predict else [],
-        "scores": runtime.score([prompt for prompt, _ in job.score], [rest for _, rest in job.score]),
+        "scores": runtime.score([prompt for prompt, _ in job.score], [continuations for _, continuations in job.score]),
         "chats": [cast("Any", runtime).chat_ids(messages) for messages in job.chats],
         "details": runtime.stats(),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -182,13 +183,13 @@ def _work(job: Job) -> dict[str, Any]:
     }
 
 
-def _answer(runtime: Any, job: Job) -> list[dict[str, Any]]:
-    for _ in runtime.stream(job.answer[-1], 2):
-        pass  # warms up, and leaves in the cache what all prompts begin with
+def _time_answers(runtime: Any, job: DeviceJob) -> list[dict[str, Any]]:
+    for _ in runtime.stream(job.prompts[-1], 2):
+        pass  # warm-up; it also caches the prefix that all prompts share
     answers: list[dict[str, Any]] = []
-    begun = time.perf_counter()
-    for prompt in job.answer:
-        if len(answers) >= job.fewest and time.perf_counter() - begun > job.most_seconds:
+    start = time.perf_counter()
+    for prompt in job.prompts:
+        if len(answers) >= job.min_answers and time.perf_counter() - start > job.max_seconds:
             break
         started, cpu_before = time.perf_counter(), time.process_time()
         arrivals = [time.perf_counter() - started for _ in runtime.stream(prompt, job.max_tokens)]
@@ -196,17 +197,17 @@ def _answer(runtime: Any, job: Job) -> list[dict[str, Any]]:
     return answers
 
 
-def _main(asked: str, told: str) -> None:
+def _main(job_file: str, outcome_file: str) -> None:
     end_with_parent()
-    raw = json.loads(Path(asked).read_text(encoding="utf-8"))
+    raw = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
-        outcome = _work(Job(**raw))
+        outcome = _run_job(DeviceJob(**raw))
     except ArtifactError as error:
         print(error, file=sys.stderr)
         os._exit(2)
-    Path(told).write_text(json.dumps(outcome, allow_nan=False), encoding="utf-8")
+    Path(outcome_file).write_text(json.dumps(outcome, allow_nan=False), encoding="utf-8")
     sys.stdout.flush()
-    os._exit(0)  # runtimes' own threads have nothing more to say
+    os._exit(0)  # does not wait for threads of the runtime
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""A GGUF file as source model: reads it, carries its hyperparameters over to transformers, checks the result."""
+"""A GGUF file as source model: reads it, copies its hyperparameters to transformers, and checks the result."""

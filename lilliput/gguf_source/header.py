@@ -1,4 +1,4 @@
-"""The header of a GGUF file: architecture, hyperparameters and tensors; keys of unknown meaning are rejected."""
+"""Reads the header of a GGUF file: architecture, hyperparameters and tensors. Rejects keys of unknown meaning."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 
 from lilliput.errors import SourceError
 
-# Descriptions, tokenizers and records of the quantisation: llama.cpp computes no layer from these.
-_NOT_COMPUTED = frozenset({"GGUF", "general", "tokenizer", "quantize", "imatrix", "split", "mradermacher"})
+# Key prefixes of descriptions, tokenizers and quantisation records: no layer depends on them.
+_NO_HYPERPARAMETERS = frozenset({"GGUF", "general", "tokenizer", "quantize", "imatrix", "split", "mradermacher"})
 USE_SAFETENSORS = "use the safetensors release of this model (source.model without source.file)"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says about its model.
+    """The header of a GGUF file.
 
     Attributes:
         file: the GGUF file.
         architecture: llama.cpp's name, such as `llama` or `qwen3`.
         settings: hyperparameters by key, without the prefix `<architecture>.`; arrays as lists.
-        tensors: every tensor by name, not yet read.
+        tensors: every tensor by name; their data is not read yet.
     """
 
     file: Path
@@ -34,20 +34,20 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """The header of `file`.
+    """Reads the header of `file`.
 
     Raises:
-        SourceError: it is no language model, a part of a split file, or holds a key or a tensor type of unknown
+        SourceError: the file holds no language model, is part of a split file, or has a key or tensor type of unknown
             meaning. Errors of the GGUF reader itself pass through.
     """
     reader = gguf.GGUFReader(file)
     fields = reader.fields
     architecture = str(fields["general.architecture"].contents())
-    _require_one_whole_model(file, fields)
-    unknown = [key for key in fields if key.split(".")[0] not in {*_NOT_COMPUTED, architecture}]
+    _require_complete_model(file, fields)
+    unknown = [key for key in fields if key.split(".")[0] not in {*_NO_HYPERPARAMETERS, architecture}]
     if unknown:
         raise SourceError(
-            f"{file}: metadata of unknown meaning, which may change what the model computes: {', '.join(unknown)}; "
+            f"{file}: metadata of unknown meaning, which may change the model's results: {', '.join(unknown)}; "
             f"{USE_SAFETENSORS}, or remove the keys with gguf's own gguf_new_metadata"
         )
     prefix = f"{architecture}."
@@ -57,12 +57,12 @@ def read_header(file: Path) -> Header:
     return Header(file, architecture, settings, tensors)
 
 
-def values(tensor: gguf.ReaderTensor) -> np.ndarray:
-    """The dequantised values of `tensor`, float32."""
+def dequantise(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """Returns the dequantised values of `tensor`, float32."""
     return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
 
 
-def _require_one_whole_model(file: Path, fields: dict[str, Any]) -> None:
+def _require_complete_model(file: Path, fields: dict[str, Any]) -> None:
     kind = fields["general.type"].contents() if "general.type" in fields else "model"
     if kind != "model":
         raise SourceError(
@@ -76,7 +76,7 @@ def _require_one_whole_model(file: Path, fields: dict[str, Any]) -> None:
 
 
 def _require_readable_types(file: Path, tensors: dict[str, gguf.ReaderTensor]) -> None:
-    """Tries each tensor type once, on one row."""
+    """Dequantises one row of each tensor type; raises SourceError if gguf cannot."""
     first = {tensor.tensor_type: tensor for tensor in reversed(tensors.values())}
     for kind, tensor in first.items():
         try:

@@ -1,7 +1,7 @@
-"""Carries a GGUF file's hyperparameters over to transformers' configuration, or rejects them by name.
+"""Copies a GGUF file's hyperparameters to transformers' configuration, or rejects them by name.
 
-transformers' own reader takes some keys, drops the others without a word, and keeps its class's defaults for them.
-Here each key has its place in the configuration, is known not to matter, or stops the load.
+transformers' own reader takes some keys, silently drops the others and keeps its class's defaults for them. Here each
+key has a field of the configuration, is known to be irrelevant, or stops the load.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lilliput.gguf_source.header import USE_SAFETENSORS, Header
 from lilliput.gguf_source.rope import KEYS as ROPE_KEYS
 from lilliput.gguf_source.rope import rope_parameters
 
-# Where a key belongs: the first of the names that the configuration has.
+# Fields of each key: the first one that the configuration has is set.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "block_count": ("num_hidden_layers", "num_layers"),
     "context_length": ("max_position_embeddings",),
@@ -38,41 +38,41 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "expert_weights_norm": ("norm_topk_prob",),
     "shortconv.l_cache": ("conv_L_cache",),
 }
-# Keys that may only have the value that every model here computes with.
+# Keys that must have the value that every supported model uses.
 _FIXED: dict[str, Any] = {"attention.causal": True, "pooling_type": 0, "expert_weights_scale": 1.0}
 _HEADS = frozenset({"attention.key_length", "attention.value_length", "attention.scale"})
 _WINDOW = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
-# Models whose tensors tell whether their layers have biases, by a tensor of the first block.
+# A bias tensor of the first block shows whether the layers have biases.
 _BIASES = {"attn_q.bias": ("attention_bias", "use_qkv_bias"), "ffn_up.bias": ("mlp_bias",)}
-# llama.cpp scales the attention of Gemma's 27-billion models by their hidden size, of the others by the head's.
+# llama.cpp scales attention by the hidden size in Gemma's 27-billion models, by the head size in the others.
 _SCALED_BY_HIDDEN_SIZE = {("gemma2", 46), ("gemma3", 62)}
 _GEMMA2_WINDOW = 4096
 _ROPE_KEPT = ("mrope_section", "mrope_interleaved", "truncate")
 
 
-def carry_over(header: Header, config: PretrainedConfig) -> PretrainedConfig:
-    """`config`, changed in place to compute what `header` states.
+def copy_hyperparameters(header: Header, config: PretrainedConfig) -> PretrainedConfig:
+    """Changes `config` in place so that it describes the model of `header`, and returns it.
 
     Raises:
-        SourceError: a hyperparameter is unknown or has no place in the configuration; all of them are named.
+        SourceError: hyperparameters are unknown or have no field in the configuration; the message names all of them.
     """
-    stated = _completed(header)
+    settings = _with_defaults(header)
     unknown = sorted(header.settings.keys() - _FIELDS.keys() - _FIXED.keys() - ROPE_KEYS - _HEADS - _WINDOW)
     problems = [f"{key} is not known" for key in unknown]
     for key, fields in _FIELDS.items():
-        if key in stated:
-            problems += _set_field(config, key, fields, stated[key])
+        if key in settings:
+            problems += _set_field(config, key, fields, settings[key])
     problems += [
-        f"{key} is {stated[key]!r}, supported is {value!r}"
+        f"{key} is {settings[key]!r}, supported is {value!r}"
         for key, value in _FIXED.items()
-        if key in stated and stated[key] != value
+        if key in settings and settings[key] != value
     ]
-    problems += _set_heads(header, config, stated)
+    problems += _set_heads(header, config, settings)
     problems += _set_window(header, config)
     if problems:
         raise SourceError(
             f"{header.file}: hyperparameters of the architecture {header.architecture} that transformers' "
-            f"{type(config).__name__} cannot take over: {'; '.join(problems)}. Loaded without them it would be another "
+            f"{type(config).__name__} cannot represent: {'; '.join(problems)}. Without them it would be a different "
             f"model; {USE_SAFETENSORS}"
         )
     _set_rope(header, config)
@@ -81,12 +81,12 @@ def carry_over(header: Header, config: PretrainedConfig) -> PretrainedConfig:
 
 
 def require_equal_layers(header: Header) -> None:
-    """Raises SourceError if a size differs between layers, for which transformers' configurations have no place.
+    """Raises SourceError if a size differs between layers, which transformers' configurations cannot express.
 
-    The key-value heads of LFM2 are taken by transformers' reader as the kinds of its layers.
+    LFM2's key-value heads are an exception: transformers' reader derives the kinds of its layers from them.
     """
-    own_reader = {"attention.head_count_kv"} if header.architecture == "lfm2" else set()
-    uneven = [key for key in _FIELDS.keys() - own_reader if isinstance(_scalar(header.settings.get(key)), list)]
+    allowed = {"attention.head_count_kv"} if header.architecture == "lfm2" else set()
+    uneven = [key for key in _FIELDS.keys() - allowed if isinstance(_scalar(header.settings.get(key)), list)]
     if uneven:
         raise SourceError(
             f"{header.file}: {', '.join(f'{header.architecture}.{key} differs' for key in sorted(uneven))} between "
@@ -95,29 +95,29 @@ def require_equal_layers(header: Header) -> None:
 
 
 def head_size(header: Header) -> int:
-    """The size of an attention head."""
-    stated = _completed(header)
-    return stated["attention.key_length"]
+    """Returns the size of an attention head."""
+    settings = _with_defaults(header)
+    return settings["attention.key_length"]
 
 
-def _completed(header: Header) -> dict[str, Any]:
-    """The hyperparameters, with llama.cpp's values for those that the file leaves out."""
-    stated = dict(header.settings)
-    heads = stated["attention.head_count"]
-    stated.setdefault("attention.head_count_kv", heads)
-    stated.setdefault("attention.key_length", stated["embedding_length"] // _scalar(heads))
-    stated.setdefault("attention.value_length", stated["attention.key_length"])
-    return stated
+def _with_defaults(header: Header) -> dict[str, Any]:
+    """Returns the hyperparameters, with llama.cpp's defaults for missing ones."""
+    settings = dict(header.settings)
+    heads = settings["attention.head_count"]
+    settings.setdefault("attention.head_count_kv", heads)
+    settings.setdefault("attention.key_length", settings["embedding_length"] // _scalar(heads))
+    settings.setdefault("attention.value_length", settings["attention.key_length"])
+    return settings
 
 
 def _scalar(value: Any) -> Any:
-    """`value`, or what all layers of a list have in common; the list itself where they differ."""
+    """Returns `value`, or the common value of a list; the list itself if its values differ."""
     return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
 def _set_field(config: PretrainedConfig, key: str, fields: tuple[str, ...], value: Any) -> list[str]:
     if key == "attention.head_count_kv" and config.model_type == "lfm2":
-        return []  # one count for each layer, which transformers' reader takes as the kinds of layers
+        return []  # one count per layer; transformers' reader derives the kinds of layers from them
     value = _scalar(value)
     field = next((name for name in fields if hasattr(config, name)), None)
     if field is None:
@@ -128,30 +128,32 @@ def _set_field(config: PretrainedConfig, key: str, fields: tuple[str, ...], valu
     return []
 
 
-def _set_heads(header: Header, config: PretrainedConfig, stated: dict[str, Any]) -> list[str]:
-    size = stated["attention.key_length"]
+def _set_heads(header: Header, config: PretrainedConfig, settings: dict[str, Any]) -> list[str]:
+    size = settings["attention.key_length"]
     if getattr(config, "head_dim", None) != size:
         config.head_dim = size
     problems = []
-    if stated["attention.value_length"] != size:
-        problems.append(f"attention.value_length ({stated['attention.value_length']}) differs from key_length ({size})")
+    if settings["attention.value_length"] != size:
+        problems.append(
+            f"attention.value_length ({settings['attention.value_length']}) differs from key_length ({size})"
+        )
     if hasattr(config, "query_pre_attn_scalar"):
-        by_hidden_size = (header.architecture, stated["block_count"]) in _SCALED_BY_HIDDEN_SIZE
+        by_hidden_size = (header.architecture, settings["block_count"]) in _SCALED_BY_HIDDEN_SIZE
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if by_hidden_size else size
-    scale = stated.get("attention.scale")
+    scale = settings.get("attention.scale")
     if scale and not math.isclose(scale, getattr(config, "query_pre_attn_scalar", size) ** -0.5, rel_tol=1e-5):
         problems.append(f"attention.scale ({scale:g}) is not 1/√{size}")
     return problems
 
 
 def _set_window(header: Header, config: PretrainedConfig) -> list[str]:
-    """The sliding window, and which layers have one."""
+    """Sets the sliding window and the layers that use it; returns problems."""
     settings, kinds = header.settings, list(getattr(config, "layer_types", None) or [])
-    absent = _GEMMA2_WINDOW if header.architecture == "gemma2" else 0
-    window = settings.get("attention.sliding_window", absent)
+    default = _GEMMA2_WINDOW if header.architecture == "gemma2" else 0
+    window = settings.get("attention.sliding_window", default)
     pattern = settings.get("attention.sliding_window_pattern")
     if pattern is not None:
-        kinds = _kinds(pattern, config.num_hidden_layers)
+        kinds = _layer_kinds(pattern, config.num_hidden_layers)
     if not window:
         kinds = ["full_attention" if kind == "sliding_attention" else kind for kind in kinds]
     slides = "sliding_attention" in kinds or (not kinds and hasattr(config, "sliding_window"))
@@ -164,8 +166,8 @@ def _set_window(header: Header, config: PretrainedConfig) -> list[str]:
     return []
 
 
-def _kinds(pattern: Any, layers: int) -> list[str]:
-    """Every `pattern`-th layer has full attention; or an array says which layers slide."""
+def _layer_kinds(pattern: Any, layers: int) -> list[str]:
+    """Returns each layer's kind of attention: every `pattern`-th is full, or an array marks the sliding layers."""
     sliding = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(layers)]
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
 
@@ -184,7 +186,7 @@ def _set_rope(header: Header, config: PretrainedConfig) -> None:
             f"{USE_SAFETENSORS}"
         )
     else:
-        # Not in the file, or in it under another name; a rotated share left out would be read back as the class's own.
+        # Parameters that the file lacks or names differently. Without a rotated share the class's default would apply.
         kept = {key: current[key] for key in _ROPE_KEPT if key in current}
         whole = {"partial_rotary_factor": 1.0} if "partial_rotary_factor" in current else {}
         config.rope_parameters = kept | whole | full

@@ -1,4 +1,4 @@
-"""Opens a GGUF file as a transformers model; every tensor must have a place, every weight must be in the file."""
+"""Opens a GGUF file as a transformers model. Every tensor must have a place, and every weight must be in the file."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from lilliput.errors import SourceError
 from lilliput.gguf_source.header import USE_SAFETENSORS, Header
-from lilliput.gguf_source.hyperparameters import carry_over, head_size, require_equal_layers
+from lilliput.gguf_source.hyperparameters import copy_hyperparameters, head_size, require_equal_layers
 from lilliput.gguf_source.rope import FACTORS, frequencies, llama3_divisors
 
-_SHOWN = 5  # names in a message
+_MAX_SHOWN = 5  # names in a message
 
 
 def gguf_config(header: Header) -> PretrainedConfig:
-    """transformers' configuration of the model in `header.file`, with every hyperparameter of the file.
+    """Returns transformers' configuration of the model in `header.file`, with every hyperparameter of the file.
 
     Raises:
-        SourceError: a hyperparameter cannot be taken over. Errors of transformers' reader pass through.
+        SourceError: a hyperparameter cannot be represented. Errors of transformers' reader pass through.
     """
     require_equal_layers(header)
     config = AutoConfig.from_pretrained(header.file.parent, gguf_file=header.file.name, trust_remote_code=False)
-    return carry_over(header, config)
+    return copy_hyperparameters(header, config)
 
 
 def open_gguf(header: Header, config: PretrainedConfig) -> PreTrainedModel:
-    """The model of `header.file`, dequantised to float32.
+    """Opens the model of `header.file`, dequantised to float32.
 
     Args:
         header: of the GGUF file.
@@ -38,18 +38,18 @@ def open_gguf(header: Header, config: PretrainedConfig) -> PreTrainedModel:
 
     Raises:
         SourceError: a tensor of the file has no place in the model, a weight of the model is not in the file, or the
-            rotary frequencies are not the file's. Errors of transformers' reader pass through.
+            rotary frequencies differ from the file's. Errors of transformers' reader pass through.
     """
     model, loading = _read(header, config)
-    _require_no_rest("weights that the file does not hold", sorted(loading["missing_keys"]), header, model)
+    _require_none("the file does not hold these weights", sorted(loading["missing_keys"]), header, model)
     unused = sorted(loading["unexpected_keys"]) or _unused(header, model)
-    _require_no_rest("tensors that the model has no place for", unused, header, model)
+    _require_none("the model has no place for these tensors", unused, header, model)
     _require_frequencies(header, model)
     return model
 
 
 def _read(header: Header, config: PretrainedConfig) -> Any:
-    """The model and what transformers reports of its loading."""
+    """Returns the model and transformers' report on its loading."""
     try:
         return AutoModelForCausalLM.from_pretrained(
             header.file.parent,
@@ -61,7 +61,7 @@ def _read(header: Header, config: PretrainedConfig) -> Any:
             output_loading_info=True,
         )
     except RuntimeError as error:
-        # Models that rotate whole heads: how they fail depends on whether GPTQModel, which patches them, is imported.
+        # For models that rotate whole heads the error depends on whether GPTQModel, which patches them, is imported.
         if header.settings.get("rope.dimension_count", head_size(header)) == head_size(header):
             raise
         raise SourceError(
@@ -70,27 +70,27 @@ def _read(header: Header, config: PretrainedConfig) -> Any:
         ) from error
 
 
-def _require_no_rest(what: str, names: list[str], header: Header, model: PreTrainedModel) -> None:
+def _require_none(label: str, names: list[str], header: Header, model: PreTrainedModel) -> None:
     if names:
-        shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+        shown = ", ".join(names[:_MAX_SHOWN]) + (", …" if len(names) > _MAX_SHOWN else "")
         raise SourceError(
-            f"{header.file}: {what}, read as {type(model).__name__}: {shown} ({len(names)} in all). It would be "
-            f"another model; {USE_SAFETENSORS}"
+            f"{header.file}: {label}, read as {type(model).__name__}: {shown} ({len(names)} in all). It would be "
+            f"a different model; {USE_SAFETENSORS}"
         )
 
 
 def _unused(header: Header, model: PreTrainedModel) -> list[str]:
-    """The tensors that transformers' reader drops; the rotary divisors are in the configuration by now."""
+    """Returns the tensors that transformers' reader drops, without the rotary divisors (in the configuration)."""
     if is_gguf_arch_supported(header.architecture):
         return []  # this reader reports them
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
-    taken = get_gguf_hf_weights_map(model, processor)
-    rest = header.tensors.keys() - taken.keys() - {FACTORS}
-    return sorted(name for name in rest if name.removesuffix(".weight") not in taken)
+    used = get_gguf_hf_weights_map(model, processor)
+    candidates = header.tensors.keys() - used.keys() - {FACTORS}
+    return sorted(name for name in candidates if name.removesuffix(".weight") not in used)
 
 
 def _require_frequencies(header: Header, model: PreTrainedModel) -> None:
-    """Compares the rotary frequencies of the model with those that the file's own numbers give."""
+    """Raises SourceError if the model's rotary frequencies differ from those that the file's parameters give."""
     rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     actual = getattr(rotary, "inv_freq", getattr(rotary, "full_attention_inv_freq", None))
     if actual is None:
@@ -104,9 +104,12 @@ def _require_frequencies(header: Header, model: PreTrainedModel) -> None:
     elif parameters["rope_type"] == "llama3":
         expected = expected / llama3_divisors(expected, parameters)
     same_size = actual.numel() == expected.size
-    yarn = parameters["rope_type"] == "yarn"  # its ramp is transformers' own; llama.cpp's run decides
+    yarn = (
+        parameters["rope_type"] == "yarn"
+    )  # transformers computes its own ramp; the comparison with llama.cpp checks it
     if not same_size or not (yarn or np.allclose(actual.numpy(), expected, rtol=1e-4, atol=0.0)):
         raise SourceError(
-            f"{header.file}: {type(model).__name__} rotates {2 * actual.numel()} dimensions of a head at its own "
-            f"frequencies, the file {rotated} (rope.dimension_count, rope.freq_base, {FACTORS}); {USE_SAFETENSORS}"
+            f"{header.file}: {type(model).__name__} rotates {2 * actual.numel()} dimensions of a head at frequencies "
+            f"that differ from the file's, which rotates {rotated} (rope.dimension_count, rope.freq_base, {FACTORS}); "
+            f"{USE_SAFETENSORS}"
         )

@@ -1,7 +1,7 @@
-"""Rotary position embeddings: what a GGUF file says about them, as transformers' `rope_parameters`.
+"""Rotary position embeddings: converts those of a GGUF file to transformers' `rope_parameters`.
 
-llama.cpp stores linear and YaRN scaling as hyperparameters. Llama 3's scaling has none: it is a tensor `rope_freqs`
-that holds the divisor of each frequency, from which the four parameters of the formula are recovered here.
+llama.cpp stores linear and YaRN scaling as hyperparameters. Llama 3's scaling is a tensor `rope_freqs` instead, with
+the divisor of each frequency. The four parameters of its formula are recovered here from the divisors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lilliput.errors import SourceError
-from lilliput.gguf_source.header import USE_SAFETENSORS, Header, values
+from lilliput.gguf_source.header import USE_SAFETENSORS, Header, dequantise
 
 FACTORS = "rope_freqs.weight"
 KEYS = frozenset(
@@ -23,18 +23,18 @@ KEYS = frozenset(
     | {"rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.dimension_sections"}
 )
 _CONTEXT_EXPONENTS = range(6, 21)  # original contexts of 64 to a million tokens
-_TOLERANCE = 1e-4  # relative, of a divisor: it is stored in float32 and recomputed from frequencies in float32
+_TOLERANCE = 1e-4  # relative, of a divisor, which is stored and recomputed in float32
 
 
 def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
-    """The parameters of the layers with full attention: base, rotated share of the head, scaling.
+    """Returns the parameters of layers with full attention: base, rotated share of the head, scaling.
 
     Args:
         header: of the GGUF file.
         head_dim: size of an attention head.
 
     Raises:
-        SourceError: the scaling is of a kind that transformers has no formula for; the key or tensor is named.
+        SourceError: transformers has no formula for the scaling; the message names the key or tensor.
     """
     settings = header.settings
     rotated = settings.get("rope.dimension_count", head_dim)
@@ -44,22 +44,22 @@ def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
         parameters["partial_rotary_factor"] = rotated / head_dim
     parameters |= _scaling(header)
     if FACTORS in header.tensors:
-        divisors = values(header.tensors[FACTORS]).reshape(-1)[: rotated // 2]
+        divisors = dequantise(header.tensors[FACTORS]).reshape(-1)[: rotated // 2]
         if not np.allclose(divisors, 1.0):
             parameters |= _llama3(header, frequencies(base, rotated), divisors.astype(np.float64), parameters)
     return parameters
 
 
 def frequencies(base: float, rotated: int) -> np.ndarray:
-    """Unscaled angle per position of each pair of rotated dimensions, shape (rotated / 2,)."""
+    """Returns the unscaled angle per position of each pair of rotated dimensions, shape (rotated / 2,)."""
     return base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
 
 
 def llama3_divisors(frequency: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
-    """What Llama 3's scaling divides each frequency by, shape as `frequency`.
+    """Returns the divisors of Llama 3's scaling, shape as `frequency`.
 
-    Wavelengths shorter than original / high are kept, those longer than original / low are stretched by `factor`; in
-    between, the inverse of the divisor is interpolated.
+    Wavelengths below original / high are kept, and those above original / low are multiplied by `factor`. In between,
+    the inverse of the divisor is interpolated.
     """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -73,13 +73,13 @@ def _llama3(header: Header, frequency: np.ndarray, divisors: np.ndarray, paramet
             if np.allclose(llama3_divisors(frequency, scaling), divisors, rtol=_TOLERANCE, atol=0.0):
                 return scaling
     raise SourceError(
-        f"{header.file}: tensor {FACTORS} scales the rotary frequencies by no formula known here (Llama 3's was "
-        f"tried); {USE_SAFETENSORS}"
+        f"{header.file}: tensor {FACTORS} scales the rotary frequencies by an unknown formula (Llama 3's does not "
+        f"fit); {USE_SAFETENSORS}"
     )
 
 
 def _candidates(frequency: np.ndarray, divisors: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Parameters in the usual round numbers, then those that the interpolated divisors determine.
+    """Yields parameters in the usual round numbers, then those determined by the interpolated divisors.
 
     Only the ratios of (original, low, high) matter, so `low_freq_factor` is 1.
     """
@@ -115,12 +115,12 @@ def _scaling(header: Header) -> dict[str, Any]:
         return {"rope_type": "linear", "factor": float(factor)}
     original = settings.get("rope.scaling.original_context_length", settings["context_length"])
     betas = {name: settings.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
-    stated = {name: float(value) for name, value in betas.items() if value is not None}
-    return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original} | stated
+    given = {name: float(value) for name, value in betas.items() if value is not None}
+    return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original} | given
 
 
 def _unsupported(header: Header, key: str) -> SourceError:
     return SourceError(
-        f"{header.file}: {header.architecture}.{key} is {header.settings[key]!r}, which transformers' models of this "
-        f"file cannot compute; {USE_SAFETENSORS}"
+        f"{header.file}: {header.architecture}.{key} is {header.settings[key]!r}, which transformers' models "
+        f"do not support; {USE_SAFETENSORS}"
     )

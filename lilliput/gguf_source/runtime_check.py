@@ -1,4 +1,4 @@
-"""Checks a model opened from a GGUF file against llama.cpp running the file itself."""
+"""Compares a model opened from a GGUF file with llama.cpp running the same file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.devices.runs import Job, run_on_device
+from lilliput.devices.runs import DeviceJob, run_on_device
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import USE_SAFETENSORS, Header
 from lilliput.statistics.agreement import agreement
@@ -26,18 +26,18 @@ The storm ended on Thursday, and the school, the bakery and the post office open
 
 """
 _TOKENS = 320
-# The last tokens are predicted, in the second copy of the passage. A model copies them from far back: near ties are
-# few, and it misses when positions are wrong.
+# The last tokens are predicted, in the second copy of the passage. A model copies them from a long distance, so near
+# ties are few, and wrong positions show up as errors.
 _PREDICTED = 64
 _CLEAR_NATS = 0.5
 # llama.cpp rounds activations to 8 bits beside quantised weights. SmolLM2-135M in Q4_1: 1.0, 1.0 and 0.006 nats. At 160
 # positions, with ten times its rope_theta 0.96, 0.99 and 0.22 nats; with its positions halved 0.47, 0.57 and 2.4 nats.
-_LEAST_SAME, _LEAST_SAME_CLEAR, _MOST_NATS = 0.9, 0.98, 0.1
+_MIN_SAME, _MIN_SAME_CLEAR, _MAX_NATS = 0.9, 0.98, 0.1
 _DEADLINE_S = 1800.0
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> list[int]:
-    """Token ids of the probe text, as many as `context_tokens` allows."""
+    """Returns the token ids of the probe text, as many as `context_tokens` allows."""
     ids = list(tokenizer(2 * _PASSAGE)["input_ids"])  # pyright: ignore[reportArgumentType]
     while len(ids) < _TOKENS:
         ids += ids
@@ -45,14 +45,14 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> list[i
 
 
 def llama_cpp_predictions(file: Path, ids: Sequence[int]) -> list[tuple[float, int]]:
-    """llama.cpp's log-likelihood and likeliest token for each of the last tokens of `ids`, from a process of its own.
+    """Returns llama.cpp's (log-likelihood, likeliest token) for each of the last tokens of `ids`; runs a new process.
 
     Raises:
         SourceError: llama.cpp does not open or run the file.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(file.absolute())
-        job = Job(
+        job = DeviceJob(
             "gguf",
             folder,
             threads=torch.get_num_threads(),
@@ -64,7 +64,7 @@ def llama_cpp_predictions(file: Path, ids: Sequence[int]) -> list[tuple[float, i
             return run_on_device(job, memory_bytes=None, deadline_s=_DEADLINE_S).predictions
         except ArtifactError as error:
             raise SourceError(
-                f"{file}: llama.cpp does not run this file, so the model read from it cannot be checked; fetch it "
+                f"{file}: llama.cpp does not run this file, so the model opened from it cannot be checked; download it "
                 f"again, or {USE_SAFETENSORS}. llama.cpp: {error}"
             ) from None
 
@@ -72,7 +72,7 @@ def llama_cpp_predictions(file: Path, ids: Sequence[int]) -> list[tuple[float, i
 def require_same_model(
     header: Header, model: PreTrainedModel, ids: Sequence[int], predictions: Sequence[tuple[float, int]]
 ) -> dict[str, Any]:
-    """The agreement of `model` with llama.cpp's `predictions` for the last tokens of `ids`.
+    """Compares `model` with llama.cpp's `predictions` for the last tokens of `ids`, and returns the agreement.
 
     Raises:
         SourceError: they differ by more than rounding explains.
@@ -83,14 +83,14 @@ def require_same_model(
     expected = logits[start - 1 :].float().log_softmax(-1)
     record = agreement(ids[start - 1 :], expected, predictions, _CLEAR_NATS)
     same, clear, nats = record["same_argmax"], record["same_argmax_clear"], record["mean_absolute_difference_nats"]
-    agrees = nats <= _MOST_NATS and (clear["n"] == 0 or clear["value"] >= _LEAST_SAME_CLEAR)
-    if not agrees or (clear["n"] and same["value"] < _LEAST_SAME):
+    agrees = nats <= _MAX_NATS and (clear["n"] == 0 or clear["value"] >= _MIN_SAME_CLEAR)
+    if not agrees or (clear["n"] and same["value"] < _MIN_SAME):
         raise SourceError(
-            f"{header.file}: {type(model).__name__} as opened by transformers is not the model that llama.cpp runs: "
-            f"same next token at {same['value']:.2f} of {same['n']} positions (at least {_LEAST_SAME} required), at "
-            f"{clear['value'] or 0:.2f} of {clear['n']} without a near tie (at least {_LEAST_SAME_CLEAR}); mean "
-            f"difference of log-likelihoods {nats:.2g} nats (at most {_MOST_NATS}). Every hyperparameter of the file "
-            f"was carried over, so transformers computes this architecture differently; {USE_SAFETENSORS}"
+            f"{header.file}: {type(model).__name__} in transformers differs from the model that llama.cpp runs: "
+            f"same next token at {same['value']:.2f} of {same['n']} positions (at least {_MIN_SAME} required), at "
+            f"{clear['value'] or 0:.2f} of {clear['n']} without a near tie (at least {_MIN_SAME_CLEAR}); mean "
+            f"difference of log-likelihoods {nats:.2g} nats (at most {_MAX_NATS}). Every hyperparameter of the file "
+            f"was copied, so transformers computes this architecture differently; {USE_SAFETENSORS}"
         )
     return record
 

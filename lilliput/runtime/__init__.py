@@ -1,1 +1,1 @@
-"""One Protocol, one engine a file."""
+"""Runtimes: one Protocol, one engine per file."""

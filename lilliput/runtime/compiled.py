@@ -1,4 +1,4 @@
-"""Opens what a target compiled, by that target's own runtime."""
+"""Opens a compiled model with the runtime of its target."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lilliput.runtime.protocol import Runtime
 
 
 def open_compiled(target: str, folder: Path, threads: int, context_tokens: int) -> Runtime:
-    """The compiled model in `folder` behind its runtime.
+    """Opens the compiled model in `folder`.
 
     Args:
-        target: which of lilliput/compile made it.
-        folder: where it lies.
-        threads: CPU threads it may use.
-        context_tokens: of prompt and answer together.
+        target: the compile target (a module of lilliput/compile).
+        folder: folder of the compiled model.
+        threads: CPU threads of the runtime.
+        context_tokens: maximum tokens of prompt and answer together.
 
     Raises:
-        ArtifactError: it does not open, or nothing runs this target.
+        ArtifactError: the model does not open, or the target has no runtime.
     """
     if target == "gguf":
         from lilliput.runtime.llamacpp import LlamaCppRuntime
@@ -33,4 +33,4 @@ def open_compiled(target: str, folder: Path, threads: int, context_tokens: int) 
         from lilliput.runtime.torch import TorchRuntime
 
         return TorchRuntime(*open_model(folder), batch_size=8)
-    raise ArtifactError(f"{folder}: no runtime here for target `{target}`")
+    raise ArtifactError(f"{folder}: no runtime for target `{target}`; choose gguf, onnx or autogptq")

@@ -1,4 +1,4 @@
-"""Experts of a mixture on one token: transformers' own ways are made for many tokens and cost more than they save."""
+"""Computes a mixture's experts for a single token, where transformers' implementations are slower."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ ONE_BY_ONE = "one_by_one"
 def one_by_one(
     experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts; a single token's are run one after another, without copies of weights.
+    """Returns the weighted sum of each token's experts; for a single token, runs them in turn without copying weights.
 
     Args:
-        experts: a module of fused experts, as transformers hands it to a registered implementation.
+        experts: a module of fused experts, as transformers passes it to a registered implementation.
         hidden_states: float (tokens, hidden size).
         top_k_index: int64 (tokens, active experts).
+        top_k_weights: float (tokens, active experts).
         top_k_weights: float (tokens, active experts).
 
     Returns:
         Float tensor (tokens, hidden size).
     """
-    plain = experts.has_gate and not (experts.has_bias or experts.is_transposed or experts.has_post_expert_norm)
-    if len(hidden_states) > 1 or not plain:
+    supported = experts.has_gate and not (experts.has_bias or experts.is_transposed or experts.has_post_expert_norm)
+    if len(hidden_states) > 1 or not supported:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
     outputs = [
         linear(experts._apply_gate(linear(hidden_states, experts.gate_up_proj[index])), experts.down_proj[index])

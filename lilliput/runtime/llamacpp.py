@@ -1,4 +1,4 @@
-"""llama.cpp behind the Runtime protocol, in this very process, through xllamacpp."""
+"""The Runtime protocol for llama.cpp, in this process, through xllamacpp."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import xllamacpp
 
 from lilliput.errors import ArtifactError
 from lilliput.runtime.loopback import require_key
-from lilliput.runtime.protocol import ByPrediction, Ids
+from lilliput.runtime.protocol import Ids, ScoresByPrediction
 
-_engine: Any = xllamacpp  # compiled, and without types
-_FORCED = 1e5  # a bias in logits that no other token comes near; the probabilities told are those without it
+_engine: Any = xllamacpp  # a compiled module without types
+_FORCING_BIAS = 1e5  # in logits, far above any other token; reported probabilities do not include it
 
 
-class LlamaCppRuntime(ByPrediction):
-    """A GGUF file opened by llama.cpp, one sequence at a time, with the beginning of the last prompt kept.
+class LlamaCppRuntime(ScoresByPrediction):
+    """A GGUF file opened by llama.cpp; runs one sequence at a time and reuses the prefix shared with the last prompt.
 
     Args:
         file: the GGUF file.
-        threads: CPU threads for prompts and answers alike.
-        context_tokens: of prompt and answer together.
+        threads: CPU threads for prompts and answers.
+        context_tokens: maximum tokens of prompt and answer together.
 
     Raises:
         ArtifactError: llama.cpp cannot open the file.
@@ -43,39 +43,39 @@ class LlamaCppRuntime(ByPrediction):
         require_key(params, self._key)
         try:
             self._server = _engine.Server(params)
-        except Exception as error:  # its own class, without a name to import
+        except Exception as error:  # its own class, which cannot be imported
             raise ArtifactError(f"{file}: llama.cpp does not open it: {error}; compile this candidate again") from None
 
     def stats(self) -> dict[str, str]:
-        """Engine, instruction sets used, threads."""
+        """Returns engine and threads."""
         return {"engine": f"xllamacpp {xllamacpp.__version__}", "threads": str(self._threads)}
 
     def predictions(self, ids: Ids, start: int) -> Iterator[tuple[float, int]]:
-        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token.
+        """Yields (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on.
 
-        The server tells no probabilities of a prompt. So it is made to answer one token, namely the next of `ids`, and
-        tells how likely it was without being made to; what came before is still in its cache.
+        The server does not return probabilities of a prompt. Therefore a bias forces it to answer with the next token
+        of `ids`, and it returns that token's probability without the bias. The tokens before are in its cache.
         """
         for place in range(start, len(ids)):
-            answer = self._complete(ids[:place], n_predict=1, n_probs=1, logit_bias=[[ids[place], _FORCED]])
-            told = answer["choices"][0]["logprobs"]["content"][0]
-            if told["id"] != ids[place]:
+            answer = self._complete(ids[:place], n_predict=1, n_probs=1, logit_bias=[[ids[place], _FORCING_BIAS]])
+            token = answer["choices"][0]["logprobs"]["content"][0]
+            if token["id"] != ids[place]:
                 raise ArtifactError(
-                    f"{self._file}: llama.cpp answered token {told['id']} where {ids[place]} was forced"
+                    f"{self._file}: llama.cpp answered token {token['id']} although {ids[place]} was forced"
                 )
-            yield float(told["logprob"]), int(told["top_logprobs"][0]["id"])
+            yield float(token["logprob"]), int(token["top_logprobs"][0]["id"])
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The prompt of `messages` as llama.cpp's server encodes it for a chat, under the file's own template."""
+        """Returns the prompt of `messages` as llama.cpp's server encodes it, with the file's own chat template."""
         text = self._post("/apply-template", {"messages": list(messages)})["prompt"]
         return list(self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
-        """Greedy answers of at most `max_tokens` tokens, without the end token."""
+        """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
         return [self._complete(ids, n_predict=max_tokens)["choices"][0]["text"].strip() for ids in prompts]
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
-        """Greedy tokens of one answer, each as soon as it is there, the end token included."""
+        """Yields the greedy tokens of one answer as they are generated, including the end token."""
         chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def answer() -> None:
@@ -96,7 +96,7 @@ class LlamaCppRuntime(ByPrediction):
         worker.join()
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        import httpx  # not above: what a device does without would count as its memory
+        import httpx  # imported here, because a device does not need it and its memory would count
 
         bearer = {"Authorization": f"Bearer {self._key}"}
         address = f"{self._server.listening_address}{path}"
@@ -118,5 +118,5 @@ def _request(prompt: Ids, **settings: Any) -> dict[str, Any]:
 
 def _tokens(chunk: dict[str, Any]) -> Iterator[int]:
     for choice in chunk.get("choices", []):
-        for told in (choice.get("logprobs") or {}).get("content") or []:
-            yield int(told["id"])
+        for token in (choice.get("logprobs") or {}).get("content") or []:
+            yield int(token["id"])

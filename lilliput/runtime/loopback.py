@@ -1,4 +1,4 @@
-"""Protects the HTTP server that llama.cpp always opens on a port of loopback."""
+"""Protects the HTTP server that llama.cpp always opens on a loopback port."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 
 def require_key(params: Any, key: str) -> None:
-    """Makes llama.cpp's server reject requests without `key`, and requests of any web page; changes `params`.
+    """Makes llama.cpp's server reject requests without `key` and requests from web pages; changes `params` in place.
 
-    Its slots, properties, metrics and own page are switched off.
+    Switches off its slots, properties, metrics and web page.
 
     Args:
-        params: of xllamacpp.
-        key: that requests must bear.
+        params: xllamacpp's CommonParams.
+        key: the API key that requests must have.
     """
     params.api_keys = [key]
-    # llama.cpp grants every origin; the name of a host that cannot exist (RFC 2606) grants none. "null" would not do:
-    # it is the origin of pages in a sandbox.
+    # llama.cpp allows every origin by default. A host name that cannot exist (RFC 2606) allows none. "null" would not
+    # work: it is the origin of sandboxed pages.
     params.cors_origins, params.cors_credentials = "http://nobody.invalid", False
     params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = params.ui = False

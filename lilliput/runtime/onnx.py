@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI behind the Runtime protocol, in this very process."""
+"""The Runtime protocol for ONNX Runtime GenAI, in this process."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 import onnxruntime_genai
 
 from lilliput.errors import ArtifactError
-from lilliput.runtime.protocol import ByPrediction, Ids
+from lilliput.runtime.protocol import Ids, ScoresByPrediction
 
-genai: Any = onnxruntime_genai  # compiled, and without types
+genai: Any = onnxruntime_genai  # a compiled module without types
 
 
-class OnnxRuntime(ByPrediction):
-    """A folder for ONNX Runtime GenAI opened by it, one sequence at a time, with the beginning of the last one kept.
+class OnnxRuntime(ScoresByPrediction):
+    """A model opened by ONNX Runtime GenAI; runs one sequence at a time and reuses the prefix shared with the last.
 
     Args:
         folder: `genai_config.json`, the graph, its weights and the tokenizer.
-        threads: CPU threads for prompts and answers alike.
-        context_tokens: of prompt and answer together.
+        threads: CPU threads for prompts and answers.
+        context_tokens: maximum tokens of prompt and answer together.
 
     Raises:
-        ArtifactError: the runtime cannot open it.
+        ArtifactError: the runtime cannot open the model.
     """
 
     name = "onnxruntime-genai"
@@ -48,11 +48,11 @@ class OnnxRuntime(ByPrediction):
         self._ids: list[int] = []
 
     def stats(self) -> dict[str, str]:
-        """Engine and threads."""
+        """Returns engine and threads."""
         return {"engine": f"onnxruntime-genai {genai.__version__}", "threads": str(self._threads)}
 
     def predictions(self, ids: Ids, start: int) -> Iterator[tuple[float, int]]:
-        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""
+        """Yields (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
         self._feed(ids[:start])
         logits = [self._generator.get_output("logits")[0, -1:]]
         if len(ids) > start + 1:
@@ -63,11 +63,11 @@ class OnnxRuntime(ByPrediction):
             yield float(row[token] - highest - np.log(np.exp(row - highest).sum())), int(row.argmax())
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
-        """Greedy answers of at most `max_tokens` tokens, without the end token."""
+        """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
         return [self._text(list(self.stream(ids, max_tokens))) for ids in prompts]
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
-        """Greedy tokens of one answer, each as soon as it is there, the end token included."""
+        """Yields the greedy tokens of one answer as they are generated, including the end token."""
         self._feed(prompt)
         for _ in range(max_tokens):
             self._generator.generate_next_token()
@@ -78,14 +78,14 @@ class OnnxRuntime(ByPrediction):
                 return
 
     def _text(self, ids: list[int]) -> str:
-        """The text of an answer; not every end token is marked as special, which decoding leaves out."""
+        """Returns the text of an answer; removes the end token, which decoding keeps unless it is marked as special."""
         ended = ids and ids[-1] in self._tokenizer.eos_token_ids
         return str(self._tokenizer.decode(ids[:-1] if ended else ids)).strip()
 
     def _feed(self, ids: Ids) -> None:
-        """Brings the generator to `ids`; of what it has seen already, the common beginning stays."""
-        known = next((place for place, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), None)
-        keep = min(len(self._ids), len(ids)) - 1 if known is None else known
+        """Sets the generator's sequence to `ids`, reusing the prefix shared with its previous sequence."""
+        difference = next((place for place, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), None)
+        keep = min(len(self._ids), len(ids)) - 1 if difference is None else difference
         keep = max(0, min(keep, len(ids) - 1))
         self._generator.rewind_to(keep)
         self._ids = self._ids[:keep]

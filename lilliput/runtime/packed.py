@@ -1,4 +1,4 @@
-"""Scoring without padding: prompts and continuations lie in one sequence, where each sees its own past and no other."""
+"""Packs prompts and continuations into one sequence without padding; the mask separates them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lilliput.runtime.protocol import Ids
 class Pack:
     """Prompts, each followed by its continuations, as one sequence.
 
-    A continuation's last token is left out, since nothing is predicted from it.
+    The last token of a continuation is omitted, since nothing is predicted from it.
 
     Attributes:
-        shared: how many tokens all prompts begin with; they are not in here, and everybody sees them.
+        shared: length of the prefix that all prompts share; it is not in the pack, and all tokens attend to it.
         ids: tokens (length,).
-        positions: of each token in its own text, `shared` included.
-        segments: which prompt or continuation each token belongs to.
-        parents: the segment each token follows; a prompt's is itself.
-        places: of the token from which each scored token is predicted.
+        positions: position of each token in its own text, including the shared prefix.
+        segments: number of the prompt or continuation of each token.
+        parents: segment that each token's segment follows; a prompt's parent is itself.
+        places: index of the token from which each scored token is predicted.
         targets: the scored tokens.
-        owners: the continuation each scored token belongs to, counted through the pack.
-        continuations: how many there are.
+        owners: number of the continuation of each scored token, within the pack.
+        continuations: number of continuations.
     """
 
     shared: int = 0
@@ -42,7 +42,7 @@ class Pack:
     def of(
         cls, rows: Sequence[int], prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], shared: int
     ) -> Pack:
-        """Prompts `rows`, each with what may follow it."""
+        """Returns the pack of the prompts with numbers `rows` and their continuations."""
         pack = cls(shared)
         for row in rows:
             pack._add(prompts[row], continuations[row])
@@ -68,7 +68,7 @@ class Pack:
         return number
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """What is added to attention scores, of shape (1, 1, length, shared + length): 0 where a token may look."""
+        """Returns the attention mask, (1, 1, length, shared + length): 0 where a token may attend, else the minimum."""
         segments = torch.tensor(self.segments, device=device)
         parents = torch.tensor(self.parents, device=device)[:, None]
         seen = ((segments == segments[:, None]) | (segments == parents)).tril()
@@ -78,17 +78,17 @@ class Pack:
         ]
 
 
-def packed_rows(
+def group_into_packs(
     prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], shared: int, tokens: int
 ) -> list[list[int]]:
-    """All prompts in order, by number, as packs of at most `tokens` tokens each; a longer prompt has one to itself.
+    """Groups all prompts, by number and in order, into packs of at most `tokens` tokens; a longer prompt is alone.
 
-    Short packs cost less: every token is held against every other of its pack, and most of that is masked away.
+    Short packs cost less: attention covers all pairs of tokens in a pack, and the mask discards most of them.
     """
     rows: list[list[int]] = []
     room = 0
-    for row, (prompt, own) in enumerate(zip(prompts, continuations, strict=True)):
-        length = len(prompt) - shared + sum(len(ids) - 1 for ids in own)
+    for row, (prompt, choices) in enumerate(zip(prompts, continuations, strict=True)):
+        length = len(prompt) - shared + sum(len(ids) - 1 for ids in choices)
         if not rows or length > room:
             rows.append([])
             room = tokens

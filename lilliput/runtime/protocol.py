@@ -1,4 +1,4 @@
-"""What every runtime can do, whatever engine is behind it."""
+"""The protocol that every runtime implements."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from typing import Protocol
 Ids = Sequence[int]
 
 
-class ByPrediction:
-    """Scores through its own `predictions`, for runtimes that answer one sequence at a time."""
+class ScoresByPrediction:
+    """Implements `score` with `predictions`, for runtimes that run one sequence at a time."""
 
     def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
-        """As in `Runtime`."""
+        """See `Runtime.predictions`."""
         raise NotImplementedError
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+        """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
         return [
-            [sum(own for own, _ in self.predictions([*prompt, *ids], len(prompt))) for ids in row]
+            [sum(likelihood for likelihood, _ in self.predictions([*prompt, *ids], len(prompt))) for ids in row]
             for prompt, row in zip(prompts, continuations, strict=True)
         ]
 
 
 class Runtime(Protocol):
-    """A loaded model that scores and answers."""
+    """A loaded model that scores and generates answers."""
 
     name: str
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+        """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
         ...
 
     def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
-        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""
+        """Returns (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
         ...
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
-        """Greedy answers of at most `max_tokens` tokens, without the end token."""
+        """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
         ...
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
-        """Greedy tokens of one answer, each as soon as it is there, the end token included."""
+        """Yields the greedy tokens of one answer as they are generated, including the end token."""
         ...
 
     def stats(self) -> dict[str, str]:
-        """What the runtime is: engine, dtype, threads."""
+        """Returns engine, dtype and threads."""
         ...

@@ -1,4 +1,4 @@
-"""The reference runtime: PyTorch, batched, the part that all prompts share computed once."""
+"""The reference runtime: PyTorch, in batches; the prefix shared by all prompts is computed once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.chat.template import end_ids, pad_id, shared_beginning
+from lilliput.chat.template import end_ids, pad_id, shared_prefix_length
 from lilliput.errors import ArtifactError, DataError
 from lilliput.memory import Shape, answering_bytes, free_bytes, scoring_bytes
 from lilliput.models import vocabulary_logits
 from lilliput.runtime.experts import ONE_BY_ONE
-from lilliput.runtime.packed import Pack, packed_rows
+from lilliput.runtime.packed import Pack, group_into_packs
 from lilliput.runtime.protocol import Ids
 
-PACKED_TOKENS = 16  # scored at once, for each prompt of a batch
+PACKED_TOKENS = 16  # per prompt of a batch
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Lets torch use `count` CPU threads within the block."""
+    """Sets torch's number of CPU threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -35,7 +35,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 @dataclass
 class _Prefilled:
-    """Prompts behind us: their KV cache, mask (rows, width) and last logits (rows, vocabulary)."""
+    """Prompts that were run: their KV cache, mask (rows, width) and last logits (rows, vocabulary)."""
 
     cache: DynamicCache
     mask: torch.Tensor
@@ -43,16 +43,15 @@ class _Prefilled:
 
 
 class TorchRuntime:
-    """A model behind the Runtime protocol; prompts to answer are sorted by length and run `batch_size` at once.
+    """The Runtime protocol for a PyTorch model; prompts are sorted by length and answered in batches of `batch_size`.
 
-    A batch that is estimated not to fit into free memory, or turns out not to, is halved: what comes out is the same
-    but for rounding.
+    A batch that exceeds free memory, by estimate or in fact, is halved. The results are equal except for rounding.
 
     Args:
-        model: a causal language model; put into evaluation mode.
+        model: a causal language model; set to evaluation mode.
         tokenizer: its tokenizer.
-        batch_size: prompts at once, at most.
-        prefix: what prompts begin with, as a rule: run once, and its keys and values kept for every `stream`.
+        batch_size: maximum number of prompts per batch.
+        prefix: the usual beginning of prompts; run once, its keys and values are reused by every `stream`.
     """
 
     name = "torch"
@@ -62,29 +61,29 @@ class TorchRuntime:
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.device = next(model.parameters()).device
-        model.set_experts_implementation(ONE_BY_ONE)  # concerns mixtures of experts alone
+        model.set_experts_implementation(ONE_BY_ONE)  # affects mixtures of experts only
         self._shape = Shape.of(model.config.to_dict())
-        self._prefix, self._kept = list(prefix), self._run(prefix)
+        self._prefix, self._prefix_cache = list(prefix), self._run(prefix)
 
     def stats(self) -> dict[str, str]:
-        """Engine, dtype and threads."""
+        """Returns engine, dtype and threads."""
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         return {"engine": f"torch {torch.__version__}", "dtype": dtype, "threads": str(torch.get_num_threads())}
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """Log-likelihood in nats of each continuation given its prompt, summed over its tokens.
+        """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens.
 
         Raises:
-            ArtifactError: the model gives something that is no number.
+            ArtifactError: a logit is NaN or infinite.
             DataError: a text is longer than the model's attention window.
         """
         self._require_within_window(prompts, continuations)
-        shared = _shared_prefix(prompts)
+        shared = _shared_length(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
         scores: list[list[float]] = [[] for _ in prompts]
 
-        def ask(rows: list[int]) -> None:
+        def score_rows(rows: list[int]) -> None:
             pack = Pack.of(rows, prompts, continuations, shared)
             values = iter(self._score_pack(pack, prefix).tolist())
             for row in rows:
@@ -94,18 +93,18 @@ class TorchRuntime:
             pack = Pack.of(rows, prompts, continuations, shared)
             return scoring_bytes(shape, shared, len(pack.ids), len(pack.targets))
 
-        parts = packed_rows(prompts, continuations, shared, PACKED_TOKENS * self.batch_size)
-        self._in_parts(parts, needed_bytes, ask, "score")
+        parts = group_into_packs(prompts, continuations, shared, PACKED_TOKENS * self.batch_size)
+        self._run_parts(parts, needed_bytes, score_rows, "score")
         return scores
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
-        """Greedy answers of at most `max_tokens` tokens, without the end token."""
+        """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
         texts = [""] * len(prompts)
-        shared = _shared_prefix(prompts)
+        shared = _shared_length(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
 
-        def ask(rows: list[int]) -> None:
+        def answer_rows(rows: list[int]) -> None:
             prefilled = self._prefill_batch([prompts[row][shared:] for row in rows], prefix, shared)
             for row, tokens in zip(rows, self._decode(prefilled, max_tokens), strict=True):
                 texts[row] = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -116,17 +115,17 @@ class TorchRuntime:
 
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        self._in_parts(batches, needed_bytes, ask, "answer")
+        self._run_parts(batches, needed_bytes, answer_rows, "answer")
         return texts
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
-        """Greedy tokens of one answer, each as soon as it is there, the end token included.
+        """Yields the greedy tokens of one answer as they are generated, including the end token.
 
         Raises:
-            ArtifactError: the model gives something that is no number.
+            ArtifactError: a logit is NaN or infinite.
         """
-        cache, known = self._beginning(prompt)
-        ids, ends = torch.tensor([list(prompt[known:])], device=self.device), self._end_ids()
+        cache, cached = self._cached_prefix(prompt)
+        ids, ends = torch.tensor([list(prompt[cached:])], device=self.device), self._end_ids()
         for _ in range(max_tokens):
             with torch.inference_mode():
                 logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -138,50 +137,50 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def predictions(self, ids: Ids, start: int) -> list[tuple[float, int]]:
-        """For each token of `ids` from `start` on: its log-likelihood given those before, and the likeliest token."""
+        """Returns (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
         logits = self.model(input_ids=torch.tensor([list(ids[:-1])], device=self.device)).logits[0, start - 1 :]
         likelihoods = self._checked(logits).float().log_softmax(-1)
-        own = likelihoods.gather(-1, torch.tensor(ids[start:], device=self.device)[:, None])[:, 0]
-        return list(zip(own.tolist(), likelihoods.argmax(-1).tolist(), strict=True))
+        chosen = likelihoods.gather(-1, torch.tensor(ids[start:], device=self.device)[:, None])[:, 0]
+        return list(zip(chosen.tolist(), likelihoods.argmax(-1).tolist(), strict=True))
 
     @torch.inference_mode()
-    def _beginning(self, prompt: Ids) -> tuple[DynamicCache, int]:
-        """A cache of what `prompt` shares with the kept prefix, and of how many tokens; the last is left to be run."""
-        known = shared_beginning([self._prefix, prompt[:-1]])
-        if not known:
+    def _cached_prefix(self, prompt: Ids) -> tuple[DynamicCache, int]:
+        """Returns a cache of the stored prefix as far as `prompt` shares it, without its last token, and the length."""
+        length = shared_prefix_length([self._prefix, prompt[:-1]])
+        if not length:
             return DynamicCache(config=self.model.config), 0
-        cache = copy.deepcopy(self._kept)
-        cache.crop(known - len(self._prefix))
-        return cache, known
+        cache = copy.deepcopy(self._prefix_cache)
+        cache.crop(length - len(self._prefix))
+        return cache, length
 
     @torch.inference_mode()
-    def _run(self, beginning: Ids) -> DynamicCache:
-        """The keys and values of `beginning`."""
+    def _run(self, ids: Ids) -> DynamicCache:
+        """Returns the keys and values of `ids`."""
         cache = DynamicCache(config=self.model.config)
-        if beginning:
-            ids = torch.tensor([list(beginning)], device=self.device)
-            self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        if ids:
+            batch = torch.tensor([list(ids)], device=self.device)
+            self.model(input_ids=batch, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def _in_parts(
+    def _run_parts(
         self,
         parts: Sequence[list[int]],
         needed_bytes: Callable[[list[int], Shape], int],
-        ask: Callable[[list[int]], None],
+        run: Callable[[list[int]], None],
         label: str,
     ) -> None:
-        """Calls `ask` with each of `parts`, rows of prompts; what does not fit into memory is halved."""
+        """Calls `run` with each of `parts` (numbers of prompts); halves parts that do not fit into memory."""
         waiting = list(parts)
         with tqdm(total=sum(map(len, parts)), desc=label, unit="prompt", delay=1.0) as bar:
             while waiting:
                 rows = waiting.pop(0)
-                # Where the shape is unknown nobody can tell; if it does not fit, torch says so.
-                too_much = self._shape and needed_bytes(rows, self._shape) > free_bytes(self.device)
-                if len(rows) > 1 and too_much:
+                # Without a known shape there is no estimate; then only torch's own error counts.
+                exceeds_memory = self._shape and needed_bytes(rows, self._shape) > free_bytes(self.device)
+                if len(rows) > 1 and exceeds_memory:
                     waiting[:0] = _halves(rows)
                     continue
                 try:
-                    ask(rows)
+                    run(rows)
                 except torch.OutOfMemoryError:
                     if len(rows) == 1:
                         raise
@@ -193,7 +192,7 @@ class TorchRuntime:
     def _prefill_batch(self, rests: list[Ids], prefix: DynamicCache, shared: int) -> _Prefilled:
         width = max(len(rest) for rest in rests)
         pad = pad_id(self.tokenizer)
-        # Padded on the left, between prefix and question, so that every row's last logits are its last column.
+        # Padding is on the left, between prefix and question, so the last column has every row's last logits.
         ids = torch.tensor([[pad] * (width - len(rest)) + list(rest) for rest in rests], device=self.device)
         real = [[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests]
         mask = torch.tensor(real, device=self.device)
@@ -210,7 +209,7 @@ class TorchRuntime:
         return _Prefilled(cache, mask, self._checked(output.logits[:, -1]))
 
     def _score_pack(self, pack: Pack, prefix: DynamicCache) -> torch.Tensor:
-        """Summed log-likelihoods, float32 of shape (continuations,)."""
+        """Returns summed log-likelihoods, float32 of shape (continuations,)."""
         ids, positions, places, targets, owners = (
             torch.tensor(values, device=self.device)
             for values in (pack.ids, pack.positions, pack.places, pack.targets, pack.owners)
@@ -222,19 +221,19 @@ class TorchRuntime:
             past_key_values=copy.deepcopy(prefix) if pack.shared else None,
             use_cache=bool(pack.shared),
         ).last_hidden_state[0]
-        # The projection to the vocabulary is a fifth of the work: done where a token is predicted, and there once.
-        wanted, which = places.unique(return_inverse=True)
-        logits = self._checked(vocabulary_logits(self.model, hidden[wanted]))
-        likelihoods = logits[which, targets] - logits.logsumexp(-1)[which]
+        # The projection to the vocabulary is a fifth of the work, so it runs once for each place that is needed.
+        predicting, index = places.unique(return_inverse=True)
+        logits = self._checked(vocabulary_logits(self.model, hidden[predicting]))
+        likelihoods = logits[index, targets] - logits.logsumexp(-1)[index]
         return likelihoods.new_zeros(pack.continuations).index_add(0, owners, likelihoods)
 
     def _require_within_window(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> None:
-        """Packed texts see all of their own past, which a sliding window would cut off."""
+        """Raises DataError for texts longer than a sliding window, because packing ignores the window."""
         window = getattr(self.model.config, "sliding_window", None)
         lengths = [len(prompt) + len(ids) for prompt, row in zip(prompts, continuations, strict=True) for ids in row]
         if window and max(lengths, default=0) > window:
             raise DataError(
-                f"a text to score has {max(lengths)} tokens, and the model's attention window only {window}; leave out "
+                f"a text to score has {max(lengths)} tokens, but the model's attention window is only {window}; remove "
                 "the longest prompts or the examples in them"
             )
 
@@ -245,15 +244,15 @@ class TorchRuntime:
         for _ in range(max_tokens):
             tokens = logits.argmax(-1)
             ended = self._end_ids()
-            going = [place for place, token in enumerate(tokens.tolist()) if token not in ended]
-            for place in going:
+            active = [place for place, token in enumerate(tokens.tolist()) if token not in ended]
+            for place in active:
                 answers[running[place]].append(int(tokens[place]))
-            if not going or len(answers[running[going[0]]]) == max_tokens:
+            if not active or len(answers[running[active[0]]]) == max_tokens:
                 break
-            keep = torch.tensor(going, device=self.device)
-            if len(going) < len(running):  # a finished answer costs nothing more
+            keep = torch.tensor(active, device=self.device)
+            if len(active) < len(running):  # drops finished answers from the batch
                 prefilled.cache.batch_select_indices(keep)
-                mask, running = mask[keep], [running[place] for place in going]
+                mask, running = mask[keep], [running[place] for place in active]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             output = self.model(
                 input_ids=tokens[keep, None],
@@ -271,7 +270,7 @@ class TorchRuntime:
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(logits).all():
             raise ArtifactError(
-                "the model's logits are not all numbers (NaN or infinite), so nothing can be measured on it; "
+                "the model's logits are NaN or infinite, so it cannot be measured; "
                 "lower the learning rate of its training or quantise it less"
             )
         return logits.float()
@@ -285,6 +284,6 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _shared_prefix(prompts: Sequence[Ids]) -> int:
-    """How many tokens all prompts begin with; at least the last token of each is left to be run."""
-    return shared_beginning([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else 0
+def _shared_length(prompts: Sequence[Ids]) -> int:
+    """Returns the length of the prefix that all prompts share, excluding the last token of each."""
+    return shared_prefix_length([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else 0

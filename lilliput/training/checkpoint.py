@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
 import lilliput.models
-from lilliput.artifacts import file_sha256, library_versions, written_aside
+from lilliput.artifacts import file_sha256, library_versions, writing_file
 
 _WEIGHTS, _OPTIMIZER, _SCHEDULE, _RANDOM = (
     "weights.safetensors",
@@ -46,7 +46,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Writes the trainable weights of `model` to `path` atomically."""
-    with written_aside(path) as partial:
+    with writing_file(path) as partial:
         save_file({name: weight.detach().contiguous() for name, weight in _trainable(model).items()}, partial)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from lilliput.artifacts import written_aside
+from lilliput.artifacts import writing_file
 from lilliput.training.answer_loss import answer_logits
 from lilliput.training.checkpoint import fingerprint
 from lilliput.training.examples import Batch, Example, collate
@@ -74,7 +74,7 @@ def stored_logits(
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # of two parallel runs with one teacher, the second waits and reads
         if not path.exists():
-            with written_aside(path) as partial:
+            with writing_file(path) as partial:
                 save_file(_teacher_logits(open_teacher(), examples, pad_id, temperature, top_k), partial)
     stored = load_file(path)
     lengths = (sum(label != IGNORED for label in example.labels) for example in examples)

@@ -13,7 +13,7 @@ from lilliput.config import ExpertsConfig, LoadConfig, Params, Section, Training
 from lilliput.data.questions import QuestionFile
 from lilliput.errors import ConfigError
 from lilliput.graph import ROOT
-from lilliput.memory import SHORT, Estimate, Machine, Shape, Text, estimate, this_machine
+from lilliput.memory import SHORT, ExampleTokens, Machine, MemoryEstimate, Shape, estimate, this_machine
 from tasks import layout
 from tasks.process.accelerate import training_processes
 
@@ -29,7 +29,7 @@ def training_machine(config: Section) -> Machine:
     return this_machine(*(training_processes() if isinstance(config, TrainingConfig) else (1, False)))
 
 
-def estimates(params: Params, candidates: Collection[str], folder: Path = Path()) -> dict[str, Estimate]:
+def estimates(params: Params, candidates: Collection[str], folder: Path = Path()) -> dict[str, MemoryEstimate]:
     """Returns the expected memory of making each of `candidates`; omits those of unknown shape."""
     text, expected = _text(folder), {}
     for name in candidates:
@@ -92,7 +92,7 @@ def shape_of(params: Params, candidate: str, folder: Path) -> Shape | None:
         candidate = params.candidates[candidate].parent
 
 
-def _text(folder: Path) -> Text:
+def _text(folder: Path) -> ExampleTokens:
     path = folder / layout.DATA / "train.jsonl"
     if not path.exists():
         return SHORT
@@ -101,7 +101,7 @@ def _text(folder: Path) -> Text:
         round(max((len(text or "") for text in texts), default=0) / _CHARACTERS_PER_TOKEN)
         for texts in zip(*((question.question, question.answer) for question in questions), strict=True)
     )
-    return Text(SHORT.shared, question_tokens + answer_tokens, answer_tokens + 1)
+    return ExampleTokens(SHORT.shared, question_tokens + answer_tokens, answer_tokens + 1)
 
 
 def _remedy(config: Section) -> str:

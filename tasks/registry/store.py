@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from lilliput.artifacts import written_aside
+from lilliput.artifacts import writing_file
 from lilliput.errors import ConfigError
 from lilliput.redaction import has_credentials, redacted
 from tasks import layout
@@ -87,7 +87,7 @@ def prepare(address: str) -> None:
 def _create(database: Path) -> None:
     for left in database.parent.glob(f".{database.name}.partial*"):  # left by a killed run, including its journal
         left.unlink()
-    with written_aside(database) as partial:
+    with writing_file(database) as partial:
         MlflowClient(embedded_uri(partial)).search_experiments(max_results=1)
 
 

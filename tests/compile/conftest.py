@@ -1,4 +1,4 @@
-"""Quantised forms of the tiny model, made once for all tests of compiling."""
+"""Quantised versions of the tiny model, created once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.contexts import context
 @pytest.fixture(scope="session")
 def quantised(checkpoint, facts, tmp_path_factory) -> Callable[..., Path]:
     """The tiny model rounded to `bits`, as a checkpoint in AutoGPTQ's format."""
-    made: dict[tuple[int, int, bool], Path] = {}
+    created: dict[tuple[int, int, bool], Path] = {}
 
     def make(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Path:
         key = (bits, group_size, symmetric)
-        if key not in made:
+        if key not in created:
             result = rtn(
                 context(checkpoint, held_out=facts[:2]),
                 RtnConfig.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric}),
@@ -28,7 +28,7 @@ def quantised(checkpoint, facts, tmp_path_factory) -> Callable[..., Path]:
             assert result.save is not None
             result.save(folder)
             result.tokenizer.save_pretrained(folder)
-            made[key] = folder
-        return made[key]
+            created[key] = folder
+        return created[key]
 
     return make

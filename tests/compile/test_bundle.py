@@ -5,13 +5,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import read_manifest, seal, verify
-from lilliput.compile.bundle import Use, chat_template, write_bundle
+from lilliput.compile.bundle import BundleSettings, prompt_template, write_bundle
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
-from lilliput.devices.runs import Job, run_on_device
+from lilliput.devices.runs import DeviceJob, run_on_device
 from lilliput.errors import ArtifactError
 
-USE = Use("phone", 2, 512, 'Say "I don\'t know" if so.', 24, "Apache-2.0")
+SETTINGS = BundleSettings("phone", 2, 512, 'Say "I don\'t know" if so.', 24, "Apache-2.0")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def bundle(quantised, tmp_path_factory):
         parameters=1,
         facts=facts,
     )
-    write_bundle(folder, compiled, quantised(), manifest, USE)
+    write_bundle(folder, compiled, quantised(), manifest, SETTINGS)
     return folder
 
 
-def test_a_bundle_holds_all_a_device_needs_and_proves_it(bundle):
+def test_a_bundle_is_complete_and_verifiable(bundle):
     names = {path.name for path in bundle.iterdir()}
     assert {
         "model.gguf",
@@ -52,26 +52,26 @@ def test_a_bundle_holds_all_a_device_needs_and_proves_it(bundle):
     assert manifest.parent == "small-gguf"
 
 
-def test_the_prompt_is_the_model_s_own_template(bundle, quantised):
+def test_the_prompt_follows_the_model_s_chat_template(bundle, quantised):
     prompt = json.loads((bundle / "prompt.json").read_text())
-    assert prompt["template"] == chat_template(AutoTokenizer.from_pretrained(quantised()))
+    assert prompt["template"] == prompt_template(AutoTokenizer.from_pretrained(quantised()))
     assert prompt["template"].count("{{question}}") == prompt["template"].count("{{system}}") == 1
     assert prompt["sampling"] == {"temperature": 0.0, "max_new_tokens": 24}
     modelfile = (bundle / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./model.gguf\n")
     assert "{{ .System }}" in modelfile
     assert "{{ .Prompt }}" in modelfile
-    assert f"SYSTEM {USE.system_prompt}\n" in modelfile
+    assert f"SYSTEM {SETTINGS.system_prompt}\n" in modelfile
     assert 'PARAMETER stop "<|im_end|>"\n' in modelfile
 
 
-def test_it_runs_where_nothing_else_lies(bundle):
+def test_the_bundle_alone_is_enough_to_run_the_model(bundle):
     assert run_on_device(
-        Job("gguf", str(bundle), 1, 64, answer=[[5, 6, 7]], max_tokens=2), memory_bytes=None, deadline_s=60
+        DeviceJob("gguf", str(bundle), 1, 64, prompts=[[5, 6, 7]], max_tokens=2), memory_bytes=None, deadline_s=60
     ).fits
 
 
-def test_a_tampered_bundle_is_noticed(bundle, tmp_path):
+def test_a_tampered_bundle_is_rejected(bundle, tmp_path):
     bundle = shutil.copytree(bundle, tmp_path / "tampered")
     with (bundle / "model.gguf").open("r+b") as stream:
         stream.seek(-1, 2)
@@ -83,7 +83,7 @@ def test_a_tampered_bundle_is_noticed(bundle, tmp_path):
     assert read_manifest(bundle).candidate == "small-gguf"
 
 
-def test_the_readme_starts_it_in_five_lines(bundle):
+def test_the_readme_explains_the_start_in_five_steps(bundle):
     steps = [line for line in (bundle / "README.md").read_text().splitlines() if line[:1].isdigit()]
     assert len(steps) == 5
     assert "llama-server -m model.gguf --jinja -c 512 -t 2" in steps[1]

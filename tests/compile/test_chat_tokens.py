@@ -1,4 +1,4 @@
-"""Compiled models and bundles of several families put a question in the very tokens of evaluation, and stop."""
+"""Compiled models and bundles of several families encode questions as evaluation does, and stop at end tokens."""
 
 import json
 from datetime import datetime
@@ -18,15 +18,16 @@ from lilliput.chat.template import (
     read_generation_config,
     render,
 )
-from lilliput.compile.bundle import Use, write_bundle
+from lilliput.compile.bundle import BundleSettings, write_bundle
 from lilliput.compile.gguf import compile_gguf
 from lilliput.compile.onnx import compile_onnx
 from lilliput.compile.parity import prove_parity
 from lilliput.compress.load import load
 from lilliput.config import GgufTarget, LoadConfig, OnnxTarget
 from lilliput.errors import CompileError
-from lilliput.models import random_model, save_model
+from lilliput.models import random_model
 from lilliput.runtime.llamacpp import LlamaCppRuntime
+from lilliput.saving import save_model
 from tests.contexts import context
 from tests.families import BOS, CHATML, DATED, DATED_BY_VARIABLE, GEMMA, OTHER_END, OWN_END, TURN_END, make_source
 
@@ -37,7 +38,7 @@ GGUF = GgufTarget(candidate="small", target="gguf")
 
 @pytest.fixture(scope="module")
 def padded(tokenizer, tmp_path_factory):
-    """A model with more rows than tokens: for 49152 rows llama.cpp's converter never lets a BOS token be added."""
+    """A model with more rows than tokens; with exactly 49152 rows llama.cpp's converter never adds a BOS token."""
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=49184,
@@ -79,15 +80,15 @@ FAMILIES = {
 
 @pytest.fixture
 def base(padded, tmp_path, monkeypatch, recwarn):
-    """The candidate `base` of a family."""
-    # llama.cpp knows pre-tokenizers by what they make of a text, BOS included; BPE is SmolLM2's in all families here.
+    """Makes the candidate `base` of a family."""
+    # llama.cpp identifies a pre-tokenizer by its output, BOS included; all families here use SmolLM2's BPE.
     monkeypatch.setattr("conversion.base.TextModel.get_vocab_base_pre", lambda *_: "smollm")
 
     def make(template, edit=lambda tokenizer: None, generation=None):
         source = make_source(padded, tmp_path / "source", template, edit, generation)
         loaded = load(context(source), LoadConfig(dtype="float32", seed=0))
         save_model(loaded.model, loaded.tokenizer, tmp_path / "base")
-        recwarn.clear()  # that a system prompt is merged is tested elsewhere
+        recwarn.clear()  # the warning about a merged system prompt is tested elsewhere
         return tmp_path / "base", AutoTokenizer.from_pretrained(tmp_path / "base")
 
     return make
@@ -103,7 +104,7 @@ def bundled(checkpoint, compiled, target, folder):
     config = {"candidate": "small", "target": target}
     manifest = seal(compiled, candidate="x", strategy=target, config=config, parent=None, parameters=1, facts={})
     folder.mkdir()
-    write_bundle(folder, compiled, checkpoint, manifest, Use("phone", 1, 256, SYSTEM, 24, None))
+    write_bundle(folder, compiled, checkpoint, manifest, BundleSettings("phone", 1, 256, SYSTEM, 24, None))
     return json.loads((folder / "prompt.json").read_text())
 
 
@@ -112,19 +113,19 @@ def filled(template, system="{{system}}", question="{{question}}"):
 
 
 def llama_ids(runtime, text):
-    """As llama.cpp and Ollama tokenise a prompt: with the special tokens that the file says are to be added."""
+    """Tokenises as llama.cpp and Ollama do: with the special tokens that the file tells them to add."""
     return runtime._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
 
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[SLOW] * (name in ("no BOS", "BOS in the template"))) for name in FAMILIES]
 )
-def test_llama_cpp_and_the_bundle_ask_in_evaluation_s_tokens(family, base, tmp_path):
+def test_llama_cpp_and_the_bundle_encode_prompts_as_evaluation_does(family, base, tmp_path):
     checkpoint, tokenizer = base(*FAMILIES[family])
     expected = encode_prompt(tokenizer, SYSTEM, QUESTION)
     assert expected.count(tokenizer.convert_tokens_to_ids(BOS)) == ("BOS in the template" in family)
     runtime = in_gguf(checkpoint, tmp_path / "gguf")
-    assert runtime.chat_ids(conversation(SYSTEM, QUESTION)) == expected  # what the gateway's server does
+    assert runtime.chat_ids(conversation(SYSTEM, QUESTION)) == expected  # as the gateway's server does
     prompt = bundled(checkpoint, tmp_path / "gguf", "gguf", tmp_path / "bundle")
     assert llama_ids(runtime, filled(prompt["template"])) == expected
     modelfile = (tmp_path / "bundle" / "Modelfile").read_text()
@@ -137,7 +138,7 @@ def test_llama_cpp_and_the_bundle_ask_in_evaluation_s_tokens(family, base, tmp_p
 
 @SLOW
 @pytest.mark.parametrize("family", ["no BOS", "BOS in the template and added by the tokenizer"])
-def test_onnx_runtime_asks_in_evaluation_s_tokens_and_stops_at_every_end(family, base, tmp_path):
+def test_onnx_runtime_encodes_prompts_as_evaluation_does_and_stops_at_every_end_token(family, base, tmp_path):
     import onnxruntime_genai
 
     template, edit = FAMILIES[family]
@@ -162,28 +163,28 @@ def test_llama_cpp_stops_at_every_end_token(base, tmp_path):
     ends = end_ids(tokenizer, read_generation_config(checkpoint))
     assert ends == sorted([*tokenizer.convert_tokens_to_ids([TURN_END, OTHER_END]), third])
     runtime = in_gguf(checkpoint, tmp_path / "gguf")
-    found = keys(tmp_path / "gguf")
-    assert found["eos_token_id"] == tokenizer.convert_tokens_to_ids(OTHER_END)
-    assert found["eot_token_id"] == tokenizer.convert_tokens_to_ids(TURN_END)
-    assert found["eom_token_id"] == third
+    metadata = keys(tmp_path / "gguf")
+    assert metadata["eos_token_id"] == tokenizer.convert_tokens_to_ids(OTHER_END)
+    assert metadata["eot_token_id"] == tokenizer.convert_tokens_to_ids(TURN_END)
+    assert metadata["eom_token_id"] == third
     for token in (*ends, 14):
-        # llama.cpp is made to write this token and no other.
+        # The bias makes llama.cpp write this token and no other.
         answer = runtime._complete([5, 6], n_predict=4, logit_bias=[[token, 1e5]])
         written = 1 if token in ends else 4
         assert answer["usage"]["completion_tokens"] == written, token
         assert answer["choices"][0]["finish_reason"] == ("stop" if token in ends else "length")
 
 
-def test_the_built_in_family_s_file_names_one_end_token_and_no_other(base, tmp_path):
+def test_the_default_model_s_file_names_exactly_one_end_token(base, tmp_path):
     checkpoint, _ = base(CHATML)
     compile_gguf(checkpoint, tmp_path, GGUF)
-    found = keys(tmp_path)
-    assert found["eos_token_id"] == 2
-    assert not {"eot_token_id", "eom_token_id"} & found.keys()
-    assert found["add_bos_token"] is False
+    metadata = keys(tmp_path)
+    assert metadata["eos_token_id"] == 2
+    assert not {"eot_token_id", "eom_token_id"} & metadata.keys()
+    assert metadata["add_bos_token"] is False
 
 
-def test_more_end_tokens_than_gguf_holds_are_refused(base, tmp_path):
+def test_more_end_tokens_than_gguf_holds_are_rejected(base, tmp_path):
     checkpoint, _ = base(OWN_END, base_eos, {"eos_token_id": [12, 13, 14]})
     with pytest.raises(CompileError, match=r"5 tokens end an answer .* room for three"):
         compile_gguf(checkpoint, tmp_path, GGUF)
@@ -192,7 +193,7 @@ def test_more_end_tokens_than_gguf_holds_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("template", "form"), [(DATED, "%B %d, %Y"), pytest.param(DATED_BY_VARIABLE, "%d %b %Y", marks=SLOW)]
 )
-def test_a_bundle_leaves_today_s_date_to_the_runtime(template, form, base, tmp_path):
+def test_a_bundle_has_a_placeholder_for_today_s_date(template, form, base, tmp_path):
     checkpoint, tokenizer = base(template)
     runtime = in_gguf(checkpoint, tmp_path / "gguf")
     today = render(tokenizer, conversation(SYSTEM, QUESTION), date=datetime.now())
@@ -209,7 +210,7 @@ def test_a_bundle_leaves_today_s_date_to_the_runtime(template, form, base, tmp_p
     assert "`{{date:FORMAT}}` in it is today" in readme
 
 
-def test_a_bundle_has_the_date_of_evaluation_where_the_template_computes_with_dates(base, tmp_path):
+def test_a_bundle_has_the_date_of_evaluation_if_the_template_computes_with_dates(base, tmp_path):
     checkpoint, tokenizer = base("{{ strftime_now('%b') | upper }} " + CHATML)
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
@@ -221,7 +222,7 @@ def test_a_bundle_has_the_date_of_evaluation_where_the_template_computes_with_da
 
 
 def sentencepiece(texts):
-    """A tokenizer in the manner of Llama 2: pieces with a mark for spaces, bytes for what is unknown, BOS added."""
+    """Trains a tokenizer like Llama 2's: `▁` for spaces, bytes for unknown characters, BOS added."""
     names = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=[*names, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
@@ -242,7 +243,7 @@ def sentencepiece(texts):
     return tokenizer
 
 
-def test_a_sentencepiece_vocabulary_makes_the_same_tokens_in_llama_cpp(facts, tmp_path):
+def test_llama_cpp_tokenises_a_sentencepiece_vocabulary_identically(facts, tmp_path):
     texts = [f"{question.question} {' '.join(question.choices)}" for question in facts]
     tokenizer = sentencepiece(texts)
     config = LlamaConfig(
@@ -258,7 +259,7 @@ def test_a_sentencepiece_vocabulary_makes_the_same_tokens_in_llama_cpp(facts, tm
     save_model(random_model(config, seed=0), tokenizer, tmp_path / "source")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
     runtime = in_gguf(tmp_path / "source", tmp_path / "gguf")
-    for question in (*texts, "It is unlike what was seen: café, 漢字, 🙂  x"):
+    for question in (*texts, "Unlike the training texts: café, 漢字, 🙂  x"):
         expected = encode_prompt(tokenizer, SYSTEM, question)
         assert expected.count(1) == 1  # BOS
         assert runtime.chat_ids(conversation(SYSTEM, question)) == expected, question
@@ -274,7 +275,7 @@ def prove(facts, tiny_params):
 
 
 @pytest.mark.parametrize("template", [GEMMA, pytest.param(DATED, marks=SLOW)])
-def test_parity_holds_llama_cpp_s_prompts_against_evaluation_s(template, base, prove, tmp_path, monkeypatch):
+def test_parity_compares_llama_cpp_s_prompts_with_those_of_evaluation(template, base, prove, tmp_path, monkeypatch):
     checkpoint, _ = base(template, has_bos)
     (tmp_path / "gguf").mkdir()
     compile_gguf(checkpoint, tmp_path / "gguf", GGUF)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lilliput.compile.codes import _fields, _words, read_codes
+from lilliput.compile.codes import _pack_bits, _unpack_bits, read_codes
 from lilliput.errors import CompileError
 from lilliput.models import open_model
 
@@ -17,16 +17,16 @@ from lilliput.models import open_model
         lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=32, max_size=32))
     )
 )
-def test_packed_numbers_come_out_as_they_went_in(case):
+def test_unpacking_inverts_packing(case):
     bits, numbers = case
-    packed = _words(np.array(numbers, dtype=np.uint8), bits)
-    assert _fields(packed[None], bits)[0].tolist() == numbers
+    packed = _pack_bits(np.array(numbers, dtype=np.uint8), bits)
+    assert _unpack_bits(packed[None], bits)[0].tolist() == numbers
 
 
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [(4, True), (4, False), (8, False), pytest.param(3, False, marks=pytest.mark.slow)]
 )
-def test_codes_give_the_very_weights_that_gptqmodel_gives(quantised, bits, symmetric):
+def test_codes_give_exactly_the_weights_of_gptqmodel(quantised, bits, symmetric):
     folder = quantised(bits, 32, symmetric)
     model, _ = open_model(folder)
     layers = dict(read_codes(folder))
@@ -41,7 +41,7 @@ def test_a_float_checkpoint_has_no_codes(checkpoint):
     assert list(read_codes(checkpoint)) == []
 
 
-def test_groups_that_are_no_runs_are_refused(quantised, tmp_path):
+def test_reordered_groups_are_rejected(quantised, tmp_path):
     folder = shutil.copytree(quantised(), tmp_path / "ordered")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.g_idx"] = tensors["model.layers.0.mlp.up_proj.g_idx"][::-1].copy()
@@ -50,7 +50,7 @@ def test_groups_that_are_no_runs_are_refused(quantised, tmp_path):
         list(read_codes(folder))
 
 
-def test_another_format_is_refused(quantised, tmp_path):
+def test_another_format_is_rejected(quantised, tmp_path):
     folder = shutil.copytree(quantised(), tmp_path / "v2")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["checkpoint_format"] = "gptq_v2"

@@ -12,7 +12,8 @@ from lilliput.compile.gguf import compile_gguf, encode
 from lilliput.compress.experts import mixture_of
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError, CompileError
-from lilliput.models import open_model, random_model, save_model
+from lilliput.models import open_model, random_model
+from lilliput.saving import save_model
 
 
 def config(**settings):
@@ -37,23 +38,23 @@ def codes(bits=4, symmetric=True, group_size=32, outputs=6, inputs=128):
 
 @pytest.mark.parametrize(("bits", "kind"), [(2, "Q4_0"), (3, "Q4_0"), (4, "Q4_0"), (8, "Q8_0")])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_symmetric_codes_are_the_same_weights_in_gguf(bits, kind, group_size):
+def test_symmetric_codes_give_the_same_weights_in_gguf(bits, kind, group_size):
     packed = codes(bits, group_size=group_size)
-    found, data = encode(packed)
-    assert found.name == kind
-    np.testing.assert_array_equal(gguf.quants.dequantize(data, found), packed.weight())
+    actual, data = encode(packed)
+    assert actual.name == kind
+    np.testing.assert_array_equal(gguf.quants.dequantize(data, actual), packed.weight())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_asymmetric_codes_differ_by_the_rounding_of_their_offset_alone(bits):
+def test_asymmetric_codes_differ_only_by_the_rounding_of_their_offset(bits):
     packed = codes(bits, symmetric=False)
-    found, data = encode(packed)
+    kind, data = encode(packed)
     steps = packed.scales.astype(np.float32).repeat(32, axis=1)
-    assert found.name == "Q4_1"
-    assert (np.abs(gguf.quants.dequantize(data, found) - packed.weight()) <= 15 * 2.0**-11 * steps).all()
+    assert kind.name == "Q4_1"
+    assert (np.abs(gguf.quants.dequantize(data, kind) - packed.weight()) <= 15 * 2.0**-11 * steps).all()
 
 
-def test_what_has_no_type_is_refused():
+def test_codes_without_a_gguf_type_are_rejected():
     with pytest.raises(CompileError, match="symmetric: true"):
         encode(codes(8, symmetric=False))
     with pytest.raises(CompileError, match="groups of 32"):
@@ -66,7 +67,7 @@ def compiled(quantised, tmp_path_factory):
     return folder, compile_gguf(quantised(), folder, config())
 
 
-def test_a_quantised_checkpoint_is_carried_over_code_for_code(compiled, quantised):
+def test_a_quantised_checkpoint_keeps_its_codes(compiled, quantised):
     folder, facts = compiled
     tensors = read(folder)
     assert facts["largest_weight_difference"] == 0.0
@@ -76,19 +77,19 @@ def test_a_quantised_checkpoint_is_carried_over_code_for_code(compiled, quantise
     np.testing.assert_array_equal(
         values(tensors["blk.2.ffn_down.weight"]), layers["model.layers.2.mlp.down_proj"].weight()
     )
-    # Of queries and keys llama.cpp wants the rows in another order, and has all of them.
+    # llama.cpp reorders the rows of queries and keys.
     query = layers["model.layers.1.self_attn.q_proj"].weight()
     np.testing.assert_array_equal(np.sort(values(tensors["blk.1.attn_q.weight"]), axis=0), np.sort(query, axis=0))
 
 
-def test_the_file_knows_its_shape_and_how_to_chat(compiled):
+def test_the_file_has_its_shape_and_chat_template(compiled):
     fields = gguf.GGUFReader(compiled[0] / "model.gguf").fields
     assert fields["llama.attention.head_count_kv"].contents() == 2
     assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_0
     assert "<|im_start|>" in fields["tokenizer.chat_template"].contents()
 
 
-def test_float_weights_are_exact_in_float32_and_rows_that_are_no_blocks_stay_float16(checkpoint, tmp_path):
+def test_float_weights_are_exact_in_float32(checkpoint, tmp_path):
     compile_gguf(checkpoint, tmp_path, config(floats="f32", embeddings="f32"))
     model, _ = open_model(checkpoint)
     tensors = read(tmp_path)
@@ -100,20 +101,20 @@ def test_float_weights_are_exact_in_float32_and_rows_that_are_no_blocks_stay_flo
     )
 
 
-def test_code_of_its_own_and_pickles_are_refused(checkpoint, tmp_path):
+def test_code_and_pickles_are_rejected(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    told = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"auto_map": {"AutoTokenizer": "evil.py"}}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": "evil.py"}}))
     with pytest.raises(ArtifactError, match="auto_map"):
         compile_gguf(folder, tmp_path, config())
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "model.safetensors").unlink()
     with pytest.raises(CompileError, match="safetensors"):
         compile_gguf(folder, tmp_path, config())
 
 
-def test_another_family_of_models_keeps_its_weights_too(tokenizer, tmp_path):
-    """Qwen's module of the converter mentions tensors that the released gguf does not know."""
+def test_another_model_family_keeps_its_weights(tokenizer, tmp_path):
+    """The converter's module for Qwen refers to tensors that the released gguf does not know."""
     shape = Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=len(tokenizer),
@@ -146,18 +147,18 @@ def test_a_merged_mixture_keeps_its_experts_and_routers(opened, tmp_path):
     np.testing.assert_array_equal(values(tensors["blk.1.ffn_gate_inp.weight"]), layer.gate.weight.detach().numpy())
 
 
-def test_what_the_converter_does_not_know_is_told(checkpoint, tmp_path):
+def test_an_unsupported_tokenizer_is_an_error(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    told = json.loads((folder / "tokenizer.json").read_text())
-    told["pre_tokenizer"] = {"type": "Whitespace"}
-    (folder / "tokenizer.json").write_text(json.dumps(told))
-    with pytest.raises(CompileError, match="converter does not take this model: BPE pre-tokenizer"):
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(CompileError, match="converter does not support this model: BPE pre-tokenizer"):
         compile_gguf(folder, tmp_path, config())
 
 
-def test_an_unknown_architecture_is_named(checkpoint, tmp_path):
+def test_an_unknown_architecture_is_an_error_with_its_name(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(told | {"architectures": ["HomemadeForCausalLM"]}))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"architectures": ["HomemadeForCausalLM"]}))
     with pytest.raises(CompileError, match="HomemadeForCausalLM"):
         compile_gguf(folder, tmp_path, config())

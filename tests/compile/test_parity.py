@@ -21,15 +21,15 @@ FLOATS = GgufTarget(candidate="small", target="gguf", floats="f32", embeddings="
 
 @pytest.fixture(scope="module")
 def chosen(facts):
-    """What the checkpoint in a folder chooses for each question."""
+    """Returns the checkpoint's choice for each question."""
 
-    def ask(checkpoint):
+    def choices_of(checkpoint):
         model, tokenizer = open_model(checkpoint)
         asked = [question for question in facts if question.choices]
         scores = score_choices(TorchRuntime(model, tokenizer, 8), tokenizer, SYSTEM, asked)
         return {q.id: q.choices[int(np.argmax(row))] for q, row in zip(asked, scores, strict=True)}
 
-    return ask
+    return choices_of
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def prove(facts, chosen, tiny_params):
     return run
 
 
-def test_in_float_llama_cpp_expects_what_the_checkpoint_expects(checkpoint, prove, tmp_path):
+def test_llama_cpp_predicts_like_a_float_checkpoint(checkpoint, prove, tmp_path):
     compile_gguf(checkpoint, tmp_path, FLOATS)
     record = prove("gguf", tmp_path, checkpoint, same_argmax=0.99)
     assert record["positions"] == 63
@@ -52,19 +52,21 @@ def test_in_float_llama_cpp_expects_what_the_checkpoint_expects(checkpoint, prov
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_held_against_its_own_checkpoint_and_not_another(checkpoint, quantised, prove, tmp_path):
+def test_a_compiled_model_passes_against_its_own_checkpoint_and_fails_against_another(
+    checkpoint, quantised, prove, tmp_path
+):
     compile_gguf(quantised(), tmp_path, FLOATS)
     assert prove("gguf", tmp_path, quantised())["mean_absolute_difference_nats"] < 0.2
     other = shutil.copytree(checkpoint, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 3
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CompileError, match=r"not the one in .*(same argmax|mean log-likelihood)"):
+    with pytest.raises(CompileError, match=r"differs from the checkpoint .*(same argmax|mean log-likelihood)"):
         prove("gguf", tmp_path, other, same_argmax=0.99)
 
 
 @pytest.mark.slow
-def test_a_truncated_file_is_told_and_not_served(checkpoint, prove, tmp_path):
+def test_a_truncated_file_is_an_error(checkpoint, prove, tmp_path):
     compile_gguf(checkpoint, tmp_path, FLOATS)
     file = tmp_path / "model.gguf"
     file.write_bytes(file.read_bytes()[:-100_000])
@@ -75,12 +77,12 @@ def test_a_truncated_file_is_told_and_not_served(checkpoint, prove, tmp_path):
 @pytest.mark.slow
 def test_a_runtime_that_hangs_is_stopped(checkpoint, prove, tmp_path):
     compile_gguf(checkpoint, tmp_path, FLOATS)
-    with pytest.raises(ArtifactError, match=r"not done after 0\.2 s and was stopped"):
+    with pytest.raises(ArtifactError, match=r"did not finish within 0\.2 s and was stopped"):
         prove("gguf", tmp_path, checkpoint, deadline_s=0.2)
 
 
 @pytest.mark.slow
-def test_onnx_runtime_expects_what_the_checkpoint_expects(quantised, prove, tmp_path):
+def test_onnx_runtime_predicts_like_the_checkpoint(quantised, prove, tmp_path):
     facts = compile_onnx(quantised(), tmp_path, OnnxTarget(candidate="small", target="onnx"))
     assert facts == {"precision": "int4", "embeddings": "int8", "code_layers": 28}
     record = prove("onnx", tmp_path, quantised())
@@ -88,21 +90,21 @@ def test_onnx_runtime_expects_what_the_checkpoint_expects(quantised, prove, tmp_
     assert record["mean_absolute_difference_nats"] < 0.2
 
 
-def test_onnx_refuses_grids_its_builder_does_not_take(quantised, tmp_path):
+def test_onnx_rejects_grids_that_its_builder_does_not_support(quantised, tmp_path):
     with pytest.raises(CompileError, match="layers of 2 bits; ONNX"):
         compile_onnx(quantised(2), tmp_path, OnnxTarget(candidate="small", target="onnx"))
 
 
-def test_onnx_tells_what_its_builder_says(quantised, tmp_path):
+def test_onnx_reports_the_builder_s_error(quantised, tmp_path):
     folder = shutil.copytree(quantised(), tmp_path / "model")
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(told | {"architectures": ["MixtralForCausalLM"]}))
-    with pytest.raises(CompileError, match="builder does not take this model"):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"architectures": ["MixtralForCausalLM"]}))
+    with pytest.raises(CompileError, match="builder does not support this model"):
         compile_onnx(folder, tmp_path / "out", OnnxTarget(candidate="small", target="onnx"))
 
 
 @pytest.mark.slow
-def test_autogptq_gets_what_it_looks_for(quantised, prove, tmp_path):
+def test_the_autogptq_export_has_the_files_that_auto_gptq_reads(quantised, prove, tmp_path):
     compile_autogptq(quantised(), tmp_path, AutogptqTarget(candidate="small", target="autogptq"))
     config = json.loads((tmp_path / "config.json").read_text())
     tensors = load_file(tmp_path / "model.safetensors")
@@ -113,6 +115,6 @@ def test_autogptq_gets_what_it_looks_for(quantised, prove, tmp_path):
     assert prove("autogptq", tmp_path, quantised())["mean_absolute_difference_nats"] < 0.02
 
 
-def test_autogptq_is_for_quantised_checkpoints(checkpoint, tmp_path):
+def test_autogptq_rejects_float_checkpoints(checkpoint, tmp_path):
     with pytest.raises(CompileError, match="not quantised"):
         compile_autogptq(checkpoint, tmp_path, AutogptqTarget(candidate="small", target="autogptq"))

@@ -10,7 +10,8 @@ from lilliput.compress.awq import Group, _best_scales, awq, fold, scale_model
 from lilliput.compress.packing import rounded
 from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, probe_logits, random_model
+from lilliput.models import open_model, random_model
+from lilliput.saving import probe_logits
 from lilliput.training.examples import encode_examples
 from tests.contexts import SYSTEM, context
 

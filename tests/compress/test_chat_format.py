@@ -13,8 +13,9 @@ from lilliput.compress.chat_format import chat_facts
 from lilliput.compress.load import load
 from lilliput.config import LoadConfig
 from lilliput.errors import SourceError
-from lilliput.models import open_model, save_model
+from lilliput.models import open_model
 from lilliput.runtime.torch import TorchRuntime
+from lilliput.saving import save_model
 from lilliput.training.answer_loss import label_loss
 from lilliput.training.examples import collate, encode_examples
 from tests.contexts import SYSTEM, context

@@ -20,7 +20,8 @@ from lilliput.compress.distill import (
 from lilliput.compress.prune import remove_layers
 from lilliput.config import DistillConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, save_model
+from lilliput.models import open_model
+from lilliput.saving import save_model
 from lilliput.training.answer_loss import answer_logits, answer_states, label_loss
 from lilliput.training.examples import collate, encode_examples
 from lilliput.training.loop import IGNORED

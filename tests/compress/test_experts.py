@@ -26,7 +26,8 @@ from lilliput.config import DistillConfig, ExpertsConfig, PruneConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.evaluate.accessibility import kv_cache_bytes
-from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
+from lilliput.models import open_model, parameter_count, random_model
+from lilliput.saving import probe_logits, save_model
 from lilliput.training.answer_loss import label_loss
 from tests.contexts import SYSTEM, context
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from lilliput.compress.gptq import _layer_errors, gptq
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, probe_logits, prove_reload
+from lilliput.models import open_model
+from lilliput.saving import probe_logits, prove_reload
 from lilliput.training.examples import encode_examples
 from tests.contexts import SYSTEM, context
 

@@ -11,7 +11,8 @@ from lilliput.compress.load import load
 from lilliput.compress.rtn import rtn
 from lilliput.config import LoadConfig, RtnConfig
 from lilliput.errors import ArtifactError, LilliputError, SourceError
-from lilliput.models import open_model, opening, probe_logits, prove_reload, save_model
+from lilliput.models import open_model, translate_errors
+from lilliput.saving import probe_logits, prove_reload, save_model
 from tests.contexts import context
 from tests.gguf_source.conftest import perturbed, write_gguf
 
@@ -75,7 +76,7 @@ def test_does_not_write_a_diverged_model(opened, tmp_path):
 def test_infinite_logits_of_finite_weights_have_their_own_message(opened, checkpoint):
     logits = probe_logits(*opened).clone()
     logits[0, 0] = float("nan")
-    with pytest.raises(ArtifactError, match="computes logits that are NaN or infinite, though its weights are finite"):
+    with pytest.raises(ArtifactError, match="logits are NaN or infinite although its weights are finite"):
         prove_reload(checkpoint, logits, 1e-3)
 
 
@@ -163,16 +164,16 @@ def test_names_a_missing_shard(source):
 
 
 REMEDIES = {
-    "install what it names": ImportError("needs sentencepiece"),
+    "install the package it names": ImportError("needs sentencepiece"),
     "more memory": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
     "fetch both from the same revision": RuntimeError("You set `ignore_mismatched_sizes` to `False`"),
-    "choose a model that it knows": ValueError("model type `x` but Transformers does not recognize this architecture"),
+    "choose a supported model": ValueError("model type `x` but Transformers does not recognize this architecture"),
     "use the safetensors release": ValueError("GGUF model with architecture granite is not supported yet."),
-    "fetch or make it again": OSError("incomplete metadata"),
+    "download or create it again": OSError("incomplete metadata"),
 }
 
 
 @pytest.mark.parametrize("remedy", REMEDIES)
 def test_the_remedy_fits_the_cause(remedy, tmp_path):
-    with pytest.raises(LilliputError, match=remedy), opening(tmp_path, SourceError):
+    with pytest.raises(LilliputError, match=remedy), translate_errors(tmp_path, SourceError):
         raise REMEDIES[remedy]

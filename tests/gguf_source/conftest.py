@@ -1,4 +1,4 @@
-"""Tiny GGUF files: compiled from a checkpoint, or written key by key and tensor by tensor."""
+"""Tiny GGUF files: compiled from a checkpoint, or written directly with chosen keys and tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from lilliput.compile.gguf import FILE, compile_gguf
 from lilliput.config import GgufTarget
-from lilliput.models import random_model, save_model
+from lilliput.models import random_model
+from lilliput.saving import save_model
 
 # Byte-level BPE writes each byte as one character: printable ones as they are, the others from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -23,7 +24,7 @@ CHAT_TEMPLATE += "{% if add_generation_prompt %}<s>{% endif %}"
 
 
 def perturbed(config: Any) -> Any:
-    """A random model of `config`'s shape whose norms and biases are not their initial ones and zeros."""
+    """Returns a random model of `config`'s shape whose norms and biases differ from their initial values."""
     model = random_model(config, seed=0)
     random = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -35,7 +36,7 @@ def perturbed(config: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def compiled(tokenizer, tmp_path_factory):
-    """(model, GGUF file in float32) of a transformers configuration."""
+    """Returns (model, GGUF file in float32) of a transformers configuration."""
 
     def make(config: Any) -> tuple[Any, Path]:
         folder, target = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("gguf")
@@ -51,12 +52,12 @@ def write_gguf(file: Path, model: Any, architecture: str, settings: dict[str, An
     """Writes `model` as a GGUF file of `architecture`, with a byte-level vocabulary of 300.
 
     Args:
-        file: to be written.
+        file: the file to write.
         model: of the Llama, Qwen or Gemma kind.
         architecture: llama.cpp's name.
-        settings: hyperparameters by key without the architecture's prefix, or with a dot in front whole; None leaves a
-            key out.
-        extra: further tensors by name; None leaves one of the model's out.
+        settings: hyperparameters by key without the architecture's prefix, or complete keys after a dot; None omits a
+            key.
+        extra: further tensors by name; None omits one of the model's.
     """
     config = model.config
     heads = config.num_attention_heads
@@ -108,7 +109,7 @@ def _tensors(model: Any, architecture: str) -> dict[str, np.ndarray]:
 
 
 def _interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows in llama.cpp's order: the two dimensions that are rotated together lie side by side."""
+    """Reorders rows as in llama.cpp: the two dimensions that are rotated together are adjacent."""
     return tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 

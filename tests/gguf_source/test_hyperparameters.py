@@ -1,4 +1,4 @@
-"""Every key and tensor of a GGUF file reaches the model, or stops the load by its name."""
+"""Every key and tensor of a GGUF file is used by the model, or stops the load with its name."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids,
 from tests.contexts import context
 from tests.gguf_source.conftest import perturbed, write_gguf
 
-# transformers adds an end token of its own to some GGUF vocabularies; `load` removes it with a warning.
+# transformers adds its own end token to some GGUF vocabularies; `load` removes it with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*added tokens have no row in the embedding table:UserWarning")
 LOAD = LoadConfig(dtype="float32")
 SHAPE = {
@@ -34,7 +34,7 @@ IDS = torch.randint(0, 298, (1, 200), generator=torch.Generator().manual_seed(0)
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a tiny Llama, with other hyperparameters and tensors than its own; (model, file)."""
+    """Writes a tiny Llama with changed hyperparameters and tensors; returns (model, file)."""
 
     def make(settings=(), extra=(), architecture="llama", config=None):
         model = perturbed(config or LlamaConfig(**SHAPE))
@@ -49,7 +49,7 @@ def opened(file):
 
 
 @torch.inference_mode()
-def test_what_the_file_leaves_out_has_llama_cpps_value(write):
+def test_missing_hyperparameters_have_llama_cpp_s_defaults(write):
     model, file = write({"attention.head_count_kv": 1, "rope.freq_base": None})
     torch.testing.assert_close(opened(file)(IDS).logits, model(IDS).logits, rtol=0.0, atol=1e-4)
 
@@ -67,13 +67,13 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", KNOWN)
 @torch.inference_mode()
-def test_rotary_embeddings_are_the_files(name, write):
+def test_rotary_embeddings_follow_the_file(name, write):
     settings, parameters = KNOWN[name]
     model, file = write(settings, config=LlamaConfig(**SHAPE, rope_parameters=parameters))
     torch.testing.assert_close(opened(file)(IDS).logits, model(IDS).logits, rtol=0.0, atol=1e-4)
 
 
-REFUSED = {
+REJECTED = {
     "mystery": {"mystery": 3},
     "attention.sliding_window": {"attention.sliding_window": 32},
     "attention.causal": {"attention.causal": False},
@@ -96,14 +96,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_key_that_cannot_be_taken_over_is_named(key, write):
-    _, file = write(REFUSED[key])
+@pytest.mark.parametrize("key", REJECTED)
+def test_an_unsupported_key_is_an_error_that_names_it(key, write):
+    _, file = write(REJECTED[key])
     with pytest.raises(SourceError, match=key.replace(".", r"\.")):
         opened(file)
 
 
-def test_keys_that_compute_nothing_do_not_matter(write):
+def test_keys_without_effect_are_accepted(write):
     _, file = write(
         {".general.name": "tiny", ".quantize.imatrix.file": "x", ".general.sampling.temp": 0.5, "expert_count": 0}
         | {"attention.sliding_window": 2048, "rope.scaling.type": "none", "rope.scaling.finetuned": False}
@@ -111,9 +111,9 @@ def test_keys_that_compute_nothing_do_not_matter(write):
     assert opened(file)
 
 
-def test_rotary_divisors_without_a_known_formula_are_refused(write):
+def test_rotary_divisors_of_an_unknown_formula_are_rejected(write):
     _, file = write(extra={"rope_freqs.weight": np.linspace(1.0, 3.0, 16) ** 2})
-    with pytest.raises(SourceError, match=r"rope_freqs\.weight scales the rotary frequencies by no formula known"):
+    with pytest.raises(SourceError, match=r"rope_freqs\.weight scales the rotary frequencies by an unknown formula"):
         opened(file)
 
 
@@ -123,25 +123,25 @@ def test_rotary_divisors_of_one_change_nothing(write):
 
 
 @pytest.mark.parametrize("tensor", ["blk.1.attn_output_norm.weight", "blk.0.ffn_gate_shexp.weight"])
-def test_a_tensor_without_a_place_is_named(tensor, write):
+def test_a_tensor_without_a_place_is_an_error_that_names_it(tensor, write):
     _, file = write(extra={tensor: np.ones(64)})
     with pytest.raises(SourceError, match=tensor):
         opened(file)
 
 
-def test_biases_without_a_place_are_named(write):
+def test_biases_without_a_place_are_an_error_that_names_them(write):
     _, file = write(extra={"blk.0.attn_q.bias": np.ones(64), "blk.1.attn_q.bias": np.ones(64)})
     with pytest.raises(SourceError, match=r"does not hold.*self_attn\.\w_proj\.bias"):
         opened(file)
 
 
-def test_a_weight_that_is_not_in_the_file_is_named(write):
+def test_a_missing_weight_is_an_error_that_names_it(write):
     _, file = write(extra={"blk.1.ffn_up.weight": None})
     with pytest.raises(SourceError, match=r"does not hold.*layers\.1\.mlp\.up_proj\.weight"):
         opened(file)
 
 
-def test_an_architecture_that_transformers_does_not_read_gets_a_fitting_remedy(write):
+def test_an_unsupported_architecture_gets_a_fitting_remedy(write):
     _, file = write(architecture="smollm3")
     with pytest.raises(SourceError, match=r"smollm3 is not supported.*use the safetensors release"):
         load(context(file.parent, gguf_file=file.name), LOAD)
@@ -166,7 +166,7 @@ FAMILIES = {
 def test_a_loaded_source_agrees_with_llama_cpp(architecture, write, monkeypatch):
     settings, config = FAMILIES[architecture]
     _, file = write(settings, architecture=architecture, config=config)
-    # The file's vocabulary is byte-level whatever its architecture, which is not Gemma's kind.
+    # The file's vocabulary is byte-level for every architecture, unlike Gemma's.
     monkeypatch.setattr(load_module, "checked_tokenizer", lambda tokenizer, *_: tokenizer)
     record = load(context(file.parent, gguf_file=file.name), LOAD).checks["agreement_with_llama_cpp"]
     assert record["positions"] == 64
@@ -174,7 +174,7 @@ def test_a_loaded_source_agrees_with_llama_cpp(architecture, write, monkeypatch)
     assert record["mean_absolute_difference_nats"] < 1e-2
 
 
-def test_another_model_than_llama_cpp_runs_is_refused(write):
+def test_a_model_that_differs_from_llama_cpp_s_is_rejected(write):
     _, file = write()
     header = read_header(file)
     result = load(context(file.parent, gguf_file=file.name), LOAD)
@@ -182,11 +182,13 @@ def test_another_model_than_llama_cpp_runs_is_refused(write):
     predictions = llama_cpp_predictions(file, ids)
     assert require_same_model(header, result.model, ids, predictions)
     result.model.model.rotary_emb.inv_freq /= 4.0
-    with pytest.raises(SourceError, match=r"not the model that llama\.cpp runs: same next token at 0\.\d+ of 64"):
+    with pytest.raises(
+        SourceError, match=r"differs from the model that llama\.cpp runs: same next token at 0\.\d+ of 64"
+    ):
         require_same_model(header, result.model, ids, predictions)
 
 
-def test_a_file_that_llama_cpp_does_not_run_is_not_taken_unchecked(write):
+def test_a_file_that_llama_cpp_cannot_run_is_rejected(write):
     _, file = write(extra={"blk.0.attn_q.weight": np.ones((64, 64))[:, :32]})
     with pytest.raises(SourceError, match=r"llama\.cpp does not run this file, so .* cannot be checked"):
         llama_cpp_predictions(file, range(20))

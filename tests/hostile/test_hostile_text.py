@@ -1,4 +1,4 @@
-"""Damaged and hostile text files: only the documented errors come out, each with the file's name in it."""
+"""Damaged and hostile text files raise only documented errors, each with the file's name."""
 
 import json
 import time
@@ -49,29 +49,29 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_and_what_yaml_cannot_hold_are_refused_quickly(name, tmp_path):
+def test_yaml_bombs_and_invalid_values_are_rejected_quickly(name, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(BOMBS[name])
-    began = time.process_time()
+    start = time.process_time()
     with pytest.raises(ConfigError, match=str(path)):
         load_params(path)
     with pytest.raises(DataError, match=str(path)):
         read_recipe(path)
-    assert time.process_time() - began < 5.0
+    assert time.process_time() - start < 5.0
 
 
-def test_an_alias_or_two_are_welcome(tmp_path):
+def test_a_few_aliases_are_accepted(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("a: &a {b: 1}\nc: *a\nd: *a\n")
     assert read_yaml(path) == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1}}
 
 
 @pytest.mark.parametrize("kind", ["folder", "latin-1"])
-def test_what_is_no_text_file_is_refused_with_its_name(kind, tmp_path):
+def test_other_files_than_text_are_rejected_with_their_name(kind, tmp_path):
     path = tmp_path / "file.yaml"
     path.mkdir() if kind == "folder" else path.write_bytes(b"\xe9: 1")
-    for read, refusal in ((load_params, ConfigError), (read_recipe, DataError), (read_questions, DataError)):
-        with pytest.raises(refusal, match=str(path)):
+    for read, error_class in ((load_params, ConfigError), (read_recipe, DataError), (read_questions, DataError)):
+        with pytest.raises(error_class, match=str(path)):
             read(path)
 
 
@@ -130,7 +130,7 @@ def test_damaged_questions(count, tmp_path):
     run(count, st.one_of(st.binary(max_size=60), damaged(lines), trees), body)
 
 
-def test_questions_of_great_depth_are_refused(tmp_path):
+def test_deeply_nested_questions_are_rejected(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("[" * 100_000)
     with pytest.raises(DataError, match=f"{path}:1"):
@@ -164,7 +164,7 @@ def test_damaged_manifests(count, artefact):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "a/../../outside", "sub/\x00"])
-def test_a_manifest_that_lists_files_elsewhere_is_refused_unread(name, artefact):
+def test_a_manifest_that_lists_files_elsewhere_is_rejected_before_they_are_read(name, artefact):
     (artefact.parent / "outside").write_bytes(b"weights")
     manifest = json.loads((artefact / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"]["model.safetensors"]
@@ -203,7 +203,7 @@ def test_damaged_deployments(count, tmp_path, tiny_params):
     run(count, st.one_of(damaged(json.dumps(whole).encode()), trees), body)
 
 
-def test_a_deployment_cannot_point_out_of_its_folder(tmp_path):
+def test_a_deployment_cannot_refer_to_another_folder(tmp_path):
     from pydantic import ValidationError
 
     from lilliput.serve.deployment import DeployedModel

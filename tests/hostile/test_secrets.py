@@ -1,4 +1,4 @@
-"""Canaries in the place of secrets: they turn up in no log, record, MLflow store, report, message or child process."""
+"""Fake secrets in the environment appear in no log, record, MLflow store, report, message or child process."""
 
 import contextlib
 import io
@@ -45,9 +45,9 @@ def canaries(monkeypatch):
         monkeypatch.setenv(name, f"{CANARY}-{name}")
 
 
-def said(refusal) -> str:
-    assert CANARY not in str(refusal.value)
-    return str(refusal.value)
+def message_of(error) -> str:
+    assert CANARY not in str(error.value)
+    return str(error.value)
 
 
 def with_line(tmp_path, old, new):
@@ -59,16 +59,16 @@ def with_line(tmp_path, old, new):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_holds_a_secret_is_known_by_its_name(name):
+def test_variables_with_secrets_are_recognised_by_name(name):
     assert redaction.is_secret(name)
 
 
 @pytest.mark.parametrize("name", ["AWS_REGION", "TOKENIZERS_PARALLELISM", "PATH", "KEYBOARD", "HF_HUB_OFFLINE"])
-def test_other_variables_are_none(name):
+def test_other_variables_are_not_secret(name):
     assert not redaction.is_secret(name)
 
 
-def test_a_value_that_begins_with_another_is_hidden_whole(monkeypatch):
+def test_a_secret_that_starts_with_another_is_hidden_completely(monkeypatch):
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefgh-ijkl")
     assert redaction.redacted("<abcdefgh-ijkl> <abcdefgh> <abc>") == "<***> <***> <abc>"
@@ -83,35 +83,35 @@ def test_a_value_that_begins_with_another_is_hidden_whole(monkeypatch):
         ("threads: 1", f"thread: http:/{CANARY}-LILLIPUT_TOKEN", "contains the value of LILLIPUT_TOKEN"),
     ],
 )
-def test_params_with_a_secret_are_refused_and_the_secret_is_not_repeated(old, new, remedy, canaries, tmp_path):
-    with pytest.raises(ConfigError) as refusal:
+def test_params_with_a_secret_are_rejected_without_repeating_it(old, new, remedy, canaries, tmp_path):
+    with pytest.raises(ConfigError) as error:
         load_params(with_line(tmp_path, old, new))
-    assert remedy in said(refusal)
+    assert remedy in message_of(error)
 
 
 @pytest.mark.parametrize("url", [ADDRESS, "https://user@host", "http://a:b@[::1]:8000"])
-def test_the_edge_servers_address_holds_no_user_and_no_password(url):
+def test_the_edge_server_s_address_must_not_contain_credentials(url):
     with pytest.raises(ValueError, match="put the key into LILLIPUT_EDGE_KEY"):
         EdgeConfig(url=url, model="m")
     assert EdgeConfig(url="https://host.example/a@b", model="m")
 
 
 @pytest.mark.parametrize("url", ["https://host?key=1", "https://host/#a", "ftp://host", "https://"])
-def test_the_edge_servers_address_is_one_to_which_paths_can_be_added(url):
+def test_the_edge_server_s_address_must_accept_appended_paths(url):
     with pytest.raises(ValueError, match="pattern"):
         EdgeConfig(url=url, model="m")
 
 
 @pytest.mark.parametrize("address", [ADDRESS, f"postgresql://me:{CANARY}@host/db"])
-def test_a_password_in_the_tracking_address_is_refused(address, monkeypatch, tmp_path):
+def test_a_password_in_the_tracking_address_is_rejected(address, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as error:
         model_versions.client()
-    assert "MLFLOW_TRACKING_PASSWORD" in said(refusal)
+    assert "MLFLOW_TRACKING_PASSWORD" in message_of(error)
 
 
-def test_a_stages_log_holds_no_secret_whoever_writes_it(canaries, tmp_path):
+def test_a_stage_s_log_contains_no_secret(canaries, tmp_path):
     code = (
         "import logging, os, sys, traceback, warnings\n"
         "from pathlib import Path\n"
@@ -130,7 +130,7 @@ def test_a_stages_log_holds_no_secret_whoever_writes_it(canaries, tmp_path):
     assert CANARY not in log + (done.stdout + done.stderr).decode()
 
 
-def test_the_message_a_stage_ends_with_holds_no_secret(canaries, monkeypatch, tmp_path):
+def test_the_final_message_of_a_stage_contains_no_secret(canaries, monkeypatch, tmp_path):
     log = tmp_path / "stage.log"
     with log.open("w") as stream, contextlib.redirect_stdout(stream):
         terminal = io.StringIO()
@@ -140,42 +140,42 @@ def test_the_message_a_stage_ends_with_holds_no_secret(canaries, monkeypatch, tm
     assert CANARY not in terminal.getvalue()
 
 
-def test_pips_reason_is_told_without_the_indexs_password(canaries, monkeypatch, tmp_path):
+def test_pip_s_error_is_reported_without_the_index_s_password(canaries, monkeypatch, tmp_path):
     done = subprocess.CompletedProcess([], 1, "", f"ERROR: no wheel at {ADDRESS}\n")
     monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: done)
     monkeypatch.setattr(wheels, "WAIT_S", 0.0)
-    with pytest.raises(SourceError) as refusal:
+    with pytest.raises(SourceError) as error:
         fetch_wheel("a", "1", "0" * 64, tmp_path)
-    assert "no wheel at https://***@host.example" in said(refusal)
+    assert "no wheel at https://***@host.example" in message_of(error)
 
 
 class _NotStarted(Exception):
     pass
 
 
-def test_processes_that_open_models_are_given_no_secrets(canaries, monkeypatch, tmp_path):
+def test_processes_that_open_models_receive_no_secrets(canaries, monkeypatch, tmp_path):
     from lilliput.compile import onnx
-    from lilliput.models import prove_reload
+    from lilliput.saving import prove_reload
 
-    seen = []
+    environments = []
 
-    def note(*_, env, **__):
-        seen.append(env)
+    def record_environment(*_, env, **__):
+        environments.append(env)
         raise _NotStarted
 
-    monkeypatch.setattr(subprocess, "run", note)
-    monkeypatch.setattr(subprocess, "Popen", note)
+    monkeypatch.setattr(subprocess, "run", record_environment)
+    monkeypatch.setattr(subprocess, "Popen", record_environment)
     starts = (
-        lambda: runs.run_on_device(runs.Job("gguf", "x", 1, 1), memory_bytes=None, deadline_s=1.0),
+        lambda: runs.run_on_device(runs.DeviceJob("gguf", "x", 1, 1), memory_bytes=None, deadline_s=1.0),
         lambda: LlamaServer(ServerSettings("x", 1, 1)),
         lambda: prove_reload(tmp_path, torch.zeros(1), 0.0),
-        lambda: onnx._run(["x"], tmp_path, 1.0),
+        lambda: onnx._run_builder(["x"], tmp_path, 1.0),
     )
     for start in starts:
         with pytest.raises(_NotStarted):
             start()
-    assert len(seen) == len(starts)
-    for environment in seen:
+    assert len(environments) == len(starts)
+    for environment in environments:
         assert environment["PATH"] == os.environ["PATH"]
         assert not [name for name, value in environment.items() if CANARY in value]
 
@@ -199,10 +199,10 @@ def test_registering_promoting_and_reporting_write_no_secret(
         project = Project(tiny_params, tmp_path / "checkpoint")
         project.evaluate(dict.fromkeys(EVEN, 100))
         promote(project.params("laptop"))
-        for name in EVEN:  # what the page shows and promotion does not ask for
-            told = json.loads(layout.metrics(name).read_text())
+        for name in EVEN:  # figures of the report that promotion does not need
+            metrics = json.loads(layout.metrics(name).read_text())
             cost = json.loads(layout.cost(name).read_text())
-            write_json(layout.metrics(name), record(0.5, 260) | cost | told)
+            write_json(layout.metrics(name), record(0.5, 260) | cost | metrics)
         report(project.params("laptop"))
         assert (layout.REPORT / "index.html").exists()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -214,7 +214,7 @@ def test_registering_promoting_and_reporting_write_no_secret(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
+def test_prefect_stores_no_secret_of_a_failed_stage(canaries, tmp_path):
     """A stage prints its environment and fails; then Prefect's database, the logs and the terminal are searched."""
     (tmp_path / "stage.py").write_text(
         "import os, sys\n"
@@ -252,7 +252,7 @@ def test_prefect_keeps_no_secret_of_a_failed_stage(canaries, tmp_path):
         [sys.executable, "night.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    assert "'data': " in done.stdout and redaction.HIDDEN in done.stdout  # the reason, as Prefect has it, without them
+    assert "'data': " in done.stdout and redaction.HIDDEN in done.stdout  # the redacted reason, as Prefect stores it
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name.startswith("prefect.db") for path in written)
     assert [path for path in written if CANARY.encode() in path.read_bytes()] == []

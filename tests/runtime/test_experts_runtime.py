@@ -25,7 +25,7 @@ def mixture(tokenizer):
 
 
 @torch.inference_mode()
-def test_one_token_alone_is_computed_as_transformers_does(mixture, tokenizer):
+def test_a_single_token_gives_the_result_of_transformers(mixture, tokenizer):
     ids = torch.tensor([[7]])
     mixture.set_experts_implementation("eager")
     expected = mixture(input_ids=ids).logits
@@ -33,7 +33,7 @@ def test_one_token_alone_is_computed_as_transformers_does(mixture, tokenizer):
     assert torch.allclose(runtime.model(input_ids=ids).logits, expected, atol=1e-5)
 
 
-def test_a_streamed_answer_is_the_batched_one(mixture, tokenizer):
+def test_streamed_and_batched_answers_are_equal(mixture, tokenizer):
     runtime = TorchRuntime(mixture, tokenizer, batch_size=2)
     prompts = [[5, 6, 7, 8], [5, 6, 9]]
     streamed = [tokenizer.decode(list(runtime.stream(prompt, 6)), skip_special_tokens=True) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""llama.cpp opens a port of loopback even where it is used within the process; nobody else gets an answer there."""
+"""llama.cpp opens a loopback port even when used in-process; other programs get no answer there."""
 
 import httpx
 import pytest
@@ -16,7 +16,7 @@ def runtime(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", ["/completion", "/tokenize", "/apply-template", "/v1/chat/completions", "/props"])
-def test_a_web_page_and_other_programs_get_no_answer(runtime, path):
+def test_requests_without_the_key_are_rejected(runtime, path):
     messages = [{"role": "user", "content": "x"}]
     body = {"prompt": "x", "content": "x", "messages": messages, "n_predict": 1, "max_tokens": 1}
     page = {"Origin": "http://evil.example"}
@@ -25,7 +25,7 @@ def test_a_web_page_and_other_programs_get_no_answer(runtime, path):
     assert answer.headers.get("access-control-allow-origin") in (None, "http://nobody.invalid")
 
 
-def test_the_runtime_itself_answers(runtime):
+def test_the_runtime_itself_gets_answers(runtime):
     assert list(runtime.predictions([1, 2, 3, 4], 2))
     assert len(list(runtime.stream([1, 2, 3], 3))) > 0
     assert runtime.chat_ids([{"role": "user", "content": "Why?"}])

@@ -6,7 +6,8 @@ from lilliput.compress.lora import lora, with_adapter
 from lilliput.config import LoraConfig
 from lilliput.data.questions import ABSTENTION
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, probe_logits, prove_reload, save_model
+from lilliput.models import open_model
+from lilliput.saving import probe_logits, prove_reload, save_model
 from lilliput.training import checkpoint
 from lilliput.training.answer_loss import answer_logits, answer_states, label_loss
 from lilliput.training.checkpoint import fingerprint, last_checkpoint
