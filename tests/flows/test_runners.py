@@ -231,7 +231,7 @@ def remaining(project: Clone) -> list[psutil.Process]:
 
 
 def test_a_stage_ends_with_its_flow_on_another_machine(tmp_path):
-    waits = "import time; from tasks.process.machine_lock import end_with_stdin; end_with_stdin();"
+    waits = "import time; from lilliput.child import end_with_stdin; end_with_stdin();"
     waits += " open('began', 'w'); time.sleep(300)"
     stage = Stage("data", f'python -c "{waits}"', "")
     started = time.monotonic()

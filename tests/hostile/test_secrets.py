@@ -78,7 +78,7 @@ def test_a_secret_that_starts_with_another_is_hidden_completely(monkeypatch):
     ("old", "new", "remedy"),
     [
         ("{candidate: lora, threads: 1, slots: 2}", f'{{url: "{ADDRESS}", model: m}}', "LILLIPUT_EDGE_KEY"),
-        ("Everything that changes", f"{ADDRESS} Everything that changes", "line 1: an address with a user"),
+        ("All settings that change", f"{ADDRESS} All settings that change", "line 1: an address with a user"),
         ("licence: Apache-2.0", f"licence: {CANARY}-HF_TOKEN", "contains the value of HF_TOKEN"),
         ("threads: 1", f"thread: http:/{CANARY}-LILLIPUT_TOKEN", "contains the value of LILLIPUT_TOKEN"),
     ],

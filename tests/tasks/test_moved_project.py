@@ -18,7 +18,7 @@ from lilliput.artifacts import write_json
 from lilliput.chat.template import encode_prompt
 from lilliput.errors import ArtifactError, RegistryError
 from lilliput.runtime.torch import TorchRuntime
-from scripts.services import Ports, Services, _living
+from scripts.services import Ports, Services, _running_processes
 from tasks import layout
 from tasks.promote import promote
 from tasks.registry import model_versions, moved
@@ -176,12 +176,12 @@ def test_the_gateway_of_the_original_project_does_not_belong_to_the_copy(tmp_pat
 def test_services_belong_to_their_moved_folder_and_not_to_a_copy(tmp_path):
     first, copy, later = (tmp_path / name for name in ("first", "copy", "later"))
     first.mkdir()
-    Services(first, Ports(1, 2, 3, 4), "postgres")._note()
+    Services(first, Ports(1, 2, 3, 4), "postgres")._record_processes()
     shutil.copytree(first, copy)
-    assert [process.pid for process in _living(first)] == [os.getpid()]
-    assert _living(copy) == []
+    assert [process.pid for process in _running_processes(first)] == [os.getpid()]
+    assert _running_processes(copy) == []
     first.rename(later)
-    assert [process.pid for process in _living(later)] == [os.getpid()]
+    assert [process.pid for process in _running_processes(later)] == [os.getpid()]
 
 
 def test_a_gateway_that_was_moved_while_running_names_the_remedy(tmp_path):
