@@ -25,7 +25,7 @@ PAUSE_S = (0.4, 1.2)  # all clients share one address, so also one limit of 100 
 
 @pytest.fixture
 def home(checkpoint, tmp_path, tiny_params):
-    """A deployment of a tiny model, without edge server and cache."""
+    """A deployment of a tiny model that answers everything itself, without a cache."""
     with writing(tmp_path / "model") as partial:
         compile_gguf(checkpoint, partial, GgufTarget(candidate="s", target="gguf", floats="f32", embeddings="f32"))
         sealed = seal(partial, candidate="small", strategy="gguf", config={}, parent=None, parameters=1, facts={})
@@ -36,9 +36,9 @@ def home(checkpoint, tmp_path, tiny_params):
     served = Deployment(
         device="phone-4gb",
         model=small,
-        edge=None,
+        edge=small,
         serving=settings.model_copy(
-            update={"policy": "device", "edge": None, "cache": settings.cache.model_copy(update={"capacity": 0})}
+            update={"policy": "device", "cache": settings.cache.model_copy(update={"capacity": 0})}
         ),
         links=tiny_params.links,
         profile=tiny_params.devices["phone-4gb"],
