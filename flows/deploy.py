@@ -29,7 +29,7 @@ from flows.engine.waiting import wait_for_folder
 from flows.engine.workspace import PROJECT
 from lilliput.artifacts import write_text
 from lilliput.cache.answers import clear
-from lilliput.errors import ArtifactError, LilliputError
+from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.params import load_params
 from lilliput.redaction import redacted
 from lilliput.serve.deployment import (
@@ -102,6 +102,7 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
     home = folder / DEPLOYMENTS / device
     home.mkdir(parents=True, exist_ok=True)
     with wait_for_folder(home, folder_lock), contextlib.chdir(folder):
+        _require_restart(home, address)
         files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
         if action is Action.rollback:
             roll_back(home)
@@ -118,6 +119,19 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
     assert current is not None
     version = f" (version {current.model.version})" if current.model.version else ""
     return f"{device} serves {current.model.name}{version} at {url}"
+
+
+def _require_restart(home: Path, address: Address) -> None:
+    """Rejects proxies for a gateway that runs already: it would go on without them.
+
+    Raises:
+        ConfigError: a gateway runs.
+    """
+    if address.proxies and (gateway := running(home)):
+        raise ConfigError(
+            f"--proxy: a gateway runs at {gateway['url']}, and trusts the proxies and the token of its start; end it "
+            "with --stop, then deploy again"
+        )
 
 
 def running(home: Path) -> dict[str, Any] | None:

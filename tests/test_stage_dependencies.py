@@ -9,10 +9,13 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import grimp
 import pytest
 from ruamel.yaml import YAML
+
+from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget, StrategiesConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 # Code that a stage imports and need not depend on. Their own imports are not followed.
@@ -33,8 +36,8 @@ EXEMPT = {
     "tasks.records": "reads what other stages wrote",
     "tasks.registry": "MLflow: stages that write there are run again whenever a record changed",
 }
-STRATEGIES = {"awq", "distill", "experts", "gptq", "load", "lora", "moe", "prune", "rtn", "sparsify"}
-TARGETS = {"gguf", "onnx", "autogptq"}
+STRATEGIES = set(StrategiesConfig.model_fields)
+TARGETS = {get_args(form.model_fields["target"].annotation)[0] for form in (GgufTarget, OnnxTarget, AutogptqTarget)}
 # Stages with code of their own for each strategy or target: `${item.apply}` and `${item.target}` in dvc.yaml.
 CHOSEN = {"compress": ("lilliput.compress", STRATEGIES), "compile": ("lilliput.compile", TARGETS)}
 

@@ -69,10 +69,11 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
     """Copies code and parameters into `folder` and returns it; models and results there stay as they are.
 
     Raises:
-        BusyError: a run uses the folder.
+        BusyError: a run or a `dvc` command uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
+    lock = exclusive if (folder / ".dvc").exists() else folder_lock  # a new workspace has no DVC to lock
+    with lock(folder):
         _copy_into(folder, params_file, data_source, data_name)
     return folder
 

@@ -14,7 +14,7 @@ from lilliput.artifacts import seal, writing
 from lilliput.cache.answers import AnswerCache, CachedAnswer
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
-from lilliput.errors import ArtifactError
+from lilliput.errors import ArtifactError, ConfigError
 from lilliput.serve.deployment import (
     DeployedModel,
     Deployment,
@@ -170,6 +170,15 @@ def test_clear_cache_affects_one_device(tmp_path, monkeypatch):
     assert cache.count() == 1
     result = CliRunner().invoke(flow.app, ["laptop", "--clear-cache", "--stop"])
     assert result.exit_code == 2
+
+
+def test_proxies_of_a_running_gateway_cannot_be_changed(tmp_path, monkeypatch):
+    from flows import deploy as flow
+
+    monkeypatch.setattr(flow, "running", lambda _: {"url": "http://127.0.0.1:8080", "pid": 1})
+    with pytest.raises(ConfigError, match=r"a gateway runs at http://127.0.0.1:8080.*--stop"):
+        flow._require_restart(tmp_path, flow.Address(proxies=("127.0.0.1",)))
+    flow._require_restart(tmp_path, flow.Address())
 
 
 @pytest.fixture(scope="module")
