@@ -79,12 +79,14 @@ def democratize(
 
 def _run_all(folder: Path, only: list[str], runner: StageRunner) -> State | dict[str, str]:
     update_paths()
-    lineage, settings = Lineage(folder), _settings(folder)
-    _require_machine(lineage, folder, only)
-    states, failed = run_stages(lineage.stages(only), lineage, runner)
+    settings = _settings(folder)
+    with closing(Lineage(folder)) as lineage:
+        _require_machine(lineage, folder, only)
+        stages = lineage.stages(only)
+        states, failed = run_stages(stages, lineage, runner)
     _publish(folder)
     if failed:
-        skipped = [stage.name for stage in lineage.stages(only) if stage.name not in states | failed]
+        skipped = [stage.name for stage in stages if stage.name not in states | failed]
         note = f"\nnot run, because they depend on it: {', '.join(skipped)}" if skipped else ""
         return Failed(message="\n".join(failed.values()) + note)
     if _settings(folder) != settings and (stale := _stale(folder, only)):
@@ -101,8 +103,7 @@ def _settings(folder: Path) -> list[bytes]:
 
 def _stale(folder: Path, only: list[str]) -> list[str]:
     """Returns the stages that are not up to date with the present settings in `folder`."""
-    lineage = Lineage(folder)
-    with closing(lineage):
+    with closing(Lineage(folder)) as lineage:
         return [stage.name for stage in lineage.stages(only) if lineage.changes(stage.name)]
 
 
@@ -160,8 +161,8 @@ def main(
         _require_runnable(folder, only)
         require_runner(runner, workers)
         if plan_only:
-            with contextlib.chdir(folder):
-                print_plan(plan(Lineage(folder), load_params(folder / "params.yaml"), folder, only or []))
+            with contextlib.chdir(folder), closing(Lineage(folder)) as lineage:
+                print_plan(plan(lineage, load_params(folder / "params.yaml"), folder, only or []))
             return
     except (LilliputError, DvcException) as error:
         fail(str(error), 2)

@@ -102,14 +102,15 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
     home = folder / DEPLOYMENTS / device
     home.mkdir(parents=True, exist_ok=True)
     with wait_for_folder(home, folder_lock), contextlib.chdir(folder):
-        _require_restart(home, address)
+        gateway = running(home)
+        _require_restart(gateway, address)
         files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
         if action is Action.rollback:
             roll_back(home)
         else:
             make_current(stage_champion(load_params(folder / "params.yaml"), device, home), home)
         try:
-            url = _take_over(home) if running(home) else _start(home, address)
+            url = _take_over(home, gateway) if gateway else _start(home, address)
         except BaseException:
             for name, content in files.items():  # the files describe what is still served
                 _restore(home / name, content)
@@ -121,13 +122,13 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
     return f"{device} serves {current.model.name}{version} at {url}"
 
 
-def _require_restart(home: Path, address: Address) -> None:
+def _require_restart(gateway: Mapping[str, Any] | None, address: Address) -> None:
     """Rejects proxies for a gateway that runs already: it would go on without them.
 
     Raises:
         ConfigError: a gateway runs.
     """
-    if address.proxies and (gateway := running(home)):
+    if address.proxies and gateway:
         raise ConfigError(
             f"--proxy: a gateway runs at {gateway['url']}, and trusts the proxies and the token of its start; end it "
             "with --stop, then deploy again"
@@ -150,12 +151,14 @@ def running(home: Path) -> dict[str, Any] | None:
     return record if same and folder == PROJECT else None
 
 
-def _take_over(home: Path) -> str:
+def _take_over(home: Path, gateway: Mapping[str, Any]) -> str:
     """Switches the running gateway to the current model; returns its address."""
-    record = running(home)
-    assert record is not None
-    url = record["url"]
-    if not Path(psutil.Process(record["pid"]).cmdline()[0]).exists():  # it starts models by its interpreter's path
+    url = gateway["url"]
+    try:
+        interpreter = Path(psutil.Process(gateway["pid"]).cmdline()[0])
+    except (psutil.Error, IndexError):
+        raise ArtifactError(f"{url}: the gateway has just ended; deploy again") from None
+    if not interpreter.exists():  # it starts models by this path
         raise ArtifactError(
             f"{url}: this gateway was started before its project was moved, and cannot open other models; end "
             "it with --stop, then deploy again"

@@ -118,14 +118,10 @@ def _search(chains: ChainRunner, config: SearchConfig, file: str, budget: Budget
     _require_objectives(config, reference)
     space = Space(config, load_params(layout.PARAMS), file, AutoConfig.from_pretrained(layout.model(config.base)))
     study = open_study(space, layout.STUDY, chains.are_current)
-    for chain in finished(study, space).values():
+    done = finished(study, space)
+    for chain in done.values():
         chains.add_finished(chain)
-    log(
-        "%s: %d sequences are possible, %d trials done",
-        study.study_name,
-        len(space.sequences),
-        len(finished(study, space)),
-    )
+    log("%s: %d sequences are possible, %d trials done", study.study_name, len(space.sequences), len(done))
     budget = replace(budget, minutes=budget.minutes - (time.monotonic() - started) / 60.0)
     stop_reason = run_trials(study, space, budget, chains.forecast, chains.make, log)
     write_json(layout.SEARCH, search_record(study, space, reference, stop_reason))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
-from lilliput.artifacts import verify, write_json, write_text
+from lilliput.artifacts import verify, write_json
 from lilliput.config import Params
 from lilliput.data.corpus import read_corpus
+from lilliput.data.jsonl import write_rows
 from lilliput.recipes.recipe import recipe_of
 from lilliput.wheels import default_cache
 from tasks import layout
@@ -29,6 +28,5 @@ def caching(params: Params, candidate: str) -> None:
         artifact_sha256=manifest.artifact_sha256,
         size_bytes=manifest.size_bytes,
     )
-    rows = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in result.answers)
-    write_text(layout.caching_answers(candidate), "".join(f"{row}\n" for row in rows))
+    write_rows(layout.caching_answers(candidate), result.answers)
     write_json(layout.caching(candidate), result.record)

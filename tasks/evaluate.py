@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from lilliput.artifacts import verify, write_json, write_text
+from lilliput.artifacts import verify, write_json
 from lilliput.config import Params
 from lilliput.contamination import find_contaminated
 from lilliput.data.corpus import read_corpus
+from lilliput.data.jsonl import write_rows
 from lilliput.evaluate.record import evaluate_candidate
 from tasks import layout
 
@@ -28,6 +28,5 @@ def evaluate(params: Params, candidate: str) -> None:
         size_bytes=manifest.size_bytes,
         parameters=manifest.parameters,
     )
-    rows = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in evaluation.answers)
-    write_text(layout.answers(candidate), "".join(f"{row}\n" for row in rows))
+    write_rows(layout.answers(candidate), evaluation.answers)
     write_json(layout.metrics(candidate), evaluation.record)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lilliput.artifacts import verify, write_json, write_text
+from lilliput.artifacts import verify, write_json
 from lilliput.config import Params
 from lilliput.data.corpus import Corpus, read_corpus
+from lilliput.data.jsonl import write_rows
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import DataError
 from lilliput.llama_server.process import LlamaServer, ServerSettings
@@ -33,7 +33,7 @@ def offload(params: Params, device: str) -> None:
     from lilliput.runtime.torch import cpu_threads
 
     serving, folder = params.serving[device], layout.offload(device)
-    champion, server = bundled_champion(device), edge_manifest(params, serving)
+    champion, server = bundled_champion(device), edge_manifest(serving)
     pair = pair_of(champion, serving.edge, server)
     corpus = read_corpus(layout.DATA)
     embedder = open_embedder(params.caching.embedder, default_cache())
@@ -50,7 +50,7 @@ def offload(params: Params, device: str) -> None:
             rows = ask_both(questions, local, edge, embedder, prompt, max_tokens, client)
         vectors = embedder.embed([row["question"] for row in rows])
         result, router = judge_policies(rows, vectors, params, device)
-        write_text(folder / ANSWERS, "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows))
+        write_rows(folder / ANSWERS, rows)
         write_json(folder / CURVES, result.pop("curves"))
         identity = {"pair": list(pair), "embedder_sha256": embedder.sha256}
         write_json(folder / ROUTER, identity | router)

@@ -43,7 +43,7 @@ def offload_record(params: Params, device: str) -> dict[str, Any] | None:
     """Returns the offloading record of `device` with its curves; None if it is not of the bundled champion."""
     serving, path = params.serving[device], layout.offload_record(device)
     try:
-        pair = pair_of(bundled_champion(device), serving.edge, edge_manifest(params, serving))
+        pair = pair_of(bundled_champion(device), serving.edge, edge_manifest(serving))
         record = json.loads(path.read_text(encoding="utf-8"))
         curves = json.loads((layout.offload(device) / CURVES).read_text(encoding="utf-8"))
     except (ArtifactError, FileNotFoundError):
@@ -66,7 +66,7 @@ def bundled_champion(device: str) -> Manifest:
     return read_manifest(folder)
 
 
-def edge_manifest(params: Params, serving: ServingConfig) -> Manifest | None:
+def edge_manifest(serving: ServingConfig) -> Manifest | None:
     """Returns the manifest of the edge server's model; None for a server elsewhere."""
     if serving.edge.candidate is None:
         return None

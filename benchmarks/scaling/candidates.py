@@ -85,7 +85,7 @@ def _ask(folder: Path, count: int) -> Row:
             assert not any(lineage.changes(name) for name in drawn)
         with timed() as recorded:
             for name in drawn[:2]:
-                lineage.commit(name)
+                lineage.commit(name, lineage.inputs(name))
         assert not any(lineage.changes(name) for name in drawn)
     return {"stages": len(stages), "ask_cpu_s": asked["cpu_s"] / 5, "record_cpu_s": recorded["cpu_s"] / 2}
 

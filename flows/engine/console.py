@@ -130,7 +130,7 @@ def print_decisions(folder: Path, only: str | None = None) -> None:
         if only not in (None, device):
             continue
         console.print(
-            f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'nobody'}[/bold]: {decision['reason']}"
+            f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'no champion'}[/bold]: {decision['reason']}"
         )
         for name, reason in decision["refused"].items():
             console.print(f"  not {name}: {reason}", style="dim", highlight=False)

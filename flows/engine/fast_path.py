@@ -18,7 +18,7 @@ from tasks.registry.moved import update_paths
 
 
 def try_fast_path(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
-    """Prints the summary and returns True if the whole graph is up to date; otherwise returns False without effect.
+    """Prints the summary and returns True if the whole graph is up to date; otherwise returns False; no stage has run.
 
     Returns False where Prefect has a server, because each run is a flow run there, and for every error, which the flow
     then reports.
@@ -34,8 +34,7 @@ def try_fast_path(arguments: Sequence[str], environment: Mapping[str, str] = os.
         if more or "PREFECT_API_URL" in environment:
             return False
         folder = open_workspace(options.params)
-        with contextlib.chdir(folder), exclusive(folder):
-            lineage = Lineage(folder)
+        with contextlib.chdir(folder), exclusive(folder), contextlib.closing(Lineage(folder)) as lineage:
             if not lineage.unchanged():
                 return False
             stages = lineage.stages()

@@ -157,20 +157,20 @@ class Lineage:
             return False
         return True
 
-    def commit(self, name: str, inputs: Mapping[str, Any] | None = None) -> None:
-        """Records a run of stage `name`: puts its outputs into the cache and all hashes into dvc.lock.
+    def commit(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Records the outputs of stage `name`: puts them into the cache and all hashes into dvc.lock.
 
         Args:
             name: of the stage.
-            inputs: from `inputs` before the stage began.
+            inputs: from `inputs`, before the stage was run or restored.
 
         Raises:
-            StageError: the disk is full, or the inputs changed while the stage ran.
+            StageError: the disk is full, or the inputs changed meanwhile.
         """
-        if inputs is not None and (changed := _differences(inputs, self.inputs(name))):
+        if changed := _differences(inputs, self.inputs(name)):
             raise StageError(
-                f"{name}: {', '.join(changed)} changed while it was at work, so what it made is not recorded; "
-                "the same command makes it again"
+                f"{name}: {', '.join(changed)} changed during the stage, so its outputs are not recorded; the same "
+                "command makes them again"
             )
         stage = self._pipeline.load(name)
         try:

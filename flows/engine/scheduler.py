@@ -69,11 +69,11 @@ def run_stages(stages: Iterable[Stage], lineage: Lineage, runner: Runner) -> tup
             continue  # the other stages still run: their results are useful without it
         with _recorded_failure(name, failed):
             reasons = lineage.changes(name)
-            if not reasons or _restore(name, lineage):
+            inputs = lineage.inputs(name) if reasons else {}
+            if not reasons or _restore(name, inputs, lineage):
                 states[name] = "Restored" if reasons else "Cached"
                 runner.mark_skipped(stage, states[name])
             else:
-                inputs = lineage.inputs(name)
                 runner.start(stage, reasons)
                 running[name] = inputs
     return states, failed
@@ -85,10 +85,10 @@ def _next_ready(waiting: Iterable[str], needs: Mapping[str, set[str]], running: 
     return next((name for name in waiting if not needs[name] & unfinished), None)
 
 
-def _restore(name: str, lineage: Lineage) -> bool:
+def _restore(name: str, inputs: Mapping[str, Any], lineage: Lineage) -> bool:
     restored = lineage.restore(name)
     if restored:
-        lineage.commit(name)
+        lineage.commit(name, inputs)
     return restored
 
 

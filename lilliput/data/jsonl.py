@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lilliput.artifacts import write_text
 from lilliput.errors import DataError
 
 
@@ -40,6 +41,11 @@ def _parse(line: str, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{place}: a {type(row).__name__}, not a JSON object; restore the file")
     return row
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes `rows` to `path`, whole or not at all, with sorted keys and text as it is."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows))
 
 
 def index_lines(stream: Iterable[bytes], path: Path) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
@@ -13,7 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from lilliput.artifacts import file_sha256
 from lilliput.config import Params
 from lilliput.data.jsonl import parse_rows
-from lilliput.errors import ArtifactError
+from lilliput.errors import ArtifactError, DataError
 from tasks import layout
 from tasks.registry import model_versions
 
@@ -63,11 +64,15 @@ def read_past_champion(params: Params, device: str, version: ModelVersion) -> Pa
         raise ArtifactError(f"it was measured with another profile of {device}")
     name, target = version.tags["lilliput.candidate"], params.target_of(device)
     assert version.run_id is not None
-    record = json.loads(model_versions.read_artifact(version.run_id, f"{name}.json"))
-    answers = parse_rows(model_versions.read_artifact(version.run_id, f"{name}.jsonl"), f"{name}.jsonl")
-    if target is None:
+    read = partial(model_versions.read_artifact, version.run_id)
+    try:
+        record = json.loads(read(f"{name}.json"))
+        answers = parse_rows(read(f"{name}.jsonl"), f"{name}.jsonl")
+        measured = json.loads(read(f"devices/{name}-{target}.json")) if target else None
+    except (DataError, ValueError) as error:
+        raise ArtifactError(f"its evaluation in MLflow is damaged: {error}") from None
+    if measured is None:
         return PastChampion(record, record, answers)
-    measured = json.loads(model_versions.read_artifact(version.run_id, f"devices/{name}-{target}.json"))
     return PastChampion(record, record_on_device(params, device, record, measured), answers)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lilliput.data.jsonl import parse_rows, read_rows
+from lilliput.data.jsonl import parse_rows, read_rows, write_rows
 from lilliput.errors import DataError
 
 
@@ -19,3 +19,10 @@ def test_a_unicode_line_separator_inside_a_string_does_not_end_the_row(character
 def test_an_error_names_the_source_and_the_line(line, found):
     with pytest.raises(DataError, match=rf"^rows\.jsonl:2: {found}"):
         parse_rows(f'{{"id": 1}}\n{line}\n', "rows.jsonl")
+
+
+def test_written_rows_are_read_again(tmp_path):
+    rows = [{"b": "line\u2028separator\nand feed", "a": 1}, {"text": "Zürich", "nothing": None}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").count("\n") == 2

@@ -35,6 +35,7 @@ STAGES = {
     "bundle",
     "report",
 }
+ONLY_SMALL = ("python", "-m", "flows.democratize", "--only", "small")
 AFTER_BITS = STAGES - {"source", "data", "compress@base", "evaluate@base"}
 
 
@@ -229,19 +230,31 @@ def test_old_settings_restore_the_results_of_dvc_and_of_the_deployment(other_bit
 @pytest.mark.slow
 def test_a_setting_that_changes_during_its_stage_fails_it_and_the_next_run_makes_it(other_bits):
     other_bits.set_param("strategies.gptq.bits", 3)
-    command = ("python", "-m", "flows.democratize", "--only", "small")
-    flow = subprocess.Popen(
-        command, cwd=other_bits.folder, env=other_bits.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    _wait_for_stage(flow, "compress small")
-    other_bits.set_param("strategies.gptq.bits", 2)  # like `git checkout` of another branch
-    output = flow.communicate(timeout=500)[0].decode()
-    assert flow.returncode == 2
-    assert "params.yaml (strategies.gptq) changed while it was at work" in " ".join(output.split())
-    done = other_bits.run(*command)
+    output = _change_during(other_bits, "strategies.gptq.bits", 2)  # like `git checkout` of another branch
+    assert "params.yaml (strategies.gptq) changed during the stage" in output
+    done = other_bits.run(*ONLY_SMALL)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((other_bits.folder / "models" / "small" / "lilliput.json").read_text())
     assert manifest["config"]["bits"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_names_the_stages_that_a_changed_setting_left_stale(other_bits):
+    other_bits.set_param("strategies.gptq.bits", 3)
+    output = _change_during(other_bits, "strategies.load.seed", 99)  # of a stage that was cached before
+    assert "changed during the run; made with the old settings: compress@base" in output
+
+
+def _change_during(clone, setting: str, value: int) -> str:
+    """Changes `setting` while `small` is compressed; returns the output of the run, which fails."""
+    flow = subprocess.Popen(
+        ONLY_SMALL, cwd=clone.folder, env=clone.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    _wait_for_stage(flow, "compress small")
+    clone.set_param(setting, value)
+    output = flow.communicate(timeout=500)[0].decode()
+    assert flow.returncode == 2, output
+    return " ".join(output.split())
 
 
 def _wait_for_stage(flow: subprocess.Popen, stage: str) -> None:

@@ -81,7 +81,7 @@ def lineage():
 
 def commit(name: str) -> None:
     with lineage() as opened:
-        opened.commit(name)
+        opened.commit(name, opened.inputs(name))
 
 
 def restored(name: str) -> bool:

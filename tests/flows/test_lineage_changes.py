@@ -42,7 +42,7 @@ def folder(tmp_path: Path):
 
 def make(lineage: Lineage, stage: str, out: str) -> None:
     Path(out).write_text(stage)
-    lineage.commit(stage)
+    lineage.commit(stage, lineage.inputs(stage))
 
 
 def made(folder: Path) -> Lineage:
@@ -99,7 +99,7 @@ def test_outputs_of_inputs_that_changed_meanwhile_are_not_recorded(folder, path,
     inputs = lineage.inputs("make@a")
     Path("made-a").write_text("of the old input")
     Path(path).write_text(content)  # for example `git checkout` of another branch
-    with pytest.raises(StageError, match=f"make@a: {pattern} while it was at work.*not recorded"):
+    with pytest.raises(StageError, match=f"make@a: {pattern} during the stage.*not recorded"):
         lineage.commit("make@a", inputs)
     assert lineage.changes("make@a")
     assert not lineage.restore("make@a")
@@ -118,10 +118,10 @@ def test_outputs_of_the_same_inputs_are_restored(folder):
     lineage = made(folder)
     Path("given").write_text("other")
     Path("made-a").write_text("other")
-    lineage.commit("make@a")
+    lineage.commit("make@a", lineage.inputs("make@a"))
     Path("given").write_text("given")
     assert lineage.changes("make@a") and lineage.restore("make@a")
-    lineage.commit("make@a")
+    lineage.commit("make@a", lineage.inputs("make@a"))
     assert Path("made-a").read_text() == "make@a"
     assert not lineage.changes("make@a")
 

@@ -351,7 +351,7 @@ def test_dvc_finds_shared_prefixes_up_to_date(tiny_params, tmp_path, monkeypatch
             for output in map(Path, outputs):
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps(figures | {"of": name}))
-            lineage.commit(stage.name)
+            lineage.commit(stage.name, lineage.inputs(stage.name))
         return dict.fromkeys((stage.name for stage in stages), "Completed"), {}
 
     space = Space(config(), load_params(folder / "params.yaml"), "search.yaml")

@@ -172,13 +172,14 @@ def test_clear_cache_affects_one_device(tmp_path, monkeypatch):
     assert result.exit_code == 2
 
 
-def test_proxies_of_a_running_gateway_cannot_be_changed(tmp_path, monkeypatch):
+def test_proxies_of_a_running_gateway_cannot_be_changed():
     from flows import deploy as flow
 
-    monkeypatch.setattr(flow, "running", lambda _: {"url": "http://127.0.0.1:8080", "pid": 1})
+    gateway = {"url": "http://127.0.0.1:8080", "pid": 1}
     with pytest.raises(ConfigError, match=r"a gateway runs at http://127.0.0.1:8080.*--stop"):
-        flow._require_restart(tmp_path, flow.Address(proxies=("127.0.0.1",)))
-    flow._require_restart(tmp_path, flow.Address())
+        flow._require_restart(gateway, flow.Address(proxies=("127.0.0.1",)))
+    flow._require_restart(gateway, flow.Address())
+    flow._require_restart(None, flow.Address(proxies=("127.0.0.1",)))
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
         for change in (lambda: deploy(deployment("second", second_sha, **nothing), home), lambda: roll_back(home)):
             time.sleep(0.5)
             change()
-            assert flow._take_over(home) == url
+            assert flow._take_over(home, flow.running(home)) == url
             served.append(flow.status(home)["version"])
         time.sleep(0.5)
         done.set()
@@ -236,7 +237,7 @@ def test_a_served_champion_is_replaced_under_load_and_rolled_back(models, deploy
         current = json.loads((home / "current.json").read_text())
         (home / "current.json").write_text(json.dumps(current | {"model": current["model"] | {"sha256": "0" * 64}}))
         with pytest.raises(ArtifactError, match="the previous deployment is still served"):
-            flow._take_over(home)
+            flow._take_over(home, flow.running(home))
         (home / "current.json").write_text(json.dumps(current))
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
 

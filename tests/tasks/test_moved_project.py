@@ -196,6 +196,6 @@ def test_a_gateway_that_was_moved_while_running_names_the_remedy(tmp_path):
         try:
             python.unlink()
             with pytest.raises(ArtifactError, match=r"started before its project was moved.*--stop"):
-                deploy._take_over(home)
+                deploy._take_over(home, deploy.running(home))
         finally:
             gateway.kill()

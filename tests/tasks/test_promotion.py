@@ -19,6 +19,7 @@ from tasks.promote import promote, proposals, roll_back
 from tasks.register import register
 from tasks.registry import model_versions, outbox
 from tasks.registry.approvals import ApprovalAnswer
+from tasks.registry.past_champion import read_past_champion
 
 # MLflow, SQLAlchemy and pandas emit warnings about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -299,14 +300,23 @@ def test_a_person_approves_or_denies_if_the_rules_require_it(project, device):
     assert proposals(params) == []
 
 
+def test_a_damaged_evaluation_of_a_past_champion_is_an_artifact_error(project, device, monkeypatch):
+    version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
+    params = project.params(device)
+    assert read_past_champion(params, device, version).answers
+    monkeypatch.setattr(model_versions, "read_artifact", lambda _run, path: "{}" if path == "a.json" else '{"id": ')
+    with pytest.raises(ArtifactError, match=r"evaluation in MLflow is damaged: a.jsonl:1"):
+        read_past_champion(params, device, version)
+
+
 def test_simultaneous_promotions_see_each_others_result(project, device, monkeypatch):
-    versions, move = project.evaluate(EVEN), model_versions.move_champion
+    versions, set_alias = project.evaluate(EVEN), model_versions.set_alias
 
-    def slowly(device, version):
+    def slowly(alias, version):  # between reading the champion and replacing it
         time.sleep(0.5)
-        move(device, version)
+        set_alias(alias, version)
 
-    monkeypatch.setattr(model_versions, "move_champion", slowly)
+    monkeypatch.setattr(model_versions, "set_alias", slowly)
     rules = [project.params(device, prefer=prefer, max_accuracy_drop=1.0) for prefer in ("size", "accuracy")]
     threads = [threading.Thread(target=promote, args=[params]) for params in rules]
     for thread in threads:
