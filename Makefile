@@ -27,7 +27,7 @@ night: $(VENV)/.team  ## kill, stop, starve and fan out whole flows: about an ho
 services: $(VENV)/.team  ## test with PostgreSQL, S3, MLflow and Prefect servers; on Debian: apt-get install postgresql
 	@$(BIN)/python -m pytest -m services -n 0
 
-documents: $(VENV)/.team  ## run every command block of README.md and docs/ with a tiny model; on Debian: apt-get install postgresql
+documents: $(VENV)/.team  ## run the command blocks of README.md and docs/ (exceptions: tests/documents/test_command_blocks.py) with a tiny model; on Debian: apt-get install postgresql nginx-light openssl curl
 	@$(BIN)/python -m pytest -m documents -n 0 -s
 
 interop: $(INSTALLED)  ## open our export with the real auto-gptq, in its own environment

@@ -13,8 +13,8 @@ def load_params(path: Path) -> Params:
     """Reads and validates the settings at `path`, including the candidate graph.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or has unknown keys, wrong types or an impossible graph; lists all
-            problems.
+        ConfigError: the file is missing or not YAML, or has unknown keys, wrong types or an impossible graph. Lists all
+            problems of keys and types or, if there are none, those of the graph.
     """
     try:
         return _load(path, path.read_bytes())

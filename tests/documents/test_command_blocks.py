@@ -1,4 +1,4 @@
-"""Every shell and Python block of README.md and docs/ runs as written, in a fresh copy of the project.
+"""The command blocks of README.md and docs/ run as written, in a fresh copy of the project (exceptions: see below).
 
 `make documents`. The copy uses the tiny configuration, so that a run takes minutes. The tests are one story, in the
 order of the documents: a command finds what the commands before it made.
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.documents, pytest.mark.timeout(3600)]
 # Commands that are left out, each with what it would take.
 LEFT_OUT = {
     "make test": "the suite that this test belongs to",
-    "make services": "a suite of its own",
+    "make services": "a separate suite",
     "apt-get install postgresql": "changes the machine",
     "python3.11 -m venv .venv": "`make demo` installs by the same commands",
     ".venv/bin/pip install": "likewise",
