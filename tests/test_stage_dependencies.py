@@ -28,7 +28,7 @@ EXEMPT = {
     "lilliput.graph": "accepts or rejects settings",
     "lilliput.params": "settings",
     "lilliput.redaction": "messages",
-    "lilliput.resident": "returns memory to the system",
+    "lilliput.resident": "reads memory and returns it to the system",
     "lilliput.untrusted": "accepts or rejects files",
     "lilliput.wheels": "fetches files that are named by their sha256",
     "tasks.layout": "paths",
