@@ -35,7 +35,7 @@ from lilliput.compress.mixture import (
     require_same,
     set_active,
 )
-from lilliput.compress.result import History, Result
+from lilliput.compress.result import Result
 from lilliput.config import ExpertsConfig, LoraConfig, TrainingConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
@@ -43,6 +43,7 @@ from lilliput.models import Opened, decoder_layers, open_model
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_states, label_loss
 from lilliput.training.examples import collate, encode_examples
+from lilliput.training.history import History
 from lilliput.training.loop import train, training_examples, training_facts
 
 Topics = list[list[Question]]
