@@ -21,7 +21,6 @@ from lilliput.errors import ArtifactError
 from lilliput.untrusted import require_harmless
 
 MANIFEST = "lilliput.json"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 HISTORY = "history.json"
 ADAPTER = "adapter"
 PARITY = "parity.json"

@@ -16,9 +16,8 @@ def find_contaminated(train: Iterable[Question], questions: Sequence[Question]) 
     Shorter questions are compared whole when the corpus is built, and no entity occurs in both splits.
     """
     grams = {question.id: _grams(question) for question in questions}
-    evaluated = set().union(
-        *grams.values()
-    )  # held in memory instead of the training text, which may have a million rows
+    # Held in memory instead of the training text, which may have a million rows.
+    evaluated = set().union(*grams.values())
     if not evaluated:
         return []
     overlap: set[tuple[str, ...]] = set()

@@ -26,11 +26,11 @@ from lilliput.config import (
     Section,
     TrainingConfig,
 )
+from lilliput.resident import FLOAT
 
-FLOAT = 4  # bytes; checkpoints are opened and trained in float32, whatever their stored dtype
 RUNTIME_BYTES = 512 * 2**20  # interpreter, torch, transformers, peft or GPTQModel: 510 MiB measured after the imports
 GPU_RUNTIME_BYTES = 768 * 2**20  # CUDA's context and cuBLAS's workspace; not measured here
-GPU_HEADROOM = 1.1  # share that the caching allocator cannot use; not measured here
+GPU_HEADROOM = 1.1  # factor for what the caching allocator cannot use; not measured here
 
 
 @dataclass(frozen=True)
@@ -271,16 +271,6 @@ def scoring_bytes(shape: Shape, shared: int, tokens: int, scored: int) -> int:
 def this_machine(processes: int = 1, sharded: bool = False) -> Machine:
     """Returns the total memory of this machine, used or not, or the container's limit if it has one."""
     return Machine(_host_bytes(), _gpu_bytes(), processes, sharded)
-
-
-def free_bytes(device: Any) -> int:
-    """Returns the memory of `device`, a torch.device, that is available now."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    import torch
-
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @cache

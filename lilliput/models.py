@@ -25,8 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lilliput.artifacts import ADAPTER
 from lilliput.errors import ArtifactError, LilliputError, SourceError
-from lilliput.memory import FLOAT, free_bytes
-from lilliput.resident import release_memory
+from lilliput.resident import FLOAT, free_bytes, release_memory
 from lilliput.untrusted import require_harmless
 
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]

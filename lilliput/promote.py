@@ -180,12 +180,12 @@ def _beyond_limits(rules: PromotionConfig, name: str, record: Record, reference:
 
 def _less_accessible(allowed: float | None, record: Record, reference: Reference) -> str | None:
     """Compares both intervals at their worst, because the score has no values per question to pair."""
-    expected, actual = reference.record.get("accessibility") or {}, record.get("accessibility") or {}
-    if allowed is None or expected.get("value") is None:
+    own_score, reference_score = record.get("accessibility") or {}, reference.record.get("accessibility") or {}
+    if allowed is None or reference_score.get("value") is None:
         return None
-    if actual.get("value") is None:
+    if own_score.get("value") is None:
         return "its accessibility is unavailable, and an unavailable metric never wins"
-    drop = expected["high"] - actual["low"]
+    drop = reference_score["high"] - own_score["low"]
     if drop <= allowed:
         return None
     return (

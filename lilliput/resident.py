@@ -1,4 +1,4 @@
-"""Resident memory of this process: its peak, and returning unused memory to the system."""
+"""Memory of this process and of its device: the peak, what is available, and returning unused memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import gc
 import resource
 import sys
 from pathlib import Path
+from typing import Any
+
+import psutil
+
+FLOAT = 4  # bytes; checkpoints are opened and trained in float32, whatever their stored dtype
 
 _STATUS = Path("/proc/self/status")
 
@@ -21,6 +26,16 @@ def peak_rss_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: Any) -> int:
+    """Returns the memory of `device`, a torch.device, that is available now."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def release_memory() -> None:

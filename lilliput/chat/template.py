@@ -84,10 +84,16 @@ def conversation(system_prompt: str, question: str, answer: str | None = None) -
     return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> list[int]:
-    """Returns the token ids of system prompt and `question`, up to the beginning of the assistant's answer.
+def prompt_messages(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> list[dict[str, str]]:
+    """Returns the messages of system prompt and `question`, whose control tokens are split.
 
-    Control tokens in `question` are split, as in the gateway, because a question is untrusted text.
+    The gateway splits them as well, because a question is untrusted text.
+    """
+    return conversation(system_prompt, _control_tokens(tokenizer).split(question))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> list[int]:
+    """Returns the token ids of `prompt_messages`, up to the beginning of the assistant's answer.
 
     Raises:
         DataError: the tokenizer has no chat template.
@@ -97,8 +103,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, questi
             "the tokenizer has no chat template, so questions cannot be encoded; "
             "use an instruction-tuned model or add `chat_template` to its tokenizer_config.json"
         )
-    plain = _control_tokens(tokenizer).split(question)
-    return encode_text(tokenizer, render(tokenizer, conversation(system_prompt, plain)))
+    return encode_text(tokenizer, render(tokenizer, prompt_messages(tokenizer, system_prompt, question)))
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from lilliput.artifacts import TOKENIZER_FILES, Manifest, seal, write_json, write_text
+from lilliput.artifacts import Manifest, seal, write_json, write_text
 from lilliput.chat.template import (
     PINNED_DATE,
     conversation,
@@ -21,6 +21,7 @@ from lilliput.chat.template import (
     render,
     uses_date,
 )
+from lilliput.compile.tokenizer_files import TOKENIZER_FILES
 
 _START = {
     "gguf": "llama-server -m model.gguf --jinja -c CONTEXT -t THREADS --temp 0",

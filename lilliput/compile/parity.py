@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lilliput.chat.template import conversation, encode_answer, encode_prompt, encode_text, render, shared_prefix_length
+from lilliput.chat.template import (
+    encode_answer,
+    encode_prompt,
+    encode_text,
+    prompt_messages,
+    render,
+    shared_prefix_length,
+)
 from lilliput.config import ParityConfig
 from lilliput.data.questions import Question
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, run_on_device
@@ -66,7 +73,7 @@ def prove_parity(
         context_tokens=max(len(text), longest) + 8,
         predict=text,
         score=list(zip(prompts, options, strict=True)),
-        chats=_chats(system_prompt, questions[: config.questions]) if target == "gguf" else [],
+        chats=_chats(tokenizer, system_prompt, questions[: config.questions]) if target == "gguf" else [],
     )
     outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
     _require_same_prompts(tokenizer, job, outcome)
@@ -91,8 +98,10 @@ def _predict(
     return tokenizer, text, expected
 
 
-def _chats(system_prompt: str, questions: Sequence[Question]) -> list[list[dict[str, str]]]:
-    return [conversation(system_prompt, question.question) for question in questions]
+def _chats(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
+) -> list[list[dict[str, str]]]:
+    return [prompt_messages(tokenizer, system_prompt, question.question) for question in questions]
 
 
 def _require_same_prompts(tokenizer: PreTrainedTokenizerBase, job: DeviceJob, outcome: DeviceOutcome) -> None:

@@ -172,9 +172,8 @@ def _required_ids(tokenizer: PreTrainedTokenizerBase) -> Iterable[int]:
     """Yields the ids that prompts, answers and plain texts contain with any question."""
     yield from encode_text(tokenizer, render(tokenizer, conversation(_SYSTEM, _QUESTION)))
     yield from encode_text(tokenizer, render(tokenizer, conversation(_SYSTEM, _QUESTION, _ANSWER)))
-    yield from cast(
-        "list[int]", tokenizer(_QUESTION)["input_ids"]
-    )  # with the tokens that the tokenizer adds around a text
+    # With the tokens that the tokenizer adds around a text.
+    yield from cast("list[int]", tokenizer(_QUESTION)["input_ids"])
 
 
 def _without(tokenizer: PreTrainedTokenizerBase, removed: Collection[str], place: Path) -> PreTrainedTokenizerBase:

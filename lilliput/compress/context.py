@@ -27,7 +27,7 @@ class Context:
         teacher: folder of the teacher's checkpoint; None for a candidate without a teacher.
         gguf_file: name of the GGUF file in the source's folder; None for a source in safetensors.
         checkpoints: folder from which a killed training resumes (see `train`); None for no checkpoints.
-        teacher_logits: folder that keeps the logits of teachers for later runs; None for no such cache.
+        teacher_logits: folder for the logits of teachers; required by `distill` with `teacher_logits: stored`.
     """
 
     parent: Path

@@ -25,10 +25,10 @@ from lilliput.compress.result import Result
 from lilliput.config import DistillConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, read_config, sharded
+from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_logits, answer_states, answer_vocabulary
 from lilliput.training.examples import Batch, Example, collate, encode_examples
 from lilliput.training.loop import (
-    IGNORED,
     Loss,
     main_process_first,
     train,
@@ -61,7 +61,7 @@ def distill(context: Context, config: DistillConfig) -> Result:
         opened = cast(PreTrainedModel, cast(torch.nn.Module, open_model(teacher)[0]).to(training_device()))
         loss = distillation_loss(opened, tokenizer, config, origins)
     history = train(model.train(), training, pad_id(tokenizer), config, loss, validation, context.checkpoints)
-    return Result(model.eval(), tokenizer, training_facts(history, config) | facts, dict(history))
+    return Result(model.eval(), tokenizer, training_facts(history, config) | facts, history)
 
 
 def _require_compatible(student: Path, teacher: Path, config: DistillConfig) -> None:
@@ -84,7 +84,7 @@ def _stored_logits(
     context: Context, teacher: Path, tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> StoredLogits:
     """Returns the teacher's likeliest tokens on all training questions, from the cache if they are there."""
-    assert context.teacher_logits is not None
+    assert context.teacher_logits is not None, "`teacher_logits: stored` requires a folder for the logits"
     sha256 = read_manifest(teacher).artifact_sha256
     examples = encode_examples(tokenizer, context.system_prompt, context.corpus.train)
     with main_process_first():

@@ -35,14 +35,15 @@ from lilliput.compress.mixture import (
     require_same,
     set_active,
 )
-from lilliput.compress.result import History, Result
-from lilliput.config import ExpertsConfig
+from lilliput.compress.result import Result
+from lilliput.config import ExpertsConfig, LoraConfig, TrainingConfig
 from lilliput.data.questions import Question
 from lilliput.errors import StrategyError
 from lilliput.models import Opened, decoder_layers, open_model
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_states, label_loss
 from lilliput.training.examples import collate, encode_examples
+from lilliput.training.history import History
 from lilliput.training.loop import train, training_examples, training_facts
 
 Topics = list[list[Question]]
@@ -68,7 +69,7 @@ def experts(context: Context, config: ExpertsConfig) -> Result:
     del opened
     history: History = {}
     for number, topic in enumerate(topics):
-        branch = lora(context.for_training(f"branch-{number + 1}", topic), config.branch)
+        branch = lora(context.for_training(f"branch-{number + 1}", topic), branch_settings(config))
         add_branch(mixture, branch.model, number)
         history |= {f"{name}_branch_{number + 1}": curve for name, curve in branch.history.items()}
     samples = [random.Random(config.seed).sample(topic, min(len(topic), ROUTER_QUESTIONS)) for topic in topics]
@@ -79,7 +80,7 @@ def experts(context: Context, config: ExpertsConfig) -> Result:
     }
     if config.router_steps:
         curves = train_routers(mixture, tokenizer, context, config)
-        facts |= training_facts(curves, config.router)
+        facts |= training_facts(curves, router_settings(config))
         history |= curves
     set_active(mixture, config.active)
     routes = routing_shares(mixture, tokenizer, system_prompt, [sample[1::2] for sample in samples])
@@ -90,6 +91,22 @@ def experts(context: Context, config: ExpertsConfig) -> Result:
     }
     busiest = routes.sum(1).max(1).values.tolist()
     return Result(mixture, tokenizer, facts, history | {"busiest_expert_share": list(enumerate(busiest))})
+
+
+def branch_settings(config: ExpertsConfig) -> LoraConfig:
+    """Returns the training settings of each topic's adapter."""
+    adapter = {"variant": "lora", "rank": config.rank, "alpha": config.alpha, "dropout": 0.0}
+    return LoraConfig(**_training(config), **adapter, target_modules="all-linear", merge=True)
+
+
+def router_settings(config: ExpertsConfig) -> TrainingConfig:
+    """Returns the training settings of the routers, if `router_steps` is not 0."""
+    steps = {"steps": config.router_steps, "learning_rate": config.router_learning_rate}
+    return TrainingConfig(**_training(config) | steps)
+
+
+def _training(config: ExpertsConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in TrainingConfig.model_fields}
 
 
 def mixture_of(opened: Opened, count: int) -> PreTrainedModel:
@@ -240,8 +257,8 @@ def train_routers(
         weight.requires_grad_(name.endswith(".mlp.gate.weight"))
     set_active(mixture, max(2, config.active))
     training, validation = training_examples(tokenizer, context.system_prompt, context.corpus.train, config)
-    folder = context.checkpoints and context.checkpoints / "routers"
-    history = train(mixture.train(), training, pad_id(tokenizer), config.router, label_loss, validation, folder)
+    folder, settings = context.checkpoints and context.checkpoints / "routers", router_settings(config)
+    history = train(mixture.train(), training, pad_id(tokenizer), settings, label_loss, validation, folder)
     mixture.eval()
     return history
 

@@ -27,11 +27,12 @@ from lilliput.compress.packing import (
     write_packed,
     written_result,
 )
-from lilliput.compress.result import Curve, History, Result
+from lilliput.compress.result import Result
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers
 from lilliput.resident import release_memory
+from lilliput.training.history import Curve, History
 
 
 def gptq(context: Context, config: GptqConfig) -> Result:

@@ -27,6 +27,8 @@ def registered_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 def run_texts(model: PreTrainedModel, texts: Sequence[Sequence[int]], label: str | None = None) -> int:
     """Runs `model` on `texts` (token ids), one at a time, and returns the number of tokens.
 
+    The caller disables gradients.
+
     Args:
         label: description of the progress bar; None for no bar.
     """

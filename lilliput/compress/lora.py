@@ -31,7 +31,7 @@ def lora(context: Context, config: LoraConfig) -> Result:
     QLoRA trains beside weights of four bits; its adapter is then added to the parent's float weights.
 
     Returns:
-        The merged model in the parent's shape, or with `merge: false` the parent and a separate adapter.
+        The merged model in the parent's shape; with `merge: false` its `save` writes the parent and the adapter apart.
     """
     four_bits = config.variant == "qlora"
     parent = context.parent
@@ -44,12 +44,12 @@ def lora(context: Context, config: LoraConfig) -> Result:
         facts["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
         tuned = _copy_adapter(tuned, with_adapter(open_model(parent)[0], config))
     if config.merge:
-        return Result(_merge(tuned), tokenizer, facts, dict(history))
+        return Result(_merge(tuned), tokenizer, facts, history)
     return Result(
         _merge(copy.deepcopy(tuned)),
         tokenizer,
         facts,
-        dict(history),
+        history,
         save=lambda target: _save_unmerged(tuned, tokenizer, target),
     )
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -155,11 +156,12 @@ def _second_moments(
     def add_gradient(total: torch.Tensor, _module: torch.nn.Module, _into: Any, out: Any) -> None:
         add(total, out[0])
 
-    forward = [layer.register_forward_pre_hook(partial(add_input, inputs[name])) for name, layer in layers.items()]
-    backward = [
-        layer.register_full_backward_hook(partial(add_gradient, gradients[name])) for name, layer in layers.items()
-    ]
-    with registered_hooks([*forward, *backward]), _without_weight_gradients(model):
+    def handles() -> Iterator[RemovableHandle]:
+        for name, layer in layers.items():
+            yield layer.register_forward_pre_hook(partial(add_input, inputs[name]))
+            yield layer.register_full_backward_hook(partial(add_gradient, gradients[name]))
+
+    with registered_hooks(handles()), _without_weight_gradients(model):
         for text in tqdm(texts, desc="gradients", unit="text"):
             ids = torch.tensor([list(text)], device=embed.weight.device)
             embedded = embed(ids).detach().requires_grad_()  # lets gradients flow, though no weight has one

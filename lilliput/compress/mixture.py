@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lilliput.chat.template import shared_prefix_length
 from lilliput.compress.hooks import registered_hooks
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, parameter_count, random_model, stored_dtype
@@ -138,7 +139,7 @@ def run_with_shared_prefix(model: PreTrainedModel, texts: Sequence[list[int]]) -
     The prefix is run once and its keys and values are reused. It may be empty; a remainder is never empty.
     """
     device, width = next(model.parameters()).device, cast("Any", model.config).hidden_size
-    shared = _common_prefix(texts)
+    shared = shared_prefix_length([text[:-1] for text in texts])
     cache = DynamicCache(config=model.config)
     for text in tqdm([texts[0][:shared], *(text[shared:] for text in texts)], desc="read", unit="text"):
         if not text:
@@ -149,12 +150,6 @@ def run_with_shared_prefix(model: PreTrainedModel, texts: Sequence[list[int]]) -
         if cache.get_seq_length() > shared:
             cache.crop(shared - cache.get_seq_length())
         yield output.last_hidden_state[0]
-
-
-def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
-    """Returns the length of the common prefix in tokens, at most all but the last token of each text."""
-    together = zip(*(text[:-1] for text in texts), strict=False)
-    return next((place for place, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, texts)) - 1)
 
 
 def require_same(dense: PreTrainedModel, mixture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.compress.context import Context
-from lilliput.compress.result import History, Result
+from lilliput.compress.result import Result
 from lilliput.config import QuantisationConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, dequantise, open_model, parameter_count, stored_dtype
 from lilliput.shape import fitting_group_sizes
 from lilliput.statistics.perplexity import counted, perplexity
 from lilliput.training.examples import Example, encode_examples
+from lilliput.training.history import History
 
 
 @dataclass(frozen=True)

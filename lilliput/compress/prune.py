@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 
 from lilliput.compress.context import Context
 from lilliput.compress.hooks import registered_hooks, run_texts
-from lilliput.compress.result import Curve, History, Result
+from lilliput.compress.result import Result
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, open_model, stored_dtype
 from lilliput.shape import head_dim, parameters, pruned, size, weights_read_per_token
 from lilliput.statistics.perplexity import perplexity
 from lilliput.training.examples import Example
+from lilliput.training.history import Curve, History
 
 Texts = Sequence[Sequence[int]]
 

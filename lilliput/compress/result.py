@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Curve = list[tuple[int, float]]
-History = dict[str, Curve]
+from lilliput.training.history import History
 
 
 @dataclass(frozen=True)

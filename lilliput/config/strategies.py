@@ -335,22 +335,6 @@ class ExpertsConfig(TrainingConfig):
             )
         return self
 
-    @property
-    def branch(self) -> LoraConfig:
-        """Training settings of each topic's adapter."""
-        adapter = {"variant": "lora", "rank": self.rank, "alpha": self.alpha, "dropout": 0.0}
-        return LoraConfig(**self._training(), **adapter, target_modules="all-linear", merge=True)
-
-    @property
-    def router(self) -> TrainingConfig:
-        """Training settings of the routers, if `router_steps` is not 0."""
-        return TrainingConfig(
-            **self._training() | {"steps": self.router_steps, "learning_rate": self.router_learning_rate}
-        )
-
-    def _training(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in TrainingConfig.model_fields}
-
 
 class StrategiesConfig(Section):
     """Default settings by strategy; a candidate's `with` overrides single values."""

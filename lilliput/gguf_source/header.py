@@ -57,7 +57,7 @@ def read_header(file: Path) -> Header:
     return Header(file, architecture, settings, tensors)
 
 
-def dequantise(tensor: gguf.ReaderTensor) -> np.ndarray:
+def dequantise_tensor(tensor: gguf.ReaderTensor) -> np.ndarray:
     """Returns the dequantised values of `tensor`, float32."""
     return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
 

@@ -104,9 +104,8 @@ def _require_frequencies(header: Header, model: PreTrainedModel) -> None:
     elif parameters["rope_type"] == "llama3":
         expected = expected / llama3_divisors(expected, parameters)
     same_size = actual.numel() == expected.size
-    yarn = (
-        parameters["rope_type"] == "yarn"
-    )  # transformers computes its own ramp; the comparison with llama.cpp checks it
+    # transformers computes its own ramp for YaRN; the comparison with llama.cpp checks it.
+    yarn = parameters["rope_type"] == "yarn"
     if not same_size or not (yarn or np.allclose(actual.numpy(), expected, rtol=1e-4, atol=0.0)):
         raise SourceError(
             f"{header.file}: {type(model).__name__} rotates {2 * actual.numel()} dimensions of a head at frequencies "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lilliput.errors import SourceError
-from lilliput.gguf_source.header import USE_SAFETENSORS, Header, dequantise
+from lilliput.gguf_source.header import USE_SAFETENSORS, Header, dequantise_tensor
 
 FACTORS = "rope_freqs.weight"
 KEYS = frozenset(
@@ -44,7 +44,7 @@ def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
         parameters["partial_rotary_factor"] = rotated / head_dim
     parameters |= _scaling(header)
     if FACTORS in header.tensors:
-        divisors = dequantise(header.tensors[FACTORS]).reshape(-1)[: rotated // 2]
+        divisors = dequantise_tensor(header.tensors[FACTORS]).reshape(-1)[: rotated // 2]
         if not np.allclose(divisors, 1.0):
             parameters |= _llama3(header, frequencies(base, rotated), divisors.astype(np.float64), parameters)
     return parameters

@@ -84,6 +84,7 @@ class OnnxRuntime(ScoresByPrediction):
 
     def _feed(self, ids: Ids) -> None:
         """Sets the generator's sequence to `ids`, reusing the prefix shared with its previous sequence."""
+        # Not `shared_prefix_length`: its module would load transformers into the measured process.
         difference = next((place for place, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), None)
         keep = min(len(self._ids), len(ids)) - 1 if difference is None else difference
         keep = max(0, min(keep, len(ids) - 1))

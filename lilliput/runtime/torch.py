@@ -13,8 +13,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.template import end_ids, pad_id, shared_prefix_length
 from lilliput.errors import ArtifactError, DataError
-from lilliput.memory import Shape, answering_bytes, free_bytes, scoring_bytes
+from lilliput.memory import Shape, answering_bytes, scoring_bytes
 from lilliput.models import vocabulary_logits
+from lilliput.resident import free_bytes
 from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.packed import Pack, group_into_packs
 from lilliput.runtime.protocol import Ids

@@ -23,7 +23,22 @@ _WEIGHTS, _OPTIMIZER, _SCHEDULE, _RANDOM = (
     "schedule.json",
     "random.safetensors",
 )
-_CODE = ("compress", "training", "chat", "data")  # packages that determine examples, losses and steps
+_FOLDERS = ("training", "chat", "data")
+_STRATEGIES = (
+    "lora",
+    "distill",
+    "experts",
+    "mixture",
+    "context",
+    "result",
+    "hooks",
+)  # those that train, and their parts
+_CODE = (
+    *(f"{folder}/*.py" for folder in _FOLDERS),
+    *(f"compress/{name}.py" for name in _STRATEGIES),
+    "models.py",
+    "statistics/perplexity.py",
+)  # determines examples, losses and steps
 
 
 def fingerprint(*parts: Any) -> str:
@@ -32,8 +47,7 @@ def fingerprint(*parts: Any) -> str:
     Used as a cache key: a change of any input gives another key.
     """
     package = Path(__file__).parents[1]
-    code = [path for folder in _CODE for path in sorted((package / folder).glob("*.py"))]
-    sums = [file_sha256(path) for path in [*code, package / "models.py"]]
+    sums = [file_sha256(path) for pattern in _CODE for path in sorted(package.glob(pattern))]
     inputs = [parts, sums, library_versions(), lilliput.models.device().type]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 

@@ -48,9 +48,9 @@ from lilliput.training.checkpoint import (
     save_weights,
 )
 from lilliput.training.examples import Batch, Example, collate, lazy_examples
+from lilliput.training.history import Curve, History
 
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
-Curves = dict[str, list[tuple[int, float]]]
 
 
 class _WithLoss(torch.nn.Module):
@@ -191,7 +191,7 @@ def train(
     loss: Loss,
     validation: Sequence[Example] = (),
     checkpoints: Path | None = None,
-) -> Curves:
+) -> History:
     """Trains `model` in place for `config.steps` steps, or until validation no longer improves.
 
     Args:
@@ -275,7 +275,7 @@ def _gather(learner: torch.nn.Module, model: torch.nn.Module) -> None:
             weights[name].copy_(cast("Any", shard).full_tensor())
 
 
-def training_facts(history: Curves, config: TrainingConfig) -> dict[str, Any]:
+def training_facts(history: History, config: TrainingConfig) -> dict[str, Any]:
     """Returns facts for the manifest: precision, last loss and, with validation, the step with the best weights."""
     facts: dict[str, Any] = {
         "precision": "bfloat16" if computes_in_bfloat16(config) else "float32",
@@ -328,7 +328,7 @@ def _answer_tokens(batch: Batch) -> torch.Tensor:
     return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
-def _curve(state: TrainerState, name: str) -> list[tuple[int, float]]:
+def _curve(state: TrainerState, name: str) -> Curve:
     return [(int(row["step"]), float(row[name])) for row in state.log_history if name in row]
 
 

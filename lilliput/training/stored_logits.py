@@ -18,10 +18,10 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from lilliput.artifacts import writing_file
+from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_logits
 from lilliput.training.checkpoint import fingerprint
 from lilliput.training.examples import Batch, Example, collate
-from lilliput.training.loop import IGNORED
 
 _EXAMPLES_AT_ONCE = 32
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from lilliput.artifacts import TOKENIZER_FILES, link_or_copy, read_manifest, writing
+from lilliput.artifacts import link_or_copy, read_manifest, writing
+from lilliput.compile.tokenizer_files import TOKENIZER_FILES
 from lilliput.config import Params
 from tasks import layout
 from tasks.records import device_record

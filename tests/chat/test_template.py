@@ -17,8 +17,8 @@ from lilliput.chat.template import (
     uses_date,
 )
 from lilliput.errors import DataError
+from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.examples import encode_examples
-from lilliput.training.loop import IGNORED
 from tests.families import CHATML, DATED, DATED_BY_VARIABLE, OTHER_END, OWN_END, TURN_END
 
 

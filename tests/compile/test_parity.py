@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lilliput.chat.template import encode_prompt
+from lilliput.compile import parity
 from lilliput.compile.autogptq import compile_autogptq
 from lilliput.compile.gguf import compile_gguf
 from lilliput.compile.onnx import compile_onnx
@@ -49,6 +51,18 @@ def test_llama_cpp_predicts_like_a_float_checkpoint(checkpoint, prove, tmp_path)
     assert record["mean_absolute_difference_nats"] < 0.01
     assert record["same_choices"]["value"] == 1.0
     assert record["questions"] == 12
+
+
+def test_the_chat_server_gets_control_tokens_split_as_in_evaluation(
+    checkpoint, facts, tokenizer, tiny_params, tmp_path, monkeypatch
+):
+    compile_gguf(checkpoint, tmp_path, FLOATS)
+    outcomes, real = [], parity.run_on_device
+    monkeypatch.setattr(parity, "run_on_device", lambda *args, **kw: outcomes.append(real(*args, **kw)) or outcomes[-1])
+    asked = [facts[0].model_copy(update={"question": "What does <|im_end|> end?"}), *facts[1:]]
+    config = tiny_params.parity.model_copy(update={"questions": 2})
+    prove_parity("gguf", tmp_path, checkpoint, asked, {}, SYSTEM, config)
+    assert outcomes[0].chats == [encode_prompt(tokenizer, SYSTEM, question.question) for question in asked[:2]]
 
 
 @pytest.mark.slow

@@ -22,9 +22,9 @@ from lilliput.config import DistillConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
 from lilliput.saving import save_model
+from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_logits, answer_states, label_loss
 from lilliput.training.examples import collate, encode_examples
-from lilliput.training.loop import IGNORED
 from lilliput.training.stored_logits import buckets, stored_logits
 from tests.contexts import SYSTEM, context
 

@@ -1,6 +1,12 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from lilliput.artifacts import file_sha256
 from lilliput.compress import lora as lora_module
 from lilliput.compress.lora import lora, with_adapter
 from lilliput.config import LoraConfig
@@ -8,12 +14,15 @@ from lilliput.data.questions import ABSTENTION
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
 from lilliput.saving import probe_logits, prove_reload, save_model
+from lilliput.statistics.perplexity import IGNORED
 from lilliput.training import checkpoint
 from lilliput.training.answer_loss import answer_logits, answer_states, label_loss
 from lilliput.training.checkpoint import fingerprint, last_checkpoint
 from lilliput.training.examples import collate, encode_examples
-from lilliput.training.loop import IGNORED, computes_in_bfloat16, split_validation
+from lilliput.training.loop import computes_in_bfloat16, split_validation
 from tests.contexts import SYSTEM, context
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -124,6 +133,31 @@ def test_separate_adapter_opens_as_the_merged_model(checkpoint, facts, tmp_path)
     assert prove_reload(tmp_path, probe_logits(result.model, result.tokenizer), 1e-3) <= 1e-3
 
 
+SAVE_ADAPTER = """
+import sys
+from pathlib import Path
+
+from lilliput.compress.lora import _save_unmerged, with_adapter
+from lilliput.config import LoraConfig
+from lilliput.models import open_model
+
+model, tokenizer = open_model(Path(sys.argv[1]))
+_save_unmerged(with_adapter(model, LoraConfig.model_validate_json(sys.argv[3])), tokenizer, Path(sys.argv[2]))
+"""
+
+
+def test_bytes_of_a_separate_adapter_do_not_depend_on_the_hash_seed(checkpoint, tmp_path):
+    config = LoraConfig(**LORA | {"merge": False, "target_modules": "attention"}).model_dump_json()
+    saved = []
+    for seed in ("1", "2"):
+        arguments = [sys.executable, "-c", SAVE_ADAPTER, str(checkpoint), str(tmp_path / seed), config]
+        subprocess.run(arguments, env=os.environ | {"PYTHONHASHSEED": seed}, check=True, cwd=PROJECT)
+        files = [path for path in (tmp_path / seed).rglob("*") if path.is_file()]
+        saved.append({str(path.relative_to(tmp_path / seed)): file_sha256(path) for path in files})
+    assert saved[0] == saved[1]
+    assert "adapter/adapter_config.json" in saved[0]
+
+
 def test_nan_loss_stops_the_training(checkpoint, facts):
     with pytest.raises(StrategyError, match="diverged: its loss is NaN or infinite; lower learning_rate"):
         # params.yaml rejects such large settings; model_copy bypasses the check.
@@ -220,11 +254,18 @@ def test_validation_uses_whole_groups(facts):
         split_validation(facts[:1], LoraConfig(**LORA | {"validation_share": 0.2}))
 
 
-@pytest.mark.parametrize("name", ["template.py", "control_tokens.py", "questions.py", "answer_loss.py", "distill.py"])
-def test_fingerprint_covers_the_code_of_examples_and_losses(monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "covered"),
+    [
+        *((name, True) for name in ("template.py", "control_tokens.py", "questions.py", "answer_loss.py", "loop.py")),
+        *((name, True) for name in ("examples.py", "distill.py", "lora.py", "models.py", "perplexity.py")),
+        ("gptq.py", False),
+    ],
+)
+def test_fingerprint_covers_the_code_of_examples_and_losses_only(monkeypatch, name, covered):
     before, real = fingerprint("settings"), checkpoint.file_sha256
     monkeypatch.setattr(checkpoint, "file_sha256", lambda path: "new" if path.name == name else real(path))
-    assert fingerprint("settings") != before
+    assert (fingerprint("settings") != before) == covered
 
 
 def test_fingerprint_changes_with_any_part():
