@@ -115,18 +115,20 @@ def draw_trace(
 
 
 def read_trace(path: Path, questions: Iterable[str], links: Iterable[str]) -> list[Event]:
-    """The events of a JSON Lines file, in order of time.
+    """The events of a JSON Lines file, in order of time. Skips blank lines.
 
     Raises:
         DataError: the file is missing, or a line is not an event, or its question or link is unknown.
     """
     known_questions, known_links = set(questions), set(links)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give a JSON Lines file, or no file for a random trace") from None
     events = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             event = Event.model_validate_json(line)
         except ValidationError as error:

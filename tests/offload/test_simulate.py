@@ -137,6 +137,16 @@ def test_invalid_trace_error_names_the_line(tmp_path, line, problem):
         read_trace(path, ["q/0"], ["wifi"])
 
 
+def test_only_line_feeds_end_the_lines_of_a_trace(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    line = '{"at_s": %d, "id": "q/\u2028\x85", "link": "wifi"}\n'
+    path.write_text(line % 2 + "\n" + line % 1, encoding="utf-8")
+    assert [e.at_s for e in read_trace(path, ["q/\u2028\x85"], ["wifi"])] == [1.0, 2.0]
+    path.write_text(line % 1 + "\n" + "nonsense", encoding="utf-8")
+    with pytest.raises(DataError, match=":3: "):
+        read_trace(path, ["q/\u2028\x85"], ["wifi"])
+
+
 def test_per_question_router():
     router = PerQuestionRouter({"a": FixedRouter("device"), "b": ThresholdRouter(0.5)})
     assert router.route_question("a", Conditions("wifi")).place == "device"
