@@ -20,7 +20,7 @@ from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.recipes.recipe import read_recipe
-from tests.serve.conftest import BagOfWords
+from tests.embedding.fakes import BagOfWords
 
 CAPITALS = {"Peru": "Lima", "Cuba": "Havana", "Iran": "Tehran", "Chad": "Djamena", "Oman": "Muscat", "Fiji": "Suva"}
 CAPITAL, CITY = "What is the capital of {}?", "Which city is the capital of {}?"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from lilliput.config import LinkConfig, ObjectiveConfig
+from lilliput.config import ObjectiveConfig
 from lilliput.data.questions import Question
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.offload.collect import Endpoint, ask_both, draw_questions
@@ -17,20 +17,11 @@ from lilliput.offload.judge import Policy, areas, curve, figures, judge_policies
 from lilliput.offload.learned import ALWAYS, NEVER
 from lilliput.offload.outcomes import Outcomes, QuestionCosts, question_costs
 from lilliput.serve.service import ServedModel
+from tests.embedding.fakes import BagOfWords
+from tests.offload.links import link
 from tests.serve import fakes
-from tests.serve.conftest import BagOfWords
 
-LINK = LinkConfig(
-    up_mbit_per_s=8.0,
-    down_mbit_per_s=8.0,
-    round_trip_ms=100.0,
-    loss=0.0,
-    up_j_per_byte=1e-4,
-    down_j_per_byte=1e-4,
-    active_watts=1.0,
-    tail_s=2.0,
-    tail_watts=0.5,
-)
+LINK = link(round_trip_ms=100.0, up_j_per_byte=1e-4, down_j_per_byte=1e-4, active_watts=1.0, tail_s=2.0, tail_watts=0.5)
 
 
 def row(number, device, server, *, answerable=True, logprob=-0.1, group=None, question=None):

@@ -5,7 +5,6 @@ import asyncio
 import numpy as np
 import pytest
 
-from lilliput.config import LinkConfig
 from lilliput.errors import DataError
 from lilliput.offload.policy import Conditions, FixedRouter, RoutingDecision, ThresholdRouter
 from lilliput.offload.simulate import (
@@ -19,6 +18,7 @@ from lilliput.offload.simulate import (
     summarise,
     trace_lines,
 )
+from tests.offload.links import link
 from tests.offload.test_judge import row
 from tests.serve import fakes
 
@@ -164,7 +164,7 @@ def test_live_gateway_agrees_with_the_simulation(router):
             one[place]["seconds"] = seconds
     phone = Phone(battery_wh=1.0, watts_per_core=2.0, background_watts=50.0)
     trace = [event(12.0 * n, n, "poor" if n == 2 else "wifi") for n in range(6)]
-    still = LinkConfig(**LINK.model_dump() | {"round_trip_ms": 0.0, "up_mbit_per_s": 1e9, "down_mbit_per_s": 1e9})
+    still = link(round_trip_ms=0.0, up_mbit_per_s=1e9, down_mbit_per_s=1e9)
     served = simulate(trace, rows, router, {"wifi": still, "poor": still}, phone, 0)
 
     by_question = {one["question"]: one["device"]["logprobs"][0] for one in rows}

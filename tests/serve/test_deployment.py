@@ -28,7 +28,7 @@ from lilliput.serve.deployment import (
     verified_model_file,
 )
 from lilliput.serve.factory import answers_version
-from tests.serve.conftest import BagOfWords
+from tests.embedding.fakes import BagOfWords
 
 
 @pytest.fixture
