@@ -25,6 +25,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 HISTORY = "history.json"
 ADAPTER = "adapter"
 PARITY = "parity.json"
+GGUF = "model.gguf"  # the model for llama.cpp
 # Files that no runtime needs; they do not count towards the model's size.
 _NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/")
 _READ = 0o444

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lilliput.artifacts import verify, write_json, write_text
+from lilliput.artifacts import GGUF, verify, write_json, write_text
 from lilliput.config import Params
 from lilliput.data.corpus import Corpus, read_corpus
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import DataError
 from lilliput.llama_server.process import LlamaServer, ServerSettings
-from lilliput.offload.fitted_router import CACHE, ROUTER
-from lilliput.offload.model_pair import GGUF, pair_of
+from lilliput.offload.fitted_router import ROUTER
+from lilliput.offload.model_pair import pair_of
 from lilliput.recipes.recipe import recipe_of
 from lilliput.wheels import default_cache
 from tasks import layout
@@ -54,7 +54,7 @@ def offload(params: Params, device: str) -> None:
         write_json(folder / CURVES, result.pop("curves"))
         identity = {"pair": list(pair), "embedder_sha256": embedder.sha256}
         write_json(folder / ROUTER, identity | router)
-        write_json(folder / CACHE, identity | _answer_cache(params, corpus, embedder))
+        write_json(layout.cache_threshold(device), identity | _answer_cache(params, corpus, embedder))
         record |= {
             "device": device,
             "candidate": champion.facts["candidate"],

@@ -257,25 +257,6 @@ def _offloaded(served: Sequence[ServedRequest]) -> float:
     return sum(s.decision.place == "server" for s in served) / len(served)
 
 
-class PerQuestionRouter:
-    """Routes each question with its own router, as with the one fitted without its entity."""
-
-    def __init__(self, routers: Mapping[str, Router]) -> None:
-        self._routers = routers
-
-    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
-        """The decision of the question's router before generation."""
-        return self._routers[question].route_question(question, conditions)
-
-    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
-        """The decision of the question's router after the device's answer."""
-        return self._routers[question].route_answer(question, token_logprobs, conditions)
-
-    def rule(self, question: str, conditions: Conditions) -> str:
-        """The rule of the question's router."""
-        return self._routers[question].rule(question, conditions)
-
-
 def trace_lines(events: Iterable[Event]) -> str:
     """`events` as JSON Lines, the format of `read_trace`."""
     return "".join(json.dumps(event.model_dump(mode="json"), sort_keys=True) + "\n" for event in events)

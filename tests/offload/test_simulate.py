@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from lilliput.errors import DataError
-from lilliput.offload.policy import Conditions, FixedRouter, RoutingDecision, ThresholdRouter
+from lilliput.offload.policy import FixedRouter, RoutingDecision, ThresholdRouter
 from lilliput.offload.simulate import (
     DAY_S,
     Event,
-    PerQuestionRouter,
     Phone,
     draw_trace,
     read_trace,
@@ -145,14 +144,6 @@ def test_only_line_feeds_end_the_lines_of_a_trace(tmp_path):
     path.write_text(line % 1 + "\n" + "nonsense", encoding="utf-8")
     with pytest.raises(DataError, match=":3: "):
         read_trace(path, ["q/\u2028\x85"], ["wifi"])
-
-
-def test_per_question_router():
-    router = PerQuestionRouter({"a": FixedRouter("device"), "b": ThresholdRouter(0.5)})
-    assert router.route_question("a", Conditions("wifi")).place == "device"
-    assert router.route_question("b", Conditions("wifi")) is None
-    assert router.route_answer("b", [-5.0], Conditions("wifi")).place == "server"
-    assert [router.rule(question, Conditions("wifi")) for question in "ab"] == ["device", "confidence 0.5"]
 
 
 @pytest.mark.parametrize("router", [ThresholdRouter(0.5), Careful()], ids=["after", "before"])
