@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -79,8 +80,12 @@ def _open_backends(params: Params, device: str) -> Iterator[Any]:
     edge, bundle = serving.edge, layout.BUNDLES / device
     verify(bundle)
     local_serving = ServerSettings(str(bundle / GGUF), profile.threads, profile.context_tokens)
-    with httpx.Client() as client, LlamaServer(local_serving) as local:
-        device_endpoint = Endpoint(device, local.url, {"logprobs": True}, _bearer(local.key), clock=local.cpu_seconds)
+    # As in the gateway: with Python's certificates, and without the environment's proxies, which would get the keys.
+    with (
+        httpx.Client(trust_env=False, verify=ssl.create_default_context()) as client,
+        LlamaServer(local_serving) as local,
+    ):
+        device_endpoint = Endpoint(device, local.url, headers=_bearer(local.key), clock=local.cpu_seconds)
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
             headers = _bearer(key) if key else {}

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from lilliput.cache.answers import AnswerCache
+from lilliput.cache.answers import EXACT_ONLY, AnswerCache
 from lilliput.cache.evaluation import (
     CACHE,
     PLAIN,
@@ -15,7 +15,6 @@ from lilliput.cache.evaluation import (
     measure_caching,
     summarise,
 )
-from lilliput.cache.threshold import EXACT_ONLY
 from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
 from lilliput.evaluate.energy import EnergyMeter

@@ -80,7 +80,7 @@ class FakeEndpoints:
 
 def ask(script, questions):
     endpoints = FakeEndpoints(script)
-    device = Endpoint("device", "http://device", {"logprobs": True})
+    device = Endpoint("device", "http://device")
     server = Endpoint("the edge server", "http://server", {"model": "large"}, {"Authorization": "Bearer k"})
     with httpx.Client(transport=httpx.MockTransport(endpoints)) as client:
         return endpoints, ask_both(questions, device, server, BagOfWords(), "Briefly.", 9, client)
@@ -119,11 +119,11 @@ def test_collected_requests_equal_the_gateway_s():
     endpoints, _ = ask(script, [PERU])
     by_gateway = fakes.FakeBackends()
     body = {"messages": [{"role": "user", "content": PERU.question}], "max_tokens": 9}
-    router = fakes.FixedRouter("server")
+    router = ThresholdRouter(1.0)  # the device answers first, then the edge server
     fakes.ask(fakes.app(by_gateway, router, model=ServedModel("m", "v", "Briefly.")), body)
-    [request] = by_gateway.requests["server"]
-    assert endpoints.requests[1][1] == request | {"model": "large"}
-    assert endpoints.requests[0][1] == request | {"logprobs": True}
+    [to_device], [to_server] = by_gateway.requests["device"], by_gateway.requests["server"]
+    assert endpoints.requests[0][1] == to_device
+    assert endpoints.requests[1][1] == to_server | {"model": "large"}
 
 
 def test_error_of_an_unusable_answer_names_the_address():
