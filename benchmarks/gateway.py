@@ -149,6 +149,7 @@ def _serve(folder: Path, mode: str) -> None:
 
     import uvicorn
 
+    from lilliput.serve.__main__ import server_config
     from lilliput.serve.api import App
     from lilliput.serve.gateway import Gateway
 
@@ -164,9 +165,7 @@ def _serve(folder: Path, mode: str) -> None:
     service = replace(service, router=FixedRouter("device"), cache=cache, model=model)
     key = service.device._headers["Authorization"].removeprefix("Bearer ")
     bare = str(service.device._chat).removesuffix("/v1/chat/completions")
-    server = uvicorn.Server(
-        uvicorn.Config(App(Gateway(service)), "127.0.0.1", 0, access_log=False, log_config=None, server_header=False)
-    )
+    server = uvicorn.Server(server_config(App(Gateway(service)), "127.0.0.1", 0))
 
     async def run() -> None:
         work = asyncio.create_task(server.serve())

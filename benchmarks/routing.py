@@ -13,7 +13,6 @@ many epochs and keeps the best one on validation questions.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ import typer
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.record import Row, own_versions
+from lilliput.data.jsonl import read_rows
 from lilliput.embedding.sentence_embedder import open_embedder
 from lilliput.offload.fit import cross_fit, features, folds_of, held_out_worth
 from lilliput.offload.judge import areas, device_confidence
@@ -57,8 +57,7 @@ def main(
     row = Row("routing", "Routing: area under accuracy and cost, share of the oracle's", "nearest to the oracle")
     params = load_params(project / "params.yaml")
     serving = params.serving[device]
-    lines = (project / "offload" / device / "answers.jsonl").read_text().splitlines()
-    answers = [json.loads(line) for line in lines]
+    answers = read_rows(project / "offload" / device / "answers.jsonl")
     outcomes = Outcomes.from_rows(answers)
     vectors = open_embedder(params.caching.embedder, default_cache()).embed([answer["question"] for answer in answers])
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in ("learned, before", "learned, after", "routellm mf")}

@@ -24,6 +24,7 @@ MANIFEST = "lilliput.json"
 HISTORY = "history.json"
 ADAPTER = "adapter"
 PARITY = "parity.json"
+GGUF = "model.gguf"  # the model for llama.cpp
 # Files that no runtime needs; they do not count towards the model's size.
 _NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/")
 _READ = 0o444

@@ -8,7 +8,6 @@ from pathlib import Path
 from lilliput.artifacts import MANIFEST, file_sha256, read_manifest
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
-from lilliput.offload.fitted_router import CACHE
 from lilliput.serve.deployment import DeployedModel, Deployment, store_model, store_router
 from tasks import layout
 from tasks.registry import model_versions
@@ -74,5 +73,5 @@ def _champion(device: str) -> tuple[DeployedModel, Path]:
 
 def _threshold(device: str) -> float | None:
     """Returns the fitted similarity threshold of the answer cache; None if there is none."""
-    path = layout.offload(device) / CACHE
+    path = layout.cache_threshold(device)
     return json.loads(path.read_text(encoding="utf-8"))["threshold"] if path.exists() else None

@@ -76,6 +76,11 @@ def offload(device: str) -> Path:
     return OFFLOAD / device
 
 
+def cache_threshold(device: str) -> Path:
+    """The fitted similarity threshold of the answer cache on `device`."""
+    return offload(device) / "cache.json"
+
+
 def offload_record(device: str) -> Path:
     """Benefits and costs of each offloading policy on `device`."""
     return OFFLOAD / f"{device}.json"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lilliput.artifacts import verify, write_json
+from lilliput.artifacts import GGUF, verify, write_json
 from lilliput.config import Params
 from lilliput.data.corpus import Corpus, read_corpus
 from lilliput.data.jsonl import write_rows
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import DataError
 from lilliput.llama_server.process import LlamaServer, ServerSettings
-from lilliput.offload.fitted_router import CACHE, ROUTER
-from lilliput.offload.model_pair import GGUF, pair_of
+from lilliput.offload.fitted_router import ROUTER
+from lilliput.offload.model_pair import pair_of
 from lilliput.recipes.recipe import recipe_of
 from lilliput.wheels import default_cache
 from tasks import layout
@@ -54,7 +55,7 @@ def offload(params: Params, device: str) -> None:
         write_json(folder / CURVES, result.pop("curves"))
         identity = {"pair": list(pair), "embedder_sha256": embedder.sha256}
         write_json(folder / ROUTER, identity | router)
-        write_json(folder / CACHE, identity | _answer_cache(params, corpus, embedder))
+        write_json(layout.cache_threshold(device), identity | _answer_cache(params, corpus, embedder))
         record |= {
             "device": device,
             "candidate": champion.facts["candidate"],
@@ -79,8 +80,12 @@ def _open_backends(params: Params, device: str) -> Iterator[Any]:
     edge, bundle = serving.edge, layout.BUNDLES / device
     verify(bundle)
     local_serving = ServerSettings(str(bundle / GGUF), profile.threads, profile.context_tokens)
-    with httpx.Client() as client, LlamaServer(local_serving) as local:
-        device_endpoint = Endpoint(device, local.url, {"logprobs": True}, _bearer(local.key), clock=local.cpu_seconds)
+    # As in the gateway: with Python's certificates, and without the environment's proxies, which would get the keys.
+    with (
+        httpx.Client(trust_env=False, verify=ssl.create_default_context()) as client,
+        LlamaServer(local_serving) as local,
+    ):
+        device_endpoint = Endpoint(device, local.url, headers=_bearer(local.key), clock=local.cpu_seconds)
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
             headers = _bearer(key) if key else {}

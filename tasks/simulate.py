@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lilliput.artifacts import write_json, write_text
 from lilliput.config import Params
@@ -74,12 +74,11 @@ def _rows(device: str) -> list[dict[str, Any]]:
 
 
 def _routers(params: Params, device: str, rows: list[dict[str, Any]], embedder: Embedder) -> Mapping[str, Router]:
-    from lilliput.offload.fit import held_out_router
+    from lilliput.offload.fit import LOOKS, held_out_router
 
     serving = params.serving[device]
-    looks: tuple[Literal["before", "after"], ...] = ("before", "after")
     return {
         "device": FixedRouter("device"),
         "server": FixedRouter("server"),
         "threshold": ThresholdRouter(serving.least_confidence),
-    } | {f"learned_{look}": held_out_router(rows, embedder, params, device, look) for look in looks}
+    } | {f"learned_{look}": held_out_router(rows, embedder, params, device, look) for look in LOOKS}

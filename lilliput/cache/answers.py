@@ -19,6 +19,7 @@ from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
 
 LOCK_TIMEOUT_S = 30.0
+EXACT_ONLY = 1.0  # threshold: no cosine is larger, so only exact hits remain
 FORMAT = 4  # of the table, stored as SQLite's user_version; answers in another format are deleted
 _SCHEMA = f"""
 create table if not exists answers (

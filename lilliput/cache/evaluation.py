@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lilliput.cache.answers import AnswerCache, CachedAnswer, CacheHit, CacheQuery
-from lilliput.cache.threshold import EXACT_ONLY, fit_threshold, labelled_pairs, pair_hit_rates, similarities
+from lilliput.cache.answers import EXACT_ONLY, AnswerCache, CachedAnswer, CacheHit, CacheQuery
+from lilliput.cache.threshold import fit_threshold, labelled_pairs, pair_hit_rates, similarities
 from lilliput.chat.template import encode_prompt, encode_shared_prefix, end_ids
 from lilliput.config import CachingConfig, EvaluationConfig, Params
 from lilliput.data.corpus import Corpus

@@ -17,7 +17,6 @@ from lilliput.recipes.asking import subject, wordings
 from lilliput.recipes.recipe import Recipe, Relation
 from lilliput.statistics.intervals import rate
 
-EXACT_ONLY = 1.0  # no cosine is larger, so only exact hits remain
 Kind = Literal["paraphrase", "other_entity", "other_relation", "opposite"]
 
 

@@ -19,6 +19,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoTokenizer
 
+from lilliput.artifacts import GGUF
 from lilliput.chat.template import end_id, end_ids, read_generation_config
 from lilliput.compile.codes import PARTS, Codes, read_codes
 from lilliput.config import GgufTarget
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 else:
     _Converter = object  # replaced by the converter of the checkpoint's architecture at run time
 
-FILE = "model.gguf"
 BLOCK = 32  # weights per scale in all types used here
 _FLOATS = {Type.F32, Type.F16, Type.BF16}
 
@@ -60,7 +60,7 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
         )
     converter = _make_converter(checkpoint)
     with torch.inference_mode():
-        model = converter(checkpoint, gguf.LlamaFileType.ALL_F32, target / FILE, eager=True, model_name=checkpoint.name)
+        model = converter(checkpoint, gguf.LlamaFileType.ALL_F32, target / GGUF, eager=True, model_name=checkpoint.name)
         model.codes_by_layer = dict(read_codes(checkpoint))
         model.settings = config
         try:

@@ -22,6 +22,7 @@ from lilliput.redaction import has_credentials
 
 EDGE_KEY = "LILLIPUT_EDGE_KEY"  # environment variable with the key of a remote edge server
 Place = Literal["device", "server"]  # where a question is answered
+Look = Literal["before", "after"]  # when the learned router decides: before generation or after the device's answer
 
 
 class LinkConfig(Section):
@@ -135,7 +136,7 @@ class ServingConfig(Section):
 
     edge: EdgeConfig
     policy: Literal["device", "server", "threshold", "learned"]
-    look: Literal["before", "after"] = "before"
+    look: Look = "before"
     least_confidence: Share
     link: LinkName
     battery_wh: PositiveFloat

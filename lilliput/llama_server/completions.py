@@ -12,6 +12,9 @@ from typing import Any
 Chunks = AsyncGenerator[dict[str, Any], None]
 FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 COMPLETE = "stop"
+# Request fields for the log-probabilities of an answer's tokens, and nothing more: by default llama.cpp sends 20
+# alternatives per token, and for `top_logprobs: 0` it sends no log-probabilities at all.
+TOKEN_LOGPROBS = {"logprobs": True, "top_logprobs": 1}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -16,7 +16,7 @@ from lilliput.data.questions import Question
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
 from lilliput.evaluate.record import judge_answer, stratified_sample, verdict_row
-from lilliput.llama_server.completions import logprobs_of, text_of
+from lilliput.llama_server.completions import TOKEN_LOGPROBS, logprobs_of, text_of
 
 _TIMEOUT_S = 120.0
 
@@ -80,6 +80,7 @@ def ask_both(
         answer = _post(client, endpoint, body)
         return answer | verdict_row(answer["text"], question, judge_answer(answer["text"], question))
 
+    device = replace(device, body=device.body | TOKEN_LOGPROBS)
     for endpoint in (device, server):
         ask(endpoint, questions[0])  # warm-up; also caches the common prefix of all prompts
     embedder.embed([questions[0].question])

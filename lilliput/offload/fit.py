@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from lilliput.config import LinkConfig, Params
+from lilliput.config import Look, Params
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ConfigError
 from lilliput.offload.learned import (
@@ -17,18 +18,18 @@ from lilliput.offload.learned import (
     NEVER,
     TARGETS,
     LearnedRouter,
-    Look,
     OperatingPoint,
     OperatingTable,
     WorthModel,
     question_features,
     token_features,
 )
-from lilliput.offload.outcomes import Outcomes, QuestionCosts, expected_value, question_costs
-from lilliput.offload.simulate import PerQuestionRouter
+from lilliput.offload.outcomes import CostParts, Outcomes, QuestionCosts, expected_value
+from lilliput.offload.policy import Conditions, Router, RoutingDecision
 
 LOOKS: tuple[Look, ...] = ("before", "after")
 STRENGTH = 0.1  # scikit-learn's C
+ITERATIONS = 1000
 EMBEDDING_SCALE = 0.2  # standardised, each of its hundreds of dimensions would weigh as much as any other feature
 STEPS = 40
 
@@ -46,6 +47,9 @@ def fit(x: np.ndarray, outcomes: Outcomes, dimensions: int) -> WorthModel:
         x: features, shape (questions, features).
         outcomes: of the same questions.
         dimensions: length of the embedding, which comes first in the features.
+
+    Raises:
+        Warning: scikit-learn warns, as of a fit that did not converge (ConvergenceWarning).
     """
     targets = {
         f"{place}_{kind}": getattr(outcomes, kind)[place]
@@ -61,7 +65,9 @@ def fit(x: np.ndarray, outcomes: Outcomes, dimensions: int) -> WorthModel:
         if happened.all() or not happened.any():
             bias[number] = np.log((happened.sum() + 0.5) / ((~happened).sum() + 0.5))
             continue
-        model = LogisticRegression(C=STRENGTH, max_iter=1000).fit((x - mean) / scale, happened)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = LogisticRegression(C=STRENGTH, max_iter=ITERATIONS).fit((x - mean) / scale, happened)
         weights[number], bias[number] = model.coef_[0], model.intercept_[0]
     return WorthModel(mean, scale, weights, bias)
 
@@ -125,13 +131,13 @@ def _point(threshold: float, worth: np.ndarray, costs: QuestionCosts, outcomes: 
         latency_s=float(expected_value(sent, costs.device_s, costs.server_s).mean()),
         energy_j=float(expected_value(sent, costs.device_j, costs.server_j).mean()),
         accuracy=outcomes.accuracy(sent),
-        hallucination=float(expected_value(sent, **outcomes.hallucinated).mean()),
+        hallucination=outcomes.hallucination_rate(sent),
     )
 
 
-def link_costs(rows: Sequence[Mapping[str, Any]], link: LinkConfig, watts_per_core: float, look: Look) -> QuestionCosts:
-    """The cost of each question over `link` with a router that decides `before` or `after` generation."""
-    return question_costs(rows, link, watts_per_core, embeds=1.0, looks=float(look == "after"))
+def scored_costs(parts: CostParts, look: Look) -> QuestionCosts:
+    """The cost of each question with a router that scores it `before` or `after` generation."""
+    return parts.total(embeds=1.0, looks=float(look == "after"))
 
 
 def held_out_router(
@@ -147,20 +153,40 @@ def held_out_router(
     fitted = cross_fit(x, outcomes, folds, vectors.shape[1])
     worth = held_out_worth(x, fitted, folds)
     precomputed = PrecomputedEmbedder(embedder.sha256, dict(zip(texts, vectors, strict=True)))
+    costs = {name: CostParts.from_rows(rows, link, watts) for name, link in params.links.items()}
     routers = {}
     for fold, of_fold in fitted.items():
         others = folds != fold
         tables = {
             name: tabulate(
                 worth[others],
-                link_costs(rows, link, watts, look).select(others),
-                question_costs(rows, link, watts).select(others),
+                scored_costs(parts, look).select(others),
+                parts.total().select(others),
                 outcomes.select(others),
             )
-            for name, link in params.links.items()
+            for name, parts in costs.items()
         }
         routers[fold] = LearnedRouter(of_fold, tables, look, serving.objective, serving.saver_percent, precomputed)
     return PerQuestionRouter({text: routers[int(fold)] for text, fold in zip(texts, folds, strict=True)})
+
+
+class PerQuestionRouter:
+    """Routes each question with its own router, as with the one fitted without its entity."""
+
+    def __init__(self, routers: Mapping[str, Router]) -> None:
+        self._routers = routers
+
+    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
+        """The decision of the question's router before generation."""
+        return self._routers[question].route_question(question, conditions)
+
+    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+        """The decision of the question's router after the device's answer."""
+        return self._routers[question].route_answer(question, token_logprobs, conditions)
+
+    def rule(self, question: str, conditions: Conditions) -> str:
+        """The rule of the question's router."""
+        return self._routers[question].rule(question, conditions)
 
 
 class PrecomputedEmbedder:

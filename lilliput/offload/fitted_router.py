@@ -12,7 +12,7 @@ from lilliput.errors import ArtifactError
 from lilliput.offload.learned import LearnedRouter, OperatingPoint, OperatingTable, WorthModel
 from lilliput.offload.policy import FixedRouter, Router, ThresholdRouter
 
-ROUTER, CACHE = "router.json", "cache.json"
+ROUTER = "router.json"
 
 
 def open_router(serving: ServingConfig, folder: Path, embedder: Embedder | None, pair: tuple[str, str]) -> Router:

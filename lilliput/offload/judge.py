@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from lilliput.config import LinkConfig, Params, ServingConfig
-from lilliput.offload.fit import LOOKS, STEPS, cross_fit, features, fit, folds_of, held_out_worth, link_costs, tabulate
-from lilliput.offload.learned import ALWAYS, NEVER, Look, select_point
+from lilliput.config import Look, Params, ServingConfig
+from lilliput.offload.fit import (
+    LOOKS,
+    STEPS,
+    cross_fit,
+    features,
+    fit,
+    folds_of,
+    held_out_worth,
+    scored_costs,
+    tabulate,
+)
+from lilliput.offload.learned import ALWAYS, NEVER, select_point
 from lilliput.offload.links import battery_percent
-from lilliput.offload.outcomes import Outcomes, expected_value, question_costs
+from lilliput.offload.outcomes import CostParts, Outcomes, expected_value
 from lilliput.offload.policy import confidence
 from lilliput.statistics import intervals
 
@@ -38,41 +47,37 @@ class Policy:
 
 
 def policies(
-    rows: Sequence[Mapping[str, Any]],
+    outcomes: Outcomes,
+    parts: CostParts,
+    confidences: np.ndarray,
     worth: Mapping[Look, np.ndarray],
     folds: np.ndarray,
-    link: LinkConfig,
-    watts_per_core: float,
     serving: ServingConfig,
 ) -> dict[str, Policy]:
-    """Every policy over `link`, with a full battery.
+    """Every policy over the link of `parts`, with a full battery.
 
     The learned policies select the operating point of each fold by the figures of the other folds. `random` offloads
     the same share as `learned_before`; `oracle` offloads exactly the questions that the server answers better.
     """
-    outcomes = Outcomes.from_rows(rows)
-    nowhere = np.zeros(len(rows))
-    confidences = device_confidence(rows)
+    none = np.zeros(len(confidences))
     by_name = {
-        "device": Policy(nowhere),
-        "server": Policy(nowhere + 1.0),
+        "device": Policy(none),
+        "server": Policy(none + 1.0),
         "threshold": Policy((confidences < serving.least_confidence).astype(float), -confidences, looks=1.0),
     }
-    fixed_costs = question_costs(rows, link, watts_per_core)
+    fixed = parts.total()
     for look in LOOKS:
-        spent = link_costs(rows, link, watts_per_core, look)
-        thresholds = np.zeros(len(rows))
+        scored = scored_costs(parts, look)
+        thresholds = np.zeros(len(confidences))
         for fold in np.unique(folds):
             others = folds != fold
-            table = tabulate(
-                worth[look][others], spent.select(others), fixed_costs.select(others), outcomes.select(others)
-            )
+            table = tabulate(worth[look][others], scored.select(others), fixed.select(others), outcomes.select(others))
             point, _ = select_point(table, serving.objective, serving.objective.energy_budget_j)
             thresholds[~others] = point.threshold
         sent = (worth[look] > thresholds).astype(float)
         embeds = (~np.isin(thresholds, (NEVER, ALWAYS))).astype(float)
         by_name[f"learned_{look}"] = Policy(sent, worth[look], embeds, embeds * (look == "after"))
-    by_name["random"] = Policy(nowhere + by_name["learned_before"].sent.mean())
+    by_name["random"] = Policy(none + by_name["learned_before"].sent.mean())
     by_name["oracle"] = Policy((outcomes.gain > 0.0).astype(float), outcomes.gain)
     return by_name
 
@@ -82,17 +87,13 @@ def device_confidence(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([confidence(row["device"]["logprobs"]) or 0.0 for row in rows])
 
 
-def figures(
-    policy: Policy, rows: Sequence[Mapping[str, Any]], link: LinkConfig, params: Params, device: str
-) -> dict[str, Any]:
-    """Quality and cost of `policy` over `link`. Seconds, joules and battery percentages are estimates.
+def figures(policy: Policy, outcomes: Outcomes, parts: CostParts, params: Params, device: str) -> dict[str, Any]:
+    """Quality and cost of `policy` over the link of `parts`. Seconds, joules and battery percentages are estimates.
 
     `over_random` is the paired difference from offloading the same share of questions at random.
     """
     config, serving = params.evaluation, params.serving[device]
-    outcomes = Outcomes.from_rows(rows)
-    watts = params.devices[device].watts_per_core
-    spent = question_costs(rows, link, watts, embeds=policy.embeds, looks=policy.looks)
+    costs = parts.total(embeds=policy.embeds, looks=policy.looks)
     deterministic = bool(np.isin(policy.sent, (0.0, 1.0)).all())
 
     def share(values: np.ndarray) -> dict[str, Any]:
@@ -100,21 +101,21 @@ def figures(
             return intervals.as_dict(intervals.rate([bool(value) for value in values]))
         return intervals.as_dict(intervals.mean(values, config.seed, config.resamples))
 
-    energy_j = expected_value(policy.sent, spent.device_j, spent.server_j)
+    energy_j = expected_value(policy.sent, costs.device_j, costs.server_j)
     energy = intervals.as_dict(intervals.mean(energy_j, config.seed, config.resamples))
     percent = {key: battery_percent(energy[key], serving.battery_wh) for key in ("value", "low", "high")}
     more = policy.sent - policy.sent.mean()
     gains = {"accuracy": outcomes.right_gain[outcomes.answerable], "hallucination_rate": -outcomes.hallucination_gain}
-    parts = {"accuracy": outcomes.answerable, "hallucination_rate": np.ones(len(rows), dtype=bool)}
+    counted = {"accuracy": outcomes.answerable, "hallucination_rate": np.ones(len(policy.sent), dtype=bool)}
     return {
         "offloaded": float(policy.sent.mean()),
         "accuracy": share(expected_value(policy.sent, **outcomes.right)[outcomes.answerable]),
         "hallucination_rate": share(expected_value(policy.sent, **outcomes.hallucinated)),
-        "latency_ms": _quantiles(1e3 * spent.device_s, 1e3 * spent.server_s, policy.sent) | ESTIMATE,
+        "latency_ms": _quantiles(1e3 * costs.device_s, 1e3 * costs.server_s, policy.sent) | ESTIMATE,
         "energy_per_query_j": energy | ESTIMATE,
         "battery_percent_per_query": percent | {"n": energy["n"]} | ESTIMATE,
         "over_random": {
-            metric: intervals.as_dict(intervals.mean(more[parts[metric]] * gain, config.seed, config.resamples))
+            metric: intervals.as_dict(intervals.mean(more[counted[metric]] * gain, config.seed, config.resamples))
             for metric, gain in gains.items()
         },
     }
@@ -181,12 +182,11 @@ def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
     for step in range(STEPS + 1):
         sent = np.zeros(len(score))
         sent[order[: round(step * len(score) / STEPS)]] = 1.0
-        hallucinated = float(expected_value(sent, **outcomes.hallucinated).mean())
         points.append(
             {
                 "offloaded": float(sent.mean()),
                 "accuracy": outcomes.accuracy(sent),
-                "hallucination_rate": hallucinated,
+                "hallucination_rate": outcomes.hallucination_rate(sent),
             }
         )
     return points
@@ -208,17 +208,17 @@ def judge_policies(
 
     Raises:
         ConfigError: there are more folds than entities.
+        Warning: a fit did not converge.
     """
     serving, watts = params.serving[device], params.devices[device].watts_per_core
     outcomes = Outcomes.from_rows(rows)
     folds = folds_of(rows, serving.offload.folds, serving.offload.seed)
     feature_rows = {look: features(rows, vectors, look) for look in LOOKS}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # an unconverged fit is an error
-        held_out = {look: cross_fit(feature_rows[look], outcomes, folds, vectors.shape[1]) for look in LOOKS}
-        fitted = {look: fit(feature_rows[look], outcomes, vectors.shape[1]) for look in LOOKS}
+    held_out = {look: cross_fit(feature_rows[look], outcomes, folds, vectors.shape[1]) for look in LOOKS}
+    fitted = {look: fit(feature_rows[look], outcomes, vectors.shape[1]) for look in LOOKS}
     worth: dict[Look, np.ndarray] = {look: held_out_worth(feature_rows[look], held_out[look], folds) for look in LOOKS}
-    scores = {"threshold": -device_confidence(rows)} | {f"learned_{look}": worth[look] for look in LOOKS}
+    confidences = device_confidence(rows)
+    scores = {"threshold": -confidences} | {f"learned_{look}": worth[look] for look in LOOKS}
     config = params.evaluation
     record: dict[str, Any] = {
         "links": {},
@@ -232,12 +232,12 @@ def judge_policies(
     }
     looks: dict[str, Any] = {look: {"fitted": fitted[look].as_dict(), "links": {}} for look in LOOKS}
     for name, link in params.links.items():
-        by_policy = policies(rows, worth, folds, link, watts, serving)
+        parts = CostParts.from_rows(rows, link, watts)
+        by_policy = policies(outcomes, parts, confidences, worth, folds, serving)
         record["links"][name] = {
-            policy: figures(decisions, rows, link, params, device) for policy, decisions in by_policy.items()
+            policy: figures(decisions, outcomes, parts, params, device) for policy, decisions in by_policy.items()
         }
-        fixed_costs = question_costs(rows, link, watts)
         for look in LOOKS:
-            spent = link_costs(rows, link, watts, look)
-            looks[look]["links"][name] = asdict(tabulate(worth[look], spent, fixed_costs, outcomes))
+            table = tabulate(worth[look], scored_costs(parts, look), parts.total(), outcomes)
+            looks[look]["links"][name] = asdict(table)
     return record, {"looks": looks}

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lilliput.cache.distinguishing_words import distinguishing_words
-from lilliput.config import ObjectiveConfig
+from lilliput.config import Look, ObjectiveConfig
 from lilliput.embedding.embedder import Embedder
 from lilliput.offload.policy import Conditions, RoutingDecision
 
-Look = Literal["before", "after"]
 TARGETS = ("device_right", "server_right", "device_hallucinated", "server_hallucinated")
 NEVER, ALWAYS = 2.0, -2.0  # thresholds: a worth lies strictly between them
 _UNLIKELY_NATS = -20.0  # log-likelihood that replaces the tokens of an empty answer

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from lilliput.artifacts import Manifest
+from lilliput.artifacts import GGUF, Manifest
 from lilliput.config import EdgeConfig
 from lilliput.errors import ArtifactError
-
-GGUF = "model.gguf"
 
 
 def pair_of(device: Manifest, edge: EdgeConfig, server: Manifest | None) -> tuple[str, str]:

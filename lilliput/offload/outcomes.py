@@ -62,6 +62,10 @@ class Outcomes:
         right = expected_value(sent, **self.right)[self.answerable]
         return float(right.mean()) if len(right) else 0.0
 
+    def hallucination_rate(self, sent: np.ndarray) -> float:
+        """Share of hallucinations among all questions, each sent with probability `sent`."""
+        return float(expected_value(sent, **self.hallucinated).mean())
+
 
 @dataclass(frozen=True)
 class QuestionCosts:
@@ -77,35 +81,56 @@ class QuestionCosts:
         return QuestionCosts(**{name: values[mask] for name, values in vars(self).items()})
 
 
-def question_costs(
-    rows: Sequence[Mapping[str, Any]],
-    link: LinkConfig,
-    watts_per_core: float,
-    embeds: np.ndarray | float = 0.0,
-    looks: np.ndarray | float = 0.0,
-) -> QuestionCosts:
-    """Seconds until the answer and joules of the device, by place. Each request is isolated, with a complete tail.
+@dataclass(frozen=True)
+class CostParts:
+    """Seconds and joules of each step of a question over one link; arrays of shape (questions,).
 
-    Args:
-        rows: of `ask_both`.
-        link: to the edge server.
-        watts_per_core: power of a busy core of the device.
-        embeds: 1.0 where the question is embedded first, else 0.0.
-        looks: 1.0 where the device answers before the server (cascade), else 0.0.
+    Attributes:
+        embed_s: of embedding the question on the device; `embed_j` likewise.
+        device_s: of the device's answer; `device_j` likewise.
+        remote_s: of the request to the server, isolated and with a complete tail; `remote_j` likewise.
     """
-    device_s = np.array([row["device"]["seconds"] for row in rows])
-    device_j = np.array([row["device"]["cpu_s"] for row in rows]) * watts_per_core
-    requests = [request_of(row) for row in rows]
-    remote_s = np.array([latency_s(request, link) for request in requests])
-    remote_j = np.array([radio_j(request, link) for request in requests])
-    first_s = np.array([row["embed_s"] for row in rows]) * embeds
-    first_j = np.array([row["embed_cpu_s"] for row in rows]) * watts_per_core * embeds
-    return QuestionCosts(
-        device_s=first_s + device_s,
-        server_s=first_s + device_s * looks + remote_s,
-        device_j=first_j + device_j,
-        server_j=first_j + device_j * looks + remote_j,
-    )
+
+    embed_s: np.ndarray
+    embed_j: np.ndarray
+    device_s: np.ndarray
+    device_j: np.ndarray
+    remote_s: np.ndarray
+    remote_j: np.ndarray
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], link: LinkConfig, watts_per_core: float) -> CostParts:
+        """From the rows of `ask_both`.
+
+        Args:
+            rows: the rows.
+            link: to the edge server.
+            watts_per_core: power of a busy core of the device.
+        """
+        requests = [request_of(row) for row in rows]
+        return cls(
+            embed_s=np.array([row["embed_s"] for row in rows]),
+            embed_j=np.array([row["embed_cpu_s"] for row in rows]) * watts_per_core,
+            device_s=np.array([row["device"]["seconds"] for row in rows]),
+            device_j=np.array([row["device"]["cpu_s"] for row in rows]) * watts_per_core,
+            remote_s=np.array([latency_s(request, link) for request in requests]),
+            remote_j=np.array([radio_j(request, link) for request in requests]),
+        )
+
+    def total(self, embeds: np.ndarray | float = 0.0, looks: np.ndarray | float = 0.0) -> QuestionCosts:
+        """Seconds until the answer and joules of the device, by place.
+
+        Args:
+            embeds: 1.0 where the question is embedded first, else 0.0.
+            looks: 1.0 where the device answers before the server (cascade), else 0.0.
+        """
+        first_s, first_j = self.embed_s * embeds, self.embed_j * embeds
+        return QuestionCosts(
+            device_s=first_s + self.device_s,
+            server_s=first_s + self.device_s * looks + self.remote_s,
+            device_j=first_j + self.device_j,
+            server_j=first_j + self.device_j * looks + self.remote_j,
+        )
 
 
 def request_of(row: Mapping[str, Any]) -> Request:

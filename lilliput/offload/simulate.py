@@ -115,18 +115,20 @@ def draw_trace(
 
 
 def read_trace(path: Path, questions: Iterable[str], links: Iterable[str]) -> list[Event]:
-    """The events of a JSON Lines file, in order of time.
+    """The events of a JSON Lines file, in order of time. Skips blank lines.
 
     Raises:
         DataError: the file is missing, or a line is not an event, or its question or link is unknown.
     """
     known_questions, known_links = set(questions), set(links)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give a JSON Lines file, or no file for a random trace") from None
     events = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             event = Event.model_validate_json(line)
         except ValidationError as error:
@@ -253,25 +255,6 @@ def summarise(served: Sequence[ServedRequest], rows: Sequence[Mapping[str, Any]]
 
 def _offloaded(served: Sequence[ServedRequest]) -> float:
     return sum(s.decision.place == "server" for s in served) / len(served)
-
-
-class PerQuestionRouter:
-    """Routes each question with its own router, as with the one fitted without its entity."""
-
-    def __init__(self, routers: Mapping[str, Router]) -> None:
-        self._routers = routers
-
-    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
-        """The decision of the question's router before generation."""
-        return self._routers[question].route_question(question, conditions)
-
-    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
-        """The decision of the question's router after the device's answer."""
-        return self._routers[question].route_answer(question, token_logprobs, conditions)
-
-    def rule(self, question: str, conditions: Conditions) -> str:
-        """The rule of the question's router."""
-        return self._routers[question].rule(question, conditions)
 
 
 def trace_lines(events: Iterable[Event]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lilliput.artifacts import GGUF
 from lilliput.errors import ArtifactError
 from lilliput.runtime.protocol import Runtime
 
@@ -23,7 +24,7 @@ def open_compiled(target: str, folder: Path, threads: int, context_tokens: int) 
     if target == "gguf":
         from lilliput.runtime.llamacpp import LlamaCppRuntime
 
-        return LlamaCppRuntime(folder / "model.gguf", threads, context_tokens)
+        return LlamaCppRuntime(folder / GGUF, threads, context_tokens)
     if target == "onnx":
         from lilliput.runtime.onnx import OnnxRuntime
 

@@ -17,6 +17,7 @@ from lilliput.config import Place
 from lilliput.errors import ArtifactError
 from lilliput.llama_server.completions import (
     COMPLETE,
+    TOKEN_LOGPROBS,
     Chunks,
     Usage,
     finish_of,
@@ -109,6 +110,8 @@ class Computation:
     ) -> None:
         self._service, self._chat, self._conditions = service, chat, conditions
         self._cache_control, self._limits = cache_control, limits
+        self._cache = service.cache if chat.cacheable else None
+        self._query: CacheQuery | None = None
         self._edge_failed = False
         self.usage = ResourceUsage()
 
@@ -257,18 +260,16 @@ class Computation:
     def _backend_request(self, backend: Backend, *, for_router: bool = False) -> dict[str, Any]:
         system_prompt = self._service.model.system_prompt
         request = self._chat.for_model(system_prompt, self._limits.max_tokens, backend.model, backend.control_tokens)
-        # Log-probabilities only on demand: llama.cpp sorts the whole vocabulary for each token. By default it sends 20
-        # alternatives per token, and for `top_logprobs: 0` it sends no log-probabilities at all.
-        logprobs = {"logprobs": True, "top_logprobs": max(1, self._chat.top_logprobs or 0)}
+        # Log-probabilities only on demand: llama.cpp sorts the whole vocabulary for each token.
+        logprobs = TOKEN_LOGPROBS | ({"top_logprobs": self._chat.top_logprobs} if self._chat.top_logprobs else {})
         return request | (logprobs if for_router or self._chat.logprobs else {})
 
-    @property
-    def _cache(self) -> AnswerCache | None:
-        return self._service.cache if self._chat.cacheable else None
-
     def _cache_query(self, cache: AnswerCache) -> CacheQuery:
-        question = self._chat.question
-        return cache.query(question, self._service.router.rule(question, self._conditions))
+        """The same query for lookup and storing, so that the question is embedded once."""
+        if self._query is None:
+            question = self._chat.question
+            self._query = cache.query(question, self._service.router.rule(question, self._conditions))
+        return self._query
 
     async def _cached_answer(self) -> RoutedAnswer | None:
         cache = self._cache

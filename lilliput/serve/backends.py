@@ -126,6 +126,7 @@ class Backend:
             timeout_s: overrides the time limit of the first chunk, for a request that has already waited.
 
         Raises:
+            BackendDown: the process is not running.
             BackendFailed: the backend is down or too slow, or its answer is invalid, perhaps after some chunks.
             BackendRejected: the request is invalid for the model.
         """

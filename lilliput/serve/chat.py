@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -105,7 +106,7 @@ class Chat(BaseModel):
     Only these fields are passed to the model: an unknown field could bypass the limits.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", frozen=True)
     messages: Annotated[list[Message], Field(min_length=1, max_length=64)]
     model: Annotated[str, Field(max_length=256)] | None = None
     stream: bool | None = None
@@ -142,12 +143,12 @@ class Chat(BaseModel):
             raise ValueError("top_logprobs: needs logprobs to be true")
         return self
 
-    @property
+    @cached_property
     def question(self) -> str:
         """The user's last message."""
         return next((message.text for message in reversed(self.messages) if message.role == "user"), "")
 
-    @property
+    @cached_property
     def cacheable(self) -> bool:
         """Whether the answer depends only on one question: a single turn, greedy decoding, no special options."""
         return (

@@ -19,11 +19,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lilliput.artifacts import MANIFEST, file_sha256, link_or_copy, remove, verify, write_text, writing
+from lilliput.artifacts import GGUF, MANIFEST, file_sha256, link_or_copy, remove, verify, write_text, writing
 from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingConfig
 from lilliput.errors import ArtifactError
 from lilliput.offload.fitted_router import ROUTER
-from lilliput.offload.model_pair import GGUF
 
 CURRENT, PREVIOUS, MODELS, ROUTERS = "current.json", "previous.json", "models", "routers"
 ANSWERS, ADMIN_TOKEN, GATEWAY = "answers.db", "admin-token", "gateway.json"

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.artifacts import read_manifest
-from lilliput.cache.answers import AnswerCache
-from lilliput.cache.threshold import EXACT_ONLY
+from lilliput.cache.answers import EXACT_ONLY, AnswerCache
 from lilliput.config import EDGE_KEY
 from lilliput.embedding.embedder import CachingEmbedder, Embedder
-from lilliput.embedding.sentence_embedder import open_embedder
 from lilliput.llama_server.process import LlamaServer, ServerSettings
 from lilliput.offload.fitted_router import open_router
 from lilliput.offload.model_pair import pair_of
@@ -90,6 +88,8 @@ def open_caching_embedder(deployment: Deployment) -> Embedder | None:
     """The embedder; None if neither cache nor router needs one."""
     if not deployment.serving.cache.capacity and deployment.serving.policy != "learned":
         return None
+    from lilliput.embedding.sentence_embedder import open_embedder
+
     return CachingEmbedder(open_embedder(deployment.embedder, default_cache()))
 
 

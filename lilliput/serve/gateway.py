@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lilliput.llama_server.completions import Chunks, finish_of, with_logprobs
 from lilliput.offload.policy import Conditions, RoutingDecision
-from lilliput.serve.answering import CacheControl, Computation, Limits
+from lilliput.serve.answering import CacheControl, Computation, Limits, Overloaded, Unanswered, Unavailable
+from lilliput.serve.backends import BackendRejected
 from lilliput.serve.chat import Chat
 from lilliput.serve.costs import Cost
 from lilliput.serve.service import Service
@@ -127,7 +128,7 @@ class Gateway:
                 reply._resources.push_async_callback(resources.pop_all().aclose)
                 return reply
         except BaseException as error:
-            self._failures.labels(type(error).__name__).inc()
+            self._failures.labels(failure_reason(error)).inc()
             raise
 
     def _subscribe(
@@ -182,6 +183,17 @@ class Gateway:
             reply.decision.reason,
             reply.decision.score,
         )
+
+
+def failure_reason(error: BaseException) -> str:
+    """The label of `error` in the metric `lilliput_failures`; `other` for example after a client's disconnect."""
+    reasons = {
+        Overloaded: "overloaded",
+        Unavailable: "unavailable",  # before Unanswered, its base class
+        Unanswered: "unanswered",
+        BackendRejected: "rejected",
+    }
+    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), "other")
 
 
 def reply_metadata(reply: Reply) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from lilliput.cache.answers import AnswerCache, CachedAnswer, clear
 from lilliput.cache.distinguishing_words import distinguishing_words
 from lilliput.errors import ArtifactError
-from tests.serve.conftest import BagOfWords
+from tests.embedding.fakes import BagOfWords
 
 
 @pytest.fixture

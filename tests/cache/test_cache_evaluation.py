@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from lilliput.cache.answers import AnswerCache
+from lilliput.cache.answers import EXACT_ONLY, AnswerCache
 from lilliput.cache.evaluation import (
     CACHE,
     PLAIN,
@@ -15,12 +15,11 @@ from lilliput.cache.evaluation import (
     measure_caching,
     summarise,
 )
-from lilliput.cache.threshold import EXACT_ONLY
 from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.recipes.recipe import read_recipe
-from tests.serve.conftest import BagOfWords
+from tests.embedding.fakes import BagOfWords
 
 CAPITALS = {"Peru": "Lima", "Cuba": "Havana", "Iran": "Tehran", "Chad": "Djamena", "Oman": "Muscat", "Fiji": "Suva"}
 CAPITAL, CITY = "What is the capital of {}?", "Which city is the capital of {}?"

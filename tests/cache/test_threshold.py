@@ -5,7 +5,7 @@ from lilliput.cache.threshold import Pair, fit_threshold, labelled_pairs, pair_h
 from lilliput.data.questions import Question
 from lilliput.recipes.asking import subject, wordings
 from lilliput.recipes.recipe import read_recipe
-from tests.serve.conftest import BagOfWords
+from tests.embedding.fakes import BagOfWords
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lilliput.compile.gguf import FILE, compile_gguf
+from lilliput.artifacts import GGUF
+from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.models import random_model
 from lilliput.saving import save_model
@@ -43,7 +44,7 @@ def compiled(tokenizer, tmp_path_factory):
         model = perturbed(config)
         save_model(model, tokenizer, folder)
         compile_gguf(folder, target, GgufTarget(candidate="a", target="gguf", floats="f32", embeddings="f32"))
-        return model, target / FILE
+        return model, target / GGUF
 
     return make
 

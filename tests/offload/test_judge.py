@@ -2,35 +2,39 @@
 
 import itertools
 import json
+import warnings
 
 import httpx
 import numpy as np
 import pytest
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from lilliput.config import LinkConfig, ObjectiveConfig
+from lilliput.config import ObjectiveConfig
 from lilliput.data.questions import Question
 from lilliput.errors import ArtifactError, ConfigError
+from lilliput.offload import fit as fitting
 from lilliput.offload.collect import Endpoint, ask_both, draw_questions
-from lilliput.offload.fit import EMBEDDING_SCALE, STRENGTH, cross_fit, fit, folds_of, held_out_worth, tabulate
-from lilliput.offload.judge import Policy, areas, curve, figures, judge_policies, policies
-from lilliput.offload.learned import ALWAYS, NEVER
-from lilliput.offload.outcomes import Outcomes, QuestionCosts, question_costs
-from lilliput.serve.service import ServedModel
-from tests.serve import fakes
-from tests.serve.conftest import BagOfWords
-
-LINK = LinkConfig(
-    up_mbit_per_s=8.0,
-    down_mbit_per_s=8.0,
-    round_trip_ms=100.0,
-    loss=0.0,
-    up_j_per_byte=1e-4,
-    down_j_per_byte=1e-4,
-    active_watts=1.0,
-    tail_s=2.0,
-    tail_watts=0.5,
+from lilliput.offload.fit import (
+    EMBEDDING_SCALE,
+    STRENGTH,
+    PerQuestionRouter,
+    cross_fit,
+    fit,
+    folds_of,
+    held_out_worth,
+    tabulate,
 )
+from lilliput.offload.judge import Policy, areas, curve, device_confidence, figures, judge_policies, policies
+from lilliput.offload.learned import ALWAYS, NEVER
+from lilliput.offload.outcomes import CostParts, Outcomes, QuestionCosts
+from lilliput.offload.policy import Conditions, FixedRouter, ThresholdRouter
+from lilliput.serve.service import ServedModel
+from tests.embedding.fakes import BagOfWords
+from tests.offload.links import link
+from tests.serve import fakes
+
+LINK = link(round_trip_ms=100.0, up_j_per_byte=1e-4, down_j_per_byte=1e-4, active_watts=1.0, tail_s=2.0, tail_watts=0.5)
 
 
 def row(number, device, server, *, answerable=True, logprob=-0.1, group=None, question=None):
@@ -76,7 +80,7 @@ class FakeEndpoints:
 
 def ask(script, questions):
     endpoints = FakeEndpoints(script)
-    device = Endpoint("device", "http://device", {"logprobs": True})
+    device = Endpoint("device", "http://device")
     server = Endpoint("the edge server", "http://server", {"model": "large"}, {"Authorization": "Bearer k"})
     with httpx.Client(transport=httpx.MockTransport(endpoints)) as client:
         return endpoints, ask_both(questions, device, server, BagOfWords(), "Briefly.", 9, client)
@@ -115,11 +119,11 @@ def test_collected_requests_equal_the_gateway_s():
     endpoints, _ = ask(script, [PERU])
     by_gateway = fakes.FakeBackends()
     body = {"messages": [{"role": "user", "content": PERU.question}], "max_tokens": 9}
-    router = fakes.FixedRouter("server")
+    router = ThresholdRouter(1.0)  # the device answers first, then the edge server
     fakes.ask(fakes.app(by_gateway, router, model=ServedModel("m", "v", "Briefly.")), body)
-    [request] = by_gateway.requests["server"]
-    assert endpoints.requests[1][1] == request | {"model": "large"}
-    assert endpoints.requests[0][1] == request | {"logprobs": True}
+    [to_device], [to_server] = by_gateway.requests["device"], by_gateway.requests["server"]
+    assert endpoints.requests[0][1] == to_device
+    assert endpoints.requests[1][1] == to_server | {"model": "large"}
 
 
 def test_error_of_an_unusable_answer_names_the_address():
@@ -136,21 +140,21 @@ def test_drawn_questions_keep_the_unanswerable_share_and_are_reproducible():
 
 
 def test_costs_by_hand():
-    spent = question_costs(FOUR[:1], LINK, 2.0)
+    parts = CostParts.from_rows(FOUR[:1], LINK, 2.0)
     remote_s = 0.1 + 0.001 + 1.0
     remote_j = 0.1 + 1.0 * remote_s + 0.5 * 2.0
     by_hand = {"device_s": 0.5, "server_s": remote_s, "device_j": 0.8, "server_j": remote_j}
-    assert {name: values[0] for name, values in vars(spent).items()} == pytest.approx(by_hand)
-    looked = question_costs(FOUR[:1], LINK, 2.0, embeds=1.0, looks=1.0)
+    assert {name: values[0] for name, values in vars(parts.total()).items()} == pytest.approx(by_hand)
+    cascade = parts.total(embeds=1.0, looks=1.0)
     by_hand = {"device_s": 0.51, "server_s": 0.51 + remote_s, "device_j": 0.84, "server_j": 0.84 + remote_j}
-    assert {name: values[0] for name, values in vars(looked).items()} == pytest.approx(by_hand)
+    assert {name: values[0] for name, values in vars(cascade).items()} == pytest.approx(by_hand)
 
 
 def test_operating_points_by_hand():
     worth, outcomes = np.array([0.5, 0.1, -0.2, 0.3]), Outcomes.from_rows(FOUR)
-    spent = QuestionCosts(*(np.array(values, dtype=float) for values in ([1] * 4, [3] * 4, [10] * 4, [20] * 4)))
-    at_once = QuestionCosts(*(np.array(values, dtype=float) for values in ([0.5] * 4, [2] * 4, [9] * 4, [19] * 4)))
-    table = tabulate(worth, spent, at_once, outcomes)
+    scored = QuestionCosts(*(np.array(values, dtype=float) for values in ([1] * 4, [3] * 4, [10] * 4, [20] * 4)))
+    fixed = QuestionCosts(*(np.array(values, dtype=float) for values in ([0.5] * 4, [2] * 4, [9] * 4, [19] * 4)))
+    table = tabulate(worth, scored, fixed, outcomes)
     assert [point.threshold for point in table.points] == pytest.approx([NEVER, 0.4, 0.2, -0.05, ALWAYS])
     assert [point.offloaded for point in table.points] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [point.latency_s for point in table.points] == [0.5, 1.5, 2.0, 2.5, 2.0]
@@ -171,6 +175,24 @@ def test_fit_equals_scikit_learn_on_scaled_features():
     # The server was always right and never hallucinated: (60 + ½) : ½, for every question.
     assert found.probabilities(known)[:, 1] == pytest.approx(60.5 / 61)
     assert found.probabilities(known)[:, 3] == pytest.approx(0.5 / 61)
+
+
+def test_an_unconverged_fit_raises(monkeypatch):
+    monkeypatch.setattr(fitting, "ITERATIONS", 1)
+    rng = np.random.default_rng(0)
+    rows = [row(n, "R" if n % 3 else "W", "R") for n in range(60)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as outside of the tests, where a warning is no error
+        with pytest.raises(ConvergenceWarning):
+            fit(rng.normal(size=(60, 8)), Outcomes.from_rows(rows), 8)
+
+
+def test_per_question_router():
+    router = PerQuestionRouter({"a": FixedRouter("device"), "b": ThresholdRouter(0.5)})
+    assert router.route_question("a", Conditions("wifi")).place == "device"
+    assert router.route_question("b", Conditions("wifi")) is None
+    assert router.route_answer("b", [-5.0], Conditions("wifi")).place == "server"
+    assert [router.rule(question, Conditions("wifi")) for question in "ab"] == ["device", "confidence 0.5"]
 
 
 def test_cross_fitting_separates_entities():
@@ -233,11 +255,17 @@ def params(tiny_params):
     return tiny_params.model_copy(update={"links": {"wifi": LINK}, "serving": {"phone-4gb": serving}})
 
 
+def parts_of(rows, params):
+    return CostParts.from_rows(rows, LINK, params.devices["phone-4gb"].watts_per_core)
+
+
 def test_figures_of_a_policy_by_hand(params):
+    parts = parts_of(FOUR, params)
     watts = params.devices["phone-4gb"].watts_per_core
     remote_s = 1.101
     remote_j = 0.1 + remote_s + 1.0
-    found = figures(Policy(np.array([1.0, 0.0, 0.0, 1.0])), FOUR, LINK, params, "phone-4gb")
+    policy = Policy(np.array([1.0, 0.0, 0.0, 1.0]))
+    found = figures(policy, Outcomes.from_rows(FOUR), parts, params, "phone-4gb")
     assert (found["offloaded"], found["accuracy"]["value"], found["hallucination_rate"]["value"]) == (0.5, 1.0, 0.0)
     assert found["energy_per_query_j"]["value"] == pytest.approx((0.4 * watts + remote_j) / 2)
     assert found["energy_per_query_j"]["measured"] is False
@@ -250,7 +278,8 @@ def test_figures_of_a_policy_by_hand(params):
 
 
 def test_random_policy_has_expected_values(params):
-    found = figures(Policy(np.full(4, 0.25)), FOUR, LINK, params, "phone-4gb")
+    outcomes, parts = Outcomes.from_rows(FOUR), parts_of(FOUR, params)
+    found = figures(Policy(np.full(4, 0.25)), outcomes, parts, params, "phone-4gb")
     assert found["accuracy"]["value"] == pytest.approx(2 / 3)
     assert found["hallucination_rate"]["value"] == pytest.approx(0.75 * 0.5 + 0.25 * 0.25)
     assert (found["latency_ms"]["p50"], found["latency_ms"]["p90"]) == pytest.approx((500.0, 1101.0))
@@ -283,10 +312,12 @@ def test_learned_policy_beats_chance_on_predictable_questions(params):
 
 def test_a_too_small_energy_budget_keeps_all_questions_on_the_device(params):
     rows = predictable_rows(40)
-    serving = params.serving["phone-4gb"]
+    serving, folds = params.serving["phone-4gb"], folds_of(rows, 2, 0)
+    outcomes, parts = Outcomes.from_rows(rows), CostParts.from_rows(rows, LINK, 0.75)
     tight = serving.objective.model_copy(update={"energy_budget_j": 0.35})
     worth = {look: np.linspace(-1, 1, 40) for look in ("before", "after")}
-    found = policies(rows, worth, folds_of(rows, 2, 0), LINK, 0.75, serving.model_copy(update={"objective": tight}))
+    tight_serving = serving.model_copy(update={"objective": tight})
+    found = policies(outcomes, parts, device_confidence(rows), worth, folds, tight_serving)
     for look in ("before", "after"):
         assert found[f"learned_{look}"].sent.sum() == 0
         assert np.sum(found[f"learned_{look}"].embeds) == 0

@@ -24,7 +24,7 @@ from lilliput.offload.learned import (
 )
 from lilliput.offload.model_pair import pair_of
 from lilliput.offload.policy import Conditions, FixedRouter, ThresholdRouter
-from tests.serve.conftest import BagOfWords
+from tests.embedding.fakes import BagOfWords
 
 OBJECTIVE = ObjectiveConfig(energy_budget_j=1.0, max_accuracy_drop=0.1, max_hallucination_rise=0.1)
 PERU, CUBA = "What is the capital of Peru", "How many of 12 live in Cuba"

@@ -2,7 +2,6 @@
 
 import pytest
 
-from lilliput.config import LinkConfig
 from lilliput.offload.links import (
     Request,
     active_j,
@@ -14,14 +13,13 @@ from lilliput.offload.links import (
     tail_j,
     transfer_s,
 )
+from tests.offload.links import link
 
-LINK = LinkConfig(
-    up_mbit_per_s=8.0,
+LINK = link(
     down_mbit_per_s=16.0,
     round_trip_ms=50.0,
     loss=0.2,
     up_j_per_byte=2e-6,
-    down_j_per_byte=1e-6,
     active_watts=1.0,
     tail_s=10.0,
     tail_watts=0.5,

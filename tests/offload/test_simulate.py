@@ -5,13 +5,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from lilliput.config import LinkConfig
 from lilliput.errors import DataError
-from lilliput.offload.policy import Conditions, FixedRouter, RoutingDecision, ThresholdRouter
+from lilliput.offload.policy import FixedRouter, RoutingDecision, ThresholdRouter
 from lilliput.offload.simulate import (
     DAY_S,
     Event,
-    PerQuestionRouter,
     Phone,
     draw_trace,
     read_trace,
@@ -19,6 +17,7 @@ from lilliput.offload.simulate import (
     summarise,
     trace_lines,
 )
+from tests.offload.links import link
 from tests.offload.test_judge import row
 from tests.serve import fakes
 
@@ -137,12 +136,14 @@ def test_invalid_trace_error_names_the_line(tmp_path, line, problem):
         read_trace(path, ["q/0"], ["wifi"])
 
 
-def test_per_question_router():
-    router = PerQuestionRouter({"a": FixedRouter("device"), "b": ThresholdRouter(0.5)})
-    assert router.route_question("a", Conditions("wifi")).place == "device"
-    assert router.route_question("b", Conditions("wifi")) is None
-    assert router.route_answer("b", [-5.0], Conditions("wifi")).place == "server"
-    assert [router.rule(question, Conditions("wifi")) for question in "ab"] == ["device", "confidence 0.5"]
+def test_only_line_feeds_end_the_lines_of_a_trace(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    line = '{"at_s": %d, "id": "q/\u2028\x85", "link": "wifi"}\n'
+    path.write_text(line % 2 + "\n" + line % 1, encoding="utf-8")
+    assert [e.at_s for e in read_trace(path, ["q/\u2028\x85"], ["wifi"])] == [1.0, 2.0]
+    path.write_text(line % 1 + "\n" + "nonsense", encoding="utf-8")
+    with pytest.raises(DataError, match=":3: "):
+        read_trace(path, ["q/\u2028\x85"], ["wifi"])
 
 
 @pytest.mark.parametrize("router", [ThresholdRouter(0.5), Careful()], ids=["after", "before"])
@@ -154,7 +155,7 @@ def test_live_gateway_agrees_with_the_simulation(router):
             one[place]["seconds"] = seconds
     phone = Phone(battery_wh=1.0, watts_per_core=2.0, background_watts=50.0)
     trace = [event(12.0 * n, n, "poor" if n == 2 else "wifi") for n in range(6)]
-    still = LinkConfig(**LINK.model_dump() | {"round_trip_ms": 0.0, "up_mbit_per_s": 1e9, "down_mbit_per_s": 1e9})
+    still = link(round_trip_ms=0.0, up_mbit_per_s=1e9, down_mbit_per_s=1e9)
     served = simulate(trace, rows, router, {"wifi": still, "poor": still}, phone, 0)
 
     by_question = {one["question"]: one["device"]["logprobs"][0] for one in rows}

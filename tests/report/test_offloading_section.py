@@ -7,8 +7,8 @@ import pytest
 from lilliput.offload.judge import judge_policies
 from lilliput.report import charts
 from lilliput.report.page import render
+from tests.embedding.fakes import BagOfWords
 from tests.offload.test_judge import predictable_rows, row
-from tests.serve.conftest import BagOfWords
 
 
 def record(rows, params):

@@ -1,4 +1,4 @@
-"""A device and an edge server of fake, and a gateway before them."""
+"""A gateway with a fake device and a fake edge server."""
 
 import asyncio
 import json
@@ -11,7 +11,6 @@ import httpx
 import numpy as np
 import uvicorn
 
-from lilliput.config import LinkConfig
 from lilliput.offload.policy import FixedRouter
 from lilliput.serve.__main__ import server_config
 from lilliput.serve.api import App
@@ -20,21 +19,12 @@ from lilliput.serve.circuit_breaker import Breaker
 from lilliput.serve.costs import DeviceCosts
 from lilliput.serve.gateway import Gateway
 from lilliput.serve.service import DeploymentInfo, ServedModel, Service
+from tests.offload.links import link
 
 MODEL = ServedModel("pocket", "sha", "Answer briefly.")
 PROMPT_TOKENS = 20
 ASK = {"messages": [{"role": "user", "content": "What is the capital of Peru?"}]}
-WIFI = LinkConfig(
-    up_mbit_per_s=8.0,
-    down_mbit_per_s=8.0,
-    round_trip_ms=10.0,
-    loss=0.0,
-    up_j_per_byte=1e-6,
-    down_j_per_byte=1e-6,
-    active_watts=0.5,
-    tail_s=0.2,
-    tail_watts=0.1,
-)
+WIFI = link()
 DEVICE = DeviceCosts(watts_per_core=2.0, battery_wh=10.0, links={"wifi": WIFI, "poor": WIFI})
 
 

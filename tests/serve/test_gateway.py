@@ -4,10 +4,13 @@ import asyncio
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 
 from lilliput.offload.policy import Conditions, FixedRouter, ThresholdRouter
+from lilliput.serve.answering import Overloaded, Unanswered, Unavailable
+from lilliput.serve.backends import BackendRejected
 from lilliput.serve.chat import Chat
-from lilliput.serve.gateway import Limits
+from lilliput.serve.gateway import Gateway, Limits
 from lilliput.serve.service import ServedModel
 from tests.serve.fakes import (
     ASK,
@@ -251,6 +254,27 @@ def test_models_health_status_and_metrics():
     assert status["edge"] == {"name": "lora", "up": True}
     ask(application, ASK)
     assert 'lilliput_answers_total{place="server"} 1.0' in ask(application, path="/metrics")[0].text
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Overloaded(), "overloaded"),
+        (Unanswered(), "unanswered"),
+        (Unavailable(), "unavailable"),
+        (BackendRejected(), "rejected"),
+        (asyncio.CancelledError(), "other"),
+    ],
+)
+def test_failures_are_counted_by_reason(error, reason):
+    class Failing(FixedRouter):
+        def route_question(self, question, conditions):
+            raise error
+
+    gateway = Gateway(service(FakeBackends(), Failing("device")))
+    with pytest.raises(type(error)):
+        asyncio.run(gateway.reply(Chat.model_validate(ASK), Conditions("wifi")))
+    assert f'lilliput_failures_total{{reason="{reason}"}} 1.0' in generate_latest(gateway.registry).decode()
 
 
 def test_device_answers_without_an_edge_server():

@@ -13,28 +13,28 @@ from lilliput.errors import BusyError
 from lilliput.serve.instance_lock import hold_folder, write_gateway_file
 
 PROJECT = Path(__file__).parents[2]
-OWN = """
+HOLD_FOLDER = """
 import sys, time
 from pathlib import Path
 from lilliput.serve.instance_lock import write_gateway_file, hold_folder
 with hold_folder(Path(sys.argv[1])):
     if len(sys.argv) > 2:
         write_gateway_file(Path(sys.argv[1]), sys.argv[2])
-    print("owned", flush=True)
+    print("locked", flush=True)
     time.sleep(600)
 """
 
 
 @pytest.fixture
 def gateway(tmp_path):
-    """Starts a process that owns the folder and, with an address, serves it."""
+    """Starts a process that locks the folder and, with an address, serves it."""
     started = []
 
     def start(*url):
         environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-        command = [sys.executable, "-c", OWN, str(tmp_path), *url]
+        command = [sys.executable, "-c", HOLD_FOLDER, str(tmp_path), *url]
         started.append(subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE))
-        assert started[-1].stdout.readline() == b"owned\n"
+        assert started[-1].stdout.readline() == b"locked\n"
         return started[-1]
 
     yield start

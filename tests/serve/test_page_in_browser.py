@@ -201,7 +201,7 @@ def test_link_and_battery_controls_set_headers(page, fake):
     answered(page)
     headers = fake.requests[0][1]
     assert (headers["x-lilliput-link"], headers["x-lilliput-battery-percent"]) == ("poor", "97")
-    assert page.execute_script("return document.querySelector('#battery-told').value") == "97 %"
+    assert page.execute_script("return document.querySelector('#battery-level').value") == "97 %"
 
 
 def test_totals_by_place_mark_unknown_and_estimated_values(page, fake):

@@ -158,17 +158,17 @@ def test_energy_is_unknown_after_the_process_died(server):
 
 
 MALFORMED = {
-    "counts that are no numbers": {"usage": {"prompt_tokens": "many", "completion_tokens": {}}},
-    "an endless count": b'{"choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":'
+    "counts are not numbers": {"usage": {"prompt_tokens": "many", "completion_tokens": {}}},
+    "infinite count": b'{"choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":'
     b'{"prompt_tokens":1e999,"completion_tokens":1}}',
-    "a deep nest": b"[" * 100_000,
+    "deep nesting": b"[" * 100_000,
     "no finish reason": {"choices": [{"message": {"content": "x"}}]},
-    "a finish reason of its own": {"choices": [{"message": {"content": "x"}, "finish_reason": "eos"}]},
-    "a list of choices that is none": {"choices": {"0": {}}},
-    "log-probabilities that are none": {
+    "unknown finish reason": {"choices": [{"message": {"content": "x"}, "finish_reason": "eos"}]},
+    "choices are not a list": {"choices": {"0": {}}},
+    "invalid log-probabilities": {
         "choices": [{"message": {"content": "x"}, "finish_reason": "stop", "logprobs": {"content": [{"token": 1}]}}]
     },
-    "bytes that are no text": b"\xff\xfe\x00",
+    "invalid UTF-8": b"\xff\xfe\x00",
 }
 
 

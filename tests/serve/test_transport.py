@@ -1,3 +1,5 @@
+"""Connections to backends: reuse, failures, broken answers and closed streams."""
+
 import asyncio
 import json
 
@@ -61,14 +63,14 @@ def test_connections_are_reused():
 def test_unreachable_server_and_silent_server_raise():
     async def ask():
         async with Server(lambda: b"") as server:
-            wire = AiohttpTransport()
+            transport = AiohttpTransport()
             silent = httpx.Request("GET", server.url, extensions={"timeout": httpx.Timeout(0.2).as_dict()})
             with pytest.raises(httpx.ReadTimeout):
-                await wire.handle_async_request(silent)
+                await transport.handle_async_request(silent)
         absent = httpx.Request("GET", "http://127.0.0.1:9", extensions={"timeout": httpx.Timeout(5.0).as_dict()})
         with pytest.raises(httpx.NetworkError):
-            await wire.handle_async_request(absent)
-        await wire.aclose()
+            await transport.handle_async_request(absent)
+        await transport.aclose()
 
     asyncio.run(ask())
 

@@ -18,6 +18,7 @@ import httpx
 import pytest
 import requests
 
+from lilliput.config import EdgeConfig
 from lilliput.errors import ConfigError
 from tasks.process.environment import (
     bypass_proxies_for_loopback,
@@ -110,6 +111,31 @@ def test_the_gateway_reaches_its_models_without_a_proxy(server, dead_proxy, monk
 
     monkeypatch.setenv(variable, dead_proxy)
     assert asyncio.run(ask()) == b"here"
+
+
+@pytest.mark.parametrize("variable", PROXIES)
+def test_device_and_edge_server_are_compared_without_a_proxy(dead_proxy, monkeypatch, tiny_params, variable):
+    from tasks import offload
+
+    class Local:
+        def __init__(self, _):
+            self.url, self.key, self.cpu_seconds = f"http://127.0.0.1:{port}", "k", lambda: None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    with serving("127.0.0.1") as port:
+        edge = EdgeConfig(url=f"http://127.0.0.1:{port}", model="large")
+        remote = tiny_params.serving["phone-4gb"].model_copy(update={"edge": edge})
+        params = tiny_params.model_copy(update={"serving": {"phone-4gb": remote}})
+        monkeypatch.setattr(offload, "verify", lambda _: None)
+        monkeypatch.setattr(offload, "LlamaServer", Local)
+        monkeypatch.setenv(variable, dead_proxy)
+        with offload._open_backends(params, "phone-4gb") as (device, server, client):
+            assert [client.get(endpoint.url).content for endpoint in (device, server)] == [b"here"] * 2
 
 
 def test_other_loopback_addresses_in_use_bypass_the_proxy(dead_proxy, monkeypatch):
