@@ -80,5 +80,7 @@ def _merge(tuned: PeftModel) -> PreTrainedModel:
 
 
 def _save_unmerged(tuned: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    for adapter in tuned.peft_config.values():  # a set by peft, whose order depends on Python's hash seed
+        adapter.target_modules = sorted(adapter.target_modules)  # pyright: ignore[reportAttributeAccessIssue]
     tuned.save_pretrained(str(directory / ADAPTER), safe_serialization=True)
     save_model(cast("PreTrainedModel", tuned.unload()), tokenizer, directory)
