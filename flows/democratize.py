@@ -56,7 +56,7 @@ def democratize(
 
     Args:
         params_file: the project's params.yaml, or another file, which gets its own workspace.
-        only: candidates to stop at, with their parents; nothing is promoted then.
+        only: makes and measures only these candidates and what they need; promotes nothing. Empty for all.
         share_machine: let trainings and measurements of other runs happen at the same time.
         runner: `local`, `ray`, `dask`, or the address of a cluster (docs/operations.md).
         workers: stages that run at a time; with one they run in order.
@@ -92,7 +92,7 @@ def _run_all(folder: Path, only: list[str], runner: StageRunner) -> State | dict
     if _settings(folder) != settings and (stale := _stale(folder, only)):
         return Failed(
             message=f"params.yaml or dvc.yaml changed during the run; made with the old settings: {', '.join(stale)}; "
-            "the same command makes them again"
+            "run the same command again"
         )
     return states
 
