@@ -92,7 +92,7 @@ def _run_all(folder: Path, only: list[str], runner: StageRunner) -> State | dict
     if _settings(folder) != settings and (stale := _stale(folder, only)):
         return Failed(
             message=f"params.yaml or dvc.yaml changed during the run; made with the old settings: {', '.join(stale)}; "
-            "run the same command again"
+            "the same command makes them again"
         )
     return states
 

@@ -64,7 +64,7 @@ def run_stage(stage: Stage, site: Site) -> State:
     if missing := [path for path in stage.outputs if not (site.folder / path).exists()]:
         return Failed(
             message=f"{stage.name} ended without an error, but {', '.join(missing)} does not exist in {site.folder}: "
-            "another program removed it; run the same command again"
+            "another program removed it; the same command makes it again"
         )
     return Completed(message=f"{stage.name}: done")
 
@@ -263,4 +263,4 @@ def _failure(state: State, stage: Stage) -> str:
     error = state.result(raise_on_failure=False) if state.is_final() else None
     if isinstance(error, LilliputError):
         return str(error)
-    return state.message or f"{stage.name}: its worker was lost ({state.name}); run the same command again"
+    return state.message or f"{stage.name}: its worker was lost ({state.name}); the same command tries it again"
