@@ -31,7 +31,7 @@ def lora(context: Context, config: LoraConfig) -> Result:
     QLoRA trains beside weights of four bits; its adapter is then added to the parent's float weights.
 
     Returns:
-        The merged model in the parent's shape; with `merge: false` its `save` writes the parent and the adapter apart.
+        The merged model in the parent's shape. With `merge: false`, `save` writes parent and adapter separately.
     """
     four_bits = config.variant == "qlora"
     parent = context.parent
