@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from flows.engine.prefect_server import server_configured
-from flows.engine.process import RETRIES, RETRY_DELAY_S, SKIP_MESSAGES, THREADS, Site, heartbeat, run_stage
+from flows.engine.process import RETRIES, RETRY_DELAY_S, SKIP_MESSAGES, THREADS, Site, StageForks, heartbeat, run_stage
 from flows.engine.run_context import flow_run_id, run_logger
 from flows.engine.stage import Stage
 from lilliput.errors import ConfigError, LilliputError, TemporaryError
+from lilliput.forked import can_fork
 from lilliput.redaction import redacted
 
 if TYPE_CHECKING:  # brings DVC
@@ -131,20 +132,31 @@ def open_runner(runner: str, workers: int, folder: Path, share_machine: bool) ->
 
     with (
         open_task_runner(runner_kind(runner), runner, workers) as task_runner,
+        _forks(folder, runner) as forks,
         heartbeat(folder) as signal,  # ends before the workers do, so that they stop their stages
     ):
-        yield PrefectRunner(task_runner, workers, Site(folder, signal, environment))
+        yield PrefectRunner(task_runner, workers, Site(folder, signal, environment, forks))
 
 
 @contextmanager
 def _local_runner(workers: int, folder: Path, environment: dict[str, str]) -> Iterator[LocalRunner]:
-    with heartbeat(folder) as signal:
-        runner = LocalRunner(workers, Site(folder, signal, environment))
+    with _forks(folder, "local") as forks, heartbeat(folder) as signal:
+        runner = LocalRunner(workers, Site(folder, signal, environment, forks))
         try:
             yield runner
         finally:
             signal.unlink(missing_ok=True)  # stops the stages of a run that ends early
             runner.close()
+
+
+@contextmanager
+def _forks(folder: Path, runner: str) -> Iterator[StageForks | None]:
+    """Provides the fork server of a run whose stages are processes of this machine."""
+    if runner != "local" or not can_fork():
+        yield None
+        return
+    with closing(StageForks(folder)) as forks:
+        yield forks
 
 
 def stage_environment(share_machine: bool, workers: int = 1) -> dict[str, str]:
