@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.errors import ArtifactError
+from lilliput.forked import run_fresh
 from lilliput.models import open_model, stored_dtype
 from lilliput.redaction import environment_without_secrets
 
@@ -94,11 +94,10 @@ def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: floa
     _require_finite_logits(expected_logits, directory)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "reloaded.safetensors")
-        command = [sys.executable, "-m", "lilliput.saving", str(directory), str(path)]
-        environment = environment_without_secrets()
-        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if process.returncode:
-            raise ArtifactError(f"{directory}: does not reopen in a fresh process:\n{process.stderr[-2000:]}")
+        arguments = [str(directory), str(path)]
+        code, output = run_fresh("lilliput.saving", arguments, environment_without_secrets())
+        if code:
+            raise ArtifactError(f"{directory}: does not reopen in a fresh process:\n{output[-2000:]}")
         difference = (load_file(path)["logits"] - expected_logits).abs().max().item()
     if not difference <= tolerance:  # in this form NaN fails too
         raise ArtifactError(

@@ -24,6 +24,7 @@ EXEMPT = {
     "lilliput.child": "ends a process with its parent",
     "lilliput.config": "settings: a stage depends on the values that it reads (`params`)",
     "lilliput.errors": "messages",
+    "lilliput.forked": "starts a process, which runs the same code",
     "lilliput.gguf_source.runtime_check": (
         "accepts or rejects a source; its agreement in the cost record is not measured again for changed code"
     ),

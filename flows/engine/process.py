@@ -9,19 +9,24 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from flows.engine.lineage import Stage
+from flows.engine.champions import exclusive_promotion
+from flows.engine.stage import Stage
 from lilliput.errors import StageError, TemporaryError
+from lilliput.forked import Forked, ForkServer
 from tasks import layout
 from tasks.process.console import EXIT_TEMPORARY, last_error
 from tasks.process.cost import last_peak
+from tasks.process.machine_lock import HEAVY
 
 # Ray and Dask set these to one for their workers. The number of threads can change result bytes: the flow's value wins.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+RETRIES, RETRY_DELAY_S = 2, 10  # only after a TemporaryError
+SKIP_MESSAGES = {"Cached": "nothing changed, cached", "Restored": "made from these inputs before, restored"}
 _BEAT_S = 5.0
 _MISSED_CHECKS = 150  # one per second: clients of NFS may see a file as it was a minute ago
 _STOP_S = 10.0
@@ -35,11 +40,36 @@ class Site:
         folder: absolute.
         heartbeat: a file in it, touched regularly while the flow lives.
         environment: variables of a stage's process besides its worker's environment.
+        forks: starts stages that need torch as forked children, in this process only; None for plain processes.
     """
 
     folder: Path
     heartbeat: Path
     environment: dict[str, str] = field(default_factory=dict)
+    forks: StageForks | None = None
+
+
+class StageForks:
+    """The fork server of a run, which starts with the first stage that needs it.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._server, self._lock = folder, ExitStack(), threading.Lock()
+        self._opened: ForkServer | None = None
+
+    def start(self, command: list[str], environment: dict[str, str]) -> Forked:
+        """Starts `command`, which is `python -m <module> …`, in the run's folder."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._server.enter_context(ForkServer(self._folder, environment))
+        return self._opened.start(command[2], command[3:], self._folder, environment)
+
+    def close(self) -> None:
+        """Ends the server and its children."""
+        self._server.close()
 
 
 @contextmanager
@@ -64,6 +94,22 @@ def heartbeat(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
+def run_stage(stage: Stage, site: Site) -> None:
+    """Runs `stage` at `site` and checks that its outputs exist; only one promotion runs at a time.
+
+    Raises:
+        TemporaryError: it could not fetch something; a retry may succeed.
+        StageError: it failed, or an output is missing.
+    """
+    with exclusive_promotion(site.folder) if stage.name == "promote" else nullcontext():
+        run_process(stage, site)
+    if missing := [path for path in stage.outputs if not (site.folder / path).exists()]:
+        raise StageError(
+            f"{stage.name} ended without an error, but {', '.join(missing)} does not exist in {site.folder}: "
+            "another program removed it; the same command makes it again"
+        )
+
+
 def run_process(stage: Stage, site: Site) -> None:
     """Runs `stage` at `site`; progress bars go to this terminal, everything else to its log.
 
@@ -80,15 +126,9 @@ def run_process(stage: Stage, site: Site) -> None:
             "folder is not shared with this machine under the same path"
         )
     log_before = _version(site.folder / layout.log(stage.name))
-    command = shlex.split(stage.command)
-    if command[0] == "python":
-        command[0] = sys.executable
-    environment = {name: value for name, value in os.environ.items() if name not in THREADS} | site.environment
     # The child holds the reading end of this pipe, and ends when this process does, even after a kill.
     with (
-        subprocess.Popen(
-            command, cwd=site.folder, stdin=subprocess.PIPE, env=environment | {"LILLIPUT_ENDS_WITH_STDIN": "1"}
-        ) as process,
+        _start(stage, site) as process,
         _stopped_with_flow(site.heartbeat, process) as orphaned,
     ):
         try:
@@ -104,8 +144,20 @@ def run_process(stage: Stage, site: Site) -> None:
         raise StageError(_failure(stage, code, site.folder, log_before))
 
 
+def _start(stage: Stage, site: Site) -> subprocess.Popen[bytes] | Forked:
+    """Starts the command of `stage`: forked if it needs torch and the site has a fork server."""
+    command = shlex.split(stage.command)
+    environment = {name: value for name, value in os.environ.items() if name not in THREADS} | site.environment
+    environment["LILLIPUT_ENDS_WITH_STDIN"] = "1"
+    if site.forks and command[:3] == ["python", "-m", "tasks"] and command[3:4] and command[3] in HEAVY:
+        return site.forks.start(command, environment)
+    if command[0] == "python":
+        command[0] = sys.executable
+    return subprocess.Popen(command, cwd=site.folder, stdin=subprocess.PIPE, env=environment)
+
+
 @contextmanager
-def _stopped_with_flow(heartbeat: Path, process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+def _stopped_with_flow(heartbeat: Path, process: subprocess.Popen[bytes] | Forked) -> Iterator[threading.Event]:
     """Stops `process` when `heartbeat` is removed or no longer touched, and sets the event then."""
     done, orphaned = threading.Event(), threading.Event()
 
@@ -138,7 +190,7 @@ def _last_beat(heartbeat: Path) -> int | None:
         return 0  # a file server is away for a moment; counts as missed if it stays away
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes] | Forked) -> None:
     """Closes the pipe, so that `process` ends with its children; kills it if it does not."""
     if process.stdin:
         process.stdin.close()

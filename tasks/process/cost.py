@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from lilliput.artifacts import write_json
+from lilliput.forked import forked_cpu_s
 from lilliput.resident import peak_rss_bytes
 from tasks import layout
 
@@ -70,6 +71,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def cpu_s() -> float:
-    """Returns the CPU-seconds of this process and its finished children."""
+    """Returns the CPU-seconds of this process and its finished children, also those that a fork server forked."""
     process, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return process.ru_utime + process.ru_stime + children.ru_utime + children.ru_stime
+    return process.ru_utime + process.ru_stime + children.ru_utime + children.ru_stime + forked_cpu_s()
