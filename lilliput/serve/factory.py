@@ -58,6 +58,7 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             _local_backend(device, DEVICE_TIMEOUT_S, clock=device.cpu_seconds),
             _edge_backend(deployment, server),
             router,
+            serving.policy == "learned",
             cache,
             edge_slots=serving.edge.slots if server else None,
             running=lambda: device.running and (server is None or server.running),
