@@ -7,7 +7,7 @@ seconds and torch, and needs passes that find these operators again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -116,7 +116,7 @@ class BertGraph:
         return name
 
     def _add(
-        self, operator: str, inputs: list[str], outputs: list[str], domain: str = _FUSED, **attributes: float
+        self, operator: str, inputs: list[str], outputs: list[str], domain: str = _FUSED, **attributes: Any
     ) -> str:
         self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
         return outputs[0]

@@ -124,8 +124,8 @@ class LlamaServer:
 def cpu_clock(pid: int) -> Callable[[], float | None]:
     """Returns a function that returns the CPU-seconds of the process `pid`; None where they are unknown.
 
-    Two readings are taken for each answer. A CPU clock of POSIX needs a microsecond and counts nanoseconds; psutil reads
-    a file in a tenth of a millisecond and counts hundredths of a second.
+    Two readings are taken for each answer. A CPU clock of POSIX needs microseconds and counts nanoseconds; psutil
+    reads a file in a tenth of a millisecond, and counts hundredths of a second.
     """
     clock = ctypes.c_int()
     find = getattr(ctypes.CDLL(None), "clock_getcpuclockid", None)  # macOS has none

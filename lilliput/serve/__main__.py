@@ -168,7 +168,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # The format above names none of these; finding them takes most of the time of a message.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # For occasional embeddings a second thread saves no time and doubles the CPU-seconds.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -7,7 +7,7 @@ import json
 import logging
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect, Request

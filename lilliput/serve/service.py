@@ -91,8 +91,10 @@ class Service:
         self.active_requests -= 1
 
     async def close(self) -> None:
-        """Closes the connections to both backends and stops the service's processes."""
+        """Closes the connections to both backends and to the cache, and stops the service's processes."""
         for backend in (self.device, self.edge):
             if backend is not None:
                 await backend.close()
+        if self.cache is not None:
+            self.cache.close()
         await asyncio.to_thread(self.stop)
