@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 
 from benchmarks.record import ROOT
-from benchmarks.table import PAGE, write
 
 
 def main(
@@ -26,6 +25,8 @@ def main(
     device: str = "phone-4gb",
 ) -> None:
     """Runs all comparisons, or those named, and writes docs/benchmarks.md and its chart."""
+    from benchmarks.table import PAGE, write  # imports matplotlib
+
     commands, failed = comparisons(project, shared, device), []
     for name in only or commands:
         started = time.perf_counter()

@@ -17,21 +17,16 @@ from typing import Annotated, Any
 import httpx
 import psutil
 import typer
-from prefect import flow
-from prefect.artifacts import create_markdown_artifact
-from prefect.client.schemas import State
-from prefect.states import Completed, Failed
 from rich.console import Console
 
 from flows.engine.console import fail, guarded_output
-from flows.engine.stopping import run_flow
+from flows.engine.launch import launch
+from flows.engine.run_context import show_markdown
 from flows.engine.waiting import wait_for_folder
 from flows.engine.workspace import PROJECT
 from lilliput.artifacts import write_text
-from lilliput.cache.answers import clear
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.params import load_params
-from lilliput.redaction import redacted
 from lilliput.serve.deployment import (
     ANSWERS,
     CURRENT,
@@ -46,6 +41,7 @@ from lilliput.serve.deployment import (
 from lilliput.serve.deployment import deploy as make_current
 from tasks.process.folder_lock import folder_lock
 
+RUN_NAME = "deploy-{device}-{action}"
 DEPLOYMENTS = Path("deployments")
 # Gateways that this process started. They outlive it; while it lives, it must collect their exit codes.
 _STARTED: list[subprocess.Popen[bytes]] = []
@@ -59,7 +55,6 @@ class Action(StrEnum):
     rollback = "rollback"
 
 
-@flow(name="deploy", flow_run_name="deploy-{device}-{action}", validate_parameters=False)
 def deploy(
     device: str,
     action: str = "champion",
@@ -67,8 +62,8 @@ def deploy(
     port: int = 8080,
     params_file: str = "params.yaml",
     proxies: list[str] | None = None,
-) -> State:
-    """Serves the champion of `device`: starts its gateway, or switches the running one to the new model.
+) -> str:
+    """Serves the champion of `device`: starts its gateway, or switches the running one; returns what is served where.
 
     Args:
         device: under `serving` in the parameters.
@@ -77,13 +72,13 @@ def deploy(
         port: of a new gateway; 0 for any free port.
         params_file: the project's params.yaml, or another file, whose workspace has the champion.
         proxies: addresses of reverse proxies before a new gateway; only with a token.
+
+    Raises:
+        LilliputError: there is no such device or champion, or its gateway does not start.
     """
-    try:
-        message = _deploy(device, Action(action), Address(host, port, tuple(proxies or ())), Path(params_file))
-    except LilliputError as error:
-        return Failed(message=redacted(str(error)))
-    create_markdown_artifact(message, key=f"deployed-{device}", description=f"What {device} serves")
-    return Completed(message=message)
+    message = _deploy(device, Action(action), Address(host, port, tuple(proxies or ())), Path(params_file))
+    show_markdown(message, key=f"deployed-{device}", description=f"What {device} serves")
+    return message
 
 
 @dataclass(frozen=True)
@@ -96,9 +91,11 @@ class Address:
 
 
 def _deploy(device: str, action: Action, address: Address, params_file: Path) -> str:
-    from tasks.deploy import stage_champion  # imports MLflow
-
     folder = _folder(params_file)
+    params = load_params(folder / "params.yaml")
+    if device not in params.serving:  # before MLflow is imported
+        known = ", ".join(params.serving) or "none"
+        raise ConfigError(f"serving: no settings for {device}; params.yaml has under serving: {known}")
     home = folder / DEPLOYMENTS / device
     home.mkdir(parents=True, exist_ok=True)
     with wait_for_folder(home, folder_lock), contextlib.chdir(folder):
@@ -108,7 +105,9 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
         if action is Action.rollback:
             roll_back(home)
         else:
-            make_current(stage_champion(load_params(folder / "params.yaml"), device, home), home)
+            from tasks.deploy import stage_champion  # imports MLflow
+
+            make_current(stage_champion(params, device, home), home)
         try:
             url = _take_over(home, gateway) if gateway else _start(home, address)
         except BaseException:
@@ -287,6 +286,8 @@ def main(
         if end:
             return Console().print(stop(home))
         if clear_cache:
+            from lilliput.cache.answers import clear
+
             return Console().print(f"{device}: {clear(home / ANSWERS)} cached answers deleted")
         if show_status:
             record = status(home)
@@ -294,11 +295,13 @@ def main(
     except (LilliputError, httpx.HTTPError) as error:
         fail(f"{device}: {error}", 2)
     action = Action.rollback if rollback else Action.champion
-    arguments = (device, action, host, port, str(params), proxy)
-    state = run_flow(deploy, *arguments, stop_message="stopped; --status prints what is served")
-    if not state.is_completed():
-        fail(state.message or "the flow did not finish", 2)
-    Console().print(state.message, highlight=False)
+    message = launch(
+        deploy,
+        *(device, action, host, port, str(params), proxy),
+        run_name=RUN_NAME,
+        stop_message="stopped; --status prints what is served",
+    )
+    Console().print(message, highlight=False)
 
 
 if __name__ == "__main__":

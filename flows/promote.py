@@ -3,61 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from prefect import flow, pause_flow_run
-from prefect.artifacts import create_markdown_artifact
-from prefect.client.schemas import State
-from prefect.exceptions import FlowPauseTimeout
-from prefect.input import RunInput
-from prefect.states import Completed, Failed
 
 from flows.engine.champions import exclusive_promotion
 from flows.engine.console import fail, guarded_output, print_decisions
+from flows.engine.launch import rejected_input
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import exclusive, open_workspace
-from lilliput.errors import LilliputError
+from lilliput.errors import ConfigError
 from lilliput.params import load_params
-from lilliput.redaction import redacted
 from tasks import layout
-from tasks import promote as promotion
-from tasks.promote import Proposal
-from tasks.registry.approvals import ApprovalAnswer
 
+if TYPE_CHECKING:  # brings MLflow
+    from tasks.registry.approvals import ApprovalAnswer, Proposal
+
+RUN_NAME = "promote-{params_file}"
 NEXT = "`dvc repro` brings bundles and report up to date."
 
 
-class Approval(RunInput):
-    """The form in Prefect's UI by which a person approves or denies a new champion."""
-
-    approve: bool
-    because: str = ""
-
-
-@flow(name="promote", flow_run_name="promote-{params_file}", validate_parameters=False)
-def promote(params_file: str = "params.yaml", ask_minutes: float = 0.0) -> State:
-    """Decides the champion of each device, as the stage `promote` does; runs no stage.
+def promote(params_file: str = "params.yaml", ask_minutes: float = 0.0) -> str:
+    """Decides the champion of each device, as the stage `promote` does; runs no stage. Returns what to do next.
 
     Args:
         params_file: the project's params.yaml, or another file, which means its workspace.
         ask_minutes: how long to wait, for each device with `promotion.<device>.approval`, for a person's answer in
             Prefect's UI. 0: do not ask; such champions stay pending.
+
+    Raises:
+        LilliputError: the registry does not answer, or something is missing.
     """
-    try:
-        promote_now(
-            Path(params_file), partial(request_approval, minutes=ask_minutes) if ask_minutes else lambda _: None
-        )
-    except LilliputError as error:
-        return Failed(message=redacted(str(error)))
-    return Completed(message=NEXT)
+    promote_now(Path(params_file), partial(request_approval, minutes=ask_minutes) if ask_minutes else lambda _: None)
+    return NEXT
 
 
 def promote_now(params_file: Path, decide: Callable[[Proposal], ApprovalAnswer | None]) -> None:
     """Decides the champion of each device; `decide` returns a person's answer to a proposal, None without one."""
+    from tasks import promote as promotion  # imports MLflow
+
     folder = retry_while_busy(partial(open_workspace, params_file))
     with contextlib.chdir(folder), wait_for_folder(folder):
         pending = promotion.proposals(load_params(layout.PARAMS))
@@ -69,6 +56,17 @@ def promote_now(params_file: Path, decide: Callable[[Proposal], ApprovalAnswer |
 
 def request_approval(proposal: Proposal, minutes: float, poll_s: int = 10) -> ApprovalAnswer | None:
     """Pauses the flow run and returns a person's answer in Prefect's UI; None if there is none in time."""
+    from prefect import pause_flow_run
+    from prefect.artifacts import create_markdown_artifact
+    from prefect.exceptions import FlowPauseTimeout
+    from prefect.input import RunInput
+
+    from tasks.registry.approvals import ApprovalAnswer
+
+    class Approval(RunInput):  # the form in Prefect's UI
+        approve: bool
+        because: str = ""
+
     title = f"{proposal.device}: {proposal.candidate} (version {proposal.version})"
     form = Approval.with_initial_data(description=f"## {title}\n\n{proposal.reason}", approve=False)
     create_markdown_artifact(f"{title}\n\n{proposal.reason}", key=f"proposal-{proposal.device}")
@@ -97,24 +95,47 @@ def main(
 ) -> None:
     """Decide the champion of each device from the registered evaluations, or roll back."""
     approvals = dict.fromkeys(approve or [], True) | dict.fromkeys(deny or [], False)
+    with rejected_input():
+        folder = open_workspace(params)
+        _require_devices(folder, [rollback] if rollback else [], "--rollback")
+        _require_devices(folder, approvals, "--approve, --deny")
+        unanswered: list[str] = []
+        if rollback:
+            _roll_back(folder, rollback, because)
+        else:
+            unanswered = _promote_with(params, approvals, because)
+    print_decisions(folder, rollback)
+    if unanswered:
+        fail(f"no new champion waits for approval on {', '.join(unanswered)}; see `promotion.<device>.approval`", 2)
+    print(f"\nNext: {NEXT}")
+
+
+def _require_devices(folder: Path, devices: Iterable[str], option: str) -> None:
+    """Rejects devices without rules, before MLflow is imported."""
+    known = load_params(folder / layout.PARAMS).promotion
+    if unknown := [device for device in devices if device not in known]:
+        raise ConfigError(f"{option} {', '.join(unknown)}: no such device under `promotion`: {', '.join(known)}")
+
+
+def _roll_back(folder: Path, device: str, because: str) -> None:
+    from tasks import promote as promotion  # imports MLflow
+
+    with contextlib.chdir(folder), exclusive(folder), exclusive_promotion(folder):
+        promotion.roll_back(load_params(layout.PARAMS), device, because)
+
+
+def _promote_with(params: Path, approvals: Mapping[str, bool], because: str) -> list[str]:
+    """Promotes with a person's answers by device; returns the devices that no proposal waits for."""
+    from tasks.registry.approvals import ApprovalAnswer
+
+    unanswered = dict(approvals)
 
     def decide(proposal: Proposal) -> ApprovalAnswer | None:
-        device = proposal.device
-        return ApprovalAnswer(proposal.version, approvals.pop(device), because) if device in approvals else None
+        answer = unanswered.pop(proposal.device, None)
+        return None if answer is None else ApprovalAnswer(proposal.version, answer, because)
 
-    try:
-        folder = open_workspace(params)
-        if rollback:
-            with contextlib.chdir(folder), exclusive(folder), exclusive_promotion(folder):
-                promotion.roll_back(load_params(layout.PARAMS), rollback, because)
-        else:
-            promote_now(params, decide)
-    except LilliputError as error:
-        fail(str(error), 2)
-    print_decisions(folder, rollback)
-    if approvals:
-        fail(f"no new champion waits for approval on {', '.join(approvals)}; see `promotion.<device>.approval`", 2)
-    print(f"\nNext: {NEXT}")
+    promote_now(params, decide)
+    return list(unanswered)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from flows.engine.console import fail, guarded_output, print_publication
+from flows.engine.launch import rejected_input
 from flows.engine.workspace import open_workspace
-from lilliput.errors import LilliputError
+from lilliput.errors import PublishError
 from lilliput.params import load_params
 from tasks import layout
-from tasks.publish import prepare, upload
 
 TOKEN = "HF_TOKEN"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -34,16 +34,18 @@ def main(
     token = os.environ.get(TOKEN, "")
     if do_upload and not token:
         fail(f"--upload needs a token that may write to {repository} in {TOKEN}", 2)
-    try:
-        with contextlib.chdir(open_workspace(params)):
-            publication = prepare(load_params(layout.PARAMS), device)
-            print_publication(publication, repository)
-            if do_upload:
-                print(upload(publication, repository, token, private=not public))
-            else:
-                print("\nNothing was uploaded; --upload does it.")
-    except LilliputError as error:
-        fail(str(error), 2)
+    with rejected_input(), contextlib.chdir(open_workspace(params)):
+        settings = load_params(layout.PARAMS)
+        if device not in settings.devices:
+            raise PublishError(f"--device {device}: params.yaml has under devices: {', '.join(settings.devices)}")
+        from tasks.publish import prepare, upload  # imports MLflow
+
+        publication = prepare(settings, device)
+        print_publication(publication, repository)
+        if do_upload:
+            print(upload(publication, repository, token, private=not public))
+        else:
+            print("\nNothing was uploaded; --upload does it.")
 
 
 if __name__ == "__main__":

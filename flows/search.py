@@ -10,53 +10,37 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from dvc.exceptions import DvcException
-from optuna import Study
-from optuna.trial import FixedTrial
-from prefect import flow, get_run_logger
-from prefect.artifacts import create_table_artifact
-from prefect.client.schemas import State
-from prefect.states import Completed, Failed
 
-from flows.chains.chain_runner import ChainRunner
-from flows.chains.study import (
-    CANDIDATE,
-    FIGURES,
-    REASON,
-    SECONDS,
-    Budget,
-    attempted,
-    finished,
-    open_study,
-    pareto_front,
-    run_trials,
-)
-from flows.engine.console import fail, front_rows, guarded_output, print_search
-from flows.engine.lineage import Stage
+from flows.engine.console import front_rows, guarded_output, print_search
+from flows.engine.launch import launch, rejected_input
 from flows.engine.process import run_process
-from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner
-from flows.engine.scheduler import run_stages
-from flows.engine.stopping import run_flow
+from flows.engine.run_context import run_logger, show_table
+from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
+from flows.engine.stage import Stage
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import write_json, write_text
 from lilliput.config import read_section
-from lilliput.errors import ConfigError, LilliputError
+from lilliput.errors import ConfigError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.params import load_params
-from lilliput.promote import metric_value
-from lilliput.redaction import redacted
 from lilliput.search import SearchConfig, Space, describe, winners
 from tasks import layout
 
+if TYPE_CHECKING:  # bring DVC and Optuna
+    from optuna import Study
+
+    from flows.chains.chain_runner import ChainRunner
+    from flows.chains.study import Budget
+
 SPACE = "examples/search.yaml"
+RUN_NAME = "search-{params_file}"
 LOG = Stage("search", "python -m tasks search", "log the search to MLflow")
 
 
-@flow(name="search", flow_run_name="search-{params_file}", validate_parameters=False)
 def search(
     params_file: str = "params.yaml",
     search_file: str = SPACE,
@@ -65,8 +49,8 @@ def search(
     share_machine: bool = False,
     runner: str = "local",
     workers: int = 1,
-) -> State:
-    """Tries chains of strategies in its own workspace, each stage a Prefect task, and writes the results.
+) -> str:
+    """Tries chains of strategies in its own workspace and writes the results; returns why it stopped.
 
     Args:
         params_file: settings, data, evaluation and devices, and the candidate that chains start from.
@@ -76,26 +60,29 @@ def search(
         share_machine: let trainings and measurements of other runs happen at the same time.
         runner: `local`, `ray`, `dask`, or the address of a cluster (docs/operations.md).
         workers: stages that run at a time; chains are tried one after another in any case.
+
+    Raises:
+        StageError: a stage that every chain needs failed.
+        LilliputError: the input is rejected; no stage has run.
     """
-    try:
-        config = read_section(SearchConfig, Path(search_file), "--search")
-        folder = retry_while_busy(partial(open_search, Path(params_file), config, search_file))
-        with (
-            contextlib.chdir(folder),
-            wait_for_folder(folder),
-            open_runner(runner, workers, folder, share_machine) as stage_runner,
-        ):
-            run = partial(run_stages, runner=stage_runner)
-            chains = ChainRunner(folder, Space(config, load_params(layout.PARAMS), search_file), run)
-            stop_reason = _search(chains, config, search_file, Budget(trials, minutes), time.monotonic())
-            run_process(LOG, stage_runner.site)
-            record = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
-            create_table_artifact(
-                front_rows(record), key="search-front", description=f"{record['study']}: Pareto front"
-            )
-            return Completed(message=stop_reason)
-    except (LilliputError, DvcException) as error:
-        return Failed(message=redacted(str(error)))
+    from flows.chains.chain_runner import ChainRunner
+    from flows.chains.study import Budget
+    from flows.engine.scheduler import run_stages
+
+    config = read_section(SearchConfig, Path(search_file), "--search")
+    folder = retry_while_busy(partial(open_search, Path(params_file), config, search_file))
+    with (
+        contextlib.chdir(folder),
+        wait_for_folder(folder),
+        open_runner(runner, workers, folder, share_machine) as stage_runner,
+    ):
+        run = partial(run_stages, runner=stage_runner)
+        chains = ChainRunner(folder, Space(config, load_params(layout.PARAMS), search_file), run)
+        stop_reason = _search(chains, config, search_file, Budget(trials, minutes), time.monotonic())
+        run_process(LOG, stage_runner.site)
+        record = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
+        show_table(front_rows(record), key="search-front", description=f"{record['study']}: Pareto front")
+        return stop_reason
 
 
 def open_search(params_file: Path, config: SearchConfig, search_file: str) -> Path:
@@ -114,7 +101,9 @@ def open_search(params_file: Path, config: SearchConfig, search_file: str) -> Pa
 def _search(chains: ChainRunner, config: SearchConfig, file: str, budget: Budget, started: float) -> str:
     from transformers import AutoConfig  # imports torch, which takes seconds
 
-    reference, log = chains.make_reference(), get_run_logger().info
+    from flows.chains.study import finished, open_study, run_trials
+
+    reference, log = chains.make_reference(), run_logger().info
     _require_objectives(config, reference)
     space = Space(config, load_params(layout.PARAMS), file, AutoConfig.from_pretrained(layout.model(config.base)))
     study = open_study(space, layout.STUDY, chains.are_current)
@@ -134,6 +123,8 @@ def _search(chains: ChainRunner, config: SearchConfig, file: str, budget: Budget
 
 def _require_objectives(config: SearchConfig, reference: Mapping[str, Mapping[str, Any]]) -> None:
     """Rejects metrics that are unavailable for the base: its descendants would have no value either."""
+    from lilliput.promote import metric_value  # imports scipy
+
     if missing := [metric for metric in config.objectives if metric_value(reference[config.base], metric) is None]:
         raise ConfigError(
             f"objectives: {', '.join(missing)}: unavailable in the evaluation of `{config.base}` on this machine; "
@@ -145,6 +136,10 @@ def search_record(
     study: Study, space: Space, reference: Mapping[str, Mapping[str, Any]], stop_reason: str
 ) -> dict[str, Any]:
     """Returns the content of search.json: figures of the base and of each trial, and which trials are on the front."""
+    from optuna.trial import FixedTrial
+
+    from flows.chains.study import CANDIDATE, FIGURES, REASON, SECONDS, attempted, pareto_front
+
     metrics, best = list(space.config.objectives), pareto_front(study)
     rows = [
         {
@@ -188,17 +183,17 @@ def main(
     workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
 ) -> None:
     """Find the Pareto-optimal chains of strategies, and the lines of params.yaml that make them."""
-    try:
+    with rejected_input():
         folder = open_search(params, read_section(SearchConfig, space, "--search"), str(space))
         require_runner(runner, workers)
-    except (LilliputError, DvcException) as error:
-        fail(str(error), 2)
     os.chdir(PROJECT)
-    message = "stopped; the same command continues from here, and --minutes 0 writes the results so far"
-    arguments = (str(params), str(space), trials, minutes, share_machine, runner, workers)
-    state = run_flow(search, *arguments, stop_message=message)
-    if not state.is_completed():
-        fail(state.message or "the search did not finish", 2)
+    launch(
+        search,
+        *(str(params), str(space), trials, minutes, share_machine, runner, workers),
+        run_name=RUN_NAME,
+        stop_message="stopped; the same command continues from here, and --minutes 0 writes the results so far",
+        needs_prefect=runner_kind(runner) != "local",
+    )
     print_search(folder)
 
 

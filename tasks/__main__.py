@@ -162,6 +162,7 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
 def _run_logged(stage: str, module: str, function: str, name: str | None, *options: object) -> None:
     with logging_to(layout.log(stage)) as terminal:
         try:
+            _checked_name(load_params(layout.PARAMS), module, name)  # before it waits for the machine
             with machine_lock(stage, terminal):
                 params = load_params(layout.PARAMS)
                 require_benchmarks(params.evaluation.benchmarks, Path())

@@ -10,8 +10,9 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.chains.study import FailedChain, Forecast, Outcome
-from flows.engine.lineage import Lineage, Stage
+from flows.engine.lineage import Lineage
 from flows.engine.plan import plan
+from flows.engine.stage import Stage
 from lilliput.errors import StageError
 from lilliput.params import load_params
 from lilliput.search import Chain, Space

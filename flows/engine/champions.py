@@ -7,15 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefect.client.orchestration import get_client
-from prefect.concurrency.sync import concurrency
-from prefect.events import emit_event
-from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL
-
+from flows.engine.prefect_server import server_configured
+from flows.engine.run_context import flow_run_id
 from lilliput.errors import ConfigError
 from tasks import layout
-from tasks.registry import outbox
 
 LIMIT = "lilliput-promotion"
 CHANGED = "lilliput.champion.changed"
@@ -29,7 +24,7 @@ def exclusive_promotion(folder: Path) -> Iterator[None]:
 
     If machines share a registry (MLFLOW_TRACKING_URI) and a Prefect server (PREFECT_API_URL), decisions wait for each
     other by a global concurrency limit of that server. Otherwise only the lock of the folder's own store applies
-    (`tasks.registry.model_versions`).
+    (`tasks.registry.model_versions`). Events wait in the outbox until a run that Prefect's server sees.
 
     Raises:
         ConfigError: another decision does not end.
@@ -37,6 +32,9 @@ def exclusive_promotion(folder: Path) -> Iterator[None]:
     if not _shared(folder):
         yield
     else:
+        from prefect.client.orchestration import get_client
+        from prefect.concurrency.sync import concurrency
+
         with get_client(sync_client=True) as client:
             client.upsert_global_concurrency_limit_by_name(LIMIT, 1)
         try:
@@ -47,12 +45,16 @@ def exclusive_promotion(folder: Path) -> Iterator[None]:
                 f"another promotion has held `{LIMIT}` for {TIMEOUT_S:g} s; wait for it and try again "
                 f"(`prefect gcl inspect {LIMIT}` shows the limit)"
             ) from None
-    if flow_run.id or PREFECT_API_URL.value():
+    if flow_run_id() or server_configured():
         emit_changes(folder)
 
 
 def emit_changes(folder: Path) -> None:
     """Emits a Prefect event for each change of a champion in `folder` that has none yet."""
+    from prefect.events import emit_event
+
+    from tasks.registry import outbox
+
     for change in outbox.read(folder):
         resource = {"prefect.resource.id": f"lilliput.champion.{change['device']}", "lilliput.folder": str(folder)}
         emit_event(CHANGED, resource, payload=change)
@@ -62,4 +64,4 @@ def emit_changes(folder: Path) -> None:
 def _shared(folder: Path) -> bool:
     """Whether other machines may decide on these champions too."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return address.startswith("http") and not layout.is_workspace(folder) and bool(PREFECT_API_URL.value())
+    return address.startswith("http") and not layout.is_workspace(folder) and server_configured()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from flows.engine.plan import PlannedStage
 from lilliput.artifacts import disk_is_full
 from lilliput.graph import topological_order
 from lilliput.memory import this_machine
@@ -22,10 +21,12 @@ from lilliput.redaction import redacted
 from lilliput.report.figures import figure
 from tasks import layout
 
-if TYPE_CHECKING:  # brings MLflow
+if TYPE_CHECKING:  # bring DVC and MLflow
+    from flows.engine.plan import PlannedStage
     from tasks.publish import Publication
 
 MIB, GIB = 2**20, 2**30
+_NO_SERVER = "`.venv/bin/prefect server start`, then runs with `PREFECT_API_URL=http://127.0.0.1:4200/api`"
 _MLFLOW = "http://127.0.0.1:5000"
 
 
@@ -97,7 +98,7 @@ def next_commands(folder: Path) -> str:
             f"- Bundles of the devices: {(folder / layout.BUNDLES).absolute()}",
             f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
             f"{mlflow or _MLFLOW}/#/models/lilliput, candidates side by side: Experiments, view *Four metrics*",
-            f"- Prefect UI: {prefect or '`.venv/bin/prefect server start`, then http://127.0.0.1:4200'}",
+            f"- Prefect UI: {prefect or _NO_SERVER}",
         ]
     )
 

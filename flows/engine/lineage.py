@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +26,12 @@ from flows.engine.dvc_guard import (
     verified_cache,
     verify_outputs,
 )
+from flows.engine.stage import Stage
 from lilliput.artifacts import describe_full_disk, disk_is_full
 from lilliput.errors import StageError
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # the flow logs progress itself
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of dvc.yaml.
-
-    Attributes:
-        name: for example `compress@lora`.
-        command: as dvc.yaml has it.
-        description: one line.
-        needs: names of the stages that it depends on directly.
-        outputs: paths relative to the folder of dvc.yaml.
-    """
-
-    name: str
-    command: str
-    description: str
-    needs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-
-    @property
-    def candidate(self) -> str | None:
-        """The candidate it works on; None for stages that exist once."""
-        return self.name.partition("@")[2] or None
-
-    @property
-    def title(self) -> str:
-        """The title in the Prefect UI: `pocket: gptq on distilled`."""
-        return f"{self.candidate}: {self.description}" if self.candidate else f"{self.name}: {self.description}"
 
 
 class Lineage:

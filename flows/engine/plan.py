@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.engine.lineage import Lineage, Stage
+from flows.engine.lineage import Lineage
+from flows.engine.stage import Stage
 from lilliput.config import Params
 from lilliput.memory import MemoryEstimate
 from tasks import layout

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from flows.engine.lineage import Stage
+from flows.engine.champions import exclusive_promotion
+from flows.engine.stage import Stage
 from lilliput.errors import StageError, TemporaryError
 from tasks import layout
 from tasks.process.console import EXIT_TEMPORARY, last_error
@@ -22,6 +23,8 @@ from tasks.process.cost import last_peak
 
 # Ray and Dask set these to one for their workers. The number of threads can change result bytes: the flow's value wins.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+RETRIES, RETRY_DELAY_S = 2, 10  # only after a TemporaryError
+SKIP_MESSAGES = {"Cached": "nothing changed, cached", "Restored": "made from these inputs before, restored"}
 _BEAT_S = 5.0
 _MISSED_CHECKS = 150  # one per second: clients of NFS may see a file as it was a minute ago
 _STOP_S = 10.0
@@ -62,6 +65,22 @@ def heartbeat(folder: Path) -> Iterator[Path]:
     finally:
         ended.set()
         path.unlink(missing_ok=True)
+
+
+def run_stage(stage: Stage, site: Site) -> None:
+    """Runs `stage` at `site` and checks that its outputs exist; only one promotion runs at a time.
+
+    Raises:
+        TemporaryError: it could not fetch something; a retry may succeed.
+        StageError: it failed, or an output is missing.
+    """
+    with exclusive_promotion(site.folder) if stage.name == "promote" else nullcontext():
+        run_process(stage, site)
+    if missing := [path for path in stage.outputs if not (site.folder / path).exists()]:
+        raise StageError(
+            f"{stage.name} ended without an error, but {', '.join(missing)} does not exist in {site.folder}: "
+            "another program removed it; the same command makes it again"
+        )
 
 
 def run_process(stage: Stage, site: Site) -> None:

@@ -8,16 +8,23 @@ from typing import Any, Protocol
 
 from dvc.exceptions import DvcException
 
-from flows.engine.lineage import Lineage, Stage
+from flows.engine.lineage import Lineage
+from flows.engine.process import Site
+from flows.engine.stage import Stage
 from lilliput.errors import StageError
 
 
 class Runner(Protocol):
-    """Runs stages on workers; the flows use `flows.engine.runners.StageRunner`."""
+    """Runs stages on workers; `flows.engine.runners.open_runner` returns one."""
 
     @property
     def workers(self) -> int:
         """The largest number of stages that run at a time."""
+        ...
+
+    @property
+    def site(self) -> Site:
+        """Folder and environment of the stages."""
         ...
 
     def mark_skipped(self, stage: Stage, state: str) -> None:

@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
-import httpx
-from prefect import get_client, get_run_logger
-from prefect.client.schemas import State
-from prefect.client.schemas.objects import StateType
-from prefect.runtime import deployment, flow_run
-
+from flows.engine.run_context import deployment_id, flow_run_id, run_logger
 from flows.engine.workspace import exclusive
 from lilliput.errors import BusyError
 
@@ -50,7 +45,7 @@ def retry_while_busy(attempt: Callable[[], T]) -> T:
         try:
             result = attempt()
         except BusyError as busy:
-            if not deployment.id:
+            if not deployment_id():
                 raise
             if not waiting:
                 _set_state("Waiting", str(busy))
@@ -64,10 +59,15 @@ def retry_while_busy(attempt: Callable[[], T]) -> T:
 
 def _set_state(name: str, message: str) -> None:
     """Sets the name and message of this flow run's state in Prefect."""
-    get_run_logger().info("%s: %s", name, message or "the folder is free")
+    import httpx
+    from prefect import get_client
+    from prefect.client.schemas import State
+    from prefect.client.schemas.objects import StateType
+
+    run_logger().info("%s: %s", name, message or "the folder is free")
     state = State(type=StateType.RUNNING, name=name, message=message)
     try:
         with get_client(sync_client=True) as client:
-            client.set_flow_run_state(UUID(str(flow_run.id)), state)
+            client.set_flow_run_state(UUID(flow_run_id()), state)
     except httpx.HTTPError as error:  # the run goes on without the server
-        get_run_logger().warning("Prefect's server does not show that this run is %s: %s", name, error)
+        run_logger().warning("Prefect's server does not show that this run is %s: %s", name, error)

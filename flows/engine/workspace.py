@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dvc.repo import Repo
-
-from flows.engine.dvc_guard import dvc_locked
 from lilliput.errors import ConfigError, DataError
 from lilliput.params import load_params
 from tasks.process.folder_lock import folder_lock
@@ -38,6 +35,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         BusyError: another run or a `dvc` command uses it.
     """
+    from flows.engine.dvc_guard import dvc_locked  # imports DVC
+
     with folder_lock(folder), dvc_locked(folder):
         yield
 
@@ -89,5 +88,7 @@ def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Pa
     (folder / data_name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data_source, folder / data_name)
     if not (folder / ".dvc").exists():
+        from dvc.repo import Repo
+
         Repo.init(str(folder), no_scm=True).close()
         (folder / ".dvc" / "config").write_text(_DVC_CONFIG, encoding="utf-8")

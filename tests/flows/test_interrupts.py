@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -59,13 +60,20 @@ def states(clone, table):
 
 
 @pytest.mark.parametrize(
-    ("number", "whole_group", "code"),
-    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)],
-    ids=["Ctrl-C at a terminal", "SIGTERM"],
+    ("number", "whole_group", "code", "runner", "bits"),
+    [
+        (signal.SIGINT, True, 130, "local", 2),
+        (signal.SIGTERM, False, 143, "local", 3),
+        (signal.SIGINT, True, 130, "dask", 2),
+        (signal.SIGTERM, False, 143, "dask", 3),
+    ],
+    ids=["Ctrl-C at a terminal", "SIGTERM", "Ctrl-C with Prefect", "SIGTERM with Prefect"],
 )
-def test_a_stopped_run_tells_how_to_continue_and_leaves_no_process(clone, number, whole_group, code):
-    clone.set_param("strategies.gptq.bits", 2 if whole_group else 3)
-    process = start(clone)
+def test_a_stopped_run_tells_how_to_continue_and_leaves_no_process(clone, number, whole_group, code, runner, bits):
+    if runner == "dask" and find_spec("prefect_dask") is None:
+        pytest.skip("the extra `dask` is not installed")
+    clone.set_param("strategies.gptq.bits", bits)
+    process = start(clone, LILLIPUT_RUNNER=runner)
     processes = wait_for_stage(psutil.Process(process.pid), "tasks compress small")
     time.sleep(1)
     if whole_group:
@@ -77,7 +85,8 @@ def test_a_stopped_run_tells_how_to_continue_and_leaves_no_process(clone, number
     assert f"error: stopped; nothing is half-written, and {CONTINUES}" in output
     _, alive = psutil.wait_procs(processes[1:], timeout=30)
     assert not alive
-    assert "RUNNING" not in states(clone, "flow_run") | states(clone, "task_run")
+    if runner == "dask":
+        assert "RUNNING" not in states(clone, "flow_run") | states(clone, "task_run")
 
 
 def test_a_run_continues_without_prefects_server_and_ends_with_one_message(clone, tmp_path, free_port):
@@ -116,9 +125,11 @@ def test_a_missing_server_is_reported_before_anything_starts(clone, free_port):
 
 
 def test_an_invalid_prefect_home_is_reported_before_the_server_starts(clone):
-    clone.set_param("strategies.gptq.bits", 3)  # without work the run needs no server
+    if find_spec("prefect_dask") is None:
+        pytest.skip("the extra `dask` is not installed")  # only its workers and Ray's need the server
     (clone.folder / "file").touch()
-    done = clone.run("python", "-m", "flows.democratize", PREFECT_HOME=str(clone.folder / "file" / "home"))
+    home = str(clone.folder / "file" / "home")
+    done = clone.run("python", "-m", "flows.democratize", "--runner", "dask", PREFECT_HOME=home)
     assert done.returncode == 2
     assert "error: PREFECT_HOME: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.engine.lineage import Stage
-from flows.engine.process import Site, heartbeat, run_process
-from flows.engine.runners import require_runner, run_stage, stage_environment
+from flows.engine.process import Site, heartbeat, run_process, run_stage
+from flows.engine.runners import require_runner, stage_environment
+from flows.engine.stage import Stage
 from lilliput.errors import ConfigError, StageError
 from tests.flows.conftest import PROJECT, Clone, environment_in
 
@@ -256,11 +256,9 @@ def test_a_stage_whose_output_was_removed_meanwhile_fails(tmp_path):
     removes = "python -c \"import os; open('model', 'w'); open('cost.json', 'w'); os.unlink('model')\""
     outputs = ("model", "cost.json")
     with heartbeat(tmp_path) as alive:
-        complete = run_stage.fn(Stage("data", writes, "", outputs=outputs), Site(tmp_path, alive))
-        incomplete = run_stage.fn(Stage("data", removes, "", outputs=outputs), Site(tmp_path, alive))
-    assert complete.is_completed()
-    assert incomplete.is_failed()
-    assert f"model does not exist in {tmp_path}" in incomplete.message
+        run_stage(Stage("data", writes, "", outputs=outputs), Site(tmp_path, alive))
+        with pytest.raises(StageError, match=f"model does not exist in {tmp_path}"):
+            run_stage(Stage("data", removes, "", outputs=outputs), Site(tmp_path, alive))
 
 
 def test_a_failure_is_not_explained_by_the_log_of_an_earlier_run(tmp_path):
@@ -297,7 +295,7 @@ def test_an_invalid_runner_is_rejected_with_a_remedy(monkeypatch, runner, worker
 
 DASK = """\
 import httpx, psutil
-from flows.engine.runners import _dask
+from flows.engine.prefect_runner import _dask
 
 if __name__ == "__main__":
     with _dask("dask", 1) as runner:
@@ -333,7 +331,7 @@ def test_other_clients_cannot_connect_to_the_dask_cluster_of_a_run(project):
 
 RAY = """\
 import os, subprocess, sys, time
-from flows.engine.runners import _ray
+from flows.engine.prefect_runner import _ray
 
 def attempt(address, timeout_s, **environment):
     code = f"import ray; ray.init('{address}', log_to_driver=False); print('connected')"

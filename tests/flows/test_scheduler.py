@@ -11,8 +11,8 @@ from queue import SimpleQueue
 import pytest
 from dvc.exceptions import DvcException
 
-from flows.engine.lineage import Stage
 from flows.engine.scheduler import run_stages
+from flows.engine.stage import Stage
 
 # Two candidates of one parent, their evaluations, and a stage that needs all of them.
 GRAPH = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.engine import stopping
+from flows.engine import prefect_flow
 from tasks.process.environment import certificates_of, proxies_of
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -27,11 +27,11 @@ def end(monkeypatch, capsys):
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell makes background jobs, such as this one, ignore it
-    monkeypatch.setattr(stopping, "_require_server", lambda: None)
+    monkeypatch.setattr(prefect_flow, "_require_server", lambda: None)
 
     def run(flow):
         with pytest.raises(SystemExit) as ended:
-            stopping.run_flow(flow, stop_message="continue like this")
+            prefect_flow.run_flow(flow, stop_message="continue like this")
         return ended.value.code, capsys.readouterr().err.strip()
 
     yield run
@@ -84,7 +84,7 @@ def test_the_source_of_a_dead_servers_address_is_named(tmp_path, file, content, 
         (tmp_path / file).write_text(content.format(address=DEAD))
     else:
         environment["PREFECT_API_URL"] = DEAD
-    code = "from flows.engine.stopping import run_flow; run_flow(None, stop_message='')"
+    code = "from flows.engine.prefect_flow import run_flow; run_flow(None, stop_message='')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -108,7 +108,7 @@ def test_an_invalid_proxy_or_certificate_is_named(monkeypatch, capsys, variable,
         monkeypatch.delenv(name)
     monkeypatch.setenv(variable, value)
     with pytest.raises(SystemExit) as ended:
-        stopping.run_flow(None, stop_message="")
+        prefect_flow.run_flow(None, stop_message="")
     message = capsys.readouterr().err
     assert ended.value.code == 2
     assert message.startswith(f"\nerror: {variable}: no HTTP client can be created with this (")
@@ -133,7 +133,7 @@ def test_output_that_cannot_be_written_is_no_traceback(target, code, message):
 
 REQUESTS = """
 import json, httpx
-from flows.engine.stopping import _require_server
+from flows.engine.prefect_flow import _require_server
 _require_server()
 from prefect import get_client
 from prefect.server.api.server import SubprocessASGIServer

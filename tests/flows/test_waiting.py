@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -33,7 +32,7 @@ def folder(tmp_path) -> Path:
 
 
 def started_by(monkeypatch, deployment_id: str | None) -> None:
-    monkeypatch.setattr(waiting, "deployment", SimpleNamespace(id=deployment_id))
+    monkeypatch.setattr(waiting, "deployment_id", lambda: deployment_id or "")
 
 
 def test_a_run_from_the_command_line_is_refused_at_once(folder, monkeypatch, shown):

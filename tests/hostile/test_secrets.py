@@ -231,7 +231,7 @@ def test_prefect_stores_no_secret_of_a_failed_stage(canaries, tmp_path):
         "from pathlib import Path\n"
         "from prefect import flow\n"
         "from prefect.settings import PREFECT_API_URL, temporary_settings\n"
-        "from flows.engine.lineage import Stage\n"
+        "from flows.engine.stage import Stage\n"
         "from flows.engine.runners import open_runner\n"
         "from flows.engine.scheduler import run_stages\n"
         "class Lineage:\n"
