@@ -22,7 +22,8 @@ from lilliput.serve.backends import Backend
 from lilliput.serve.circuit_breaker import Breaker
 from lilliput.serve.control_tokens import read_control_tokens
 from lilliput.serve.costs import DeviceCosts
-from lilliput.serve.deployment import ANSWERS, ROUTERS, DeployedModel, Deployment, verified_model_file
+from lilliput.serve.deployment import DeployedModel, Deployment, verified_model_file
+from lilliput.serve.files import ANSWERS, ROUTERS
 from lilliput.serve.service import DeploymentInfo, ServedModel, Service
 from lilliput.wheels import default_cache
 
