@@ -37,10 +37,10 @@ PROJECT = Path(__file__).parents[2]
 
 
 def test_gateway_imports_no_slow_library():
-    """They take seconds and hundreds of MiB; only the answer cache and the learned router need torch."""
+    """They take seconds and hundreds of MiB."""
     code = (
         "import sys, lilliput.serve.__main__, lilliput.serve.factory;"
-        "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'scipy', 'httpx') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
