@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import urllib.parse
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx
 import psutil
 import typer
-from rich.console import Console
 
-from flows.engine.console import fail, guarded_output
-from flows.engine.launch import launch
-from flows.engine.run_context import show_markdown
-from flows.engine.waiting import wait_for_folder
-from flows.engine.workspace import PROJECT
-from lilliput.artifacts import write_text
+from flows.engine.output import fail, guarded_output
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
-from lilliput.params import load_params
-from lilliput.serve.deployment import (
-    ANSWERS,
-    CURRENT,
-    GATEWAY,
-    PREVIOUS,
-    PROXY_HELP,
-    admin_token,
-    read_current,
-    remove_unused,
-    roll_back,
-)
-from lilliput.serve.deployment import deploy as make_current
-from tasks.process.folder_lock import folder_lock
+from lilliput.serve.files import ANSWERS, CURRENT, GATEWAY, PREVIOUS, PROXY_HELP
 
+if TYPE_CHECKING:
+    from lilliput.config import Params
+
+PROJECT = Path(__file__).resolve().parents[1]
 RUN_NAME = "deploy-{device}-{action}"
 DEPLOYMENTS = Path("deployments")
 # Gateways that this process started. They outlive it; while it lives, it must collect their exit codes.
 _STARTED: list[subprocess.Popen[bytes]] = []
-START_S, STOP_S, TAKE_OVER_S = 120.0, 40.0, 120.0
+START_S, STOP_S, TAKE_OVER_S, STATUS_S, POLL_S = 120.0, 40.0, 120.0, 10.0, 0.05
+_DESCRIPTIONS = (CURRENT, PREVIOUS)
+_FIRST_ERROR = 400  # HTTP status
 
 
 class Action(StrEnum):
@@ -76,6 +64,8 @@ def deploy(
     Raises:
         LilliputError: there is no such device or champion, or its gateway does not start.
     """
+    from flows.engine.run_context import show_markdown
+
     message = _deploy(device, Action(action), Address(host, port, tuple(proxies or ())), Path(params_file))
     show_markdown(message, key=f"deployed-{device}", description=f"What {device} serves")
     return message
@@ -91,6 +81,11 @@ class Address:
 
 
 def _deploy(device: str, action: Action, address: Address, params_file: Path) -> str:
+    from flows.engine.waiting import wait_for_folder
+    from lilliput.params import load_params
+    from lilliput.serve.deployment import read_current, remove_unused
+    from tasks.process.folder_lock import folder_lock
+
     folder = _folder(params_file)
     params = load_params(folder / "params.yaml")
     if device not in params.serving:  # before MLflow is imported
@@ -101,24 +96,51 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
     with wait_for_folder(home, folder_lock), contextlib.chdir(folder):
         gateway = running(home)
         _require_restart(gateway, address)
-        files = {name: _content(home / name) for name in (CURRENT, PREVIOUS)}
-        if action is Action.rollback:
-            roll_back(home)
-        else:
-            from tasks.deploy import stage_champion  # imports MLflow
-
-            make_current(stage_champion(params, device, home), home)
-        try:
-            url = _take_over(home, gateway) if gateway else _start(home, address)
-        except BaseException:
-            for name, content in files.items():  # the files describe what is still served
-                _restore(home / name, content)
-            raise
+        with _restored_after_errors(home):
+            if gateway:
+                _select(device, action, params, home)
+                url = _take_over(home, gateway)
+            else:
+                with _spawn(home, address) as starting:  # imports its libraries while MLflow is imported here
+                    _select(device, action, params, home)
+                    url = starting.release()
         remove_unused(home)
         current = read_current(home)
     assert current is not None
     version = f" (version {current.model.version})" if current.model.version else ""
     return f"{device} serves {current.model.name}{version} at {url}"
+
+
+def _select(device: str, action: Action, params: Params, home: Path) -> None:
+    """Makes the champion or the previous deployment the current one."""
+    from lilliput.serve.deployment import deploy as make_current
+    from lilliput.serve.deployment import roll_back
+
+    if action is Action.rollback:
+        roll_back(home)
+    else:
+        from tasks.deploy import stage_champion  # imports MLflow
+
+        make_current(stage_champion(params, device, home), home)
+
+
+@contextlib.contextmanager
+def _restored_after_errors(home: Path) -> Iterator[None]:
+    """Restores the files that describe what is served if the block fails: it is still served then."""
+    from lilliput.artifacts import write_text
+
+    files = {
+        home / name: (home / name).read_text("utf-8") if (home / name).exists() else None for name in _DESCRIPTIONS
+    }
+    try:
+        yield
+    except BaseException:
+        for path, content in files.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_text(path, content)
+        raise
 
 
 def _require_restart(gateway: Mapping[str, Any] | None, address: Address) -> None:
@@ -152,6 +174,8 @@ def running(home: Path) -> dict[str, Any] | None:
 
 def _take_over(home: Path, gateway: Mapping[str, Any]) -> str:
     """Switches the running gateway to the current model; returns its address."""
+    from lilliput.serve.deployment import admin_token
+
     url = gateway["url"]
     try:
         interpreter = Path(psutil.Process(gateway["pid"]).cmdline()[0])
@@ -162,44 +186,82 @@ def _take_over(home: Path, gateway: Mapping[str, Any]) -> str:
             f"{url}: this gateway was started before its project was moved, and cannot open other models; end "
             "it with --stop, then deploy again"
         )
-    headers = {"x-lilliput-admin": admin_token(home)} | _bearer()
-    try:
-        response = httpx.post(f"{url}/deployment", headers=headers, timeout=TAKE_OVER_S, trust_env=False)
-    except httpx.HTTPError as error:
-        raise ArtifactError(f"{url}: the gateway does not answer ({type(error).__name__}); stop it") from None
-    if response.is_error:
-        raise ArtifactError(f"{url}: {_error_message(response)}")
+    status, answer = _request("POST", f"{url}/deployment", TAKE_OVER_S, {"x-lilliput-admin": admin_token(home)})
+    if status >= _FIRST_ERROR:
+        raise ArtifactError(f"{url}: {_error_message(status, answer)}")
     return url
 
 
-def _start(home: Path, address: Address) -> str:
-    """Starts a gateway that outlives this process; returns its address once it responds."""
+class StartingGateway:
+    """A gateway that has been started and waits, with its libraries imported, until the deployment is complete.
+
+    Args:
+        home: the deployment folder.
+        process: the gateway's.
+        log: its log.
+        log_start: the size of the log before.
+    """
+
+    def __init__(self, home: Path, process: subprocess.Popen[bytes], log: Path, log_start: int) -> None:
+        self._home, self._process, self._log, self._log_start = home, process, log, log_start
+
+    def release(self) -> str:
+        """Lets the gateway serve what is deployed; returns its address once it responds.
+
+        Raises:
+            ArtifactError: it does not start.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its log says why
+            self._process.stdin.write(b"\n")
+            self._process.stdin.close()
+        deadline = time.monotonic() + START_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            record = running(self._home)
+            if record and record["pid"] == self._process.pid:  # not a gateway that another process started
+                return record["url"]
+            time.sleep(POLL_S)
+        raise ArtifactError(
+            f"the gateway did not start: {self._last_line() or 'it wrote no message'} (its log: {self._log})"
+        )
+
+    def _last_line(self) -> str:
+        with self._log.open("rb") as stream:
+            stream.seek(self._log_start)
+            lines = stream.read().decode(errors="replace").strip().splitlines()
+        return "".join(lines[-1:]).removeprefix("error: ")
+
+
+@contextlib.contextmanager
+def _spawn(home: Path, address: Address) -> Iterator[StartingGateway]:
+    """Starts a gateway that outlives this process; kills it if the block fails, also by Ctrl-C."""
     # A relative path, if possible: the gateway of a project that is moved finds its files in the new place.
     path = home.absolute().relative_to(PROJECT) if home.absolute().is_relative_to(PROJECT) else home.absolute()
-    options = ["--host", address.host, "--port", str(address.port)]
+    options = ["--held", "--host", address.host, "--port", str(address.port)]
     options += [argument for proxy in address.proxies for argument in ("--proxy", proxy)]
     command = [sys.executable, "-m", "lilliput.serve", str(path), *options]
     log = home / "gateway.log"
     with log.open("ab") as stream:
         log_start = stream.tell()
         process = subprocess.Popen(
-            command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=stream, stderr=stream, start_new_session=True
         )
     _STARTED.append(process)
-    deadline = time.monotonic() + START_S
     try:
-        while process.poll() is None and time.monotonic() < deadline:
-            if (record := running(home)) and record["pid"] == process.pid:  # not a gateway that another process started
-                return record["url"]
-            time.sleep(0.1)
-    except BaseException:  # Ctrl-C included
+        yield StartingGateway(home, process, log, log_start)
+    except BaseException:
         process.kill()
         raise
-    process.kill()
-    with log.open("rb") as stream:
-        stream.seek(log_start)
-        last_line = "".join(stream.read().decode(errors="replace").strip().splitlines()[-1:]).removeprefix("error: ")
-    raise ArtifactError(f"the gateway did not start: {last_line or 'it wrote no message'} (its log: {log})")
+    finally:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+def _start(home: Path, address: Address) -> str:
+    """Starts a gateway for the current deployment; returns its address once it responds."""
+    with _spawn(home, address) as starting:
+        return starting.release()
 
 
 def stop(home: Path) -> str:
@@ -224,20 +286,28 @@ def status(home: Path) -> Mapping[str, Any] | None:
     record = running(home)
     if record is None:
         return None
-    response = httpx.get(f"{record['url']}/status", headers=_bearer(), timeout=10.0, trust_env=False)
-    response.raise_for_status()
-    return {"url": record["url"], "pid": record["pid"], **response.json()}
+    code, answer = _request("GET", f"{record['url']}/status", STATUS_S)
+    if code >= _FIRST_ERROR:
+        raise ArtifactError(f"{record['url']}: {_error_message(code, answer)}")
+    return {"url": record["url"], "pid": record["pid"], **json.loads(answer)}
 
 
-def _content(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
+def _request(method: str, url: str, timeout_s: float, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+    """Returns status and body of a request to a gateway of this machine, never through a proxy of the environment.
 
-
-def _restore(path: Path, content: str | None) -> None:
-    if content is None:
-        path.unlink(missing_ok=True)
-    else:
-        write_text(path, content)
+    Raises:
+        ArtifactError: it does not answer.
+    """
+    address = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(address.netloc, timeout=timeout_s)  # httpx takes longer to import
+    try:
+        connection.request(method, address.path, headers={**(headers or {}), **_bearer()})
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ArtifactError(f"{url}: the gateway does not answer ({type(error).__name__}); stop it") from None
+    finally:
+        connection.close()
 
 
 def _bearer() -> dict[str, str]:
@@ -245,11 +315,11 @@ def _bearer() -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def _error_message(response: httpx.Response) -> str:
+def _error_message(status: int, answer: bytes) -> str:
     try:
-        return str(response.json()["error"]["message"])
+        return str(json.loads(answer)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"status {response.status_code}"
+        return f"status {status}"
 
 
 def _folder(params_file: Path) -> Path:
@@ -284,16 +354,18 @@ def main(
     home = _folder(params) / DEPLOYMENTS / device
     try:
         if end:
-            return Console().print(stop(home))
+            return print(stop(home))
         if clear_cache:
             from lilliput.cache.answers import clear
 
-            return Console().print(f"{device}: {clear(home / ANSWERS)} cached answers deleted")
+            return print(f"{device}: {clear(home / ANSWERS)} cached answers deleted")
         if show_status:
             record = status(home)
             return print(json.dumps(record, indent=2)) if record else fail(f"{device}: nothing is served", 1)
-    except (LilliputError, httpx.HTTPError) as error:
+    except LilliputError as error:
         fail(f"{device}: {error}", 2)
+    from flows.engine.launch import launch
+
     action = Action.rollback if rollback else Action.champion
     message = launch(
         deploy,
@@ -301,7 +373,7 @@ def main(
         run_name=RUN_NAME,
         stop_message="stopped; --status prints what is served",
     )
-    Console().print(message, highlight=False)
+    print(message)
 
 
 if __name__ == "__main__":

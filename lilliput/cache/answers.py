@@ -120,8 +120,10 @@ class AnswerCache:
     def __init__(self, path: Path, embedder: Embedder, version: str, threshold: float, capacity: int) -> None:
         self._path, self._embedder = path, embedder
         self._version, self._threshold, self._capacity = f"{version}/{embedder.sha256}", threshold, capacity
+        self._idle: list[sqlite3.Connection] = []
+        self._file: tuple[int, int] | None = None  # that the idle connections have open
         # Under a lock: SQLite does not wait, but fails, when two connections change the journal mode at once.
-        with FileLock(f"{path}.lock"), _connected(path) as connection:
+        with FileLock(f"{path}.lock"), self._connected() as connection:
             connection.execute(
                 "pragma journal_mode = wal"
             )  # readers do not wait for a writer, a writer not for the disk
@@ -131,7 +133,7 @@ class AnswerCache:
 
     def count(self) -> int:
         """The number of answers, all versions together."""
-        with _connected(self._path) as connection:
+        with self._connected() as connection:
             return connection.execute("select count(*) from answers").fetchone()[0]
 
     def query(self, question: str, rule: str = "") -> CacheQuery:
@@ -150,7 +152,7 @@ class AnswerCache:
             query: the question.
             most_tokens: limit of the answer's tokens; a longer answer does not hit. None for no limit.
         """
-        with _connected(self._path) as connection:
+        with self._connected() as connection:
             hit = self._exact(connection, query) or self._semantic(connection, query)
             if hit is None or (most_tokens is not None and hit.answer.completion_tokens > most_tokens):
                 return None
@@ -164,7 +166,7 @@ class AnswerCache:
         """Stores `answer`, replaces an earlier one for the same wording, and deletes answers beyond the capacity."""
         vector = query.vector.astype("<f4").tobytes() if query.names else b""
         row = (query.version, query.wording, query.names, vector, query.question, *astuple(answer))
-        with _connected(self._path) as connection:
+        with self._connected() as connection:
             connection.execute("begin immediate")
             connection.execute(
                 f"insert or replace into answers values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_NEXT_USE})", row
@@ -174,6 +176,32 @@ class AnswerCache:
                 (self._capacity,),
             )
             connection.execute("commit")
+
+    def close(self) -> None:
+        """Closes the connections to the file; later calls open new ones."""
+        while self._idle:
+            self._idle.pop().close()
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """Lends an idle connection, or a new one: opening one and closing the last one take milliseconds.
+
+        One thread at a time uses a connection. After an error it is closed, because its state is unknown.
+        """
+        with _reported(self._path):
+            if self._file != (file := _identity(self._path)):  # deleted or replaced
+                self.close()
+                self._file = file
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = _connect(self._path)
+            try:
+                yield connection
+            except BaseException:
+                connection.close()
+                raise
+            self._idle.append(connection)
 
     def _exact(self, connection: sqlite3.Connection, query: CacheQuery) -> CacheHit | None:
         row = connection.execute(
@@ -206,7 +234,7 @@ def clear(path: Path) -> int:
     """
     if not path.exists():
         return 0
-    with _connected(path) as connection:
+    with _reported(path), closing(_connect(path)) as connection:
         connection.execute("pragma secure_delete = on")  # questions and answers are stored as plain text
         deleted = connection.execute("delete from answers").rowcount
         connection.execute("vacuum")
@@ -214,14 +242,32 @@ def clear(path: Path) -> int:
     return deleted
 
 
-@contextmanager
-def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """Opens a connection in autocommit mode. One for each call, because threads must not share connections."""
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file at `path`; None without a file."""
     try:
-        with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)) as connection:
-            connection.execute("pragma synchronous = normal")
-            connection.execute("pragma trusted_schema = off")  # the schema of an untrusted file must not call functions
-            yield connection
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Opens a connection in autocommit mode, for one thread at a time."""
+    connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("pragma synchronous = normal")
+        connection.execute("pragma trusted_schema = off")  # the schema of an untrusted file must not call functions
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Translates errors of SQLite and of unusable rows into an ArtifactError."""
+    try:
+        yield
     # ValueError, TypeError: a row that fits the table but is not an answer, as with a truncated vector.
     except (sqlite3.DatabaseError, ValueError, TypeError) as error:
         raise ArtifactError(

@@ -104,6 +104,7 @@ def measure_caching(
         cache = AnswerCache(file, embedder, artifact_sha256, threshold, config.capacity)
         variants = {PLAIN: CachingVariant(plain), PREFIX: CachingVariant(prefix), CACHE: CachingVariant(prefix, cache)}
         rows = ask_stream(queries, variants, tokenizer, params, meter)
+        cache.close()  # merges the journal into the file that is counted
         cache_bytes = embedder.size_bytes + sum(path.stat().st_size for path in Path(scratch).iterdir())
     record = {
         "candidate": candidate,

@@ -18,8 +18,9 @@ import uvicorn
 
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.api import Admin, App
-from lilliput.serve.deployment import PROXY_HELP, Deployment, admin_token, read_current
+from lilliput.serve.deployment import Deployment, admin_token, read_current
 from lilliput.serve.factory import open_service
+from lilliput.serve.files import PROXY_HELP
 from lilliput.serve.gateway import Gateway
 from lilliput.serve.instance_lock import hold_folder, write_gateway_file
 from lilliput.serve.middleware import LOOPBACK
@@ -163,18 +164,33 @@ def main(
     host: Annotated[str, typer.Option(help="beyond loopback a token in LILLIPUT_TOKEN is required")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free")] = 8080,
     proxy: Annotated[list[str] | None, typer.Option(help=PROXY_HELP)] = None,
+    held: Annotated[bool, typer.Option(hidden=True, help="wait for a line on standard input")] = False,
 ) -> None:
     """Serve what is deployed in FOLDER, in this terminal."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # The format above names none of these; finding them takes most of the time of a message.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # For occasional embeddings a second thread saves no time and doubles the CPU-seconds.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if held and not _released():
+        return
     try:
         serve(folder, host, port, proxy or [])
     except LilliputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _released() -> bool:
+    """Waits for a line on standard input; False if it ends instead, because the deployment failed.
+
+    flows.deploy starts a gateway while it looks up the champion, so that both import their libraries at the same time.
+    """
+    import lilliput.embedding.sentence_embedder  # noqa: F401 - only a deployment with a cache needs it
+
+    return bool(sys.stdin.readline())
 
 
 if __name__ == "__main__":

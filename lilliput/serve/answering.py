@@ -7,10 +7,10 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lilliput.cache.answers import AnswerCache, CachedAnswer, CacheHit, CacheQuery
 from lilliput.config import Place
@@ -33,6 +33,7 @@ from lilliput.serve.chat import Chat
 from lilliput.serve.costs import ResourceUsage
 from lilliput.serve.service import Service
 
+Result = TypeVar("Result")
 log = logging.getLogger("lilliput.gateway")
 _CACHE_ERRORS = (ArtifactError, sqlite3.Error, OSError)  # damaged file, lock timeout, full disk
 
@@ -137,11 +138,11 @@ class Computation:
         If the edge server fails, the device answers.
         """
         router, question, device_body = self._service.router, self._chat.question, None
-        decision = await self.usage.run_in_thread(lambda: router.route_question(question, self._conditions))
+        decision = await self._decide(lambda: router.route_question(question, self._conditions))
         if decision is None:
             device_body = await self._device_completion(for_router=True)
             tokens = logprobs_of(device_body)
-            decision = await self.usage.run_in_thread(lambda: router.route_answer(question, tokens, self._conditions))
+            decision = await self._decide(lambda: router.route_answer(question, tokens, self._conditions))
         if decision.place == "server":
             try:
                 return await self._from_edge(decision)
@@ -151,6 +152,10 @@ class Computation:
                 fallback = RoutingDecision("device", decision.score, reason)
                 return await self._from_device(fallback, device_body, store=False)
         return await self._from_device(decision, device_body)
+
+    async def _decide(self, decide: Callable[[], Result]) -> Result:
+        """The router's decision; in a thread if it needs an embedding, which would hold up all other requests."""
+        return await self.usage.run_in_thread(decide) if self._service.router_embeds else decide()
 
     async def _replace_device_answer(self, error: Unanswered) -> RoutedAnswer:
         """The edge server's answer instead of the device's, if the policy allows it; not stored."""

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from typing import Any
 
-import httpx
+import yarl
 
 from lilliput.chat.control_tokens import ControlTokens
 from lilliput.llama_server.completions import Chunks, normalize_chunks, normalize_completion
 from lilliput.serve.circuit_breaker import Breaker
-from lilliput.serve.transport import AiohttpTransport
+from lilliput.serve.transport import HttpTransport, NetworkError, ReadTimeout, Response, Transport
 
 COUNT_TIMEOUT_S = 5.0
 MOST_BYTES = 4 * 2**20  # largest answer; a longer one is a failure
+
+
+class HTTPStatusError(Exception):
+    """A backend responded with an error status; the message is the backend's.
+
+    Attributes:
+        status: the HTTP status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 # Unreachable, error status, timeout, invalid JSON, or JSON that is not a chat completion.
 _FAILURES = (
-    httpx.HTTPError,
+    NetworkError,
+    ReadTimeout,
+    HTTPStatusError,
     TimeoutError,
     ValueError,
     KeyError,
@@ -29,7 +45,7 @@ _FAILURES = (
     OverflowError,  # a count of 1e999 tokens
     RecursionError,  # a thousand nested brackets
 )
-_INVALID_REQUEST = (400, 413, 422)  # HTTP statuses
+_FIRST_ERROR, _INVALID_REQUEST = 400, (400, 413, 422)  # HTTP statuses
 
 
 class BackendFailed(Exception):
@@ -68,7 +84,7 @@ class Backend:
         model: str | None = None,
         key: str | None = None,
         breaker: Breaker | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: Transport | None = None,
         clock: Callable[[], float | None] | None = None,
         running: Callable[[], bool] = lambda: True,
         control_tokens: ControlTokens | None = None,
@@ -77,23 +93,22 @@ class Backend:
         self._running, self.control_tokens = running, control_tokens
         self.timeout_s = timeout_s
         self._chat, self._count, self._health = (
-            httpx.URL(url.rstrip("/") + path)
+            yarl.URL(url.rstrip("/") + path)
             for path in ("/v1/chat/completions", "/v1/chat/completions/input_tokens", "/health")
         )
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        # No httpx.AsyncClient: its redirects, cookies and URL joining are not needed, and take a fifth of the time.
-        self._transport = transport or AiohttpTransport()
+        self._transport = transport or HttpTransport()
 
     async def close(self) -> None:
         """Closes its connections."""
-        await self._transport.aclose()
+        await self._transport.close()
 
     async def healthy(self) -> bool:
         """Whether the server responds to a health check."""
         try:
             async with self._send("GET", self._health, 5.0) as response:
-                return response.status_code == 200
-        except httpx.HTTPError:
+                return response.status == 200
+        except (NetworkError, ReadTimeout):
             return False
 
     @property
@@ -174,21 +189,14 @@ class Backend:
         except _FAILURES:
             return None
 
-    def _post(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
+    def _post(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[Response]:
         return self._send("POST", self._chat, self.timeout_s, json.dumps(dict(request)))
 
-    @asynccontextmanager
-    async def _send(
-        self, method: str, url: httpx.URL, timeout_s: float, content: str | None = None
-    ) -> AsyncIterator[httpx.Response]:
-        extensions = {"timeout": httpx.Timeout(timeout_s).as_dict()}
-        request = httpx.Request(method, url, headers=self._headers, content=content, extensions=extensions)
-        response = await self._transport.handle_async_request(request)
-        response.request = request
-        try:
-            yield response
-        finally:
-            await response.aclose()
+    def _send(
+        self, method: str, url: yarl.URL, timeout_s: float, content: str | None = None
+    ) -> AbstractAsyncContextManager[Response]:
+        body = None if content is None else content.encode()
+        return self._transport.send(method, url, self._headers, body, timeout_s)
 
     @contextmanager
     def _monitored(self) -> Iterator[None]:
@@ -201,7 +209,7 @@ class Backend:
         try:
             yield
         except _FAILURES as error:
-            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in _INVALID_REQUEST:
+            if isinstance(error, HTTPStatusError) and error.status in _INVALID_REQUEST:
                 raise BackendRejected(str(error)) from None
             if breaker is not None:
                 breaker.failed()
@@ -210,39 +218,56 @@ class Backend:
             breaker.succeeded()
 
 
-async def _parse_events(response: httpx.Response) -> Chunks:
+async def _parse_events(response: Response) -> Chunks:
     """Yields the chunks of a stream of server-sent events, up to `[DONE]`."""
-    if response.is_error:
+    if response.status >= _FIRST_ERROR:
         await _read(response)
-    received, chunk = 0, None
-    async for line in response.aiter_lines():
-        received += len(line)
-        if received > MOST_BYTES:
-            raise ValueError("the answer is too long")
-        if not line.startswith("data:"):
-            continue
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]" and chunk is not None:
-            return
-        chunk = json.loads(data)
-        yield chunk
+    chunk = None
+    async with aclosing(_lines(response)) as lines:
+        async for line in lines:
+            if not line.startswith("data:"):
+                continue
+            data = line.removeprefix("data:").strip()
+            if data == "[DONE]" and chunk is not None:
+                return
+            chunk = json.loads(data)
+            yield chunk
     raise ValueError("the stream broke off")
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _lines(response: Response) -> AsyncGenerator[str, None]:
+    """Yields the lines of the body, without their ends.
+
+    Only CR and LF end a line: JSON may contain other separators, such as U+2028.
+
+    Raises:
+        ValueError: the body is too long, also within one line.
+    """
+    line, received = bytearray(), 0
+    async for piece in response.body():
+        if (received := received + len(piece)) > MOST_BYTES:
+            raise ValueError("the answer is too long")
+        for part in piece.splitlines(keepends=True):
+            line += part
+            if part.endswith((b"\n", b"\r")):
+                yield line.decode(errors="replace").rstrip("\r\n")
+                line.clear()
+
+
+async def _read(response: Response) -> bytes:
     """The complete body.
 
     Raises:
-        httpx.HTTPStatusError: the status is an error; with the message of the body.
+        HTTPStatusError: the status is an error; with the message of the body.
         ValueError: the body is too long.
     """
     body = bytearray()
-    async for piece in response.aiter_bytes():
+    async for piece in response.body():
         body += piece
         if len(body) > MOST_BYTES:
             raise ValueError("the answer is too long")
-    if response.is_error:
-        raise httpx.HTTPStatusError(_error_message(bytes(body)), request=response.request, response=response)
+    if response.status >= _FIRST_ERROR:
+        raise HTTPStatusError(_error_message(bytes(body)), response.status)
     return bytes(body)
 
 

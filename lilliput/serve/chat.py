@@ -163,7 +163,7 @@ class Chat(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _has_special_options(self) -> bool:
-        fields = self.model_dump(exclude_none=True)
+        fields = self.model_dump(exclude_none=True, exclude={"messages"})
         return any(name not in _PLAIN and _DEFAULTS.get(name) != value for name, value in fields.items())
 
     def most_tokens(self, limit: int) -> int:

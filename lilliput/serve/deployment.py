@@ -1,14 +1,4 @@
-"""The deployment folder of a device. It keeps its own copies of the models, so that later runs do not change them.
-
-deployments/<device>/
-├── current.json, previous.json   the current and the previous deployment
-├── models/<sha256>/              the compiled models of both, verified
-├── routers/<sha256>/             the fitted routers of both
-├── answers.db                    the answer cache, which survives restarts
-├── admin-token                   allows a process to replace the served champion
-├── gateway.json, gateway.log     the gateway's process
-└── gateway.lock                  held by that process: a folder has one gateway
-"""
+"""The deployment of a device. Its folder has its own copies of the models, so that later runs do not change them."""
 
 from __future__ import annotations
 
@@ -23,10 +13,7 @@ from lilliput.artifacts import GGUF, MANIFEST, file_sha256, link_or_copy, remove
 from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingConfig
 from lilliput.errors import ArtifactError
 from lilliput.offload.fitted_router import ROUTER
-
-CURRENT, PREVIOUS, MODELS, ROUTERS = "current.json", "previous.json", "models", "routers"
-ANSWERS, ADMIN_TOKEN, GATEWAY = "answers.db", "admin-token", "gateway.json"
-PROXY_HELP = "address of a reverse proxy before the gateway (repeatable); a token in LILLIPUT_TOKEN is required"
+from lilliput.serve.files import ADMIN_TOKEN, CURRENT, MODELS, PREVIOUS, ROUTERS
 
 
 class DeployedModel(BaseModel):

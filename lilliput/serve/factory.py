@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from lilliput.serve.backends import Backend
 from lilliput.serve.circuit_breaker import Breaker
 from lilliput.serve.control_tokens import read_control_tokens
 from lilliput.serve.costs import DeviceCosts
-from lilliput.serve.deployment import ANSWERS, ROUTERS, DeployedModel, Deployment, verified_model_file
+from lilliput.serve.deployment import DeployedModel, Deployment, verified_model_file
+from lilliput.serve.files import ANSWERS, ROUTERS
 from lilliput.serve.service import DeploymentInfo, ServedModel, Service
 from lilliput.wheels import default_cache
 
@@ -29,7 +31,7 @@ DEVICE_TIMEOUT_S = 60.0
 
 
 def open_service(deployment: Deployment, home: Path) -> Service:
-    """Verifies and starts the models of `deployment`, and opens its router and cache.
+    """Verifies and starts the models of `deployment`, and opens its router and cache, all at the same time.
 
     Raises:
         ArtifactError: a model is missing, altered or does not open, or there is no fitted router for this pair.
@@ -38,19 +40,17 @@ def open_service(deployment: Deployment, home: Path) -> Service:
     serving = deployment.serving
     manifests = [read_manifest(deployment.folder_of(model, home)) for model in deployment.models]
     pair = pair_of(manifests[0], serving.edge, manifests[1] if deployment.edge else None)
-    embedder = open_caching_embedder(deployment)
-    router = open_router(serving, home / ROUTERS / (deployment.router or "none"), embedder, pair)
-    with ExitStack() as started:
-        device = _start(started, deployment, deployment.model, home, deployment.profile.threads, 1)
-        server = None
+    # The threads end before `started` is closed after an error.
+    with ExitStack() as started, ThreadPoolExecutor() as threads:
+        starting = threads.submit(_start, started, deployment, deployment.model, home, deployment.profile.threads, 1)
         # With the policy `device`, the edge server would only take memory.
+        edge_starting = None
         if deployment.edge is not None and serving.policy != "device":
-            server = _start(started, deployment, deployment.edge, home, serving.edge.threads, serving.edge.slots)
-        cache = None
-        if serving.cache.capacity and embedder:
-            similarity = EXACT_ONLY if deployment.threshold is None else deployment.threshold
-            version = answers_version(deployment, pair)
-            cache = AnswerCache(home / ANSWERS, embedder, version, similarity, serving.cache.capacity)
+            edge = (started, deployment, deployment.edge, home, serving.edge.threads, serving.edge.slots)
+            edge_starting = threads.submit(_start, *edge)
+        embedder = open_caching_embedder(deployment)
+        router = open_router(serving, home / ROUTERS / (deployment.router or "none"), embedder, pair)
+        device, server = starting.result(), edge_starting and edge_starting.result()
         return Service(
             DeploymentInfo(deployment.device, _policy(deployment), _edge_name(deployment), serving.link),
             DeviceCosts(deployment.profile.watts_per_core, serving.battery_wh, deployment.links),
@@ -58,11 +58,22 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             _local_backend(device, DEVICE_TIMEOUT_S, clock=device.cpu_seconds),
             _edge_backend(deployment, server),
             router,
-            cache,
+            serving.policy == "learned",
+            _open_cache(deployment, home, embedder, pair),
             edge_slots=serving.edge.slots if server else None,
             running=lambda: device.running and (server is None or server.running),
             stop=started.pop_all().close,
         )
+
+
+def _open_cache(
+    deployment: Deployment, home: Path, embedder: Embedder | None, pair: tuple[str, str]
+) -> AnswerCache | None:
+    capacity = deployment.serving.cache.capacity
+    if not capacity or embedder is None:
+        return None
+    similarity = EXACT_ONLY if deployment.threshold is None else deployment.threshold
+    return AnswerCache(home / ANSWERS, embedder, answers_version(deployment, pair), similarity, capacity)
 
 
 def answers_version(deployment: Deployment, pair: tuple[str, str]) -> str:

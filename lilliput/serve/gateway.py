@@ -166,19 +166,23 @@ class Gateway:
             yield sent
 
     def _settle(self, reply: Reply, request: _Request) -> None:
-        """Sets the cost of `reply`, and adds it to metrics and log."""
+        """Sets the cost of `reply`. Metrics and log get it after the response, which they would delay."""
         cost = request.service.costs.cost(request.subscription.usage, request.conditions.link)
         free = {} if request.subscription.settle() else {"energy_j": 0.0, "battery_percent": 0.0}
         reply.cost = replace(cost, seconds=time.perf_counter() - request.started, **free)
+        asyncio.get_running_loop().call_soon(self._record, reply, reply.cost)
+
+    def _record(self, reply: Reply, cost: Cost) -> None:
+        """Adds an answer to metrics and log."""
         self._answers.labels(reply.place).inc()
         self._shared.inc(reply.shared)
-        self._seconds.labels(reply.place).observe(reply.cost.seconds)
-        self._joules.labels(reply.place).inc(reply.cost.energy_j or 0.0)
+        self._seconds.labels(reply.place).observe(cost.seconds)
+        self._joules.labels(reply.place).inc(cost.energy_j or 0.0)
         # The log never contains the question.
         log.info(
             "%s in %.3f s%s: %s (score %s)",
             reply.place,
-            reply.cost.seconds,
+            cost.seconds,
             ", shared" if reply.shared else "",
             reply.decision.reason,
             reply.decision.score,

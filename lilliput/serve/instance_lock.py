@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from lilliput.artifacts import write_json
 from lilliput.errors import BusyError
-from lilliput.serve.deployment import GATEWAY
+from lilliput.serve.files import GATEWAY
 
 _LOCK = "gateway.lock"  # not GATEWAY itself: an attempt to lock empties the file
 

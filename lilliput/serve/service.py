@@ -55,6 +55,7 @@ class Service:
         device: the backend that runs this model.
         edge: the edge server; None without one.
         router: fitted for this pair of models.
+        router_embeds: whether its decisions take milliseconds, for an embedding.
         cache: earlier answers of this pair; None without a cache.
         slots: concurrent requests on the device.
         edge_slots: concurrent requests on the edge server; None for a remote server, which has its own queue.
@@ -70,6 +71,7 @@ class Service:
     device: Backend
     edge: Backend | None
     router: Router
+    router_embeds: bool = True
     cache: AnswerCache | None = None
     slots: int = 1
     edge_slots: int | None = None
@@ -89,8 +91,10 @@ class Service:
         self.active_requests -= 1
 
     async def close(self) -> None:
-        """Closes the connections to both backends and stops the service's processes."""
+        """Closes the connections to both backends and to the cache, and stops the service's processes."""
         for backend in (self.device, self.edge):
             if backend is not None:
                 await backend.close()
+        if self.cache is not None:
+            self.cache.close()
         await asyncio.to_thread(self.stop)

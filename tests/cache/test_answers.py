@@ -242,6 +242,31 @@ def test_answers_in_an_older_format_are_deleted(make, tmp_path):
     assert make().count() == 1
 
 
+def test_connections_are_reused_and_closed(make, tmp_path):
+    cache, other = make(), make()
+    for number in range(3):
+        store(cache, f"Where is Peru {number}?", "there")
+        assert lookup(other, f"Where is Peru {number}?") == ("exact", "there")
+    journal = tmp_path / "answers.sqlite-wal"
+    assert journal.exists()
+    cache.close()
+    other.close()
+    assert not journal.exists()  # merged into the file by the last connection
+    assert lookup(cache, "Where is Peru 0?") == ("exact", "there")
+
+
+def test_a_file_that_was_replaced_is_opened_again(make, tmp_path):
+    cache = make()
+    store(cache, "What is the capital of Peru?", "Lima")
+    cache.close()
+    (tmp_path / "copy").write_bytes((tmp_path / "answers.sqlite").read_bytes())
+    store(cache, "What is the capital of Chad?", "N'Djamena")
+    clear(tmp_path / "answers.sqlite")
+    assert lookup(cache, "What is the capital of Peru?") is None
+    (tmp_path / "copy").replace(tmp_path / "answers.sqlite")
+    assert lookup(cache, "What is the capital of Peru?") == ("exact", "Lima")
+
+
 def test_threads_share_one_file(make, tmp_path):
     problems = []
 

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import httpx
 import numpy as np
@@ -19,6 +19,7 @@ from lilliput.serve.circuit_breaker import Breaker
 from lilliput.serve.costs import DeviceCosts
 from lilliput.serve.gateway import Gateway
 from lilliput.serve.service import DeploymentInfo, ServedModel, Service
+from lilliput.serve.transport import NetworkError
 from tests.offload.links import link
 
 MODEL = ServedModel("pocket", "sha", "Answer briefly.")
@@ -59,7 +60,14 @@ def _words(text):
     return re.findall(r"\s*\S+", text)
 
 
-class FakeBackends(httpx.AsyncBaseTransport):
+class FakeResponse:
+    """Implements `lilliput.serve.transport.Response`."""
+
+    def __init__(self, response):
+        self.status, self.body = response.status_code, response.aiter_bytes
+
+
+class FakeBackends:
     """Transport to both backends: sends the scripted answers and records the requests.
 
     `answers` holds a completion, an `httpx.Response`, an exception, or a function of the request, for each backend.
@@ -70,6 +78,23 @@ class FakeBackends(httpx.AsyncBaseTransport):
         self.requests, self.count_requests = {"device": [], "server": []}, {"device": [], "server": []}
         self.delay_s = {"device": 0.0, "server": 0.0}
         self.cancelled = 0
+
+    @asynccontextmanager
+    async def send(self, method, url, headers, content, timeout_s):
+        """Implements `lilliput.serve.transport.Transport`."""
+        try:
+            response = await self.handle_async_request(
+                httpx.Request(method, str(url), headers=headers, content=content)
+            )
+        except httpx.HTTPError as error:
+            raise NetworkError(str(error)) from error
+        try:
+            yield FakeResponse(response)
+        finally:
+            await response.aclose()
+
+    async def close(self):
+        pass
 
     async def handle_async_request(self, request):
         backend = request.url.host

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from lilliput.cache.answers import AnswerCache, CachedAnswer
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.errors import ArtifactError, ConfigError
+from lilliput.llama_server.process import cpu_clock
 from lilliput.serve.deployment import (
     DeployedModel,
     Deployment,
@@ -37,13 +40,81 @@ PROJECT = Path(__file__).parents[2]
 
 
 def test_gateway_imports_no_slow_library():
-    """They take seconds and hundreds of MiB; only the answer cache and the learned router need torch."""
+    """They take seconds and hundreds of MiB."""
     code = (
         "import sys, lilliput.serve.__main__, lilliput.serve.factory;"
-        "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'scipy', 'httpx') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_looking_at_a_gateway_imports_neither_settings_nor_http_libraries():
+    code = (
+        "import sys, flows.deploy;"
+        "print([name for name in ('pydantic', 'httpx', 'numpy', 'rich') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("answer", [b"no HTTP\r\n", b""], ids=["other protocol", "closes"])
+def test_status_of_a_gateway_that_does_not_answer_is_one_message(tmp_path, monkeypatch, answer):
+    from flows import deploy as flow
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(flow, "running", lambda home: {"url": url, "pid": 7})
+
+        def respond():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        with pytest.raises(ArtifactError, match=rf"{url}/status: the gateway does not answer"):
+            flow.status(tmp_path)
+        thread.join()
+
+
+def test_gateway_of_a_failed_deployment_is_killed_and_its_files_are_restored(tmp_path):
+    from flows import deploy as flow
+
+    (tmp_path / "current.json").write_text("earlier")
+    with (
+        pytest.raises(ArtifactError, match="no champion"),
+        flow._restored_after_errors(tmp_path),
+        flow._spawn(tmp_path, flow.Address(port=0)) as starting,
+    ):
+        (tmp_path / "current.json").write_text("new")
+        (tmp_path / "previous.json").write_text("earlier")
+        raise ArtifactError("no champion")
+    starting._process.wait(30)
+    assert starting._process.returncode == -signal.SIGKILL
+    assert (tmp_path / "current.json").read_text() == "earlier"
+    assert not (tmp_path / "previous.json").exists()
+    assert (tmp_path / "gateway.log").read_bytes() == b""
+
+
+def test_held_gateway_ends_silently_with_its_standard_input(tmp_path):
+    command = [sys.executable, "-m", "lilliput.serve", str(tmp_path), "--held", "--port", "0"]
+    done = subprocess.run(command, cwd=PROJECT, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_cpu_clock_of_another_process():
+    work = "sum(range(10**7)); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        clock = cpu_clock(process.pid)
+        assert process.stdout and process.stdout.readline()
+        used = psutil.Process(process.pid).cpu_times()
+        assert clock() == pytest.approx(used.user + used.system, abs=0.1)
+        process.kill()
+        process.wait()
+        assert clock() is None
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import asyncio
 
 import httpx
+import psutil
 import pytest
 
 from lilliput.compile.gguf import compile_gguf
@@ -84,7 +85,7 @@ async def _answers(backend):
 
 def test_key_is_in_neither_command_line_nor_environment(served):
     assert served.running
-    process = served._process_info
+    process = psutil.Process(served._process.pid)
     assert len(served.key) > 30
     assert served.key not in " ".join([*process.cmdline(), *process.environ().values()])
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 import requests
+import yarl
 
 from lilliput.config import EdgeConfig
 from lilliput.errors import ConfigError
@@ -98,16 +99,15 @@ def test_the_status_of_the_gateway_is_requested_without_a_proxy(dead_proxy, monk
 
 @pytest.mark.parametrize("variable", PROXIES)
 def test_the_gateway_reaches_its_models_without_a_proxy(server, dead_proxy, monkeypatch, variable):
-    from lilliput.serve.transport import AiohttpTransport
+    from lilliput.serve.transport import HttpTransport
 
     async def ask() -> bytes:
-        transport = AiohttpTransport()
-        timeouts = {"timeout": httpx.Timeout(5.0).as_dict()}
-        request = httpx.Request("GET", f"http://127.0.0.1:{server}/", extensions=timeouts)
+        transport = HttpTransport()
         try:
-            return await (await transport.handle_async_request(request)).aread()
+            async with transport.send("GET", yarl.URL(f"http://127.0.0.1:{server}/"), {}, None, 5.0) as response:
+                return b"".join([piece async for piece in response.body()])
         finally:
-            await transport.aclose()
+            await transport.close()
 
     monkeypatch.setenv(variable, dead_proxy)
     assert asyncio.run(ask()) == b"here"
