@@ -30,7 +30,7 @@ def judge_model(
     accuracy = rate(right)
     assert accuracy is not None, "the corpus has no answerable choice questions"
     return {
-        "choice_accuracy": accuracy.as_dict(),
+        "choice_accuracy": vars(accuracy),
         "perplexity": math.exp(nll / tokens),
         "perplexity_tokens": tokens,
         "right": "".join(str(int(one)) for one in right),
@@ -41,4 +41,4 @@ def paired_difference(first: str, second: str) -> dict[str, Any]:
     """Returns the difference of the shares of 1 in two strings, first − second, with interval, p and verdict."""
     after, before = ([one == "1" for one in rights] for rights in (first, second))
     comparison = compare_shares(before, after)
-    return comparison.difference.as_dict() | {"p": comparison.p_value, "verdict": comparison.verdict}
+    return vars(comparison.difference) | {"p": comparison.p_value, "verdict": comparison.verdict}

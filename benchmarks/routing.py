@@ -75,10 +75,10 @@ def main(
             name,
             **{
                 metric: {
-                    "mean": float(np.mean([one[metric]["value"] for one in draws])),
-                    "fold_draws": [round(one[metric]["value"], 4) for one in draws],
-                    "interval_of_first": [draws[0][metric]["low"], draws[0][metric]["high"]],
-                    "n": draws[0][metric]["n"],
+                    "mean": float(np.mean([one[metric].value for one in draws])),
+                    "fold_draws": [round(one[metric].value, 4) for one in draws],
+                    "interval_of_first": [draws[0][metric].low, draws[0][metric].high],
+                    "n": draws[0][metric].n,
                 }
                 for metric in draws[0]
             },

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,11 +21,12 @@ from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require
 from flows.engine.stage import Stage
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, open_workspace
-from lilliput.artifacts import write_json, write_text
+from lilliput.artifacts import read_record, write_json, write_text
 from lilliput.config import read_section
 from lilliput.errors import ConfigError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.params import load_params
+from lilliput.records import EvaluationRecord, Promotions, SearchRecord, TrialRecord
 from lilliput.search import SearchConfig, Space, describe, winners
 from tasks import layout
 
@@ -80,8 +80,8 @@ def search(
         chains = ChainRunner(folder, Space(config, load_params(layout.PARAMS), search_file), run)
         stop_reason = _search(chains, config, search_file, Budget(trials, minutes), time.monotonic())
         run_process(LOG, stage_runner.site)
-        record = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
-        show_table(front_rows(record), key="search-front", description=f"{record['study']}: Pareto front")
+        record = read_record(SearchRecord, layout.SEARCH)
+        show_table(front_rows(record), key="search-front", description=f"{record.study}: Pareto front")
         return stop_reason
 
 
@@ -115,17 +115,15 @@ def _search(chains: ChainRunner, config: SearchConfig, file: str, budget: Budget
     stop_reason = run_trials(study, space, budget, chains.forecast, chains.make, log)
     write_json(layout.SEARCH, search_record(study, space, reference, stop_reason))
     chains.publish()
-    decisions = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
+    decisions = read_record(Promotions, layout.PROMOTION)
     made = finished(study, space)
     write_text(layout.WINNER, winners(space, made, decisions, f"{study.study_name} after {len(made)} chains"))
     return stop_reason
 
 
-def _require_objectives(config: SearchConfig, reference: Mapping[str, Mapping[str, Any]]) -> None:
+def _require_objectives(config: SearchConfig, reference: Mapping[str, EvaluationRecord]) -> None:
     """Rejects metrics that are unavailable for the base: its descendants would have no value either."""
-    from lilliput.promote import metric_value  # imports scipy
-
-    if missing := [metric for metric in config.objectives if metric_value(reference[config.base], metric) is None]:
+    if missing := [metric for metric in config.objectives if reference[config.base].number(metric) is None]:
         raise ConfigError(
             f"objectives: {', '.join(missing)}: unavailable in the evaluation of `{config.base}` on this machine; "
             "search for other objectives"
@@ -133,8 +131,8 @@ def _require_objectives(config: SearchConfig, reference: Mapping[str, Mapping[st
 
 
 def search_record(
-    study: Study, space: Space, reference: Mapping[str, Mapping[str, Any]], stop_reason: str
-) -> dict[str, Any]:
+    study: Study, space: Space, reference: Mapping[str, EvaluationRecord], stop_reason: str
+) -> SearchRecord:
     """Returns the content of search.json: figures of the base and of each trial, and which trials are on the front."""
     from optuna.trial import FixedTrial
 
@@ -142,29 +140,29 @@ def search_record(
 
     metrics, best = list(space.config.objectives), pareto_front(study)
     rows = [
-        {
-            "candidate": trial.user_attrs[CANDIDATE],
-            "chain": describe(space.chain(FixedTrial(trial.params))),
-            "settings": {key: setting for key, setting in trial.params.items() if key != "sequence"},
-            "pareto": trial.user_attrs[CANDIDATE] in best,
-            "reason": trial.user_attrs.get(REASON),
-            "seconds": trial.user_attrs.get(SECONDS, 0.0),
-            "figures": trial.user_attrs.get(FIGURES, {}),
-        }
+        TrialRecord(
+            candidate=trial.user_attrs[CANDIDATE],
+            chain=describe(space.chain(FixedTrial(trial.params))),
+            settings={key: setting for key, setting in trial.params.items() if key != "sequence"},
+            pareto=trial.user_attrs[CANDIDATE] in best,
+            reason=trial.user_attrs.get(REASON),
+            seconds=trial.user_attrs.get(SECONDS, 0.0),
+            figures=trial.user_attrs.get(FIGURES, {}),
+        )
         for trial in attempted(study)
     ]
-    return {
-        "study": study.study_name,
-        "base": space.config.base,
-        "objectives": dict(space.config.objectives),
-        "stopped": stop_reason,
-        "sequences": len(space.sequences),
-        "reference": [
-            {"candidate": name, "chain": "", "figures": {metric: record[metric] for metric in metrics}}
+    return SearchRecord(
+        study=study.study_name,
+        base=space.config.base,
+        objectives={**space.config.objectives},
+        stopped=stop_reason,
+        sequences=len(space.sequences),
+        reference=[
+            TrialRecord(candidate=name, chain="", figures={metric: getattr(record, metric) for metric in metrics})
             for name, record in reference.items()
         ],
-        "trials": rows,
-    }
+        trials=rows,
+    )
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

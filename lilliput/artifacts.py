@@ -13,11 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from lilliput.errors import ArtifactError
+from lilliput.records import Record
 from lilliput.untrusted import require_harmless
 
 MANIFEST = "lilliput.json"
@@ -28,6 +29,8 @@ GGUF = "model.gguf"  # the model for llama.cpp
 # Files that no runtime needs; they do not count towards the model's size.
 _NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/")
 _READ = 0o444
+Content = TypeVar("Content")
+REMEDY = "; delete this file and run `dvc repro`, which writes it again"
 _LIBRARIES = ("torch", "transformers", "peft", "gptqmodel", "safetensors")
 
 
@@ -263,8 +266,50 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON to `path` atomically; rejects NaN with a ValueError."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes `value` as indented JSON to `path` atomically; rejects NaN with a ValueError. `value` may hold records."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=Record.as_json)
+    write_text(path, f"{text}\n")
+
+
+def read_record(kind: type[Content], path: Path, remedy: str = REMEDY) -> Content:
+    """Returns the content of `path`, a record or a map of records.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or lacks a field, as one of an older version may; `remedy` ends the
+            message.
+    """
+    if (record := find_record(kind, path, remedy)) is None:
+        raise ArtifactError(f"{path}: no such file; run `dvc repro`, which writes it")
+    return record
+
+
+def find_record(kind: type[Content], path: Path, remedy: str = REMEDY) -> Content | None:
+    """Returns the content of `path`; None if there is no such file.
+
+    Raises:
+        ArtifactError: as in `read_record`.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return parse_record(kind, content, str(path), remedy)
+
+
+def parse_record(kind: type[Content], content: str | bytes, file: str, remedy: str = "") -> Content:
+    """Returns the record in the JSON text `content` of `file`.
+
+    Ignores unknown keys, so that a record of a newer version, or one with a key that is no longer written, can be read.
+
+    Raises:
+        ArtifactError: it is not JSON, or a field is missing or has the wrong type; the message names the first one.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(content, extra="ignore")
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = "".join(f"{part}: " for part in [".".join(map(str, problem["loc"]))] if part)
+        raise ArtifactError(f"{file}: {place}{problem['msg']}{remedy}") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lilliput.artifacts import Manifest
+from lilliput.records import DeviceRun, EvaluationRecord, Figure, number_of
 
 _SHOWN = {
     "accuracy_choice": "Accuracy, four choices",
@@ -19,10 +20,10 @@ _SHOWN = {
 }
 
 
-def model_card(manifest: Manifest, record: Mapping[str, Any], system_prompt: str) -> str:
+def model_card(manifest: Manifest, record: EvaluationRecord, system_prompt: str) -> str:
     """Returns the card as Markdown: origin, metrics, settings and limits of the model."""
-    energy = record.get("energy_per_query_j") or {}
-    kind = "measured" if energy.get("measured") else "an estimate, not a measurement"
+    energy = record.energy_per_query_j
+    kind = "measured" if energy.measured else "an estimate, not a measurement"
     lines = [
         f"# {manifest.candidate}",
         "",
@@ -31,10 +32,9 @@ def model_card(manifest: Manifest, record: Mapping[str, Any], system_prompt: str
         "",
         "| Metric | Value | 95 % interval | n |",
         "|---|---|---|---|",
-        *(f"| {title} | {_row(record.get(key))} |" for key, title in _SHOWN.items()),
+        *(f"| {title} | {_row(getattr(record, key))} |" for key, title in _SHOWN.items()),
         "",
-        f"Energy is {kind} (source: {energy.get('source', 'unavailable')}). Evaluated with {record.get('runtime')} on "
-        "held-out entities.",
+        f"Energy is {kind} (source: {energy.source}). Evaluated with {record.runtime} on held-out entities.",
         "",
         f"- System prompt: {system_prompt}",
         f"- Settings: {_listed(manifest.config)}",
@@ -51,10 +51,10 @@ def model_card(manifest: Manifest, record: Mapping[str, Any], system_prompt: str
 
 def hub_card(
     manifest: Manifest,
-    record: Mapping[str, Any],
+    record: EvaluationRecord,
     system_prompt: str,
     start: str,
-    device: Mapping[str, Any],
+    run: DeviceRun,
     reason: str,
 ) -> str:
     """Returns the card of a bundle for the Hugging Face hub, without its metadata.
@@ -64,16 +64,15 @@ def hub_card(
         record: its evaluation.
         system_prompt: used in training and evaluation.
         start: the bundle's README, with instructions to start it.
-        device: device record: peak memory, times, energy.
+        run: of the compiled model on the device: peak memory, times, energy.
         reason: why it is the device's champion.
     """
-    energy = device.get("energy_per_query_j") or {}
-    mark = "" if energy.get("measured") else "~"
+    energy, first_token_ms = run.energy_per_query_j, number_of(run.ttft_ms)
     measured = [
-        f"- Peak memory: {device['peak_rss_bytes'] / 2**20:.0f} MiB",
-        f"- First token: {device['ttft_ms']['p50']:.0f} ms, {device['rate_tokens_per_s']:.0f} tokens per second",
-        f"- Energy per query: {mark}{energy['value']:.2f} J ({energy.get('source')})"
-        if energy.get("value") is not None
+        f"- Peak memory: {run.peak_rss_bytes / 2**20:.0f} MiB",
+        f"- First token: {first_token_ms:.0f} ms, {run.rate_tokens_per_s:.0f} tokens per second",
+        f"- Energy per query: {'' if energy.measured else '~'}{energy.value:.2f} J ({energy.source})"
+        if energy and energy.value is not None
         else "- Energy per query: unavailable",
     ]
     return "\n".join(
@@ -85,7 +84,7 @@ def hub_card(
             "",
             "## On the device",
             "",
-            f"Emulated: {device['threads']} thread(s) and the device's memory, on another processor.",
+            f"Emulated: {run.threads} thread(s) and the device's memory, on another processor.",
             "",
             *measured,
             "",
@@ -99,7 +98,7 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} `{text}`" for key, text in texts.items()) or "none"
 
 
-def _row(estimate: Mapping[str, Any] | None) -> str:
-    if not estimate or estimate.get("value") is None:
+def _row(figure: Figure) -> str:
+    if figure.value is None:
         return "unavailable | | "
-    return f"{estimate['value']:.3f} | {estimate['low']:.3f} – {estimate['high']:.3f} | {estimate['n']}"
+    return f"{figure.value:.3f} | {figure.low:.3f} – {figure.high:.3f} | {figure.n}"

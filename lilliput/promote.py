@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from lilliput.config import PromotionConfig
+from lilliput.records import Decision, EvaluationRecord
 from lilliput.statistics.differences import Comparison
 
-Record = Mapping[str, Any]
-
-# Record key of each objective, and whether larger is better.
+# Field of the record for each objective, and whether larger is better.
 OBJECTIVES = {
     "accuracy": ("accuracy_choice", True),
     "hallucination": ("hallucination_rate", False),
@@ -35,30 +31,14 @@ class Reference:
 
     name: str
     title: str
-    record: Record
+    record: EvaluationRecord
     differences: Mapping[str, Mapping[str, Comparison]] = field(default_factory=dict)
-
-
-class Decision(BaseModel):
-    """The champion of a device, or None, and a reason for every candidate.
-
-    Attributes:
-        challenger: the best other candidate; it may have been refused only for its distance to the current champion.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    device: str
-    champion: str | None
-    challenger: str | None = None
-    reason: str
-    refused: dict[str, str]
 
 
 def decide(
     device: str,
     rules: PromotionConfig,
-    records: Mapping[str, Record],
+    records: Mapping[str, EvaluationRecord],
     base: Reference,
     impossible: Mapping[str, str] | None = None,
     current: Reference | None = None,
@@ -102,7 +82,7 @@ def decide(
 
 
 def _worse_than_current(
-    rules: PromotionConfig, records: Mapping[str, Record], current: Reference | None
+    rules: PromotionConfig, records: Mapping[str, EvaluationRecord], current: Reference | None
 ) -> dict[str, str]:
     """Returns candidates beyond the limits to the current champion; none if the champion was refused or wins."""
     if current is None or current.name not in records or _ranked(rules, records)[0] == current.name:
@@ -111,30 +91,24 @@ def _worse_than_current(
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _ranked(rules: PromotionConfig, records: Mapping[str, Record]) -> list[str]:
+def _ranked(rules: PromotionConfig, records: Mapping[str, EvaluationRecord]) -> list[str]:
     """Returns the Pareto front of `records`, ordered by preference."""
     front = _without(records, _dominated(records))
     return sorted(front, key=lambda name: (*_preference(rules.prefer, records[name]), name))
 
 
-def objective(name: str, record: Record) -> float | None:
+def objective(name: str, record: EvaluationRecord) -> float | None:
     """Returns the value of objective `name` in `record`; None if unavailable."""
-    return metric_value(record, OBJECTIVES[name][0])
+    return record.number(OBJECTIVES[name][0])
 
 
-def metric_value(record: Record, metric: str) -> float | None:
-    """Returns the number of `metric` in `record`; None if unavailable."""
-    value = record.get(metric)
-    return value.get("value") if isinstance(value, Mapping) else value
-
-
-def pareto_front(records: Mapping[str, Record]) -> list[str]:
+def pareto_front(records: Mapping[str, EvaluationRecord]) -> list[str]:
     """Returns the names of `records` that no other dominates: at least as good on all objectives, better on one."""
     others = records.values()
     return [name for name, record in records.items() if not any(_dominates(r, record, OBJECTIVES) for r in others)]
 
 
-def _without(records: Mapping[str, Record], names: Collection[str]) -> dict[str, Record]:
+def _without(records: Mapping[str, EvaluationRecord], names: Collection[str]) -> dict[str, EvaluationRecord]:
     return {name: record for name, record in records.items() if name not in names}
 
 
@@ -143,20 +117,20 @@ def _titles(champion: str, base: Reference, current: Reference | None) -> str:
     return " and of ".join(titles)
 
 
-def _refusal(device: str, rules: PromotionConfig, name: str, record: Record, base: Reference) -> str | None:
-    if not record["fits"][device]:
-        return record.get("does_not_fit") or f"does not fit the storage and memory of {device}"
+def _refusal(device: str, rules: PromotionConfig, name: str, record: EvaluationRecord, base: Reference) -> str | None:
+    if not record.fits[device]:
+        return record.does_not_fit or f"does not fit the storage and memory of {device}"
     if objective(rules.prefer, record) is None:
         return f"its {rules.prefer} is unavailable, and an unavailable metric never wins"
     return _beyond_limits(rules, name, record, base)
 
 
-def _beyond_limits(rules: PromotionConfig, name: str, record: Record, reference: Reference) -> str | None:
+def _beyond_limits(rules: PromotionConfig, name: str, record: EvaluationRecord, reference: Reference) -> str | None:
     """Returns why `record` may be worse than `reference` by more than the limits; None if it is not."""
     if name == reference.name:
         return None
     differences = reference.differences.get(name, {})
-    energy = metric_value(reference.record, "energy_per_query_j") or 0.0
+    energy = reference.record.energy_per_query_j.value or 0.0
     max_energy_rise_j = None if rules.max_energy_rise is None else rules.max_energy_rise * energy
     limits = {
         "accuracy_choice": (rules.max_accuracy_drop, -1.0, "choice accuracy", "below"),
@@ -164,7 +138,7 @@ def _beyond_limits(rules: PromotionConfig, name: str, record: Record, reference:
         "energy_per_query_j": (max_energy_rise_j, 1.0, "energy per query (J)", "above"),
     }
     for metric, (allowed, sign, title, direction) in limits.items():
-        if allowed is None or metric_value(reference.record, metric) is None:
+        if allowed is None or reference.record.number(metric) is None:
             continue
         comparison = differences.get(metric)
         if comparison is None:
@@ -178,14 +152,14 @@ def _beyond_limits(rules: PromotionConfig, name: str, record: Record, reference:
     return _less_accessible(rules.max_accessibility_drop, record, reference)
 
 
-def _less_accessible(allowed: float | None, record: Record, reference: Reference) -> str | None:
+def _less_accessible(allowed: float | None, record: EvaluationRecord, reference: Reference) -> str | None:
     """Compares both intervals at their worst, because the score has no values per question to pair."""
-    own_score, reference_score = record.get("accessibility") or {}, reference.record.get("accessibility") or {}
-    if allowed is None or reference_score.get("value") is None:
+    own, highest = record.accessibility, reference.record.accessibility.high
+    if allowed is None or highest is None:
         return None
-    if own_score.get("value") is None:
+    if own.low is None:
         return "its accessibility is unavailable, and an unavailable metric never wins"
-    drop = reference_score["high"] - own_score["low"]
+    drop = highest - own.low
     if drop <= allowed:
         return None
     return (
@@ -194,19 +168,17 @@ def _less_accessible(allowed: float | None, record: Record, reference: Reference
     )
 
 
-def _estimated_energies(records: Mapping[str, Record]) -> dict[str, str]:
+def _estimated_energies(records: Mapping[str, EvaluationRecord]) -> dict[str, str]:
     """Returns candidates with estimated energy if another's is measured: the two are not comparable."""
-    measured = {name for name, record in records.items() if record["energy_per_query_j"].get("measured")}
+    measured = {name for name, record in records.items() if record.energy_per_query_j.measured}
     reason = "its energy is estimated, that of others is measured, and the two are not compared"
     return {name: reason for name in records if measured and name not in measured}
 
 
-def _dominated(records: Mapping[str, Record]) -> dict[str, str]:
+def _dominated(records: Mapping[str, EvaluationRecord]) -> dict[str, str]:
     """Returns the dominated candidates; the reason names the candidate that dominates."""
     meters = {
-        (record.get("energy_per_query_j") or {}).get("source")
-        for record in records.values()
-        if objective("energy", record) is not None
+        record.energy_per_query_j.source for record in records.values() if objective("energy", record) is not None
     }
     # Without energy if sources differ: comparing it only within a source would make domination cyclic.
     objectives = [name for name in OBJECTIVES if name != "energy" or len(meters) <= 1]
@@ -221,13 +193,13 @@ def _dominated(records: Mapping[str, Record]) -> dict[str, str]:
     }
 
 
-def _dominates(a: Record, b: Record, objectives: Collection[str]) -> bool:
+def _dominates(a: EvaluationRecord, b: EvaluationRecord, objectives: Collection[str]) -> bool:
     """Returns whether `a` is at least as good as `b` on every objective and better on one; unavailable is worst."""
     ranks = [(_rank(name, a), _rank(name, b)) for name in objectives]
     return all(left <= right for left, right in ranks) and any(left < right for left, right in ranks)
 
 
-def _rank(name: str, record: Record) -> float:
+def _rank(name: str, record: EvaluationRecord) -> float:
     """Returns a rank: smaller is better; infinite if the objective is unavailable."""
     value = objective(name, record)
     if value is None:
@@ -235,13 +207,13 @@ def _rank(name: str, record: Record) -> float:
     return -value if OBJECTIVES[name][1] else value
 
 
-def _preference(prefer: str, record: Record) -> tuple[float, float]:
-    return _rank(prefer, record), record["size_bytes"]
+def _preference(prefer: str, record: EvaluationRecord) -> tuple[float, float]:
+    return _rank(prefer, record), record.size_bytes
 
 
-def _show(name: str, record: Record) -> str:
+def _show(name: str, record: EvaluationRecord) -> str:
     value = objective(name, record)
-    estimated = "" if (record.get("energy_per_query_j") or {}).get("measured") else "an estimated "
+    estimated = "" if record.energy_per_query_j.measured else "an estimated "
     return {"energy": f"{estimated}{value:.2f} J a query", "size": f"{(value or 0) / 2**20:.0f} MiB"}.get(
         name, f"{value:.3f}"
     )

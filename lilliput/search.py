@@ -18,6 +18,7 @@ from lilliput.config import CandidateConfig, Name, Params, Positive, Section, St
 from lilliput.config.section import Seed
 from lilliput.errors import ConfigError
 from lilliput.graph import ancestors, check_graph, check_shape
+from lilliput.records import Decision
 
 ARROW = " → "
 MAX_COMBINATIONS = 200  # of one strategy's settings, checked in advance; each chain is checked before its proposal
@@ -227,20 +228,20 @@ class Space:
         return reason if reason and all(problems) else None
 
 
-def winners(space: Space, chains: Mapping[str, Chain], decisions: Mapping[str, Mapping[str, Any]], origin: str) -> str:
+def winners(space: Space, chains: Mapping[str, Chain], decisions: Mapping[str, Decision], origin: str) -> str:
     """Returns the lines under `candidates` of params.yaml for the champion of each device, as YAML.
 
     Args:
         space: of the search.
         chains: finished chains by candidate.
-        decisions: champion and reason by device, as in promotion.json.
+        decisions: by device.
         origin: source of these lines, for a comment.
     """
     notes = [f"From {origin}.", "Paste under `candidates:` of params.yaml:"]
     lines: dict[str, dict[str, Any]] = {}
     for device, decision in decisions.items():
-        champion = decision["champion"] or "no champion"
-        notes.append(f"{device}: {champion}, {decision['reason']}")
+        champion = decision.champion or "no champion"
+        notes.append(f"{device}: {champion}, {decision.reason}")
         if champion in chains:
             lines |= space.candidates(chains[champion])
     text = "".join(f"  {name}: {_in_one_line(line)}\n" for name, line in lines.items())

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-
-from lilliput.artifacts import verify, writing
+from lilliput.artifacts import read_record, verify, writing
 from lilliput.compile.bundle import BundleSettings, write_bundle
 from lilliput.config import Params
 from lilliput.errors import ArtifactError
+from lilliput.records import Promotions
 from tasks import layout
 
 
 def bundle(params: Params) -> None:
     """Writes bundles/<device> for each device whose champion is compiled for its target."""
-    promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
     with writing(layout.BUNDLES) as directory:
-        for device, decision in promotion.items():
-            if not decision["compiled"]:
+        for device, decision in read_record(Promotions, layout.PROMOTION).items():
+            if decision.compiled is None:
                 continue
-            config = params.compile[decision["compiled"]["name"]]
+            config = params.compile[decision.compiled.name]
             compiled = layout.compiled(config.candidate, config.target)
             manifest = verify(compiled)
-            if manifest.artifact_sha256 != decision["compiled"]["sha256"]:
+            if manifest.artifact_sha256 != decision.compiled.sha256:
                 raise ArtifactError(f"{compiled}: not what was promoted for {device}; run the stage promote again")
             profile = params.devices[device]
             settings = BundleSettings(

@@ -18,7 +18,7 @@ def caching(params: Params, candidate: str) -> None:
     from lilliput.embedding.sentence_embedder import open_embedder
 
     manifest = verify(layout.model(candidate))
-    result = measure_caching(
+    record, answers = measure_caching(
         layout.model(candidate),
         candidate,
         read_corpus(layout.DATA),
@@ -28,5 +28,5 @@ def caching(params: Params, candidate: str) -> None:
         artifact_sha256=manifest.artifact_sha256,
         size_bytes=manifest.size_bytes,
     )
-    write_rows(layout.caching_answers(candidate), result.answers)
-    write_json(layout.caching(candidate), result.record)
+    write_rows(layout.caching_answers(candidate), answers)
+    write_json(layout.caching(candidate), record)

@@ -24,6 +24,7 @@ def compile_candidate(params: Params, name: str) -> None:
     with measured_cost(layout.cost(f"compile-{name}")), writing(folder) as directory:
         facts = _compile(checkpoint, directory, config)
         parity = prove_parity(
+            config.candidate,
             config.target,
             directory,
             checkpoint,
@@ -32,7 +33,7 @@ def compile_candidate(params: Params, name: str) -> None:
             params.data.system_prompt,
             params.parity,
         )
-        write_json(directory / PARITY, {"candidate": config.candidate, "target": config.target, **parity})
+        write_json(directory / PARITY, parity)
         seal(
             directory,
             candidate=name,

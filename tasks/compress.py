@@ -28,6 +28,7 @@ from lilliput.errors import LilliputError
 from lilliput.graph import check_shape, require_gpu
 from lilliput.models import parameter_count, read_config
 from lilliput.params import load_params
+from lilliput.records import CompressCost
 from lilliput.saving import probe_logits, prove_reload, require_finite, save_model
 from lilliput.training.checkpoint import fingerprint
 from tasks import layout
@@ -57,7 +58,7 @@ def make(params: Params, candidate: str) -> None:
         _apply(params, candidate, _checkpoints(params, candidate, parent))
         return
     require_room(layout.model(candidate).parent, parent.size_bytes)
-    with measured_cost(layout.cost(candidate)) as cost:
+    with measured_cost(layout.cost(candidate), CompressCost) as cost:
         checkpoints = _checkpoints(params, candidate, parent)
         if present := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
             cost["resumed_from"] = max(present)  # this cost does not include the work before the kill

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from lilliput.artifacts import MANIFEST, file_sha256, read_manifest
+from lilliput.artifacts import MANIFEST, file_sha256, find_record, read_manifest
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
+from lilliput.records import CacheThreshold
 from lilliput.serve.deployment import DeployedModel, Deployment, store_model, store_router
 from tasks import layout
 from tasks.registry import model_versions
@@ -29,7 +29,7 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         raise ConfigError(f"serving: no settings for {device}; params.yaml has under serving: {known}")
     model, compiled = _champion(device)
     store_model(compiled, home, model.sha256)
-    edge = None
+    edge, cache = None, find_record(CacheThreshold, layout.cache_threshold(device))
     if serving.edge.candidate is not None:
         folder = layout.compiled(serving.edge.candidate, TARGET)
         edge = DeployedModel(name=serving.edge.candidate, sha256=read_manifest(folder).artifact_sha256)
@@ -44,7 +44,7 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         system_prompt=params.data.system_prompt,
         router=store_router(layout.offload(device), home) if serving.policy == "learned" else None,
         embedder=params.caching.embedder,
-        threshold=_threshold(device),
+        threshold=cache.threshold if cache else None,
     )
 
 
@@ -69,9 +69,3 @@ def _champion(device: str) -> tuple[DeployedModel, Path]:
         )
     manifest = read_manifest(folder)
     return DeployedModel(name=name, sha256=manifest.artifact_sha256, version=str(version.version)), folder
-
-
-def _threshold(device: str) -> float | None:
-    """Returns the fitted similarity threshold of the answer cache; None if there is none."""
-    path = layout.cache_threshold(device)
-    return json.loads(path.read_text(encoding="utf-8"))["threshold"] if path.exists() else None

@@ -15,5 +15,6 @@ def devices(params: Params, name: str) -> None:
     folder = layout.compiled(config.candidate, config.target)
     manifest = verify(folder)
     questions = read_corpus(layout.DATA).questions
-    record = measure_on_devices(config.target, folder, layout.model(config.candidate), questions, params, manifest)
-    write_json(layout.devices(name), {"candidate": config.candidate, "target": config.target, **record})
+    checkpoint = layout.model(config.candidate)
+    record = measure_on_devices(config.candidate, config.target, folder, checkpoint, questions, params, manifest)
+    write_json(layout.devices(name), record)

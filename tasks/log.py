@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
-from lilliput.artifacts import write_json
+from lilliput.artifacts import read_record, write_json
 from lilliput.config import Params
 from lilliput.errors import ConfigError
+from lilliput.records import OffloadRecord
 from tasks import layout
+from tasks.records import find_registry
 from tasks.registry import model_versions
 from tasks.registry.run_metrics import offloading_metrics
 
@@ -24,13 +24,13 @@ def log(params: Params, device: str) -> None:
         RegistryError: MLflow does not answer or refuses.
     """
     del params
-    record = json.loads(layout.offload_record(device).read_text(encoding="utf-8"))
-    registered = json.loads(layout.REGISTRY.read_text(encoding="utf-8")).get(record["candidate"])
+    record = read_record(OffloadRecord, layout.offload_record(device))
+    registered = find_registry().get(record.candidate)
     if registered is None:
         raise ConfigError(
-            f"{layout.offload_record(device)} was measured with {record['candidate']}, which is not registered; "
+            f"{layout.offload_record(device)} was measured with {record.candidate}, which is not registered; "
             "run `dvc repro`"
         )
     metrics = offloading_metrics(device, record)
-    model_versions.add_metrics(model_versions.client(), registered["version"], layout.offload_record(device), metrics)
+    model_versions.add_metrics(model_versions.client(), registered.version, layout.offload_record(device), metrics)
     write_json(layout.logged(device), registered)

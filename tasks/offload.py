@@ -10,14 +10,14 @@ from typing import Any
 
 from lilliput.artifacts import GGUF, verify, write_json
 from lilliput.config import Params
-from lilliput.data.corpus import Corpus, read_corpus
+from lilliput.data.corpus import read_corpus
 from lilliput.data.jsonl import write_rows
-from lilliput.embedding.embedder import Embedder
 from lilliput.errors import DataError
 from lilliput.llama_server.process import LlamaServer, ServerSettings
-from lilliput.offload.fitted_router import ROUTER
+from lilliput.offload.fitted_router import ROUTER, RouterRecord
 from lilliput.offload.model_pair import pair_of
 from lilliput.recipes.recipe import recipe_of
+from lilliput.records import CacheThreshold, OffloadRecord
 from lilliput.wheels import default_cache
 from tasks import layout
 from tasks.process.cost import measured_cost
@@ -28,6 +28,7 @@ ANSWERS = "answers.jsonl"
 
 def offload(params: Params, device: str) -> None:
     """Writes offload/<device>/ (answers, router, cache threshold, curves) and offload/<device>.json."""
+    from lilliput.cache.evaluation import fitted_threshold
     from lilliput.embedding.sentence_embedder import open_embedder
     from lilliput.offload.collect import ask_both, draw_questions
     from lilliput.offload.judge import judge_policies
@@ -44,28 +45,29 @@ def offload(params: Params, device: str) -> None:
             f"{layout.DATA}: all questions exceed the input length of the learned router's embedder; shorten them, or "
             "name an embedder with a longer input under caching.embedder"
         )
-    with measured_cost(layout.offload_record(device)) as record, cpu_threads(1):
+    with measured_cost(layout.offload_record(device), OffloadRecord) as record, cpu_threads(1):
         with _open_backends(params, device) as (local, edge, client):
             questions = draw_questions(usable, serving.offload.questions, serving.offload.seed)
             prompt, max_tokens = params.data.system_prompt, serving.offload.max_new_tokens
             rows = ask_both(questions, local, edge, embedder, prompt, max_tokens, client)
         vectors = embedder.embed([row["question"] for row in rows])
-        result, router = judge_policies(rows, vectors, params, device)
+        judgement = judge_policies(rows, vectors, params, device)
         write_rows(folder / ANSWERS, rows)
-        write_json(folder / CURVES, result.pop("curves"))
-        identity = {"pair": list(pair), "embedder_sha256": embedder.sha256}
-        write_json(folder / ROUTER, identity | router)
-        write_json(layout.cache_threshold(device), identity | _answer_cache(params, corpus, embedder))
-        record |= {
-            "device": device,
-            "candidate": champion.facts["candidate"],
-            "edge": serving.edge.candidate or serving.edge.model,
-            "pair": list(pair),
-            "questions": len(rows),
-            "too_long_for_embedder": len(corpus.questions) - len(usable),
-            "link": serving.link,
-            **result,
-        }
+        write_json(folder / CURVES, judgement.curves)
+        write_json(folder / ROUTER, RouterRecord(pair=pair, embedder_sha256=embedder.sha256, looks=judgement.looks))
+        threshold, pairs = fitted_threshold(corpus, recipe_of(params.data.source), params.caching, embedder)
+        cache = CacheThreshold(pair=pair, embedder_sha256=embedder.sha256, threshold=threshold, pairs=pairs)
+        write_json(layout.cache_threshold(device), cache)
+        record.update(
+            device=device,
+            candidate=champion.facts["candidate"],
+            edge=str(serving.edge.candidate or serving.edge.model),
+            pair=pair,
+            questions=len(rows),
+            too_long_for_embedder=len(corpus.questions) - len(usable),
+            link=serving.link,
+            **dict(judgement.results),
+        )
 
 
 @contextmanager
@@ -103,11 +105,3 @@ def _open_backends(params: Params, device: str) -> Iterator[Any]:
 
 def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-def _answer_cache(params: Params, corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
-    """Returns the threshold of the answer cache and the pairs on which it was fitted."""
-    from lilliput.cache.evaluation import fitted_threshold
-
-    threshold, pairs = fitted_threshold(corpus, recipe_of(params.data.source), params.caching, embedder)
-    return {"threshold": threshold, "pairs": pairs}

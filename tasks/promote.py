@@ -5,18 +5,17 @@ The stage `promote`, which `dvc repro` and the flow democratize run, and flows/p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
 from lilliput.artifacts import write_json
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
-from lilliput.promote import Decision, decide
+from lilliput.promote import decide
+from lilliput.records import CompiledChampion, Decision, EvaluationRecord, Promotion
 from tasks import layout
-from tasks.records import device_record
+from tasks.records import device_record, find_promotions
 from tasks.registry import approvals, model_versions, outbox
 from tasks.registry.approvals import ApprovalAnswer, Proposal
 from tasks.registry.candidates import CandidatePool, read_candidate_pool
@@ -85,8 +84,7 @@ def roll_back(params: Params, device: str, reason: str) -> None:
             model_versions.set_alias(f"{alias}{device}", version)
         decision = Decision(device=device, champion=pool.name_of(previous), reason=restored_because, refused=refused)
         outbox.add(device, decision, restored, pool.name_of(champion) if champion else None)
-        promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8")) if layout.PROMOTION.exists() else {}
-        write_json(layout.PROMOTION, promotion | {device: _entry(params, decision)})
+        write_json(layout.PROMOTION, find_promotions() | {device: _entry(params, decision)})
 
 
 def _decide(device: str, pool: CandidatePool, answer: ApprovalAnswer | None) -> Decision:
@@ -155,7 +153,7 @@ def _compare_with_champion(
     champion: ModelVersion,
     device: str,
     pool: CandidatePool,
-    records: Mapping[str, dict[str, Any]],
+    records: Mapping[str, EvaluationRecord],
     impossible: Mapping[str, str],
 ) -> Decision:
     """Returns the decision relative to `champion`, which is a candidate or is read back from MLflow."""
@@ -178,7 +176,7 @@ def _without_comparison(decision: Decision, champion: str, why: str) -> Decision
     return decision.model_copy(update={"reason": f"{decision.reason}; {note}"})
 
 
-def _records_on(device: str, pool: CandidatePool) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def _records_on(device: str, pool: CandidatePool) -> tuple[dict[str, EvaluationRecord], dict[str, str]]:
     """Returns the candidates' records on `device`, and the reasons why it cannot run the others.
 
     If the device runs a compiled model, size, energy and fit are those of that model, measured as the device.
@@ -219,7 +217,7 @@ def _carry_out(device: str, decision: Decision, pool: CandidatePool) -> None:
         outbox.add(device, decision, champion, pool.name_of(before) if before else None)
 
 
-def _entry(params: Params, decision: Decision) -> dict[str, Any]:
+def _entry(params: Params, decision: Decision) -> Promotion:
     """Returns the entry for promotion.json: the decision, and the champion's compiled model for the device.
 
     The compiled model is None if the device runs checkpoints, has no champion, or its files are missing.
@@ -227,5 +225,5 @@ def _entry(params: Params, decision: Decision) -> dict[str, Any]:
     target = params.target_of(decision.device)
     name = f"{decision.champion}-{target}"
     record = device_record(params, name) if target and name in params.compile else None
-    compiled = {"name": name, "sha256": record["sha256"]} if record else None
-    return decision.model_dump(mode="json") | {"compiled": compiled}
+    compiled = CompiledChampion(name=name, sha256=record.sha256) if record else None
+    return Promotion(**dict(decision), compiled=compiled)

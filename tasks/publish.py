@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +10,13 @@ from typing import Any, cast
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from lilliput.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify
+from lilliput.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, read_record, verify
 from lilliput.config import Params
 from lilliput.errors import PublishError
 from lilliput.model_card import hub_card
+from lilliput.records import DeviceRecord, Promotions
 from tasks import layout
+from tasks.records import read_evaluation
 from tasks.registry import model_versions
 
 CARD = "README.md"
@@ -112,13 +113,12 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
 
 def _card(params: Params, device: str, folder: Path, bundle: Manifest) -> str:
     candidate, target = bundle.facts["candidate"], bundle.config["target"]
-    measured = json.loads(layout.devices(f"{candidate}-{target}").read_text(encoding="utf-8"))["devices"][device]
-    record = json.loads(layout.metrics(candidate).read_text(encoding="utf-8"))
-    reason = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))[device]["reason"]
+    run = read_record(DeviceRecord, layout.devices(f"{candidate}-{target}")).devices[device]
+    reason = read_record(Promotions, layout.PROMOTION)[device].reason
     usage = (folder / CARD).read_text(encoding="utf-8")
     checkpoint = read_manifest(layout.model(candidate))
     return f"---\n{_metadata(params, target)}\n---\n\n" + hub_card(
-        checkpoint, record, params.data.system_prompt, usage, measured, reason
+        checkpoint, read_evaluation(candidate), params.data.system_prompt, usage, run, reason
     )
 
 

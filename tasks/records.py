@@ -2,53 +2,77 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from pathlib import Path
 
-from lilliput.artifacts import PARITY, Manifest, read_manifest
+from lilliput.artifacts import PARITY, Manifest, find_record, read_manifest, read_record
 from lilliput.config import Params, ServingConfig
 from lilliput.errors import ArtifactError
 from lilliput.offload.model_pair import pair_of
+from lilliput.records import CachingRecord, Curves, DeviceRecord, EvaluationRecord, OffloadRecord, Promotions, Registry
 from tasks import layout
 
 CURVES = "curves.json"
 
 
-def device_record(params: Params, name: str) -> dict[str, Any] | None:
+def read_evaluation(candidate: str) -> EvaluationRecord:
+    """Returns the evaluation of `candidate`."""
+    return read_record(EvaluationRecord, layout.metrics(candidate))
+
+
+def find_registry(folder: Path = Path()) -> Registry:
+    """Returns the registered candidates of `folder`; empty before the first registration."""
+    return find_record(Registry, folder / layout.REGISTRY) or {}
+
+
+def find_promotions(folder: Path = Path()) -> Promotions:
+    """Returns the decisions of `folder` by device; empty before the first promotion."""
+    return find_record(Promotions, folder / layout.PROMOTION) or {}
+
+
+def current_evaluation(candidate: str) -> EvaluationRecord | None:
+    """Returns the evaluation of `candidate`; None if it is not of the present artefact."""
+    manifest, record = _manifest(layout.model(candidate)), find_record(EvaluationRecord, layout.metrics(candidate))
+    return record if record and manifest and record.sha256 == manifest.artifact_sha256 else None
+
+
+def device_record(params: Params, name: str) -> DeviceRecord | None:
     """Returns the device measurements of compiled model `name`; None if they are outdated or parity is not proven."""
     config = params.compile[name]
-    folder = layout.compiled(config.candidate, config.target)
-    try:
-        manifest, checkpoint = read_manifest(folder), read_manifest(layout.model(config.candidate))
-        record = json.loads(layout.devices(name).read_text(encoding="utf-8"))
-    except (ArtifactError, FileNotFoundError):
+    manifest = _manifest(layout.compiled(config.candidate, config.target))
+    checkpoint, record = _manifest(layout.model(config.candidate)), find_record(DeviceRecord, layout.devices(name))
+    if manifest is None or checkpoint is None or record is None or PARITY not in manifest.files:
         return None
-    current = record["sha256"] == manifest.artifact_sha256 and manifest.parent_sha256 == checkpoint.artifact_sha256
-    return record if current and PARITY in manifest.files else None
+    current = record.sha256 == manifest.artifact_sha256 and manifest.parent_sha256 == checkpoint.artifact_sha256
+    return record if current else None
 
 
-def caching_record(params: Params, candidate: str) -> dict[str, Any] | None:
+def caching_record(params: Params, candidate: str) -> CachingRecord | None:
     """Returns the caching record of `candidate`; None if caching is not configured for it or the record is outdated."""
     if candidate not in params.caching.candidates:
         return None
-    try:
-        manifest = read_manifest(layout.model(candidate))
-        record = json.loads(layout.caching(candidate).read_text(encoding="utf-8"))
-    except (ArtifactError, FileNotFoundError):
-        return None
-    return record if record["sha256"] == manifest.artifact_sha256 else None
+    manifest, record = _manifest(layout.model(candidate)), find_record(CachingRecord, layout.caching(candidate))
+    return record if record and manifest and record.sha256 == manifest.artifact_sha256 else None
 
 
-def offload_record(params: Params, device: str) -> dict[str, Any] | None:
-    """Returns the offloading record of `device` with its curves; None if it was measured with another champion."""
-    serving, path = params.serving[device], layout.offload_record(device)
+def offload_record(params: Params, device: str) -> tuple[OffloadRecord, Curves] | None:
+    """Returns the offloading record of `device` and its curves; None if it was measured with another champion."""
+    serving = params.serving[device]
     try:
         pair = pair_of(bundled_champion(device), serving.edge, edge_manifest(serving))
-        record = json.loads(path.read_text(encoding="utf-8"))
-        curves = json.loads((layout.offload(device) / CURVES).read_text(encoding="utf-8"))
-    except (ArtifactError, FileNotFoundError):
+    except ArtifactError:
         return None
-    return record | {"link": serving.link, "curves": curves} if tuple(record["pair"]) == pair else None
+    record = find_record(OffloadRecord, layout.offload_record(device))
+    curves = find_record(Curves, layout.offload(device) / CURVES)
+    if record is None or curves is None or record.pair != pair:
+        return None
+    return record.model_copy(update={"link": serving.link}), curves
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except ArtifactError:
+        return None
 
 
 def bundled_champion(device: str) -> Manifest:

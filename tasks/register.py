@@ -6,17 +6,16 @@ import json
 import os
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
 from mlflow import MlflowClient
 
-from lilliput.artifacts import Manifest, file_sha256, read_history, read_manifest, write_json
+from lilliput.artifacts import Manifest, file_sha256, read_history, read_manifest, read_record, write_json
 from lilliput.config import Params
-from lilliput.errors import ArtifactError
 from lilliput.graph import topological_order
 from lilliput.model_card import model_card
+from lilliput.records import Cost, EvaluationRecord, Registration
 from tasks import layout
-from tasks.records import caching_record, device_record
+from tasks.records import caching_record, current_evaluation, device_record
 from tasks.registry import get_or_create, model_folder, model_versions, run_metrics
 from tasks.registry.lineage_tags import dvc_hashes, git_commit
 from tasks.registry.past_champion import MEASURED_TAG, measurement_conditions
@@ -36,13 +35,13 @@ def register(params: Params) -> None:
     client = model_versions.client()
     get_or_create.ensure_model(client)
     experiment = get_or_create.experiment_id(client)
-    ready = {name: record for name in topological_order(params) if (record := _current_evaluation(name))}
+    ready = {name: record for name in topological_order(params) if (record := current_evaluation(name))}
     registered = {name: get_or_create.find_version(client, file_sha256(layout.metrics(name))) for name in ready}
     batch = _batch_tags()
     versions = {}
     for name, record in ready.items():
         version = registered[name] or _register_one(client, experiment, batch, params, name, record)
-        versions[name] = {"version": version, "run_id": get_or_create.active_run_id(client, version)}
+        versions[name] = Registration(version=version, run_id=get_or_create.active_run_id(client, version))
         model_folder.add_model(client, version, params, name)
         model_versions.set_tags(version, {model_versions.DVC_TAG: json.dumps(dvc_hashes(name))})
         if caching := caching_record(params, name):
@@ -59,16 +58,6 @@ def register(params: Params) -> None:
     write_json(layout.REGISTRY, versions)
 
 
-def _current_evaluation(candidate: str) -> dict[str, Any] | None:
-    """Returns the evaluation of `candidate`; None if it does not belong to the present artefact."""
-    try:
-        manifest = read_manifest(layout.model(candidate))
-        record = json.loads(layout.metrics(candidate).read_text(encoding="utf-8"))
-    except (ArtifactError, FileNotFoundError):
-        return None
-    return record if record["sha256"] == manifest.artifact_sha256 else None
-
-
 def _batch_tags() -> dict[str, str]:
     """Returns the tags that runs of one registration share, by which the UI can group them."""
     flow_run = os.environ.get(FLOW_RUN, "")
@@ -80,10 +69,10 @@ def _batch_tags() -> dict[str, str]:
 
 
 def _register_one(
-    client: MlflowClient, experiment: str, batch: Mapping[str, str], params: Params, name: str, record: dict[str, Any]
+    client: MlflowClient, experiment: str, batch: Mapping[str, str], params: Params, name: str, record: EvaluationRecord
 ) -> str:
     manifest = read_manifest(layout.model(name))
-    cost = json.loads(layout.cost(name).read_text(encoding="utf-8"))
+    cost = read_record(Cost, layout.cost(name))
     card = model_card(manifest, record, params.data.system_prompt)
     tags = {**_four_metrics(record), **_lineage(name, manifest), model_versions.DVC_TAG: json.dumps(dvc_hashes(name))}
     evaluation = file_sha256(layout.metrics(name))
@@ -113,14 +102,18 @@ def _register_one(
     )
 
 
-def _four_metrics(record: dict[str, Any]) -> dict[str, str]:
-    names = ("accuracy_choice", "hallucination_rate", "energy_per_query_j", "accessibility")
-    tags = {}
-    for name in names:
-        estimate = record.get(name) or {}
-        value = estimate.get("value")
-        tags[name] = "unavailable" if value is None else f"{value:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"
-    return tags | {"energy_source": str((record.get("energy_per_query_j") or {}).get("source", "unavailable"))}
+def _four_metrics(record: EvaluationRecord) -> dict[str, str]:
+    figures = {
+        "accuracy_choice": record.accuracy_choice,
+        "hallucination_rate": record.hallucination_rate,
+        "energy_per_query_j": record.energy_per_query_j,
+        "accessibility": record.accessibility,
+    }
+    tags = {
+        name: "unavailable" if figure.value is None else f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
+        for name, figure in figures.items()
+    }
+    return tags | {"energy_source": record.energy_per_query_j.source}
 
 
 def _lineage(name: str, manifest: Manifest) -> dict[str, str]:

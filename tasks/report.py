@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lilliput.artifacts import PARITY, read_history, read_manifest, write_text, writing
+from lilliput.artifacts import PARITY, find_record, read_history, read_manifest, read_record, write_text, writing
 from lilliput.config import Params
 from lilliput.data.jsonl import read_rows
 from lilliput.graph import ROOT, ancestors, topological_order
-from lilliput.promote import OBJECTIVES, metric_value, pareto_front
+from lilliput.promote import OBJECTIVES, pareto_front
+from lilliput.records import Cost, EvaluationRecord, ParityRecord, Promotions, SearchRecord, number_of
 from lilliput.report import charts
 from lilliput.report.impact import METRICS as IMPACT_METRICS
 from lilliput.report.page import render
+from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, OffloadingRow, SearchRow
 from lilliput.statistics.compare import compare
 from tasks import layout
-from tasks.records import caching_record, device_record, offload_record
+from tasks.records import caching_record, device_record, find_registry, offload_record, read_evaluation
 from tasks.registry.lineage_tags import git_commit
 from tasks.registry.run_metrics import SUMMARY
 
@@ -28,10 +28,10 @@ _NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": ""
 
 def report(params: Params) -> None:
     """Writes report/index.html and report/plots/*.csv."""
-    registered = json.loads(layout.REGISTRY.read_text(encoding="utf-8"))
+    registered = find_registry()
     names = [name for name in topological_order(params) if name in registered]
-    records = {name: json.loads(layout.metrics(name).read_text(encoding="utf-8")) for name in names}
-    promotion = json.loads(layout.PROMOTION.read_text(encoding="utf-8"))
+    records = {name: read_evaluation(name) for name in names}
+    promotion = read_record(Promotions, layout.PROMOTION)
     histories = {name: read_history(layout.model(name)) for name in names}
     caching = {name: record for name in names if (record := caching_record(params, name))}
     compiled = [row for name in params.compile if (row := _compiled(params, name))]
@@ -44,7 +44,7 @@ def report(params: Params) -> None:
         compiled=compiled,
         offloading=offloading,
         promotion=promotion,
-        costs=[*_costs(names, records, caching), *_compile_costs(params), *_offload_costs(offloading)],
+        costs=_costs(names, list(caching), list(params.compile), list(offloading)),
         charts=_charts(params, records, histories, differences),
         origin=_origin(params),
         search=_search(),
@@ -56,19 +56,18 @@ def report(params: Params) -> None:
 
 
 def _candidate(
-    params: Params, name: str, record: Mapping[str, Any], names: Sequence[str], promotion: Mapping[str, Any]
-) -> dict[str, Any]:
+    params: Params, name: str, record: EvaluationRecord, names: Sequence[str], promotion: Promotions
+) -> CandidateRow:
     spec = params.candidates[name]
-    champion_of = [device for device, decision in promotion.items() if decision["champion"] == name]
-    return {
-        "name": name,
-        "strategy": _strategy(params, name),
-        "parent": spec.parent,
-        "teacher": spec.teacher,
-        "steps": {reference: steps for reference, steps in _steps(params, name).items() if reference in names},
-        "record": record,
-        "champion_of": champion_of,
-    }
+    return CandidateRow(
+        name=name,
+        strategy=_strategy(params, name),
+        parent=spec.parent,
+        teacher=spec.teacher,
+        steps={reference: steps for reference, steps in _steps(params, name).items() if reference in names},
+        record=record,
+        champion_of=[device for device, decision in promotion.items() if decision.champion == name],
+    )
 
 
 def _strategy(params: Params, name: str) -> str:
@@ -85,87 +84,60 @@ def _steps(params: Params, name: str) -> dict[str, str]:
     return {chain[1]: made_by[-1]} | {chain[-1]: " → ".join(made_by)} if made_by else {}
 
 
-def _differences(params: Params, names: Sequence[str]) -> Iterable[dict[str, Any]]:
-    answers = {name: _answers(name) for name in names}
+def _differences(params: Params, names: Sequence[str]) -> Iterable[DifferenceRow]:
+    answers = {name: read_rows(layout.answers(name)) for name in names}
     pairs = [(name, reference) for name in names for reference in _steps(params, name) if reference in names]
     for name, reference in pairs:
-        compared = compare(answers[reference], answers[name])
-        for metric, comparison in compared.items():
-            difference = comparison.difference
-            yield {
-                "candidate": name,
-                "reference": reference,
-                "metric": metric,
-                "difference": {key: getattr(difference, key) for key in ("value", "low", "high", "n")},
-                "p": comparison.p_value,
-                "detectable": comparison.detectable,
-                "verdict": comparison.verdict,
-            }
+        for metric, comparison in compare(answers[reference], answers[name]).items():
+            yield DifferenceRow(name, reference, metric, comparison.record)
 
 
-def _costs(
-    names: Sequence[str], records: Mapping[str, Mapping[str, Any]], caching: Mapping[str, Mapping[str, Any]]
-) -> Iterable[dict[str, Any]]:
-    for name in names:
-        yield {"stage": f"compress {name}", **json.loads(layout.cost(name).read_text(encoding="utf-8"))}
-        yield {"stage": f"evaluate {name}", **records[name]}
-    for name, record in caching.items():
-        yield {"stage": f"caching {name}", **record}
+def _costs(names: list[str], cached: list[str], compiled: list[str], offloading: list[str]) -> dict[str, Cost]:
+    """Returns the cost of each stage that has a record."""
+    stages = [(kind, name) for name in names for kind in ("compress", "evaluate")]
+    stages += [("caching", name) for name in cached]
+    stages += [(kind, name) for name in compiled for kind in ("compile", "devices")]
+    stages += [("offload", device) for device in offloading]
+    costs = {f"{kind} {name}": find_record(Cost, layout.RECORDS[kind](name)) for kind, name in stages}
+    return {stage: cost for stage, cost in costs.items() if cost}
 
 
-def _compiled(params: Params, name: str) -> dict[str, Any] | None:
+def _compiled(params: Params, name: str) -> CompiledRow | None:
     """Returns the device record, parity and tensor types of a compiled model; None without a current record."""
     record = device_record(params, name)
     if record is None:
         return None
-    folder = layout.compiled(record["candidate"], record["target"])
-    facts = read_manifest(folder).facts
-    return {
-        "record": record,
-        "parity": json.loads((folder / PARITY).read_text(encoding="utf-8")),
-        "types": ", ".join(f"{count} {kind}" for kind, count in facts.get("tensors_by_type", {}).items()),
-    }
+    folder = layout.compiled(record.candidate, record.target)
+    types = read_manifest(folder).facts.get("tensors_by_type", {})
+    parity = read_record(ParityRecord, folder / PARITY)
+    return CompiledRow(record, parity, ", ".join(f"{count} {kind}" for kind, count in types.items()))
 
 
-def _offloading(params: Params, device: str) -> dict[str, Any] | None:
+def _offloading(params: Params, device: str) -> OffloadingRow | None:
     """Returns the offloading record of `device` with its charts; None without a current record."""
-    record = offload_record(params, device)
-    if record is None:
+    if (found := offload_record(params, device)) is None:
         return None
-    policies = record["links"][record["link"]]
-    figures = [charts.offloading(policies), charts.offloaded_shares(record["curves"], policies)]
-    return record | {"charts": figures}
+    record, curves = found
+    return OffloadingRow(
+        record, curves, [charts.offloading(record.policies), charts.offloaded_shares(curves, record.policies)]
+    )
 
 
-def _offloading_rows(offloading: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _offloading_rows(offloading: Mapping[str, OffloadingRow]) -> list[dict[str, Any]]:
     return [
-        {"device": device, "ranked_by": name, **point}
-        for device, record in offloading.items()
-        for name, points in record["curves"].items()
+        {"device": device, "ranked_by": name, **dict(point)}
+        for device, row in offloading.items()
+        for name, points in row.curves.items()
         for point in points
     ]
 
 
-def _offload_costs(offloading: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-    return ({"stage": f"offload {device}", **record} for device, record in offloading.items())
-
-
-def _compile_costs(params: Params) -> Iterable[dict[str, Any]]:
-    for name in params.compile:
-        for stage, path in {
-            f"compile {name}": layout.cost(f"compile-{name}"),
-            f"devices {name}": layout.devices(name),
-        }.items():
-            if path.exists():
-                yield {"stage": stage, **json.loads(path.read_text(encoding="utf-8"))}
-
-
 def _charts(
     params: Params,
-    records: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, EvaluationRecord],
     histories: Mapping[str, Mapping[str, charts.Curve]],
-    differences: Sequence[Mapping[str, Any]],
-) -> dict[str, list[charts.Chart]]:
+    differences: Sequence[DifferenceRow],
+) -> dict[str, list[Chart]]:
     return {
         "impact": list(_effects(differences)),
         "pareto": list(_fronts(params, records)),
@@ -173,29 +145,28 @@ def _charts(
     }
 
 
-def _effects(differences: Sequence[Mapping[str, Any]]) -> Iterable[charts.Chart]:
+def _effects(differences: Sequence[DifferenceRow]) -> Iterable[Chart]:
     for metric, (title, _) in IMPACT_METRICS.items():
-        if rows := [row for row in differences if row["metric"] == metric]:
+        if rows := [row for row in differences if row.metric == metric]:
             yield charts.effects(rows, metric, f"{title}: paired differences, with 95 % intervals")
 
 
-def _fronts(params: Params, records: Mapping[str, Mapping[str, Any]]) -> Iterable[charts.Chart]:
+def _fronts(params: Params, records: Mapping[str, EvaluationRecord]) -> Iterable[Chart]:
     """Yields the candidates' Pareto front on the objectives of promotion: accuracy against each other objective."""
     metrics = [metric for metric, _ in OBJECTIVES.values()]
-    complete = {
-        name: record for name, record in records.items() if None not in map(partial(metric_value, record), metrics)
-    }
+    complete = {name: record for name, record in records.items() if None not in map(record.number, metrics)}
     front = pareto_front(complete)
     caption = f"On the front: {', '.join(front)}."
     if beaten := [name for name in complete if name not in front]:
         caption += f" Beaten: {', '.join(beaten)}."
     sources = [name for name in complete if params.candidates[name].parent == ROOT]
+    results = {name: dict(record) for name, record in complete.items()}
     for metric in metrics[1:] if complete else []:
-        svg = charts.trade_offs(complete, front, [metrics[0], metric], sources, name_all=True)
-        yield charts.Chart(f"Choice accuracy against {charts.label(metric)}", svg, caption)
+        svg = charts.trade_offs(results, front, [metrics[0], metric], sources, name_all=True)
+        yield Chart(f"Choice accuracy against {charts.label(metric)}", svg, caption)
 
 
-def _histories(histories: Mapping[str, Mapping[str, charts.Curve]]) -> Iterable[charts.Chart]:
+def _histories(histories: Mapping[str, Mapping[str, charts.Curve]]) -> Iterable[Chart]:
     kinds = {
         "loss": ("Training loss by step", "step", "loss (nats)"),
         "layer_error": ("GPTQ error by layer", "layer", "error"),
@@ -206,19 +177,20 @@ def _histories(histories: Mapping[str, Mapping[str, charts.Curve]]) -> Iterable[
             yield charts.curves(series, *labels)
 
 
-def _search() -> dict[str, Any] | None:
+def _search() -> SearchRow | None:
     """Returns the results of this workspace's search with their chart; None if this is not a workspace of a search."""
-    if not layout.SEARCH.exists():
+    if (search := find_record(SearchRecord, layout.SEARCH)) is None:
         return None
-    search = json.loads(layout.SEARCH.read_text(encoding="utf-8"))
-    reference = [row["candidate"] for row in search["reference"]]
     points = {
-        row["candidate"]: row["figures"]
-        for row in search["reference"] + search["trials"]
-        if all(metric_value(row["figures"], metric) is not None for metric in search["objectives"])
+        row.candidate: row.figures
+        for row in [*search.reference, *search.trials]
+        if all(number_of(row.figures.get(metric)) is not None for metric in search.objectives)
     }
-    front = [row["candidate"] for row in search["trials"] if row["pareto"]]
-    return {**search, "chart": charts.trade_offs(points, front, list(search["objectives"]), reference)}
+    front, reference = (
+        [row.candidate for row in search.trials if row.pareto],
+        [row.candidate for row in search.reference],
+    )
+    return SearchRow(search, charts.trade_offs(points, front, list(search.objectives), reference))
 
 
 def _origin(params: Params) -> dict[str, str]:
@@ -232,10 +204,9 @@ def _origin(params: Params) -> dict[str, str]:
     }
 
 
-def _write_plots(folder: Path, records: Mapping[str, Any], histories: Mapping[str, Any]) -> None:
+def _write_plots(folder: Path, records: Mapping[str, EvaluationRecord], histories: Mapping[str, Any]) -> None:
     values = [
-        {"candidate": name, "size_mib": record["size_bytes"] / 2**20}
-        | {key: (record[key] or {}).get("value") for key in SUMMARY}
+        {"candidate": name, "size_mib": record.size_bytes / 2**20} | {key: record.number(key) for key in SUMMARY}
         for name, record in records.items()
     ]
     _write_csv(folder / "candidates.csv", values)
@@ -254,7 +225,3 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _answers(candidate: str) -> list[dict[str, Any]]:
-    return read_rows(layout.answers(candidate))

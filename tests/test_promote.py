@@ -4,23 +4,22 @@ from hypothesis import strategies as st
 
 from lilliput.config import PromotionConfig
 from lilliput.promote import Reference, decide
+from lilliput.records import Estimate
 from lilliput.statistics.differences import Comparison
-from lilliput.statistics.intervals import Estimate
+from tests import results
 
 RULES = PromotionConfig(prefer="accuracy", max_accuracy_drop=0.02, max_hallucination_rise=0.02)
 
 
-def record(accuracy=0.5, hallucination=0.5, energy=5.0, size=100, fits=True, source="rapl"):
-    def estimate(value):
-        return {"value": value, "low": value, "high": value, "n": 100}
-
-    return {
-        "accuracy_choice": estimate(accuracy),
-        "hallucination_rate": estimate(hallucination),
-        "energy_per_query_j": estimate(energy) | {"source": source},
-        "size_bytes": size,
-        "fits": {"phone": fits},
-    }
+def record(accuracy=0.5, hallucination=0.5, energy=5.0, size=100, fits=True, source="rapl", **others):
+    return results.evaluation(
+        accuracy_choice=results.figure(accuracy),
+        hallucination_rate=results.figure(hallucination),
+        energy_per_query_j=results.energy(energy, source),
+        size_bytes=size,
+        fits={"phone": fits},
+        **others,
+    )
 
 
 def estimated(value, low=None, high=None):
@@ -32,10 +31,10 @@ def compared(reference, records):
     metrics = ("accuracy_choice", "hallucination_rate", "energy_per_query_j")
     return {
         name: {
-            metric: estimated(own[metric]["value"] - reference[metric]["value"])
+            metric: estimated(own.number(metric) - reference.number(metric))
             for metric in metrics
-            if None not in (own[metric]["value"], reference[metric]["value"])
-            and own[metric].get("source") == reference[metric].get("source")
+            if None not in (own.number(metric), reference.number(metric))
+            and (metric != "energy_per_query_j" or own.energy_per_query_j.source == reference.energy_per_query_j.source)
         }
         for name, own in records.items()
     }
@@ -88,12 +87,13 @@ def test_the_interval_of_the_paired_difference_decides_not_its_mean(metric):
 
 def test_a_less_accessible_one_is_refused_by_both_intervals_at_their_worst():
     def accessible(value):
-        return {"accessibility": {"value": value, "low": value - 0.01, "high": value + 0.01}}
+        return {"accessibility": results.figure(value, 0.01)}
 
     rules = RULES.model_copy(update={"max_accessibility_drop": 0.1})
-    records = {"a": record(0.6) | accessible(0.72), "b": record(0.5) | accessible(0.73), "c": record(0.9)}
+    unknown = {"accessibility": results.figure(None)}
+    records = {"a": record(0.6, **accessible(0.72)), "b": record(0.5, **accessible(0.73)), "c": record(0.9, **unknown)}
     even = {name: {"accuracy_choice": estimated(0.0), "hallucination_rate": estimated(0.0)} for name in records}
-    held_against = Reference("base", "the base", record() | accessible(0.8), even)
+    held_against = Reference("base", "the base", record(**accessible(0.8)), even)
     decided = decide("phone", rules, records, held_against)
     assert decided.champion == "b"
     assert "0.100 is allowed" in decided.refused["a"]
@@ -163,10 +163,10 @@ def situations(draw):
 
 def improved(old, metric):
     values = {
-        "accuracy": old["accuracy_choice"]["value"],
-        "hallucination": old["hallucination_rate"]["value"],
-        "energy": old["energy_per_query_j"]["value"],
-        "size": old["size_bytes"],
+        "accuracy": old.accuracy_choice.value,
+        "hallucination": old.hallucination_rate.value,
+        "energy": old.energy_per_query_j.value,
+        "size": old.size_bytes,
     }
     values[metric] += {"accuracy": 0.05, "hallucination": -0.05, "energy": -0.5, "size": -1}[metric]
     return record(**values)
@@ -178,10 +178,10 @@ def test_adding_a_dominated_candidate_never_changes_the_winner(situation):
     winner = champion(records, rules, reigning=reigning)
     best = records[winner]
     worse = record(
-        best["accuracy_choice"]["value"] - 0.05,
-        best["hallucination_rate"]["value"] + 0.05,
-        best["energy_per_query_j"]["value"] + 1,
-        best["size_bytes"] + 1,
+        best.accuracy_choice.value - 0.05,
+        best.hallucination_rate.value + 0.05,
+        best.energy_per_query_j.value + 1,
+        best.size_bytes + 1,
     )
     assert champion(records | {"zz": worse}, rules, reigning=reigning) == winner
 
@@ -204,8 +204,8 @@ def test_the_winner_is_within_the_limits_and_everyone_else_has_a_reason(situatio
     assert decided.challenger in {None, *decided.refused}
     if reigning:
         won, so_far = records[decided.champion], records[reigning]
-        assert won["accuracy_choice"]["value"] >= so_far["accuracy_choice"]["value"] - 0.02 - 1e-9
-        assert won["hallucination_rate"]["value"] <= so_far["hallucination_rate"]["value"] + 0.02 + 1e-9
+        assert won.accuracy_choice.value >= so_far.accuracy_choice.value - 0.02 - 1e-9
+        assert won.hallucination_rate.value <= so_far.hallucination_rate.value + 0.02 + 1e-9
 
 
 @pytest.mark.parametrize("prefer", ["accuracy", "hallucination", "energy", "size"])
@@ -227,5 +227,5 @@ def test_a_candidate_that_the_device_cannot_run_keeps_its_given_reason():
 
 
 def test_a_device_run_that_did_not_fit_gives_its_own_reason():
-    misfit = record(0.9, fits=False) | {"does_not_fit": "killed at 487 MiB, 400 MiB are allowed"}
+    misfit = record(0.9, fits=False, does_not_fit="killed at 487 MiB, 400 MiB are allowed")
     assert decision({"a": misfit}).refused["a"] == "killed at 487 MiB, 400 MiB are allowed"

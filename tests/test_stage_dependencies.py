@@ -30,6 +30,7 @@ EXEMPT = {
     ),
     "lilliput.graph": "accepts or rejects settings",
     "lilliput.params": "settings",
+    "lilliput.records": "the form of records; a stage depends on the code that fills them",
     "lilliput.redaction": "messages",
     "lilliput.resident": "reads memory and returns it to the system",
     "lilliput.untrusted": "accepts or rejects files",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -15,8 +13,10 @@ from flows.engine.plan import plan
 from flows.engine.stage import Stage
 from lilliput.errors import StageError
 from lilliput.params import load_params
+from lilliput.records import EvaluationRecord
 from lilliput.search import Chain, Space
 from tasks import layout
+from tasks.records import read_evaluation
 
 StageResults = tuple[dict[str, str], dict[str, str]]
 FINAL_STAGES = ("promote", "report")  # after `register`, which every candidate needs
@@ -41,7 +41,7 @@ class ChainRunner:
         self._lineage: Lineage | None = None
         _add_search_to_report()
 
-    def make_reference(self) -> dict[str, Mapping[str, Any]]:
+    def make_reference(self) -> dict[str, EvaluationRecord]:
         """Returns the evaluations of the base and of the loaded model that it comes from; makes them if needed.
 
         Raises:
@@ -51,7 +51,7 @@ class ChainRunner:
         _, failed = self._run(_stages_of(lineage, self._space.reference), lineage)
         if failed:
             raise StageError("\n".join(failed.values()))
-        return {name: _evaluation(name) for name in self._space.reference}
+        return {name: read_evaluation(name) for name in self._space.reference}
 
     def add_finished(self, chain: Chain) -> None:
         """Adds `chain` to the finished ones."""
@@ -79,7 +79,7 @@ class ChainRunner:
             kind, _, candidate = stage.partition("@")
             return FailedChain(reason, candidate if kind == "compress" else None)
         self.add_finished(chain)
-        return _evaluation(name)
+        return read_evaluation(name)
 
     def publish(self) -> None:
         """Registers the finished chains, decides the champions among them and writes the report.
@@ -112,10 +112,6 @@ class ChainRunner:
 def _stages_of(lineage: Lineage, candidates: Sequence[str]) -> list[Stage]:
     """Returns the stages of `candidates` and their evaluations, without the final `register`."""
     return [stage for stage in lineage.stages(candidates) if stage.name != "register"]
-
-
-def _evaluation(candidate: str) -> Mapping[str, Any]:
-    return json.loads(layout.metrics(candidate).read_text(encoding="utf-8"))
 
 
 def _add_search_to_report() -> None:

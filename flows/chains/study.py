@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
-from lilliput.promote import metric_value
+from lilliput.records import EvaluationRecord
 from lilliput.search import Chain, SearchConfig, Space, describe
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the flow logs progress itself
@@ -60,7 +60,7 @@ class FailedChain:
     candidate: str | None = None
 
 
-Outcome = Mapping[str, Any] | FailedChain
+Outcome = EvaluationRecord | FailedChain
 
 
 def study_name(space: Space) -> str:
@@ -198,7 +198,8 @@ class _Search:
         trial.set_user_attr(SECONDS, round(seconds, 1))
         values = outcome if isinstance(outcome, FailedChain) else self._values(outcome)
         if not isinstance(outcome, FailedChain):
-            trial.set_user_attr(FIGURES, {metric: outcome.get(metric) for metric in self._metrics})
+            content = outcome.as_json()
+            trial.set_user_attr(FIGURES, {metric: content.get(metric) for metric in self._metrics})
         name = self._space.name(chain)
         if isinstance(values, FailedChain):
             if values.candidate:
@@ -211,8 +212,8 @@ class _Search:
         self._copy.add_trial(self._study.tell(trial, values))
         return ", ".join(f"{metric} {number:.4g}" for metric, number in zip(self._metrics, values, strict=True))
 
-    def _values(self, record: Mapping[str, Any]) -> list[float] | FailedChain:
-        values = {metric: metric_value(record, metric) for metric in self._metrics}
+    def _values(self, record: EvaluationRecord) -> list[float] | FailedChain:
+        values = {metric: record.number(metric) for metric in self._metrics}
         if missing := [metric for metric, number in values.items() if number is None]:
             return FailedChain(f"{', '.join(missing)}: unavailable in its evaluation")
         return [float(number) for number in values.values() if number is not None]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from flows.engine.output import fail as fail
 from flows.engine.output import guarded_output as guarded_output
+from lilliput.artifacts import find_record, read_record
 from lilliput.graph import topological_order
 from lilliput.memory import this_machine
 from lilliput.params import load_params
-from lilliput.report.figures import figure
+from lilliput.records import DeviceRecord, EvaluationRecord, Figure, OffloadRecord, Result, SearchRecord
+from lilliput.report.figures import figure, mark
 from tasks import layout
+from tasks.records import find_promotions, find_registry
 
 if TYPE_CHECKING:  # bring DVC and MLflow
     from flows.engine.plan import PlannedStage
@@ -33,11 +35,11 @@ def candidate_rows(folder: Path) -> list[dict[str, str]]:
 
     A candidate without a record has no row; the flow fails with the stage that writes it.
     """
-    params, registered = load_params(folder / layout.PARAMS), _read(folder / layout.REGISTRY)
+    params, registered = load_params(folder / layout.PARAMS), find_registry(folder)
     champions = _champions(folder)
     rows = []
     for name in topological_order(params):
-        if name in registered and (record := _read(folder / layout.metrics(name))):
+        if name in registered and (record := find_record(EvaluationRecord, folder / layout.metrics(name))):
             rows.append({"candidate": name, **_figures(record), "champion of": ", ".join(champions.get(name, []))})
     return rows
 
@@ -46,18 +48,19 @@ def device_rows(folder: Path) -> list[dict[str, str]]:
     """Returns a row for each compiled model and device: whether it fits, and the cost of an answer there."""
     rows = []
     for name in load_params(folder / layout.PARAMS).compile:
-        record = _read(folder / layout.devices(name))
-        for device, run in record.get("devices", {}).items():
-            fits = run["fits"]
+        record = find_record(DeviceRecord, folder / layout.devices(name))
+        if record is None:
+            continue
+        for device, run in record.devices.items():
             rows.append(
                 {
                     "device": device,
                     "compiled": name,
-                    "MiB": f"{record['size_bytes'] / MIB:.0f}",
-                    "fits": "yes" if fits else run["does_not_fit"],
-                    "peak MiB": f"{run['peak_rss_bytes'] / MIB:.0f}",
-                    "first token ms": f"{run['ttft_ms']['p50']:.0f}" if "ttft_ms" in run else "",
-                    "J/query": _estimate(run["energy_per_query_j"], 2) if "energy_per_query_j" in run else "",
+                    "MiB": f"{record.size_bytes / MIB:.0f}",
+                    "fits": "yes" if run.fits else str(run.does_not_fit),
+                    "peak MiB": f"{run.peak_rss_bytes / MIB:.0f}",
+                    "first token ms": f"{run.ttft_ms.p50:.0f}" if run.ttft_ms else "",
+                    "J/query": _estimate(run.energy_per_query_j, 2) if run.energy_per_query_j else "",
                 }
             )
     return sorted(rows, key=lambda row: row["device"])
@@ -65,17 +68,17 @@ def device_rows(folder: Path) -> list[dict[str, str]]:
 
 def offloading_rows(folder: Path, device: str) -> list[dict[str, str]]:
     """Returns a row for each policy of `device`: share offloaded over the configured link, quality and cost."""
-    record = _read(folder / layout.offload_record(device))
+    record = find_record(OffloadRecord, folder / layout.offload_record(device))
     return [
         {
             "policy": policy.replace("_", ", "),
-            "offloaded": f"{result['offloaded']:.0%}",
-            "right": _estimate(result["accuracy"]),
-            "halluc.": _estimate(result["hallucination_rate"]),
-            "ms p50 (p90)": f"~{result['latency_ms']['p50']:.0f} ({result['latency_ms']['p90']:.0f})",
-            "J/query": _estimate(result["energy_per_query_j"], 2),
+            "offloaded": f"{result.offloaded:.0%}",
+            "right": _estimate(result.accuracy),
+            "halluc.": _estimate(result.hallucination_rate),
+            "ms p50 (p90)": f"~{result.latency_ms.p50:.0f} ({result.latency_ms.p90:.0f})",
+            "J/query": _estimate(result.energy_per_query_j, 2),
         }
-        for policy, result in (record["links"][record["link"]] if record else {}).items()
+        for policy, result in (record.policies if record else {}).items()
     ]
 
 
@@ -125,13 +128,11 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
 def print_decisions(folder: Path, only: str | None = None) -> None:
     """Prints the champion of each device, or of `only` one, and why the other candidates were refused."""
     console = _console()
-    for device, decision in _read(folder / layout.PROMOTION).items():
+    for device, decision in find_promotions(folder).items():
         if only not in (None, device):
             continue
-        console.print(
-            f"\n[bold]{device}[/bold] → [bold]{decision['champion'] or 'no champion'}[/bold]: {decision['reason']}"
-        )
-        for name, reason in decision["refused"].items():
+        console.print(f"\n[bold]{device}[/bold] → [bold]{decision.champion or 'no champion'}[/bold]: {decision.reason}")
+        for name, reason in decision.refused.items():
             console.print(f"  not {name}: {reason}", style="dim", highlight=False)
 
 
@@ -143,28 +144,26 @@ def print_publication(publication: Publication, repository: str) -> None:
     console.print(_table(f"{publication.device}, version {publication.version}, for {repository}", rows))
 
 
-def front_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def front_rows(record: SearchRecord) -> list[dict[str, str]]:
     """Returns a row for the base and each chain on the Pareto front: the objectives as `value ± half interval`."""
-    shown = [*record["reference"], *(trial for trial in record["trials"] if trial["pareto"])]
+    shown = [*record.reference, *(trial for trial in record.trials if trial.pareto)]
     return [
-        {"candidate": row["candidate"], "chain": row["chain"]}
-        | {metric: _figure(metric, row["figures"][metric]) for metric in record["objectives"]}
+        {"candidate": row.candidate, "chain": row.chain}
+        | {metric: _figure(metric, row.figures[metric]) for metric in record.objectives}
         for row in shown
     ]
 
 
 def print_search(folder: Path) -> None:
     """Prints the Pareto front of a search, its failures, and the lines of params.yaml that make the winners."""
-    record, console = _read(folder / layout.SEARCH), _console()
+    record, console = read_record(SearchRecord, folder / layout.SEARCH), _console()
     console.print(
-        _table(
-            f"{record['study']}: the base and the Pareto front, value ± half of the 95 % interval", front_rows(record)
-        )
+        _table(f"{record.study}: the base and the Pareto front, value ± half of the 95 % interval", front_rows(record))
     )
-    for trial in record["trials"]:
-        if trial["reason"]:
-            console.print(f"failed: {trial['chain']}: {trial['reason']}", style="dim", highlight=False, markup=False)
-    console.print(f"\nEnded: {record['stopped']}.\n", highlight=False, markup=False)
+    for trial in record.trials:
+        if trial.reason:
+            console.print(f"failed: {trial.chain}: {trial.reason}", style="dim", highlight=False, markup=False)
+    console.print(f"\nEnded: {record.stopped}.\n", highlight=False, markup=False)
     console.print((folder / layout.WINNER).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     console.print(f"These lines: {(folder / layout.WINNER).absolute()}", highlight=False, markup=False, soft_wrap=True)
     console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
@@ -206,36 +205,33 @@ def _memory(item: PlannedStage) -> str:
     return f"{measured} (~{item.memory.process_bytes / MIB:.0f}{on_gpu})"
 
 
-def _figures(record: Mapping[str, Any]) -> dict[str, str]:
+def _figures(record: EvaluationRecord) -> dict[str, str]:
     return {
-        "choice acc.": _estimate(record["accuracy_choice"]),
-        "free acc.": _estimate(record["accuracy_free"]),
-        "halluc.": _estimate(record["hallucination_rate"]),
-        "J/query": _estimate(record["energy_per_query_j"], 2),
-        "access.": _estimate(record["accessibility"], 2),
-        "MiB": f"{record['size_bytes'] / MIB:.0f}",
+        "choice acc.": _estimate(record.accuracy_choice),
+        "free acc.": _estimate(record.accuracy_free),
+        "halluc.": _estimate(record.hallucination_rate),
+        "J/query": _estimate(record.energy_per_query_j, 2),
+        "access.": _estimate(record.accessibility, 2),
+        "MiB": f"{record.size_bytes / MIB:.0f}",
     }
 
 
-def _estimate(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
+def _estimate(figure: Figure, digits: int = 3) -> str:
     """Formats as `value ± half the 95 % interval`, with `~` for an estimate."""
-    if not estimate or estimate.get("value") is None:
+    if figure.value is None:
         return "unavailable"
-    half = (estimate["high"] - estimate["low"]) / 2
-    mark = "" if estimate.get("measured", True) else "~"
-    return f"{mark}{estimate['value']:.{digits}f} ± {half:.{digits}f}"
+    half = ((figure.high or 0.0) - (figure.low or 0.0)) / 2
+    return f"{mark(figure)}{figure.value:.{digits}f} ± {half:.{digits}f}"
 
 
-def _figure(metric: str, value: Mapping[str, Any] | float | None) -> str:
-    return _estimate(value) if isinstance(value, Mapping) and "low" in value else figure(value, metric)
+def _figure(metric: str, result: Result) -> str:
+    return _estimate(result) if isinstance(result, Figure) else figure(result, metric)
 
 
 def _energy_source(folder: Path) -> str:
     params = load_params(folder / layout.PARAMS)
-    sources = {
-        (_read(folder / layout.metrics(name)).get("energy_per_query_j") or {}).get("source")
-        for name in _read(folder / layout.REGISTRY)
-    }
+    records = [find_record(EvaluationRecord, folder / layout.metrics(name)) for name in find_registry(folder)]
+    sources = {record.energy_per_query_j.source for record in records if record}
     watts = params.watts_per_core
     if sources == {"estimate_tdp"}:
         return f"~ is an estimate, not a measurement: CPU-seconds × {watts:g} W a core (declared in params.yaml)"
@@ -244,14 +240,10 @@ def _energy_source(folder: Path) -> str:
 
 def _champions(folder: Path) -> dict[str, list[str]]:
     champions: dict[str, list[str]] = {}
-    for device, decision in _read(folder / layout.PROMOTION).items():
-        if decision["champion"]:
-            champions.setdefault(decision["champion"], []).append(device)
+    for device, decision in find_promotions(folder).items():
+        if decision.champion:
+            champions.setdefault(decision.champion, []).append(device)
     return champions
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _console() -> Console:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.engine.lineage import Lineage
 from flows.engine.stage import Stage
+from lilliput.artifacts import find_record
 from lilliput.config import Params
 from lilliput.memory import MemoryEstimate
+from lilliput.records import Cost
 from tasks import layout
 from tasks.process.memory_check import estimates
 
@@ -65,37 +65,21 @@ def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> lis
 def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
     """Predicts by the last cost of this stage, otherwise by the mean of candidates with the same strategy."""
     kind = stage.name.partition("@")[0]
-    read = _COSTS.get(kind)
-    if stage.candidate is None or read is None:
+    if stage.candidate is None or kind not in layout.RECORDS:
         return None
-    if cost := read(stage.candidate, folder):
-        return Prediction(*cost, source=stage.name)
-    if kind == "offload":
-        return _mean([cost for name in params.serving if (cost := read(name, folder))], f"{kind} of others")
-    if kind in {"compile", "devices"}:
-        return _mean([cost for name in params.compile if (cost := read(name, folder))], f"{kind} of others")
-    strategy = params.candidates[stage.candidate].apply
-    similar = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind != "compress"]
-    return _mean([cost for name in similar if (cost := read(name, folder))], f"{strategy} elsewhere")
-
-
-def _mean(costs: list[tuple[float, int]], source: str) -> Prediction | None:
+    if cost := _cost(kind, stage.candidate, folder):
+        return Prediction(cost.seconds, cost.peak_rss_bytes, source=stage.name)
+    names, source = [*(params.serving if kind == "offload" else params.compile)], f"{kind} of others"
+    if kind not in {"offload", "compile", "devices"}:
+        strategy = params.candidates[stage.candidate].apply
+        names = [name for name, spec in params.candidates.items() if spec.apply == strategy or kind != "compress"]
+        source = f"{strategy} elsewhere"
+    costs = [cost for name in names if (cost := _cost(kind, name, folder))]
     if not costs:
         return None
-    return Prediction(sum(cost[0] for cost in costs) / len(costs), max(cost[1] for cost in costs), source)
+    mean_s = sum(cost.seconds for cost in costs) / len(costs)
+    return Prediction(mean_s, max(cost.peak_rss_bytes for cost in costs), source)
 
 
-def _cost_in(place: Callable[[str], Path]) -> Callable[[str, Path], tuple[float, int] | None]:
-    """Returns a reader of seconds and peak memory from the record at `place(name)` in a folder."""
-
-    def read(name: str, folder: Path) -> tuple[float, int] | None:
-        path = folder / place(name)
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record["seconds"], record["peak_rss_bytes"]
-
-    return read
-
-
-_COSTS = {kind: _cost_in(place) for kind, place in layout.RECORDS.items()}
+def _cost(kind: str, name: str, folder: Path) -> Cost | None:
+    return find_record(Cost, folder / layout.RECORDS[kind](name))

@@ -24,15 +24,17 @@ from lilliput.embedding.embedder import Embedder
 from lilliput.embedding.sentence_embedder import SentenceEmbedder
 from lilliput.evaluate.accessibility import WARM_UP_TOKENS, quantiles
 from lilliput.evaluate.energy import EnergyMeter
-from lilliput.evaluate.record import Evaluation, judge_answer, select_free_questions, verdict_row
+from lilliput.evaluate.record import judge_answer, select_free_questions, verdict_row
 from lilliput.models import open_model
 from lilliput.recipes.asking import subject, wordings
 from lilliput.recipes.recipe import Recipe
+from lilliput.records import CachingRecord, Energy, Estimate, Figure, PairRates, StreamFigures
 from lilliput.resident import peak_rss_bytes
 from lilliput.runtime.protocol import Runtime
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.statistics import intervals
 from lilliput.statistics.compare import compare
+from lilliput.statistics.differences import Comparison
 
 PLAIN, PREFIX, CACHE = "plain", "prefix", "cache"
 # Compared variants: the second one adds prefix reuse, the answer cache, or both.
@@ -76,7 +78,7 @@ def measure_caching(
     *,
     artifact_sha256: str,
     size_bytes: int,
-) -> Evaluation:
+) -> tuple[CachingRecord, list[dict[str, Any]]]:
     """Fits the cache's threshold, then runs a stream of queries: plain, with prefix reuse, and with prefix and cache.
 
     The three variants take turns for each query, so that other load on the machine affects them equally.
@@ -106,21 +108,22 @@ def measure_caching(
         rows = ask_stream(queries, variants, tokenizer, params, meter)
         cache.close()  # merges the journal into the file that is counted
         cache_bytes = embedder.size_bytes + sum(path.stat().st_size for path in Path(scratch).iterdir())
-    record = {
-        "candidate": candidate,
-        "sha256": artifact_sha256,
-        "size_bytes": size_bytes,
-        "cache_bytes": cache_bytes,
-        "embedder_sha256": embedder.sha256,
-        "threshold": threshold,
-        "pairs": pairs,
-        **summarise(rows, meter, params.evaluation),
-        "runtime": plain.name,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu_before,
-    }
-    return Evaluation(record, rows)
+    measured = summarise(rows, meter, params.evaluation)
+    record = CachingRecord(
+        candidate=candidate,
+        sha256=artifact_sha256,
+        size_bytes=size_bytes,
+        cache_bytes=cache_bytes,
+        embedder_sha256=embedder.sha256,
+        threshold=threshold,
+        pairs=pairs,
+        **measured.as_json(),
+        runtime=plain.name,
+        peak_rss_bytes=peak_rss_bytes(),
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_before,
+    )
+    return record, rows
 
 
 def draw_stream(questions: Sequence[Question], recipe: Recipe | None, config: CachingConfig) -> list[Query]:
@@ -221,7 +224,7 @@ def _serve(question: str, variant: CachingVariant, tokenizer: PreTrainedTokenize
     return _StreamAnswer(text, 1e3 * first_s, query, None, new)
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: EvaluationConfig) -> dict[str, Any]:
+def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: EvaluationConfig) -> StreamFigures:
     """Hit rates, wrong hits, and the paired difference of each step. The intervals resample the queries."""
     by_variant = {name: [row for row in rows if row["way"] == name] for name in (PLAIN, PREFIX, CACHE)}
     cached = by_variant[CACHE]
@@ -229,34 +232,39 @@ def summarise(rows: Sequence[Mapping[str, Any]], meter: EnergyMeter, config: Eva
     label = {"source": meter.source, "measured": meter.measured, "idle_watts": meter.idle_watts}
     energies = {name: [row["energy_j"] for row in of_variant] for name, of_variant in by_variant.items()}
     read = all(energy is not None for values in energies.values() for energy in values)
-    differences = {step: _differences(by_variant[a], by_variant[b]) for step, (a, b) in STEPS.items()}
-    saved = {step: _negated(of_step.get("energy_per_query_j")) for step, of_step in differences.items()}
-    return {
-        "queries": len(cached),
-        "distinct_questions": len({row["question"] for row in cached}),
-        "distinct_wordings": len({row["asked"] for row in cached}),
-        "hit_rate": _rate([bool(row["hit"]) for row in cached]),
-        "exact_hit_rate": _rate([row["hit"] == "exact" for row in cached]),
-        "semantic_hit_rate": _rate([row["hit"] == "semantic" for row in cached]),
-        "wrong_hit_rate": _rate([row["wrong"] for row in cached]),
-        "wrong_share_of_semantic_hits": _rate([row["wrong"] for row in hits if row["hit"] == "semantic"]),
-        "changed_answers": {step: _changed(by_variant[a], by_variant[b]) for step, (a, b) in STEPS.items()},
-        "hallucination_rate": {
+    differences = {step: compare(by_variant[a], by_variant[b]) for step, (a, b) in STEPS.items()}
+    return StreamFigures(
+        queries=len(cached),
+        distinct_questions=len({row["question"] for row in cached}),
+        distinct_wordings=len({row["asked"] for row in cached}),
+        hit_rate=_rate([bool(row["hit"]) for row in cached]),
+        exact_hit_rate=_rate([row["hit"] == "exact" for row in cached]),
+        semantic_hit_rate=_rate([row["hit"] == "semantic" for row in cached]),
+        wrong_hit_rate=_rate([row["wrong"] for row in cached]),
+        wrong_share_of_semantic_hits=_rate([row["wrong"] for row in hits if row["hit"] == "semantic"]),
+        changed_answers={step: _changed(by_variant[a], by_variant[b]) for step, (a, b) in STEPS.items()},
+        hallucination_rate={
             name: _rate([r["hallucinated"] for r in of_variant]) for name, of_variant in by_variant.items()
         },
-        "energy_per_query_j": {
-            name: intervals.as_dict(intervals.mean(values if read else [], config.seed, config.resamples)) | label
+        energy_per_query_j={
+            name: Energy.of(intervals.mean(values if read else [], config.seed, config.resamples), **label)
             for name, values in energies.items()
         },
-        "ttft_ms": {name: quantiles([row["ttft_ms"] for row in of_variant]) for name, of_variant in by_variant.items()},
-        "saved_j_per_query": {step: estimate | label for step, estimate in saved.items()},
-        "differences": differences,
-    }
+        ttft_ms={name: quantiles([row["ttft_ms"] for row in of_variant]) for name, of_variant in by_variant.items()},
+        saved_j_per_query={
+            step: Energy.of(_negated(of_step.get("energy_per_query_j")), **label)
+            for step, of_step in differences.items()
+        },
+        differences={
+            step: {metric: comparison.record for metric, comparison in of_step.items()}
+            for step, of_step in differences.items()
+        },
+    )
 
 
 def fitted_threshold(
     corpus: Corpus, recipe: Recipe | None, config: CachingConfig, embedder: Embedder
-) -> tuple[float, dict[str, Any]]:
+) -> tuple[float, PairRates]:
     """The threshold fitted on training questions, and the hit rates of pairs of training and held-out questions.
 
     Without a recipe there are no labelled paraphrases: the threshold then allows exact hits only.
@@ -272,25 +280,16 @@ def fitted_threshold(
     return threshold, {name: pair_hit_rates(pairs, cosines[name], threshold) for name, pairs in pairs_by_split.items()}
 
 
-def _differences(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    comparisons = compare(first, second)
-    return {
-        metric: comparison.difference.as_dict()
-        | {"p": comparison.p_value, "detectable": comparison.detectable, "verdict": comparison.verdict}
-        for metric, comparison in comparisons.items()
-    }
-
-
-def _negated(difference: Mapping[str, Any] | None) -> dict[str, Any]:
-    if difference is None:
-        return intervals.as_dict(None)
-    ends = {"value": -difference["value"], "low": -difference["high"], "high": -difference["low"]}
-    return ends | {"n": difference["n"]}
+def _negated(comparison: Comparison | None) -> Estimate | None:
+    if comparison is None:
+        return None
+    difference = comparison.difference
+    return Estimate(-difference.value, -difference.high, -difference.low, difference.n)
 
 
 def _changed(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> int:
     return sum(a["text"] != b["text"] for a, b in zip(first, second, strict=True))
 
 
-def _rate(outcomes: Sequence[bool]) -> dict[str, Any]:
-    return intervals.as_dict(intervals.rate(outcomes))
+def _rate(outcomes: Sequence[bool]) -> Figure:
+    return Figure.of(intervals.rate(outcomes))

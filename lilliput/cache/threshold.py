@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from lilliput.data.questions import Question
 from lilliput.embedding.embedder import Embedder
 from lilliput.recipes.asking import subject, wordings
 from lilliput.recipes.recipe import Recipe, Relation
+from lilliput.records import Figure
 from lilliput.statistics.intervals import rate
 
 Kind = Literal["paraphrase", "other_entity", "other_relation", "opposite"]
@@ -84,7 +85,7 @@ def fit_threshold(pairs: Sequence[Pair], cosines: np.ndarray, budget: float) -> 
     return wrong[allowed] if allowed < len(wrong) else -1.0
 
 
-def pair_hit_rates(pairs: Sequence[Pair], cosines: np.ndarray, threshold: float) -> dict[str, dict[str, Any]]:
+def pair_hit_rates(pairs: Sequence[Pair], cosines: np.ndarray, threshold: float) -> dict[str, Figure]:
     """Hit rate of each kind of pair, with its interval. All hits but those of `paraphrase` are wrong.
 
     `same_names` has the non-paraphrases with the same names, to which the budget applies.
@@ -92,7 +93,7 @@ def pair_hit_rates(pairs: Sequence[Pair], cosines: np.ndarray, threshold: float)
     rows = [(pair, bool(similarity > threshold)) for pair, similarity in zip(pairs, cosines, strict=True)]
     groups = {kind: [hit for pair, hit in rows if pair.kind == kind] for kind in sorted({p.kind for p in pairs})}
     groups["same_names"] = [hit for pair, hit in rows if pair.kind != "paraphrase" and pair.same_names]
-    return {name: estimate.as_dict() for name, hits in groups.items() if (estimate := rate(hits))}
+    return {name: Figure.of(rate(hits)) for name, hits in groups.items() if hits}
 
 
 def _related_relations(relation: str, recipe: Recipe) -> list[tuple[str, Kind]]:

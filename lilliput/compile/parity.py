@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +26,13 @@ from lilliput.data.questions import Question
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, run_on_device
 from lilliput.errors import CompileError
 from lilliput.models import open_model
-from lilliput.statistics import intervals
+from lilliput.records import ChoiceAgreement, Figure, ParityRecord
 from lilliput.statistics.agreement import agreement, share
 from lilliput.statistics.compare import compare
 
 
 def prove_parity(
+    candidate: str,
     target: str,
     folder: Path,
     checkpoint: Path,
@@ -40,7 +40,7 @@ def prove_parity(
     choices: Mapping[str, str],
     system_prompt: str,
     config: ParityConfig,
-) -> dict[str, Any]:
+) -> ParityRecord:
     """Returns the parity record of the compiled model in `folder`.
 
     The checkpoint and the compiled model both predict each token of a text of up to `config.tokens` tokens: the
@@ -49,6 +49,7 @@ def prove_parity(
     must encode the prompts as evaluation did.
 
     Args:
+        candidate: its name.
         target: the compile target (a module of lilliput/compile).
         folder: folder of the compiled model.
         checkpoint: the checkpoint that was compiled: the quantised one, not its float parent.
@@ -77,9 +78,14 @@ def prove_parity(
     )
     outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
     _require_same_prompts(tokenizer, job, outcome)
-    record = agreement(text, expected, outcome.predictions, config.clear_nats)
-    record |= _compare_choices(compared, options, choices, outcome)
-    record |= {"runtime": outcome.details, "limits": config.model_dump(mode="json")}
+    record = ParityRecord(
+        candidate=candidate,
+        target=target,
+        **agreement(text, expected, outcome.predictions, config.clear_nats).as_json(),
+        **_compare_choices(compared, options, choices, outcome).as_json(),
+        runtime=outcome.details,
+        limits=config.model_dump(mode="json"),
+    )
     if problems := list(_problems(record, config)):
         raise CompileError(
             f"{folder}: the compiled model differs from the checkpoint {checkpoint}: " + "; ".join(problems)
@@ -129,39 +135,37 @@ def _compare_choices(
     options: Sequence[Sequence[Sequence[int]]],
     choices: Mapping[str, str],
     outcome: DeviceOutcome,
-) -> dict[str, Any]:
+) -> ChoiceAgreement:
     if not compared:
-        return {"questions": 0}
+        return ChoiceAgreement(questions=0)
     expected, actual = [], []
     for question, ids, scores in zip(compared, options, outcome.scores, strict=True):
         choice = question.choices[int(np.argmax([score / len(i) for score, i in zip(scores, ids, strict=True)]))]
         expected.append({"id": question.id, "choice_right": choices[question.id] == question.answer})
         actual.append({"id": question.id, "choice_right": choice == question.answer, "choice": choice})
     difference = compare(expected, actual)["accuracy_choice"]
-    return {
-        "questions": len(compared),
-        "same_choices": share([row["choice"] == choices[row["id"]] for row in actual]),
-        "accuracy_difference": intervals.as_dict(difference.difference),
-        "accuracy_differs": difference.real,
-    }
+    return ChoiceAgreement(
+        questions=len(compared),
+        same_choices=share([row["choice"] == choices[row["id"]] for row in actual]),
+        accuracy_difference=Figure.of(difference.difference),
+        accuracy_differs=difference.real,
+    )
 
 
-def _problems(record: Mapping[str, Any], config: ParityConfig) -> Iterable[str]:
-    for key, minimum in {"same_argmax": config.same_argmax, "same_argmax_clear": config.same_argmax_clear}.items():
-        share = record[key]
-        if share["value"] is not None and share["value"] < minimum:
+def _problems(record: ParityRecord, config: ParityConfig) -> Iterable[str]:
+    for key, agreed, minimum in (
+        ("same_argmax", record.same_argmax, config.same_argmax),
+        ("same_argmax_clear", record.same_argmax_clear, config.same_argmax_clear),
+    ):
+        if agreed.value is not None and agreed.value < minimum:
             yield (
-                f"{key.replace('_', ' ')} on {share['value']:.3f} of {share['n']} positions, "
+                f"{key.replace('_', ' ')} on {agreed.value:.3f} of {agreed.n} positions, "
                 f"at least {minimum:g} is required (parity.{key})"
             )
-    if not abs(record["mean_difference_nats"]) <= config.mean_difference_nats:  # in this form NaN fails too
+    if not abs(record.mean_difference_nats) <= config.mean_difference_nats:  # in this form NaN fails too
         yield (
-            f"mean log-likelihood differs by {record['mean_difference_nats']:.3f} nats per token, "
+            f"mean log-likelihood differs by {record.mean_difference_nats:.3f} nats per token, "
             f"{config.mean_difference_nats:g} is allowed (parity.mean_difference_nats)"
         )
-    if record.get("accuracy_differs"):
-        difference = record["accuracy_difference"]
-        yield (
-            f"choice accuracy differs by {difference['value']:+.3f} "
-            f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"
-        )
+    if (difference := record.accuracy_difference) and record.accuracy_differs:
+        yield (f"choice accuracy differs by {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")

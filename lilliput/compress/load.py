@@ -25,6 +25,7 @@ from lilliput.models import (
     require_causal_lm,
     translate_errors,
 )
+from lilliput.records import Agreement
 from lilliput.saving import require_finite
 from lilliput.untrusted import require_harmless
 
@@ -90,7 +91,7 @@ def _require_finite(model: PreTrainedModel, dtype: torch.dtype, source_dir: Path
         raise SourceError(str(error)) from None
 
 
-def _agreement(header: Header, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _agreement(header: Header, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agreement:
     """Returns how well `model` agrees with llama.cpp on the file it was read from."""
     ids = probe_ids(tokenizer, header.settings["context_length"])
     return require_same_model(header, model, ids, llama_cpp_predictions(header.file, ids))

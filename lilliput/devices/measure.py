@@ -19,20 +19,28 @@ from lilliput.data.questions import Question
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, TimedAnswer, run_on_device
 from lilliput.evaluate.accessibility import FEWEST_QUERIES, MIB, quantiles
 from lilliput.evaluate.record import stratified_sample
+from lilliput.records import DeviceRecord, DeviceRun, Energy
 from lilliput.statistics import intervals
 
 _DEADLINE_FACTOR = 10.0
 
 
 def measure_on_devices(
-    target: str, folder: Path, checkpoint: Path, questions: Sequence[Question], params: Params, manifest: Manifest
-) -> dict[str, Any]:
+    candidate: str,
+    target: str,
+    folder: Path,
+    checkpoint: Path,
+    questions: Sequence[Question],
+    params: Params,
+    manifest: Manifest,
+) -> DeviceRecord:
     """Returns the device record of the compiled model in `folder`, with a run for each device of `params` and `target`.
 
     Threads and memory are the device's; the processor is this machine's. So the times are this machine's, and joules
     are an estimate: CPU-seconds × the device's declared watts per core.
 
     Args:
+        candidate: its name.
         target: the compile target (a module of lilliput/compile).
         folder: folder of the compiled model.
         checkpoint: the checkpoint whose tokenizer encodes the questions.
@@ -49,23 +57,25 @@ def measure_on_devices(
     random.Random(config.seed).shuffle(drawn)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompts = [encode_prompt(tokenizer, params.data.system_prompt, question.question) for question in drawn]
-    records: dict[str, Any] = {}
+    runs: dict[str, DeviceRun] = {}
     peak, cpu_s = 0, 0.0
     for name, device in params.devices.items():
         if device.target == target:
             outcome = _answer_on_device(target, folder, prompts, device, config)
             peak = max(peak, outcome.peak_rss_bytes)
             cpu_s += outcome.cpu_s
-            records[name] = _device_record(outcome, device, manifest.size_bytes, config)
-    return {
-        "sha256": manifest.artifact_sha256,
-        "size_bytes": manifest.size_bytes,
-        "emulated": f"threads and memory, on {platform.machine()}; watts are declared",
-        "devices": records,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": cpu_s,
-        "peak_rss_bytes": peak,
-    }
+            runs[name] = _device_run(outcome, device, manifest.size_bytes, config)
+    return DeviceRecord(
+        candidate=candidate,
+        target=target,
+        sha256=manifest.artifact_sha256,
+        size_bytes=manifest.size_bytes,
+        emulated=f"threads and memory, on {platform.machine()}; watts are declared",
+        devices=runs,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=cpu_s,
+        peak_rss_bytes=peak,
+    )
 
 
 def _answer_on_device(
@@ -85,49 +95,51 @@ def _answer_on_device(
     return run_on_device(job, memory_bytes=int(device.ram_budget_mib * MIB), deadline_s=deadline_s)
 
 
-def _device_record(
-    outcome: DeviceOutcome, device: DeviceConfig, size_bytes: int, config: EvaluationConfig
-) -> dict[str, Any]:
+def _device_run(outcome: DeviceOutcome, device: DeviceConfig, size_bytes: int, config: EvaluationConfig) -> DeviceRun:
     storage_fits = size_bytes <= device.storage_budget_mib * MIB
     reasons = (
         [] if storage_fits else [f"{size_bytes / MIB:.0f} MiB of files, {device.storage_budget_mib:g} MiB are allowed"]
     )
     if not outcome.fits:
         reasons.append(f"killed at {outcome.peak_rss_bytes / MIB:.0f} MiB, {device.ram_budget_mib:g} MiB are allowed")
-    record: dict[str, Any] = {
-        "fits": storage_fits and outcome.fits,
-        "does_not_fit": "; ".join(reasons) or None,
-        "threads": device.threads,
-        "context_tokens": device.context_tokens,
-        "peak_rss_bytes": outcome.peak_rss_bytes,
-    }
+    run = DeviceRun(
+        fits=storage_fits and outcome.fits,
+        does_not_fit="; ".join(reasons) or None,
+        threads=device.threads,
+        context_tokens=device.context_tokens,
+        peak_rss_bytes=outcome.peak_rss_bytes,
+    )
     if not outcome.fits:
-        return record
+        return run
     answers = outcome.answers
-    return record | {
-        "empty_rss_bytes": outcome.empty_rss_bytes,
-        "load_s": outcome.load_s,
-        "ttft_ms": quantiles([1e3 * answer.arrivals_s[0] for answer in answers]),
-        "tpot_ms": quantiles([1e3 * _token_interval_s(answer) for answer in answers if len(answer.arrivals_s) > 1]),
-        "rate_tokens_per_s": sum(len(answer.arrivals_s) for answer in answers)
+    per_query, per_token = _energy(answers, device.watts_per_core, config)
+    return DeviceRun(
+        **run.as_json(),
+        empty_rss_bytes=outcome.empty_rss_bytes,
+        load_s=outcome.load_s,
+        ttft_ms=quantiles([1e3 * answer.arrivals_s[0] for answer in answers]),
+        tpot_ms=quantiles([1e3 * _token_interval_s(answer) for answer in answers if len(answer.arrivals_s) > 1]),
+        rate_tokens_per_s=sum(len(answer.arrivals_s) for answer in answers)
         / sum(answer.arrivals_s[-1] for answer in answers),
-        **_energy(answers, device.watts_per_core, config),
-        "runtime": outcome.details,
-    }
+        energy_per_query_j=per_query,
+        energy_per_token_j=per_token,
+        runtime=outcome.details,
+    )
 
 
 def _token_interval_s(answer: TimedAnswer) -> float:
     return (answer.arrivals_s[-1] - answer.arrivals_s[0]) / (len(answer.arrivals_s) - 1)
 
 
-def _energy(answers: Sequence[TimedAnswer], watts_per_core: float, config: EvaluationConfig) -> dict[str, Any]:
+def _energy(answers: Sequence[TimedAnswer], watts_per_core: float, config: EvaluationConfig) -> tuple[Energy, Energy]:
+    """Returns joules per query and per output token."""
     rows = np.array([[answer.cpu_s * watts_per_core, len(answer.arrivals_s)] for answer in answers])
-    label = {"source": "estimate_tdp", "measured": False, "idle_watts": None}
 
-    def estimate(of: Any) -> dict[str, Any]:
-        return intervals.as_dict(intervals.statistic(of, rows, config.seed, config.resamples)) | label
+    def estimate(of: Any) -> Energy:
+        joules = intervals.statistic(of, rows, config.seed, config.resamples)
+        return Energy.of(joules, source="estimate_tdp", measured=False, idle_watts=None)
 
-    return {
-        "energy_per_query_j": estimate(lambda draw: draw[..., 0].mean(-1)),
-        "energy_per_token_j": estimate(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
-    }
+    return (
+        estimate(lambda draw: draw[..., 0].mean(-1)),
+        estimate(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
+    )

@@ -11,8 +11,9 @@ import numpy as np
 
 from lilliput.config import AccessibilityTargets, DeviceConfig
 from lilliput.evaluate.energy import EnergyMeter
+from lilliput.records import Estimate, Quantiles
 from lilliput.runtime.protocol import Ids, Runtime
-from lilliput.statistics.intervals import Estimate, statistic
+from lilliput.statistics.intervals import statistic
 
 MIB = 2**20
 WARM_UP_TOKENS = 8
@@ -70,12 +71,12 @@ def _time_query(runtime: Runtime, prompt: Ids, max_tokens: int, meter: EnergyMet
     return TimedQuery(1e3 * float(arrivals[0]), tpot_ms, len(arrivals), reading.wall_s / len(runs), energy_j)
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float | int | None]:
+def quantiles(values: Sequence[float]) -> Quantiles:
     """Returns p50, p90 and the number of values."""
     if not values:
-        return {"p50": None, "p90": None, "n": 0}
+        return Quantiles(p50=None, p90=None, n=0)
     p50, p90 = np.quantile(values, [0.5, 0.9])
-    return {"p50": float(p50), "p90": float(p90), "n": len(values)}
+    return Quantiles(p50=float(p50), p90=float(p90), n=len(values))
 
 
 def kv_cache_bytes(config: Any, context_tokens: int, bytes_per_value: int = 2) -> int:

@@ -17,12 +17,12 @@ from ruamel.yaml import YAML
 
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError
+from lilliput.records import Estimate, Figure
 
 if TYPE_CHECKING:  # slow to import, and require_benchmarks runs before every stage
     from transformers import PreTrainedTokenizerBase
 
     from lilliput.runtime.protocol import Runtime
-    from lilliput.statistics.intervals import Estimate
 
 # Kinds of task that need only a continuation's likelihood or a greedy answer.
 SUPPORTED = {"multiple_choice", "generate_until"}
@@ -36,10 +36,11 @@ class Benchmark:
     items: list[dict[str, float]]
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the form used in a record."""
-        estimates = {name: estimate.as_dict() for name, estimate in self.metrics.items()}
-        return {**estimates, "seconds": self.seconds, "items_per_s": len(self.items) / self.seconds}
+    @property
+    def record(self) -> dict[str, Figure | float]:
+        """The form used in a record."""
+        figures = {name: Figure.of(estimate) for name, estimate in self.metrics.items()}
+        return figures | {"seconds": self.seconds, "items_per_s": len(self.items) / self.seconds}
 
 
 def require_benchmarks(configs: Sequence[BenchmarkConfig], root: Path) -> None:

@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lilliput.config import EnergyConfig
-
-Source = Literal["nvml_counter", "rapl", "soc", "battery", "estimate_tdp", "unavailable"]
+from lilliput.records import Source
 
 _WINDOW = "lilliput"
 # Fields for CPU, GPU, memory and neural engine on Jetson and Apple silicon; they do not overlap.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lilliput.statistics.intervals import Estimate, rate
+from lilliput.records import Estimate
+from lilliput.statistics.intervals import rate
 
 
 @dataclass(frozen=True)

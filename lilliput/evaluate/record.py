@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lilliput.evaluate.benchmarks import answer_rows, run_benchmarks
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.hallucination import Verdict
 from lilliput.models import open_model
+from lilliput.records import Energy, Estimate, EvaluationRecord, Figure, Perplexity
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.statistics import intervals
 
@@ -32,7 +33,7 @@ from lilliput.statistics import intervals
 class Evaluation:
     """The record (docs/metrics.md) and one row per question, ordered by id."""
 
-    record: dict[str, Any]
+    record: EvaluationRecord
     answers: list[dict[str, Any]]
 
 
@@ -42,7 +43,7 @@ class _Timing:
 
     questions: list[Question]
     queries: list[accessibility.TimedQuery]
-    runtime_details: dict[str, Any]
+    runtime_details: dict[str, str]
     peak_rss_bytes: int
 
 
@@ -91,25 +92,43 @@ def evaluate_candidate(
     perplexity = _answer_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
     verdicts = _answer_freely(runtime, tokenizer, params, questions, rows)
     benchmarks = run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples)
-    record = {
-        "candidate": candidate,
-        "sha256": artifact_sha256,
-        "size_bytes": size_bytes,
-        "parameters": parameters,
-        **_answer_quality(rows, verdicts),
-        "contaminated_questions": len(contaminated),
-        "empty_answers": sum(row.get("text") == "" for row in rows.values()),
-        "perplexity": perplexity,
-        "benchmarks": {name: benchmark.as_dict() for name, benchmark in benchmarks.items()},
-        **_energy(timing.queries, _free_accuracy(verdicts), meter, config),
-        **_accessibility(timing.queries, size_bytes, model.config, params),
-        "peak_rss_bytes": timing.peak_rss_bytes,
-        "load_s": load_s,
-        "runtime": runtime.name,
-        "runtime_details": timing.runtime_details,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu_before,
-    }
+    free = _free_accuracy(verdicts)
+    per_query, per_token, per_right_answer = _energy(timing.queries, free, meter, config)
+    fits = {name: accessibility.fits(size_bytes, model.config, device) for name, device in params.devices.items()}
+    served = sum(fits.values()) / len(fits)
+    score = accessibility.score(timing.queries, size_bytes, served, config.targets, config.seed, config.resamples)
+    record = EvaluationRecord(
+        candidate=candidate,
+        sha256=artifact_sha256,
+        size_bytes=size_bytes,
+        parameters=parameters,
+        accuracy_choice=Figure.of(
+            intervals.rate([row["choice_right"] for row in rows.values() if "choice_right" in row])
+        ),
+        accuracy_free=Figure.of(free),
+        hallucination_rate=Figure.of(hallucination.hallucination_rate(verdicts)),
+        abstention_rate=Figure.of(hallucination.abstention_rate(verdicts)),
+        selective_accuracy=Figure.of(hallucination.selective_accuracy(verdicts)),
+        contaminated_questions=len(contaminated),
+        empty_answers=sum(row.get("text") == "" for row in rows.values()),
+        perplexity=perplexity,
+        benchmarks={name: benchmark.record for name, benchmark in benchmarks.items()},
+        energy_per_query_j=per_query,
+        energy_per_token_j=per_token,
+        energy_per_right_answer_j=per_right_answer,
+        ttft_ms=accessibility.quantiles([query.ttft_ms for query in timing.queries]),
+        tpot_ms=accessibility.quantiles([query.tpot_ms for query in timing.queries if query.tpot_ms is not None]),
+        rate_tokens_per_s=sum(query.tokens for query in timing.queries) / sum(query.wall_s for query in timing.queries),
+        fits=fits,
+        devices_served=served,
+        accessibility=Figure.of(score),
+        peak_rss_bytes=timing.peak_rss_bytes,
+        load_s=load_s,
+        runtime=runtime.name,
+        runtime_details=timing.runtime_details,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_before,
+    )
     return Evaluation(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(benchmarks)])
 
 
@@ -181,7 +200,7 @@ def _answer_choices(
     system_prompt: str,
     questions: Sequence[Question],
     rows: dict[str, dict[str, Any]],
-) -> dict[str, float | int] | None:
+) -> Perplexity | None:
     """Adds the model's choice to each row. Returns the perplexity of the right answers, given their questions."""
     answerable = [question for question in questions if question.choices and question.answerable]
     if not answerable:
@@ -194,7 +213,7 @@ def _answer_choices(
         length = len(encode_answer(tokenizer, str(question.answer), end=False))
         nll -= row[question.choices.index(str(question.answer))] * length
         tokens += length
-    return {"value": math.exp(nll / tokens), "n": len(answerable), "tokens": tokens}
+    return Perplexity(value=math.exp(nll / tokens), n=len(answerable), tokens=tokens)
 
 
 def _answer_freely(
@@ -215,59 +234,29 @@ def _answer_freely(
     return verdicts
 
 
-def _free_accuracy(verdicts: Sequence[Verdict]) -> intervals.Estimate | None:
+def _free_accuracy(verdicts: Sequence[Verdict]) -> Estimate | None:
     return intervals.rate([verdict.right for verdict in verdicts if verdict.answerable])
-
-
-def _answer_quality(rows: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Returns accuracy, hallucination and abstention as they appear in the record."""
-    choice = intervals.rate([row["choice_right"] for row in rows.values() if "choice_right" in row])
-    return {
-        "accuracy_choice": intervals.as_dict(choice),
-        "accuracy_free": intervals.as_dict(_free_accuracy(verdicts)),
-        "hallucination_rate": intervals.as_dict(hallucination.hallucination_rate(verdicts)),
-        "abstention_rate": intervals.as_dict(hallucination.abstention_rate(verdicts)),
-        "selective_accuracy": intervals.as_dict(hallucination.selective_accuracy(verdicts)),
-    }
 
 
 def _energy(
     timed: Sequence[accessibility.TimedQuery],
-    free: intervals.Estimate | None,
+    free: Estimate | None,
     meter: EnergyMeter,
     config: EvaluationConfig,
-) -> dict[str, Any]:
-    """Returns joules per query, per output token and per right answer (per query ÷ free accuracy), with the source."""
-    label = {"source": meter.source, "measured": meter.measured, "idle_watts": meter.idle_watts}
+) -> tuple[Energy, Energy, Energy]:
+    """Returns joules per query, per output token and per right answer (per query ÷ free accuracy)."""
     if any(query.energy_j is None for query in timed):
-        unavailable = intervals.as_dict(None) | {"source": "unavailable", "measured": False, "idle_watts": None}
-        return {f"energy_per_{unit}_j": unavailable for unit in ("query", "token", "right_answer")}
+        unavailable = Energy.of(None, source="unavailable", measured=False, idle_watts=None)
+        return unavailable, unavailable, unavailable
     rows = np.array([[query.energy_j, query.tokens] for query in timed], dtype=float)
+    accuracy = free.value if free else 0.0
 
-    def estimated(statistic: Any) -> dict[str, Any]:
-        return intervals.as_dict(intervals.statistic(statistic, rows, config.seed, config.resamples)) | label
+    def estimated(statistic: Any) -> Energy:
+        estimate = intervals.statistic(statistic, rows, config.seed, config.resamples) if statistic else None
+        return Energy.of(estimate, source=meter.source, measured=meter.measured, idle_watts=meter.idle_watts)
 
-    share = free.value if free else 0.0
-    per_right = estimated(lambda draw: draw[..., 0].mean(-1) / share) if share else intervals.as_dict(None) | label
-    return {
-        "energy_per_query_j": estimated(lambda draw: draw[..., 0].mean(-1)),
-        "energy_per_token_j": estimated(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
-        "energy_per_right_answer_j": per_right,
-    }
-
-
-def _accessibility(
-    timed: Sequence[accessibility.TimedQuery], size_bytes: int, model_config: Any, params: Params
-) -> dict[str, Any]:
-    config = params.evaluation
-    fits = {name: accessibility.fits(size_bytes, model_config, device) for name, device in params.devices.items()}
-    served = sum(fits.values()) / len(fits)
-    score = accessibility.score(timed, size_bytes, served, config.targets, config.seed, config.resamples)
-    return {
-        "ttft_ms": accessibility.quantiles([query.ttft_ms for query in timed]),
-        "tpot_ms": accessibility.quantiles([query.tpot_ms for query in timed if query.tpot_ms is not None]),
-        "rate_tokens_per_s": sum(query.tokens for query in timed) / sum(query.wall_s for query in timed),
-        "fits": fits,
-        "devices_served": served,
-        "accessibility": intervals.as_dict(score),
-    }
+    return (
+        estimated(lambda draw: draw[..., 0].mean(-1)),
+        estimated(lambda draw: draw[..., 0].sum(-1) / draw[..., 1].sum(-1)),
+        estimated((lambda draw: draw[..., 0].mean(-1) / accuracy) if accuracy else None),
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.devices.runs import DeviceJob, run_on_device
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import USE_SAFETENSORS, Header
+from lilliput.records import Agreement
 from lilliput.statistics.agreement import agreement
 
 _PASSAGE = """The river rises in the northern hills, crosses three provinces and reaches the sea after 840 kilometres.
@@ -71,7 +71,7 @@ def llama_cpp_predictions(file: Path, ids: Sequence[int]) -> list[tuple[float, i
 
 def require_same_model(
     header: Header, model: PreTrainedModel, ids: Sequence[int], predictions: Sequence[tuple[float, int]]
-) -> dict[str, Any]:
+) -> Agreement:
     """Compares `model` with llama.cpp's `predictions` for the last tokens of `ids`, and returns the agreement.
 
     Raises:
@@ -82,13 +82,13 @@ def require_same_model(
     start = _first_predicted(ids)
     expected = logits[start - 1 :].float().log_softmax(-1)
     record = agreement(ids[start - 1 :], expected, predictions, _CLEAR_NATS)
-    same, clear, nats = record["same_argmax"], record["same_argmax_clear"], record["mean_absolute_difference_nats"]
-    agrees = nats <= _MAX_NATS and (clear["n"] == 0 or clear["value"] >= _MIN_SAME_CLEAR)
-    if not agrees or (clear["n"] and same["value"] < _MIN_SAME):
+    same, clear, nats = record.same_argmax, record.same_argmax_clear, record.mean_absolute_difference_nats
+    agrees = nats <= _MAX_NATS and (clear.value is None or clear.value >= _MIN_SAME_CLEAR)
+    if not agrees or (clear.n and (same.value or 0.0) < _MIN_SAME):
         raise SourceError(
             f"{header.file}: {type(model).__name__} in transformers differs from the model that llama.cpp runs: "
-            f"same next token at {same['value']:.2f} of {same['n']} positions (at least {_MIN_SAME} required), at "
-            f"{clear['value'] or 0:.2f} of {clear['n']} without a near tie (at least {_MIN_SAME_CLEAR}); mean "
+            f"same next token at {same.value:.2f} of {same.n} positions (at least {_MIN_SAME} required), at "
+            f"{clear.value or 0:.2f} of {clear.n} without a near tie (at least {_MIN_SAME_CLEAR}); mean "
             f"difference of log-likelihoods {nats:.2g} nats (at most {_MAX_NATS}). Every hyperparameter of the file "
             f"was copied, so transformers computes this architecture differently; {USE_SAFETENSORS}"
         )

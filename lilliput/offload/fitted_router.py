@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from lilliput.config import ServingConfig
+from lilliput.artifacts import find_record
+from lilliput.config import Look, ServingConfig
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
-from lilliput.offload.learned import LearnedRouter, OperatingPoint, OperatingTable, WorthModel
+from lilliput.offload.learned import LearnedRouter, OperatingTable, WorthModel
 from lilliput.offload.policy import FixedRouter, Router, ThresholdRouter
+from lilliput.records import Record
 
 ROUTER = "router.json"
+_REMEDY = "run the stage `offload` for this device again"
+
+
+class RouterFit(Record):
+    """A fit on all questions, and its operating points by link."""
+
+    fitted: WorthModel
+    links: dict[str, OperatingTable]
+
+
+class RouterRecord(Record):
+    """The fits of a pair of device model and edge server, by look: router.json."""
+
+    pair: tuple[str, str]
+    embedder_sha256: str
+    looks: dict[Look, RouterFit]
 
 
 def open_router(serving: ServingConfig, folder: Path, embedder: Embedder | None, pair: tuple[str, str]) -> Router:
@@ -33,44 +49,26 @@ def open_router(serving: ServingConfig, folder: Path, embedder: Embedder | None,
         return FixedRouter(serving.policy)
     if embedder is None:
         raise ArtifactError("serving: the policy `learned` needs the embedder of `caching.embedder`")
-    record = read_router(folder, pair, embedder.sha256)
-    try:
-        look_record = record["looks"][serving.look]
-        tables = {link: table_of(raw) for link, raw in look_record["links"].items()}
-        fitted = WorthModel.from_dict(look_record["fitted"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(
-            f"{folder / ROUTER}: not a valid router ({type(error).__name__}: {error}); run the stage `offload` for "
-            "this device again"
-        ) from None
-    return LearnedRouter(fitted, tables, serving.look, serving.objective, serving.saver_percent, embedder)
+    fitted = read_router(folder, pair, embedder.sha256).looks.get(serving.look)
+    if fitted is None:
+        raise ArtifactError(f"{folder / ROUTER}: no fit for routing {serving.look} generation; {_REMEDY}")
+    objective, saver_percent = serving.objective, serving.saver_percent
+    return LearnedRouter(fitted.fitted, fitted.links, serving.look, objective, saver_percent, embedder)
 
 
-def read_router(folder: Path, pair: tuple[str, str], embedder_sha256: str) -> dict[str, Any]:
+def read_router(folder: Path, pair: tuple[str, str], embedder_sha256: str) -> RouterRecord:
     """The fitted record in `folder`.
 
     Raises:
         ArtifactError: it is missing, unreadable, or for another pair or embedder.
     """
     path = folder / ROUTER
-    remedy = "run the stage `offload` for this device again"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fitted_for, embedder = record["pair"], record["embedder_sha256"]
-        names = ("device model", "edge server")
-        others = [name for name, was, now in zip(names, fitted_for, pair, strict=True) if was != now]
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: no router is fitted yet; {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable ({type(error).__name__}: {error}); {remedy}") from None
-    if others:
-        raise ArtifactError(f"{path}: fitted for another {' and another '.join(others)}; {remedy}")
-    if embedder != embedder_sha256:
-        raise ArtifactError(f"{path}: fitted with another embedder; {remedy}")
+    record = find_record(RouterRecord, path, f"; {_REMEDY}")
+    if record is None:
+        raise ArtifactError(f"{path}: no router is fitted yet; {_REMEDY}")
+    names = ("device model", "edge server")
+    if others := [name for name, was, now in zip(names, record.pair, pair, strict=True) if was != now]:
+        raise ArtifactError(f"{path}: fitted for another {' and another '.join(others)}; {_REMEDY}")
+    if record.embedder_sha256 != embedder_sha256:
+        raise ArtifactError(f"{path}: fitted with another embedder; {_REMEDY}")
     return record
-
-
-def table_of(raw: dict[str, Any]) -> OperatingTable:
-    """The table of operating points in a record."""
-    points = tuple(OperatingPoint(**point) for point in raw["points"])
-    return OperatingTable(points, raw["server_accuracy"], raw["server_hallucination"])

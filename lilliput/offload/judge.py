@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,24 @@ from lilliput.offload.fit import (
     scored_costs,
     tabulate,
 )
-from lilliput.offload.learned import ALWAYS, NEVER, select_point
+from lilliput.offload.fitted_router import RouterFit
+from lilliput.offload.learned import ALWAYS, NEVER, OperatingTable, select_point
 from lilliput.offload.links import battery_percent
 from lilliput.offload.outcomes import CostParts, Outcomes, expected_value
 from lilliput.offload.policy import confidence
+from lilliput.records import (
+    CurvePoint,
+    Curves,
+    Energy,
+    EstimatedLatency,
+    Figure,
+    Policies,
+    PolicyFigures,
+    PolicyResults,
+)
 from lilliput.statistics import intervals
 
-ESTIMATE = {"source": "declared", "measured": False}
+DECLARED = {"source": "declared", "measured": False}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,15 @@ class Policy:
     score: np.ndarray | None = None
     embeds: np.ndarray | float = 0.0
     looks: np.ndarray | float = 0.0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The figures of every policy, the curves of every ranking, and the router by look."""
+
+    results: PolicyResults
+    curves: Curves
+    looks: dict[Look, RouterFit]
 
 
 def policies(
@@ -87,7 +107,7 @@ def device_confidence(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([confidence(row["device"]["logprobs"]) or 0.0 for row in rows])
 
 
-def figures(policy: Policy, outcomes: Outcomes, parts: CostParts, params: Params, device: str) -> dict[str, Any]:
+def figures(policy: Policy, outcomes: Outcomes, parts: CostParts, params: Params, device: str) -> PolicyFigures:
     """Quality and cost of `policy` over the link of `parts`. Seconds, joules and battery percentages are estimates.
 
     `over_random` is the paired difference from offloading the same share of questions at random.
@@ -96,45 +116,46 @@ def figures(policy: Policy, outcomes: Outcomes, parts: CostParts, params: Params
     costs = parts.total(embeds=policy.embeds, looks=policy.looks)
     deterministic = bool(np.isin(policy.sent, (0.0, 1.0)).all())
 
-    def share(values: np.ndarray) -> dict[str, Any]:
-        if deterministic:
-            return intervals.as_dict(intervals.rate([bool(value) for value in values]))
-        return intervals.as_dict(intervals.mean(values, config.seed, config.resamples))
+    def mean(values: np.ndarray) -> intervals.Estimate | None:
+        return intervals.mean(values, config.seed, config.resamples)
 
-    energy_j = expected_value(policy.sent, costs.device_j, costs.server_j)
-    energy = intervals.as_dict(intervals.mean(energy_j, config.seed, config.resamples))
-    percent = {key: battery_percent(energy[key], serving.battery_wh) for key in ("value", "low", "high")}
+    def share(values: np.ndarray) -> Figure:
+        return Figure.of(intervals.rate([bool(value) for value in values]) if deterministic else mean(values))
+
+    energy = mean(expected_value(policy.sent, costs.device_j, costs.server_j))
+    percent = energy and replace(
+        energy, **{key: battery_percent(vars(energy)[key], serving.battery_wh) for key in ("value", "low", "high")}
+    )
     more = policy.sent - policy.sent.mean()
     gains = {"accuracy": outcomes.right_gain[outcomes.answerable], "hallucination_rate": -outcomes.hallucination_gain}
     counted = {"accuracy": outcomes.answerable, "hallucination_rate": np.ones(len(policy.sent), dtype=bool)}
-    return {
-        "offloaded": float(policy.sent.mean()),
-        "accuracy": share(expected_value(policy.sent, **outcomes.right)[outcomes.answerable]),
-        "hallucination_rate": share(expected_value(policy.sent, **outcomes.hallucinated)),
-        "latency_ms": _quantiles(1e3 * costs.device_s, 1e3 * costs.server_s, policy.sent) | ESTIMATE,
-        "energy_per_query_j": energy | ESTIMATE,
-        "battery_percent_per_query": percent | {"n": energy["n"]} | ESTIMATE,
-        "over_random": {
-            metric: intervals.as_dict(intervals.mean(more[counted[metric]] * gain, config.seed, config.resamples))
-            for metric, gain in gains.items()
-        },
-    }
+    return PolicyFigures(
+        offloaded=float(policy.sent.mean()),
+        accuracy=share(expected_value(policy.sent, **outcomes.right)[outcomes.answerable]),
+        hallucination_rate=share(expected_value(policy.sent, **outcomes.hallucinated)),
+        latency_ms=_latency(1e3 * costs.device_s, 1e3 * costs.server_s, policy.sent),
+        energy_per_query_j=Energy.of(energy, **DECLARED),
+        battery_percent_per_query=Energy.of(percent, **DECLARED),
+        over_random={metric: Figure.of(mean(more[counted[metric]] * gain)) for metric, gain in gains.items()},
+    )
 
 
-def _quantiles(device: np.ndarray, server: np.ndarray, sent: np.ndarray) -> dict[str, Any]:
+def _latency(device: np.ndarray, server: np.ndarray, sent: np.ndarray) -> EstimatedLatency:
     values, weights = np.concatenate([device, server]), np.concatenate([1.0 - sent, sent])
     middle, late = np.quantile(values, [0.5, 0.9], weights=weights, method="inverted_cdf")
-    return {
-        "p50": float(middle),
-        "p90": float(late),
-        "mean": float((values * weights).sum() / len(sent)),
-        "n": len(sent),
-    }
+    return EstimatedLatency(
+        p50=float(middle),
+        p90=float(late),
+        mean=float((values * weights).sum() / len(sent)),
+        n=len(sent),
+        source="declared",
+        measured=False,
+    )
 
 
 def areas(
     score: np.ndarray, outcomes: Outcomes, seed: int, resamples: int, against: np.ndarray | None = None
-) -> dict[str, Any]:
+) -> dict[str, Figure]:
     """How well `score` ranks questions, over all thresholds: 0 for a random order, 1 for the best order in hindsight.
 
     The area between the curve of accuracy (of avoided hallucinations, of both) over the offloaded share and that of
@@ -160,7 +181,7 @@ def areas(
 
     columns = [score] if against is None else [score, against]
     return {
-        name: intervals.as_dict(intervals.statistic(area, np.stack([*columns, gain], axis=-1)[part], seed, resamples))
+        name: Figure.of(intervals.statistic(area, np.stack([*columns, gain], axis=-1)[part], seed, resamples))
         for name, (gain, part) in gains.items()
     }
 
@@ -175,7 +196,7 @@ def _area(score: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return np.divide(over, most, out=np.zeros_like(over), where=most > 0.0)
 
 
-def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
+def curve(score: np.ndarray, outcomes: Outcomes) -> list[CurvePoint]:
     """Accuracy and hallucination rate at equal steps of the offloaded share, in the order of `score`."""
     order = np.argsort(-score, kind="stable")
     points = []
@@ -183,19 +204,17 @@ def curve(score: np.ndarray, outcomes: Outcomes) -> list[dict[str, float]]:
         sent = np.zeros(len(score))
         sent[order[: round(step * len(score) / STEPS)]] = 1.0
         points.append(
-            {
-                "offloaded": float(sent.mean()),
-                "accuracy": outcomes.accuracy(sent),
-                "hallucination_rate": outcomes.hallucination_rate(sent),
-            }
+            CurvePoint(
+                offloaded=float(sent.mean()),
+                accuracy=outcomes.accuracy(sent),
+                hallucination_rate=outcomes.hallucination_rate(sent),
+            )
         )
     return points
 
 
-def judge_policies(
-    rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, params: Params, device: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures of every policy over every link, and the record of the router, fitted on all questions.
+def judge_policies(rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, params: Params, device: str) -> Judgement:
+    """The figures of every policy over every link, and the router, fitted on all questions.
 
     The figures of the learned router come from fits without the question's entity and from thresholds of the other
     folds. The operating points in the router's record come from all folds.
@@ -220,24 +239,24 @@ def judge_policies(
     confidences = device_confidence(rows)
     scores = {"threshold": -confidences} | {f"learned_{look}": worth[look] for look in LOOKS}
     config = params.evaluation
-    record: dict[str, Any] = {
-        "links": {},
-        "curves": {name: curve(score, outcomes) for name, score in (scores | {"oracle": outcomes.gain}).items()},
-        "areas": {name: areas(score, outcomes, config.seed, config.resamples) for name, score in scores.items()},
-        "areas_over_threshold": {
+    links: dict[str, Policies] = {}
+    tables: dict[Look, dict[str, OperatingTable]] = {look: {} for look in LOOKS}
+    for name, link in params.links.items():
+        parts = CostParts.from_rows(rows, link, watts)
+        by_policy = policies(outcomes, parts, confidences, worth, folds, serving)
+        links[name] = {
+            policy: figures(decisions, outcomes, parts, params, device) for policy, decisions in by_policy.items()
+        }
+        for look in LOOKS:
+            tables[look][name] = tabulate(worth[look], scored_costs(parts, look), parts.total(), outcomes)
+    results = PolicyResults(
+        links=links,
+        areas={name: areas(score, outcomes, config.seed, config.resamples) for name, score in scores.items()},
+        areas_over_threshold={
             name: areas(score, outcomes, config.seed, config.resamples, against=scores["threshold"])
             for name, score in scores.items()
             if name != "threshold"
         },
-    }
-    looks: dict[str, Any] = {look: {"fitted": fitted[look].as_dict(), "links": {}} for look in LOOKS}
-    for name, link in params.links.items():
-        parts = CostParts.from_rows(rows, link, watts)
-        by_policy = policies(outcomes, parts, confidences, worth, folds, serving)
-        record["links"][name] = {
-            policy: figures(decisions, outcomes, parts, params, device) for policy, decisions in by_policy.items()
-        }
-        for look in LOOKS:
-            table = tabulate(worth[look], scored_costs(parts, look), parts.total(), outcomes)
-            looks[look]["links"][name] = asdict(table)
-    return record, {"looks": looks}
+    )
+    curves = {name: curve(score, outcomes) for name, score in (scores | {"oracle": outcomes.gain}).items()}
+    return Judgement(results, curves, {look: RouterFit(fitted=fitted[look], links=tables[look]) for look in LOOKS})

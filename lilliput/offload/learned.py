@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import PlainSerializer, PlainValidator
 
 from lilliput.cache.distinguishing_words import distinguishing_words
 from lilliput.config import Look, ObjectiveConfig
@@ -54,6 +55,14 @@ def token_features(answers: Sequence[Sequence[float]]) -> np.ndarray:
     return np.array([[x.mean(), x.min(), x[0], x.sum(), len(x)] for x in logprobs])
 
 
+def _array(values: object) -> np.ndarray:
+    return np.asarray(values, dtype=float)
+
+
+# An array of floats, as lists in a record.
+Array = Annotated[np.ndarray, PlainValidator(_array), PlainSerializer(np.ndarray.tolist)]
+
+
 @dataclass(frozen=True)
 class WorthModel:
     """Four logistic regressions on standardised features.
@@ -65,10 +74,10 @@ class WorthModel:
         bias: shape (targets,).
     """
 
-    mean: np.ndarray
-    scale: np.ndarray
-    weights: np.ndarray
-    bias: np.ndarray
+    mean: Array
+    scale: Array
+    weights: Array
+    bias: Array
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Probability of each of TARGETS for each row of `features`, shape (rows, targets)."""
@@ -79,15 +88,6 @@ class WorthModel:
         """Worth of the server for each row of `features`, between −2 and 2, shape (rows,)."""
         device_right, server_right, device_wrong, server_wrong = self.probabilities(features).T
         return server_right - device_right + device_wrong - server_wrong
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON lists."""
-        return {name: getattr(self, name).tolist() for name in ("mean", "scale", "weights", "bias")}
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> WorthModel:
-        """From the result of `as_dict`."""
-        return cls(**{name: np.array(record[name]) for name in ("mean", "scale", "weights", "bias")})
 
 
 @dataclass(frozen=True)

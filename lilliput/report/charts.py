@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
+
+from lilliput.records import Curves, Figure, Policies, Result, number_of
+from lilliput.report.rows import Chart, DifferenceRow
 
 Curve = Sequence[tuple[int, float]]
 _LABELS = {
@@ -21,17 +22,8 @@ _LABELS = {
 _WIDTH, _HEIGHT = 5.2, 3.4  # inches; legible at the width of a phone
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart as SVG, and its content in words."""
-
-    title: str
-    svg: str
-    words: str
-
-
 def trade_offs(
-    results: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, Mapping[str, Result]],
     front: Collection[str],
     objectives: Sequence[str],
     reference: Collection[str],
@@ -40,14 +32,14 @@ def trade_offs(
     """Draws the first objective against each other one: the front with names and intervals, the rest in grey.
 
     Args:
-        results: figures by candidate: an estimate (value, low, high) or a number for each objective.
+        results: the result of each objective by candidate.
         front: the candidates on the Pareto front.
         objectives: at least two metrics.
         reference: the candidates that the others were made from, drawn hollow.
         name_all: whether dominated candidates are named too; a search has too many.
     """
     first, *others = objectives
-    figure = Figure(figsize=(_WIDTH, _HEIGHT * len(others)), layout="constrained")
+    figure = Drawing(figsize=(_WIDTH, _HEIGHT * len(others)), layout="constrained")
     for axes, other in zip(figure.subplots(len(others), squeeze=False)[:, 0], others, strict=True):
         for name, figures in results.items():
             (x, x_error), (y, y_error) = _point(figures[other], other), _point(figures[first], first)
@@ -66,12 +58,13 @@ def trade_offs(
     return _svg(figure)
 
 
-def _point(figure: Mapping[str, Any] | float, metric: str) -> tuple[float, list[list[float]] | None]:
-    """Returns the value and the distances to its interval's bounds; sizes in MiB."""
-    if not isinstance(figure, Mapping):
-        return figure / 2**20 if metric.endswith("_bytes") else figure, None
-    value = figure["value"]
-    return value, [[value - figure["low"]], [figure["high"] - value]] if "low" in figure else None
+def _point(result: Result, metric: str) -> tuple[float, list[list[float]] | None]:
+    """Returns the value and the distances to its interval's bounds; sizes in MiB. Rejects unavailable results."""
+    value = number_of(result)
+    assert value is not None, f"{metric} is unavailable"
+    if isinstance(result, Figure) and result.low is not None and result.high is not None:
+        return value, [[value - result.low], [result.high - value]]
+    return value / 2**20 if metric.endswith("_bytes") else value, None
 
 
 def _name(axes: Axes, name: str, x: float, y: float, color: str = "black") -> None:
@@ -88,40 +81,46 @@ def label(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def effects(rows: Sequence[Mapping[str, Any]], metric: str, title: str) -> Chart:
+def effects(rows: Sequence[DifferenceRow], metric: str, title: str) -> Chart:
     """Draws each candidate's difference from its reference, with a line at zero. Hollow: no difference shown.
 
     Args:
-        rows: candidate, reference, difference (value, low, high) and verdict, all of one metric.
+        rows: all of one metric.
         metric: key of that metric, for the axis.
         title: of the chart.
     """
-    figure = Figure(figsize=(_WIDTH, 0.8 + 0.28 * len(rows)), layout="constrained")
+    figure = Drawing(figsize=(_WIDTH, 0.8 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0.0, color="0.6", linewidth=1)
     for place, row in enumerate(rows):
-        x, error = _point(row["difference"], metric)
+        x, error = _point(row.difference, metric)
         axes.errorbar(
-            x, place, xerr=error, fmt="o", capsize=3, color="C0", mfc=None if row["verdict"] == "yes" else "none"
+            x,
+            place,
+            xerr=error,
+            fmt="o",
+            capsize=3,
+            color="C0",
+            mfc=None if row.difference.verdict == "yes" else "none",
         )
-    axes.set_yticks(range(len(rows)), [f"{row['candidate']} against {row['reference']}" for row in rows])
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(f"difference in {label(metric)}")
     return Chart(title, _svg(figure), _effects_in_words(rows))
 
 
-def _effects_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+def _effects_in_words(rows: Sequence[DifferenceRow]) -> str:
     kinds: dict[str, list[str]] = {"More": [], "Less": [], "No difference shown": [], "Too few to tell": []}
     for row in rows:
-        direction = "More" if row["difference"]["value"] > 0 else "Less"
-        kind = {"yes": direction, "cannot tell": "Too few to tell"}.get(row["verdict"], "No difference shown")
-        kinds[kind].append(f"{row['candidate']} against {row['reference']}")
+        direction = "More" if (row.difference.value or 0.0) > 0 else "Less"
+        kind = {"yes": direction, "cannot tell": "Too few to tell"}.get(row.difference.verdict, "No difference shown")
+        kinds[kind].append(row.title)
     return " ".join(f"{kind}: {', '.join(pairs)}." for kind, pairs in kinds.items() if pairs)
 
 
 def curves(series: Mapping[str, Curve], title: str, x_label: str, y_label: str) -> Chart:
     """Draws one line per candidate; a single value as a point."""
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    figure = Drawing(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     for name, curve in series.items():
         axes.plot([x for x, _ in curve], [y for _, y in curve], "-" if len(curve) > 1 else "o", label=name)
@@ -140,26 +139,21 @@ def _curve_in_words(name: str, curve: Curve, x_label: str) -> str:
     )
 
 
-def offloading(policies: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """Draws accuracy, hallucination rate, latency (p50 to p90) and energy of each policy, with intervals.
-
-    Args:
-        policies: figures by policy for one link, from lilliput/offload/judge.py.
-    """
+def offloading(policies: Policies) -> Chart:
+    """Draws accuracy, hallucination rate, latency (p50 to p90) and energy of each policy, with intervals."""
     panels = {
         "accuracy": ("accuracy", "value", "low", "high"),
         "hallucination rate": ("hallucination_rate", "value", "low", "high"),
         "~ latency (ms), p50 to p90": ("latency_ms", "p50", "p50", "p90"),
         "~ device energy per query (J)": ("energy_per_query_j", "value", "low", "high"),
     }
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Drawing(figsize=(9, 6), layout="constrained")
     grid = figure.subplots(2, 2, sharey=True)
     for axes, (title, (metric, middle, low, high)) in zip(grid.flat, panels.items(), strict=True):
         for row, figures in enumerate(policies.values()):
-            estimate = figures[metric]
-            if estimate[middle] is not None:
-                error = [[estimate[middle] - estimate[low]], [estimate[high] - estimate[middle]]]
-                axes.errorbar(estimate[middle], row, xerr=error, fmt="o", capsize=3)
+            value, *ends = (getattr(getattr(figures, metric), name) for name in (middle, low, high))
+            if value is not None:
+                axes.errorbar(value, row, xerr=[[value - ends[0]], [ends[1] - value]], fmt="o", capsize=3)
         axes.set_yticks(range(len(policies)), [name.replace("_", ", ") for name in policies])
         axes.set_xlabel(title)
         axes.set_xlim(left=0.0)
@@ -167,32 +161,25 @@ def offloading(policies: Mapping[str, Mapping[str, Any]]) -> Chart:
     return Chart("Quality and cost of each policy", _svg(figure), "The table above has its numbers.")
 
 
-def offloaded_shares(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], policies: Mapping[str, Mapping[str, Any]]
-) -> Chart:
-    """Draws accuracy and hallucination rate over the offloaded share: a curve per ranking, chance, and the policies.
-
-    Args:
-        curves: points of offloaded, accuracy and hallucination_rate by ranking.
-        policies: figures by policy, drawn at the offloaded share of its threshold.
-    """
-    figure = Figure(figsize=(9, 4), layout="constrained")
+def offloaded_shares(curves: Curves, policies: Policies) -> Chart:
+    """Draws accuracy and hallucination rate over the offloaded share: a curve per ranking, chance, and the policies."""
+    figure = Drawing(figsize=(9, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "hallucination_rate"), strict=True):
         for name, points in curves.items():
-            (line,) = axes.plot([p["offloaded"] for p in points], [p[metric] for p in points], label=name)
-            if name in policies and policies[name][metric]["value"] is not None:
-                axes.plot(policies[name]["offloaded"], policies[name][metric]["value"], "o", color=line.get_color())
+            (line,) = axes.plot([p.offloaded for p in points], [getattr(p, metric) for p in points], label=name)
+            if (policy := policies.get(name)) and (value := getattr(policy, metric).value) is not None:
+                axes.plot(policy.offloaded, value, "o", color=line.get_color())
         ends = [next(iter(curves.values()))[place] for place in (0, -1)]
-        axes.plot([0.0, 1.0], [end[metric] for end in ends], color="0.5", linestyle="--", label="random")
+        axes.plot([0.0, 1.0], [getattr(end, metric) for end in ends], color="0.5", linestyle="--", label="random")
         axes.set_xlabel("share offloaded")
         axes.set_ylabel(metric.replace("_", " "))
     figure.axes[0].legend(frameon=False)
-    best = {name: max(points, key=lambda point: point["accuracy"]) for name, points in curves.items()}
-    words = (f"{n}: accuracy at most {p['accuracy']:.3f}, at {p['offloaded']:.0%} offloaded." for n, p in best.items())
+    best = {name: max(points, key=lambda point: point.accuracy) for name, points in curves.items()}
+    words = (f"{n}: accuracy at most {p.accuracy:.3f}, at {p.offloaded:.0%} offloaded." for n, p in best.items())
     return Chart("Accuracy and hallucination rate over the share offloaded", _svg(figure), " ".join(words))
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Drawing) -> str:
     buffer = io.StringIO()
     # A fixed salt and no date: the same data give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "lilliput", "svg.fonttype": "none"}):

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from lilliput.records import Energy, Figure, Result, number_of
 
 
-def figure(value: Mapping[str, Any] | float | None, metric: str) -> str:
+def figure(value: Result, metric: str) -> str:
     """Formats `value` of `metric`: an estimate with its interval, bytes as MiB, other numbers with three digits."""
-    if isinstance(value, Mapping) and "low" in value:
+    if isinstance(value, Figure):
         return estimate(value)
-    number = value["value"] if isinstance(value, Mapping) else value
-    if number is None:
+    if (number := number_of(value)) is None:
         return "unavailable"
     return f"{number / 2**20:.1f} MiB" if metric.endswith("_bytes") else f"{number:.3g}"
 
 
-def estimate(value: Mapping[str, Any] | None, digits: int = 3) -> str:
+def estimate(value: Figure | None, digits: int = 3) -> str:
     """Returns `value [low, high]`, prefixed with `~` if not measured, or `unavailable`.
 
     The space in the brackets is non-breaking, so that the interval stays on one line in a narrow column.
     """
-    if not value or value.get("value") is None:
+    if value is None or value.value is None:
         return "unavailable"
-    numbers = [f"{value[key]:.{digits}f}" for key in ("value", "low", "high")]
-    return f"{'' if value.get('measured', True) else '~'}{numbers[0]} [{numbers[1]},\N{NO-BREAK SPACE}{numbers[2]}]"
+    numbers = [f"{number:.{digits}f}" for number in (value.value, value.low, value.high)]
+    return f"{mark(value)}{numbers[0]} [{numbers[1]},\N{NO-BREAK SPACE}{numbers[2]}]"
+
+
+def mark(value: Figure) -> str:
+    """Returns `~` for an energy that was not measured."""
+    return "~" if isinstance(value, Energy) and not value.measured else ""

@@ -5,42 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from lilliput.report.charts import Chart, label
+from lilliput.records import CachingRecord, Cost, Decision
+from lilliput.report.charts import label
 from lilliput.report.figures import estimate, figure
 from lilliput.report.impact import METRICS, caching_impacts, impacts
+from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, OffloadingRow, SearchRow
 
 
 def render(
     *,
-    candidates: Sequence[Mapping[str, Any]],
-    differences: Sequence[Mapping[str, Any]],
-    caching: Mapping[str, Mapping[str, Any]],
-    compiled: Sequence[Mapping[str, Any]] = (),
-    offloading: Mapping[str, Mapping[str, Any]] | None = None,
-    promotion: Mapping[str, Any],
-    costs: Sequence[Mapping[str, Any]],
+    candidates: Sequence[CandidateRow],
+    differences: Sequence[DifferenceRow],
+    caching: Mapping[str, CachingRecord],
+    compiled: Sequence[CompiledRow] = (),
+    offloading: Mapping[str, OffloadingRow] | None = None,
+    promotion: Mapping[str, Decision],
+    costs: Mapping[str, Cost],
     charts: Mapping[str, Sequence[Chart]],
     origin: Mapping[str, str],
-    search: Mapping[str, Any] | None = None,
+    search: SearchRow | None = None,
 ) -> str:
     """Returns the page as HTML.
 
     Args:
-        candidates: rows of name, strategy, parent, teacher or None, record, and the devices it is champion of.
-        differences: a row per candidate, reference and metric with the paired difference.
-        caching: caching records by candidate.
-        compiled: compiled models with device record, parity record and tensor types.
-        offloading: by device, the record of its policies, with charts.
-        promotion: the decision of each device.
-        costs: seconds and peak memory of each stage.
-        charts: charts of the sections `impact`, `pareto` and `making` (training and compression).
+        candidates: in the order of the graph.
+        differences: of each candidate from each of its references.
+        caching: by candidate.
+        compiled: compiled models with a current record.
+        offloading: by device.
+        promotion: by device.
+        costs: by stage.
+        charts: of the sections `impact`, `pareto` and `making` (training and compression).
         origin: commit, command, data, confidence level and energy source.
-        search: the result of a search if the candidates come from one, with its SVG under `chart`.
+        search: the search that the candidates come from, if any.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -59,14 +60,12 @@ def render(
         impact_metrics=METRICS,
         caching=caching,
         compiled=compiled,
-        offloading={
-            device: {**record, "charts": _safe(record["charts"])} for device, record in (offloading or {}).items()
-        },
+        offloading={device: replace(row, charts=_safe(row.charts)) for device, row in (offloading or {}).items()},
         promotion=promotion,
         costs=costs,
         charts={section: _safe(charts.get(section, ())) for section in ("impact", "pareto", "making")},
         origin=origin,
-        search=search and {**search, "chart": Markup(search["chart"])},
+        search=search and replace(search, chart=Markup(search.chart)),
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
-from lilliput.statistics import intervals
+from lilliput.records import Agreement, Figure
+from lilliput.statistics.intervals import rate
 
 
 def agreement(
     text: Sequence[int], expected: torch.Tensor, predictions: Sequence[tuple[float, int]], clear_nats: float
-) -> dict[str, Any]:
+) -> Agreement:
     """Returns the shares of positions with the same most likely token, and log-likelihood differences in nats.
 
     Args:
@@ -27,15 +27,15 @@ def agreement(
     same = np.array([int(a) == b for a, (_, b) in zip(best.indices[:, 0], predictions, strict=True)])
     clear = (best.values[:, 0] - best.values[:, 1] >= clear_nats).numpy()
     gaps = np.array([likelihood for likelihood, _ in predictions]) - expected_likelihoods.double().numpy()
-    return {
-        "positions": len(same),
-        "same_argmax": share(same),
-        "same_argmax_clear": share(same[clear]),
-        "mean_difference_nats": float(gaps.mean()),
-        "mean_absolute_difference_nats": float(np.abs(gaps).mean()),
-    }
+    return Agreement(
+        positions=len(same),
+        same_argmax=share(same),
+        same_argmax_clear=share(same[clear]),
+        mean_difference_nats=float(gaps.mean()),
+        mean_absolute_difference_nats=float(np.abs(gaps).mean()),
+    )
 
 
-def share(flags: Iterable[bool]) -> dict[str, Any]:
+def share(flags: Iterable[bool]) -> Figure:
     """Returns the share of true flags with its interval; the value is None if there are no flags."""
-    return intervals.as_dict(intervals.rate([bool(flag) for flag in flags]))
+    return Figure.of(rate([bool(flag) for flag in flags]))

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 from scipy import optimize, stats
 
-from lilliput.statistics.intervals import CONFIDENCE, POWER, Estimate
+from lilliput.records import Difference, Estimate, Verdict
+from lilliput.statistics.intervals import CONFIDENCE, POWER
 
 SIGNIFICANCE = 1.0 - CONFIDENCE
-Verdict = Literal["yes", "not shown", "cannot tell"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Comparison:
         if self.least_p >= SIGNIFICANCE:
             return "cannot tell"
         return "yes" if self.p_value < SIGNIFICANCE else "not shown"
+
+    @property
+    def record(self) -> Difference:
+        """The form used in a record."""
+        others = {"p": self.p_value, "detectable": self.detectable, "verdict": self.verdict}
+        return Difference.of(self.difference, **others)
 
     @property
     def real(self) -> bool:

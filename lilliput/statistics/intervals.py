@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from lilliput.records import Estimate
+
 CONFIDENCE = 0.95
 POWER = 0.8
 _DRAWN_AT_ONCE = 2**20
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval and its number of observations."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the form used in a record."""
-        return asdict(self)
-
-
-def as_dict(estimate: Estimate | None) -> dict[str, Any]:
-    """Returns the form used in a record; values are None without observations."""
-    return estimate.as_dict() if estimate else {"value": None, "low": None, "high": None, "n": 0}
 
 
 def rate(outcomes: Sequence[bool]) -> Estimate | None:

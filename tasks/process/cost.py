@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import time
@@ -13,45 +12,41 @@ from typing import Any
 
 import psutil
 
-from lilliput.artifacts import write_json
+from lilliput.artifacts import find_record, write_json
 from lilliput.forked import forked_cpu_s
+from lilliput.records import Cost
 from lilliput.resident import peak_rss_bytes
 from tasks import layout
 
 
 @contextmanager
-def measured_cost(path: Path) -> Iterator[dict[str, Any]]:
-    """Writes seconds, CPU-seconds and peak memory of the block to `path`, with the entries of the yielded dict.
+def measured_cost(path: Path, kind: type[Cost] = Cost) -> Iterator[dict[str, Any]]:
+    """Writes a record of `kind` to `path`: the cost of the block, and the fields in the yielded dict.
 
     Memory is the peak resident size of this process since its start, in bytes. CPU time includes finished children.
     """
-    extra: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     started, cpu_before = time.perf_counter(), cpu_s()
-    yield extra
-    write_json(
-        path,
-        {
-            "seconds": round(time.perf_counter() - started, 2),
-            "cpu_seconds": round(cpu_s() - cpu_before, 2),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "machine": {
-                "processor": platform.machine(),
-                "cores": psutil.cpu_count(),
-                "memory_bytes": psutil.virtual_memory().total,
-            },
-            **extra,
-        },
+    yield others
+    cores, memory_bytes = psutil.cpu_count() or 1, psutil.virtual_memory().total
+    record = kind(
+        seconds=round(time.perf_counter() - started, 2),
+        cpu_seconds=round(cpu_s() - cpu_before, 2),
+        peak_rss_bytes=peak_rss_bytes(),
+        machine={"processor": platform.machine(), "cores": cores, "memory_bytes": memory_bytes},
+        **others,
     )
+    write_json(path, record)
 
 
 def last_peak(stage: str, folder: Path = Path()) -> str:
     """Returns the peak memory of the last run of `stage` in `folder` as the end of a message; empty if unknown."""
     kind, _, name = stage.partition("@")
     record_path = layout.RECORDS.get(kind)
-    if record_path is None or not (folder / record_path(name)).exists():
+    cost = find_record(Cost, folder / record_path(name)) if record_path else None
+    if record_path is None or cost is None:
         return ""
-    peak_bytes = json.loads((folder / record_path(name)).read_text(encoding="utf-8"))["peak_rss_bytes"]
-    return f"; it took {peak_bytes / 2**20:.0f} MiB at its peak the last time ({record_path(name)})"
+    return f"; it took {cost.peak_rss_bytes / 2**20:.0f} MiB at its peak the last time ({record_path(name)})"
 
 
 def out_of_memory(error: BaseException) -> bool:

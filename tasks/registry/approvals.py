@@ -10,13 +10,13 @@ from datetime import datetime
 from typing import Any
 
 from lilliput.config import Params
-from lilliput.promote import Decision
+from lilliput.records import Decision, EvaluationRecord, Record
 from tasks.registry import model_versions
 from tasks.registry.get_or_create import truncate
 
 _REASON_CHARS = 1000  # of a person's reason; a tag of a version holds 5,000 in a database other than SQLite
 # The records of the candidates on a device, and why it cannot run the others.
-DeviceRecords = tuple[Mapping[str, Any], Mapping[str, str]]
+DeviceRecords = tuple[Mapping[str, EvaluationRecord], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def dated(reason: str) -> str:
 def _fingerprint(params: Params, device: str, records: DeviceRecords | None = None) -> str:
     """Returns a digest of the rules and the profile of `device`, and of `records`."""
     rules = [params.promotion[device].model_dump(mode="json"), params.devices[device].model_dump(mode="json")]
-    return hashlib.sha256(json.dumps([rules, records], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rules, records], sort_keys=True, default=Record.as_json).encode()).hexdigest()
 
 
 def _encode(reason: str, fingerprint: str) -> str:

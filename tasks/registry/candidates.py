@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +13,11 @@ from lilliput.data.jsonl import read_rows
 from lilliput.errors import DataError
 from lilliput.graph import topological_order
 from lilliput.promote import Reference
+from lilliput.records import EvaluationRecord
 from lilliput.statistics.compare import compare
 from lilliput.statistics.differences import Comparison
 from tasks import layout
+from tasks.records import find_registry, read_evaluation
 from tasks.registry import model_versions
 from tasks.registry.past_champion import PastChampion
 
@@ -37,7 +38,7 @@ class CandidatePool:
     params: Params
     versions: dict[str, str]
     tags: dict[str, Mapping[str, str]]
-    records: dict[str, dict[str, Any]]
+    records: dict[str, EvaluationRecord]
     answers: dict[str, list[dict[str, Any]]]
     against_base: dict[str, dict[str, Comparison]]
     base: str
@@ -70,7 +71,7 @@ class CandidatePool:
         """
         number, artifact = str(version.version), version.tags.get(model_versions.ARTIFACT_TAG)
         matches = [name for name, registered in self.versions.items() if registered == number]
-        matches += [name for name in self.versions if self.records[name]["sha256"] == artifact]
+        matches += [name for name in self.versions if self.records[name].sha256 == artifact]
         return matches[0] if matches else f"{version.tags['lilliput.candidate']} (version {number})"
 
 
@@ -80,19 +81,19 @@ def read_candidate_pool(params: Params) -> CandidatePool:
     Raises:
         DataError: the base is not registered.
     """
-    registered = json.loads(layout.REGISTRY.read_text(encoding="utf-8")) if layout.REGISTRY.exists() else {}
+    registered = find_registry()
     names = [name for name in topological_order(params) if name in registered]
     base = names[0] if names else None
     if base is None or params.candidates[base].apply != "load":
         raise DataError("promote: the base has not been evaluated, and the rules are relative to it; run its stages")
     client = model_versions.client()
-    versions = {name: str(registered[name]["version"]) for name in names}
+    versions = {name: registered[name].version for name in names}
     answers = {name: read_rows(layout.answers(name)) for name in names}
     return CandidatePool(
         params=params,
         versions=versions,
         tags={name: client.get_model_version(model_versions.MODEL, version).tags for name, version in versions.items()},
-        records={name: json.loads(layout.metrics(name).read_text(encoding="utf-8")) for name in names},
+        records={name: read_evaluation(name) for name in names},
         answers=answers,
         against_base={name: compare(answers[base], answers[name]) for name in names if name != base},
         base=base,

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from lilliput.data.jsonl import read_rows
-from lilliput.promote import Decision
+from lilliput.records import Decision
 from lilliput.redaction import redacted
 from tasks import layout
 

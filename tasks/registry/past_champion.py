@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 
-from lilliput.artifacts import file_sha256
+from lilliput.artifacts import file_sha256, parse_record
 from lilliput.config import Params
 from lilliput.data.jsonl import parse_rows
 from lilliput.errors import ArtifactError, DataError
+from lilliput.records import DeviceRecord, Energy, EvaluationRecord
 from tasks import layout
 from tasks.registry import model_versions
 
 MEASURED_TAG = "lilliput.measured"
 MIB = 2**20
+_DAMAGED = "its evaluation in MLflow is damaged"
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class PastChampion:
         answers: answers to the questions of the evaluation.
     """
 
-    record: dict[str, Any]
-    on_device: dict[str, Any]
+    record: EvaluationRecord
+    on_device: EvaluationRecord
     answers: list[dict[str, Any]]
 
 
@@ -66,31 +67,29 @@ def read_past_champion(params: Params, device: str, version: ModelVersion) -> Pa
     assert version.run_id is not None
     read = partial(model_versions.read_artifact, version.run_id)
     try:
-        record = json.loads(read(f"{name}.json"))
+        record = parse_record(EvaluationRecord, read(f"{name}.json"), f"{_DAMAGED}: {name}.json")
         answers = parse_rows(read(f"{name}.jsonl"), f"{name}.jsonl")
-        measured = json.loads(read(f"devices/{name}-{target}.json")) if target else None
-    except (DataError, ValueError) as error:
-        raise ArtifactError(f"its evaluation in MLflow is damaged: {error}") from None
+        path = f"devices/{name}-{target}.json"
+        measured = parse_record(DeviceRecord, read(path), f"{_DAMAGED}: {path}") if target else None
+    except (DataError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{_DAMAGED}: {error}") from None
     if measured is None:
         return PastChampion(record, record, answers)
     return PastChampion(record, record_on_device(params, device, record, measured), answers)
 
 
-def record_on_device(
-    params: Params, device: str, record: Mapping[str, Any], measured: Mapping[str, Any]
-) -> dict[str, Any]:
+def record_on_device(params: Params, device: str, record: EvaluationRecord, measured: DeviceRecord) -> EvaluationRecord:
     """Returns `record` with size, energy and fit of the compiled model that `device` runs."""
-    profile, run = params.devices[device], measured["devices"][device]
+    profile, run = params.devices[device], measured.devices[device]
     # The budgets are those of params.yaml now, which may have changed since a past champion was measured.
     within_budget = (
-        measured["size_bytes"] <= profile.storage_budget_mib * MIB
-        and run["peak_rss_bytes"] <= profile.ram_budget_mib * MIB
+        measured.size_bytes <= profile.storage_budget_mib * MIB and run.peak_rss_bytes <= profile.ram_budget_mib * MIB
     )
-    unavailable = {"value": None, "source": "unavailable", "measured": False}
-    return {
-        **record,
-        "fits": {device: run["fits"] and within_budget},
-        "does_not_fit": run["does_not_fit"],
-        "size_bytes": measured["size_bytes"],
-        "energy_per_query_j": run.get("energy_per_query_j", unavailable),
+    unavailable = Energy(value=None, source="unavailable", measured=False)
+    changes = {
+        "fits": {device: run.fits and within_budget},
+        "does_not_fit": run.does_not_fit,
+        "size_bytes": measured.size_bytes,
+        "energy_per_query_j": run.energy_per_query_j or unavailable,
     }
+    return record.model_copy(update=changes)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from lilliput.artifacts import parse_record
 from lilliput.cache.answers import EXACT_ONLY, AnswerCache
 from lilliput.cache.evaluation import (
     CACHE,
@@ -19,6 +20,7 @@ from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.recipes.recipe import read_recipe
+from lilliput.records import CachingRecord
 from tests.embedding.fakes import BagOfWords
 
 CAPITALS = {"Peru": "Lima", "Cuba": "Havana", "Iran": "Tehran", "Chad": "Djamena", "Oman": "Muscat", "Fiji": "Suva"}
@@ -94,14 +96,14 @@ def test_hits_wrong_hits_and_added_hallucinations(tokenizer, tiny_params, meter,
     assert len(runtime.questions) == 1 + 5 + 5 + 2  # warm-up, plain, with prefix, and cache misses
 
     found = summarise(rows, meter, tiny_params.evaluation)
-    assert (found["hit_rate"]["value"], found["exact_hit_rate"]["value"]) == (0.6, 0.2)
-    assert (found["wrong_hit_rate"]["value"], found["wrong_share_of_semantic_hits"]["value"]) == (0.2, 0.5)
-    assert found["hallucination_rate"]["plain"]["value"] == 0.2  # only Xia: the model abstains on the people of Peru
-    assert found["hallucination_rate"]["cache"]["value"] == 0.4  # "Lima" is a wrong answer
-    assert found["differences"]["cache"]["hallucination_rate"]["value"] == pytest.approx(0.2)
-    assert found["changed_answers"] == {"prefix": 0, "cache": 1, "both": 1}
+    assert (found.hit_rate.value, found.exact_hit_rate.value) == (0.6, 0.2)
+    assert (found.wrong_hit_rate.value, found.wrong_share_of_semantic_hits.value) == (0.2, 0.5)
+    assert found.hallucination_rate["plain"].value == 0.2  # only Xia: the model abstains on the people of Peru
+    assert found.hallucination_rate["cache"].value == 0.4  # "Lima" is a wrong answer
+    assert found.differences["cache"]["hallucination_rate"].value == pytest.approx(0.2)
+    assert found.changed_answers == {"prefix": 0, "cache": 1, "both": 1}
     energies = {way: np.mean([row["energy_j"] for row in rows if row["way"] == way]) for way in (PREFIX, CACHE)}
-    assert found["saved_j_per_query"]["cache"]["value"] == pytest.approx(energies[PREFIX] - energies[CACHE])
+    assert found.saved_j_per_query["cache"].value == pytest.approx(energies[PREFIX] - energies[CACHE])
 
 
 def test_unreachable_threshold_allows_only_exact_hits(tokenizer, tiny_params, meter, questions, tmp_path):
@@ -157,7 +159,7 @@ class Sized(BagOfWords):
 
 def test_complete_measurement_is_consistent_and_valid_json(checkpoint, tiny_params, questions, recipe):
     rows = list(questions.values())
-    measured = measure_caching(
+    record, answers = measure_caching(
         checkpoint,
         "tiny",
         Corpus(rows, rows, rows),
@@ -167,20 +169,22 @@ def test_complete_measurement_is_consistent_and_valid_json(checkpoint, tiny_para
         artifact_sha256="a" * 64,
         size_bytes=10**6,
     )
-    record = json.loads(json.dumps(measured.record, allow_nan=False))
-    assert len(measured.answers) == 3 * record["queries"] == 3 * tiny_params.caching.queries
-    assert record["changed_answers"]["prefix"] == 0  # prefix reuse does not change answers
-    assert record["cache_bytes"] > 1000
-    assert record["hit_rate"]["value"] == 0  # all answers of a random model are truncated, so none is stored
-    assert record["pairs"]["train"]["same_names"]["value"] <= tiny_params.caching.false_hit_budget
-    assert record["pairs"]["train"]["other_entity"]["value"] == 0
-    for way, rate in record["hallucination_rate"].items():
-        assert rate["value"] == np.mean([row["hallucinated"] for row in measured.answers if row["way"] == way])
+    content = json.dumps(record.as_json(), allow_nan=False)
+    assert json.loads(content).keys() == CachingRecord.model_fields.keys()
+    assert parse_record(CachingRecord, content, "a.json") == record
+    assert len(answers) == 3 * record.queries == 3 * tiny_params.caching.queries
+    assert record.changed_answers["prefix"] == 0  # prefix reuse does not change answers
+    assert record.cache_bytes > 1000
+    assert record.hit_rate.value == 0  # all answers of a random model are truncated, so none is stored
+    assert record.pairs["train"]["same_names"].value <= tiny_params.caching.false_hit_budget
+    assert record.pairs["train"]["other_entity"].value == 0
+    for way, rate in record.hallucination_rate.items():
+        assert rate.value == np.mean([row["hallucinated"] for row in answers if row["way"] == way])
 
 
 def test_without_recipe_only_exact_hits_are_measured(checkpoint, tiny_params, questions):
     rows = [*questions.values()]
-    record = measure_caching(
+    record, _ = measure_caching(
         checkpoint,
         "tiny",
         Corpus(rows, rows, rows),
@@ -189,7 +193,7 @@ def test_without_recipe_only_exact_hits_are_measured(checkpoint, tiny_params, qu
         Sized(),
         artifact_sha256="a" * 64,
         size_bytes=10**6,
-    ).record
-    assert record["threshold"] == EXACT_ONLY
-    assert record["semantic_hit_rate"]["value"] == record["wrong_hit_rate"]["value"] == 0
-    assert record["pairs"] == {"train": {}, "held_out": {}}
+    )
+    assert record.threshold == EXACT_ONLY
+    assert record.semantic_hit_rate.value == record.wrong_hit_rate.value == 0
+    assert record.pairs == {"train": {}, "held_out": {}}

@@ -76,7 +76,7 @@ def test_only_pairs_with_the_same_names_are_embedded():
     assert found == pytest.approx([5 / np.sqrt(42), -1.0], abs=1e-6)
     assert not any("Cuba" in text for text in embedder.embedded)
     judged = pair_hit_rates(pairs, found, 0.5)
-    assert (judged["paraphrase"]["value"], judged["other_entity"]["value"]) == (1.0, 0.0)
+    assert (judged["paraphrase"].value, judged["other_entity"].value) == (1.0, 0.0)
     assert "same_names" not in judged  # no non-paraphrase has the same names
 
 

@@ -38,7 +38,7 @@ def chosen(facts):
 def prove(facts, chosen, tiny_params):
     def run(target, folder, checkpoint, **limits):
         config = tiny_params.parity.model_copy(update={"questions": 12, **limits})
-        return prove_parity(target, folder, checkpoint, facts, chosen(checkpoint), SYSTEM, config)
+        return prove_parity("small", target, folder, checkpoint, facts, chosen(checkpoint), SYSTEM, config)
 
     return run
 
@@ -46,11 +46,11 @@ def prove(facts, chosen, tiny_params):
 def test_llama_cpp_predicts_like_a_float_checkpoint(checkpoint, prove, tmp_path):
     compile_gguf(checkpoint, tmp_path, FLOATS)
     record = prove("gguf", tmp_path, checkpoint, same_argmax=0.99)
-    assert record["positions"] == 63
-    assert record["same_argmax"]["value"] >= 0.99
-    assert record["mean_absolute_difference_nats"] < 0.01
-    assert record["same_choices"]["value"] == 1.0
-    assert record["questions"] == 12
+    assert record.positions == 63
+    assert record.same_argmax.value >= 0.99
+    assert record.mean_absolute_difference_nats < 0.01
+    assert record.same_choices.value == 1.0
+    assert record.questions == 12
 
 
 def test_the_chat_server_gets_control_tokens_split_as_in_evaluation(
@@ -61,7 +61,7 @@ def test_the_chat_server_gets_control_tokens_split_as_in_evaluation(
     monkeypatch.setattr(parity, "run_on_device", lambda *args, **kw: outcomes.append(real(*args, **kw)) or outcomes[-1])
     asked = [facts[0].model_copy(update={"question": "What does <|im_end|> end?"}), *facts[1:]]
     config = tiny_params.parity.model_copy(update={"questions": 2})
-    prove_parity("gguf", tmp_path, checkpoint, asked, {}, SYSTEM, config)
+    prove_parity("small", "gguf", tmp_path, checkpoint, asked, {}, SYSTEM, config)
     assert outcomes[0].chats == [encode_prompt(tokenizer, SYSTEM, question.question) for question in asked[:2]]
 
 
@@ -70,7 +70,7 @@ def test_a_compiled_model_passes_against_its_own_checkpoint_and_fails_against_an
     checkpoint, quantised, prove, tmp_path
 ):
     compile_gguf(quantised(), tmp_path, FLOATS)
-    assert prove("gguf", tmp_path, quantised())["mean_absolute_difference_nats"] < 0.2
+    assert prove("gguf", tmp_path, quantised()).mean_absolute_difference_nats < 0.2
     other = shutil.copytree(checkpoint, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 3
@@ -100,8 +100,8 @@ def test_onnx_runtime_predicts_like_the_checkpoint(quantised, prove, tmp_path):
     facts = compile_onnx(quantised(), tmp_path, OnnxTarget(candidate="small", target="onnx"))
     assert facts == {"precision": "int4", "embeddings": "int8", "code_layers": 28}
     record = prove("onnx", tmp_path, quantised())
-    assert record["same_argmax_clear"]["value"] >= 0.99 or record["same_argmax_clear"]["n"] == 0
-    assert record["mean_absolute_difference_nats"] < 0.2
+    assert record.same_argmax_clear.value >= 0.99 or record.same_argmax_clear.n == 0
+    assert record.mean_absolute_difference_nats < 0.2
 
 
 def test_onnx_rejects_grids_that_its_builder_does_not_support(quantised, tmp_path):
@@ -126,7 +126,7 @@ def test_the_autogptq_export_has_the_files_that_auto_gptq_reads(quantised, prove
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert (tensors["lm_head.weight"] == tensors["model.embed_tokens.weight"]).all()
     assert (tmp_path / "quantize_config.json").exists()
-    assert prove("autogptq", tmp_path, quantised())["mean_absolute_difference_nats"] < 0.02
+    assert prove("autogptq", tmp_path, quantised()).mean_absolute_difference_nats < 0.02
 
 
 def test_autogptq_rejects_float_checkpoints(checkpoint, tmp_path):

@@ -5,29 +5,12 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
+from lilliput.artifacts import parse_record
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
 from lilliput.evaluate.accessibility import TimedQuery, fits, kv_cache_bytes, quantiles
 from lilliput.evaluate.record import evaluate_candidate, stratified_sample
-
-KEYS = {
-    "candidate",
-    "sha256",
-    "size_bytes",
-    "parameters",
-    "seconds",
-    "accuracy_choice",
-    "accuracy_free",
-    "hallucination_rate",
-}
-KEYS |= {
-    "abstention_rate",
-    "selective_accuracy",
-    "energy_per_query_j",
-    "energy_per_token_j",
-    "energy_per_right_answer_j",
-}
-KEYS |= {"ttft_ms", "tpot_ms", "rate_tokens_per_s", "peak_rss_bytes", "load_s", "fits", "accessibility"}
+from lilliput.records import EvaluationRecord, Quantiles
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +29,19 @@ def evaluation(checkpoint, facts, tiny_params):
 
 
 def test_record_holds_everything_and_is_json_without_nan(evaluation):
-    record = json.loads(json.dumps(evaluation.record, allow_nan=False))
-    assert record.keys() >= KEYS
-    assert record["accuracy_choice"]["n"] == 16
-    assert record["hallucination_rate"]["n"] == 8 + 4
-    assert record["ttft_ms"]["n"] == 3
-    assert record["fits"].keys() == {"phone-4gb", "laptop"}
-    assert record["peak_rss_bytes"] > 10**8
+    content = json.dumps(evaluation.record.as_json(), allow_nan=False)
+    assert json.loads(content).keys() == EvaluationRecord.model_fields.keys() - {"does_not_fit"}
+    record = parse_record(EvaluationRecord, content, "a.json")
+    assert record == evaluation.record
+    assert record.accuracy_choice.n == 16
+    assert record.hallucination_rate.n == 8 + 4
+    assert record.ttft_ms.n == 3
+    assert record.fits.keys() == {"phone-4gb", "laptop"}
+    assert record.peak_rss_bytes > 10**8
 
 
 def test_questions_that_overlap_with_the_training_text_are_labelled(evaluation):
-    assert evaluation.record["contaminated_questions"] == 1
+    assert evaluation.record.contaminated_questions == 1
     assert len([row for row in evaluation.answers if row.get("contaminated")]) == 1
 
 
@@ -72,19 +57,19 @@ def test_a_draw_gives_each_relation_its_share(facts):
 
 
 def test_energy_names_its_source_and_is_never_silently_zero(evaluation):
-    energy = evaluation.record["energy_per_query_j"]
-    assert energy["source"] in {"nvml_counter", "rapl", "soc", "battery", "estimate_tdp"}
-    assert energy["measured"] == (energy["source"] != "estimate_tdp")
-    assert energy["value"] > 0
+    energy = evaluation.record.energy_per_query_j
+    assert energy.source in {"nvml_counter", "rapl", "soc", "battery", "estimate_tdp"}
+    assert energy.measured == (energy.source != "estimate_tdp")
+    assert energy.value > 0
 
 
 def test_metrics_add_up_from_the_answers(evaluation):
     rows, record = evaluation.answers, evaluation.record
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
     choices = [row["choice_right"] for row in rows if "choice_right" in row]
-    assert record["accuracy_choice"]["value"] == pytest.approx(np.mean(choices))
+    assert record.accuracy_choice.value == pytest.approx(np.mean(choices))
     free = [row for row in rows if "text" in row]
-    assert record["hallucination_rate"]["value"] == pytest.approx(np.mean([row["hallucinated"] for row in free]))
+    assert record.hallucination_rate.value == pytest.approx(np.mean([row["hallucinated"] for row in free]))
 
 
 def test_an_empty_question_set_is_refused(checkpoint, tiny_params):
@@ -95,8 +80,8 @@ def test_an_empty_question_set_is_refused(checkpoint, tiny_params):
 
 
 def test_without_a_right_answer_there_are_no_joules_per_right_answer(evaluation):
-    assert evaluation.record["accuracy_free"]["value"] == 0  # random weights
-    assert evaluation.record["energy_per_right_answer_j"]["value"] is None
+    assert evaluation.record.accuracy_free.value == 0  # random weights
+    assert evaluation.record.energy_per_right_answer_j.value is None
 
 
 def test_kv_cache_by_hand():
@@ -126,5 +111,5 @@ def test_score_is_one_at_the_targets_and_falls_beyond(tiny_params):
 
 
 def test_quantiles():
-    assert quantiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p90": pytest.approx(2.8), "n": 3}
-    assert quantiles([]) == {"p50": None, "p90": None, "n": 0}
+    assert quantiles([1.0, 2.0, 3.0]) == Quantiles(p50=2.0, p90=np.quantile([1.0, 2.0, 3.0], 0.9), n=3)
+    assert quantiles([]) == Quantiles(p50=None, p90=None, n=0)

@@ -21,7 +21,9 @@ from lilliput.config import CandidateConfig
 from lilliput.errors import ConfigError
 from lilliput.graph import check_graph, check_shape
 from lilliput.params import load_params
+from lilliput.records import Decision
 from lilliput.search import SearchConfig, Space, Step, describe, winners
+from tests import results
 
 TINY = PROJECT / "examples" / "tiny.yaml"
 SHAPE = LlamaConfig(
@@ -70,7 +72,7 @@ class FakeChainRunner:
 def record(chain):
     """Returns arbitrary figures that depend only on the chain."""
     noise = sum(map(ord, describe(chain)))
-    return {"accuracy_choice": {"value": noise % 17 / 17, "low": 0.0, "high": 1.0}, "size_bytes": 1000 + noise % 23}
+    return results.evaluation(accuracy_choice=results.figure(noise % 17 / 17), size_bytes=1000 + noise % 23)
 
 
 def run(space, database, runner, budget=EVERYTHING, are_current=lambda chains: True):
@@ -124,7 +126,7 @@ def test_every_possible_chain_is_tried_once_and_no_other(explored):
 def test_the_pareto_front_equals_that_of_brute_force(explored):
     space, runner, study = explored
     points = {space.name(c): record(c) for c in every_chain(space) if space.name(c) in runner.measured}
-    values = {name: (-r["accuracy_choice"]["value"], r["size_bytes"]) for name, r in points.items()}
+    values = {name: (-r.accuracy_choice.value, r.size_bytes) for name, r in points.items()}
     dominated = {
         a
         for a, b in itertools.permutations(values, 2)
@@ -132,8 +134,8 @@ def test_the_pareto_front_equals_that_of_brute_force(explored):
     }
     assert pareto_front(study) == values.keys() - dominated
     result = search_record(study, space, {"base": record(())}, "done")
-    assert {row["candidate"] for row in result["trials"] if row["pareto"]} == pareto_front(study)
-    assert len(result["trials"]) == len(values)
+    assert {row.candidate for row in result.trials if row.pareto} == pareto_front(study)
+    assert len(result.trials) == len(values)
 
 
 def test_each_prefix_has_one_name_that_is_valid_in_params_yaml(explored):
@@ -208,7 +210,7 @@ def test_a_failing_strategy_fails_its_chains_once_per_run_and_the_search_continu
 
 def test_an_unavailable_objective_fails_the_trial_and_is_named(space, tmp_path):
     study = open_study(space, tmp_path / "search.db", lambda chains: True)
-    nothing = {"accuracy_choice": {"value": None}, "size_bytes": 5}
+    nothing = results.evaluation(accuracy_choice=results.figure(None))
     messages = []
     run_trials(
         study, space, Budget(1, 1.0), lambda c: Forecast(0.0, 0), lambda c: nothing, messages.append, lambda: 0.0
@@ -285,11 +287,15 @@ def test_the_lines_of_the_winners_are_valid_in_params_yaml(space, tmp_path):
         Step("distill"),
         Step("gptq"),
     )
+    champions = {
+        "phone": (space.name(chain), "the best: of # all"),
+        "board": (space.name(chain[:2]), "small"),
+        "laptop": ("base", "nothing is better"),
+        "none": (None, "no candidate is eligible"),
+    }
     decisions = {
-        "phone": {"champion": space.name(chain), "reason": "the best: of # all"},
-        "board": {"champion": space.name(chain[:2]), "reason": "small"},
-        "laptop": {"champion": "base", "reason": "nothing is better"},
-        "none": {"champion": None, "reason": "no candidate is eligible"},
+        device: Decision(device=device, champion=champion, reason=reason, refused={})
+        for device, (champion, reason) in champions.items()
     }
     lines = winners(space, {space.name(c): c for c in (chain, chain[:2])}, decisions, "a test")
     params = tmp_path / "params.yaml"
@@ -341,7 +347,7 @@ def test_dvc_finds_shared_prefixes_up_to_date(tiny_params, tmp_path, monkeypatch
                 continue
             executed.append(stage.name)
             kind, _, name = stage.name.partition("@")
-            figures = {"seconds": 60.0, "peak_rss_bytes": 1, "accuracy_choice": {"value": 0.5}, "size_bytes": len(name)}
+            content = results.evaluation(candidate=name, size_bytes=len(name), seconds=60.0, peak_rss_bytes=1).as_json()
             outputs = {
                 "source": ["models/source/model"],
                 "data": ["data/train"],
@@ -350,7 +356,7 @@ def test_dvc_finds_shared_prefixes_up_to_date(tiny_params, tmp_path, monkeypatch
             }[kind]
             for output in map(Path, outputs):
                 output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps(figures | {"of": name}))
+                output.write_text(json.dumps(content))
             lineage.commit(stage.name, lineage.inputs(stage.name))
         return dict.fromkeys((stage.name for stage in stages), "Completed"), {}
 
@@ -358,7 +364,7 @@ def test_dvc_finds_shared_prefixes_up_to_date(tiny_params, tmp_path, monkeypatch
     chains = ChainRunner(folder, space, write)
     assert list(chains.make_reference()) == ["base"]
     lora, prune = Step("lora"), Step("prune", (("amount.value", 2),))
-    assert chains.make((lora, prune))["of"] == space.name((lora, prune))
+    assert chains.make((lora, prune)).candidate == space.name((lora, prune))
     executed.clear()
     longer = (lora, prune, Step("distill"))
     assert chains.forecast(longer) == Forecast(

@@ -169,9 +169,9 @@ def test_a_loaded_source_agrees_with_llama_cpp(architecture, write, monkeypatch)
     # The file's vocabulary is byte-level for every architecture, unlike Gemma's.
     monkeypatch.setattr(load_module, "checked_tokenizer", lambda tokenizer, *_: tokenizer)
     record = load(context(file.parent, gguf_file=file.name), LOAD).checks["agreement_with_llama_cpp"]
-    assert record["positions"] == 64
-    assert record["same_argmax"]["value"] >= 0.97
-    assert record["mean_absolute_difference_nats"] < 1e-2
+    assert record.positions == 64
+    assert record.same_argmax.value >= 0.97
+    assert record.mean_absolute_difference_nats < 1e-2
 
 
 def test_a_model_that_differs_from_llama_cpp_s_is_rejected(write):

@@ -226,25 +226,25 @@ def test_area_is_one_for_the_best_order_and_zero_for_chance():
     outcomes = Outcomes.from_rows(rows)
     score = np.array([0.1, 0.9, 0.2, 0.7, 0.4, 0.3])
     found = areas(score, outcomes, 0, 100)
-    assert found["both"]["value"] == pytest.approx(area_by_hand(score, outcomes.gain))
-    assert areas(outcomes.gain, outcomes, 0, 100)["both"]["value"] == pytest.approx(1.0)
+    assert found["both"].value == pytest.approx(area_by_hand(score, outcomes.gain))
+    assert areas(outcomes.gain, outcomes, 0, 100)["both"].value == pytest.approx(1.0)
     every = [
-        areas(np.array(order, dtype=float), outcomes, 0, 100)["both"]["value"]
+        areas(np.array(order, dtype=float), outcomes, 0, 100)["both"].value
         for order in itertools.islice(itertools.permutations(range(6)), 720)
     ]
     assert np.mean(every) == pytest.approx(0.0, abs=1e-9)
     nothing = Outcomes.from_rows([row(n, "R", "R") for n in range(4)])
-    assert areas(np.arange(4.0), nothing, 0, 100)["both"]["value"] == 0.0
+    assert areas(np.arange(4.0), nothing, 0, 100)["both"].value == 0.0
     against = areas(outcomes.gain, outcomes, 0, 100, against=score)["both"]
-    assert against["value"] == pytest.approx(1.0 - found["both"]["value"])
+    assert against.value == pytest.approx(1.0 - found["both"].value)
 
 
 def test_curve_spans_device_only_to_server_only():
     points = curve(np.array([0.9, 0.0, -0.9, 0.5]), Outcomes.from_rows(FOUR))
-    assert (points[0]["offloaded"], points[-1]["offloaded"]) == (0.0, 1.0)
-    assert (points[0]["accuracy"], points[-1]["accuracy"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
-    middle = next(point for point in points if point["offloaded"] == 0.5)
-    assert (middle["accuracy"], middle["hallucination_rate"]) == (1.0, 0.0)
+    assert (points[0].offloaded, points[-1].offloaded) == (0.0, 1.0)
+    assert (points[0].accuracy, points[-1].accuracy) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    middle = next(point for point in points if point.offloaded == 0.5)
+    assert (middle.accuracy, middle.hallucination_rate) == (1.0, 0.0)
 
 
 @pytest.fixture
@@ -266,23 +266,23 @@ def test_figures_of_a_policy_by_hand(params):
     remote_j = 0.1 + remote_s + 1.0
     policy = Policy(np.array([1.0, 0.0, 0.0, 1.0]))
     found = figures(policy, Outcomes.from_rows(FOUR), parts, params, "phone-4gb")
-    assert (found["offloaded"], found["accuracy"]["value"], found["hallucination_rate"]["value"]) == (0.5, 1.0, 0.0)
-    assert found["energy_per_query_j"]["value"] == pytest.approx((0.4 * watts + remote_j) / 2)
-    assert found["energy_per_query_j"]["measured"] is False
+    assert (found.offloaded, found.accuracy.value, found.hallucination_rate.value) == (0.5, 1.0, 0.0)
+    assert found.energy_per_query_j.value == pytest.approx((0.4 * watts + remote_j) / 2)
+    assert found.energy_per_query_j.measured is False
     percent = 100 * (0.4 * watts + remote_j) / 2 / (15.0 * 3600)
-    assert found["battery_percent_per_query"]["value"] == pytest.approx(percent)
-    assert found["latency_ms"]["p90"] == pytest.approx(1e3 * remote_s)
+    assert found.battery_percent_per_query.value == pytest.approx(percent)
+    assert found.latency_ms.p90 == pytest.approx(1e3 * remote_s)
     # At random, half of each question is offloaded: 2/3 + ½ · 0 right answers, and ½ + ½ · (¼ − ½) hallucinations.
-    assert found["over_random"]["accuracy"]["value"] == pytest.approx(1.0 - 2 / 3)
-    assert found["over_random"]["hallucination_rate"]["value"] == pytest.approx(0.0 - 0.375)
+    assert found.over_random["accuracy"].value == pytest.approx(1.0 - 2 / 3)
+    assert found.over_random["hallucination_rate"].value == pytest.approx(0.0 - 0.375)
 
 
 def test_random_policy_has_expected_values(params):
     outcomes, parts = Outcomes.from_rows(FOUR), parts_of(FOUR, params)
     found = figures(Policy(np.full(4, 0.25)), outcomes, parts, params, "phone-4gb")
-    assert found["accuracy"]["value"] == pytest.approx(2 / 3)
-    assert found["hallucination_rate"]["value"] == pytest.approx(0.75 * 0.5 + 0.25 * 0.25)
-    assert (found["latency_ms"]["p50"], found["latency_ms"]["p90"]) == pytest.approx((500.0, 1101.0))
+    assert found.accuracy.value == pytest.approx(2 / 3)
+    assert found.hallucination_rate.value == pytest.approx(0.75 * 0.5 + 0.25 * 0.25)
+    assert (found.latency_ms.p50, found.latency_ms.p90) == pytest.approx((500.0, 1101.0))
 
 
 def predictable_rows(count):
@@ -298,16 +298,18 @@ def predictable_rows(count):
 def test_learned_policy_beats_chance_on_predictable_questions(params):
     rows = predictable_rows(60)
     vectors = BagOfWords().embed([r["question"] for r in rows])
-    found, router = judge_policies(rows, vectors, params, "phone-4gb")
-    by_policy = found["links"]["wifi"]
-    assert by_policy["learned_before"]["accuracy"]["value"] == 1.0
-    assert by_policy["learned_before"]["offloaded"] == pytest.approx(1 / 3)
-    assert by_policy["learned_before"]["over_random"]["accuracy"]["low"] > 0.0
-    assert by_policy["threshold"]["accuracy"]["value"] == by_policy["oracle"]["accuracy"]["value"] == 1.0
-    assert found["areas"]["learned_before"]["both"]["value"] == pytest.approx(1.0)
-    assert found["areas_over_threshold"]["learned_before"]["both"]["value"] == pytest.approx(0.0)
-    assert json.loads(json.dumps(router, allow_nan=False)).keys() == {"looks"}
-    assert judge_policies(rows, vectors, params, "phone-4gb") == (found, router)
+    judgement = judge_policies(rows, vectors, params, "phone-4gb")
+    results, by_policy = judgement.results, judgement.results.links["wifi"]
+    assert by_policy["learned_before"].accuracy.value == 1.0
+    assert by_policy["learned_before"].offloaded == pytest.approx(1 / 3)
+    assert by_policy["learned_before"].over_random["accuracy"].low > 0.0
+    assert by_policy["threshold"].accuracy.value == by_policy["oracle"].accuracy.value == 1.0
+    assert results.areas["learned_before"]["both"].value == pytest.approx(1.0)
+    assert results.areas_over_threshold["learned_before"]["both"].value == pytest.approx(0.0)
+    again = judge_policies(rows, vectors, params, "phone-4gb")
+    assert (again.results, again.curves) == (results, judgement.curves)
+    for look, made in judgement.looks.items():
+        assert json.dumps(made.as_json(), allow_nan=False) == json.dumps(again.looks[look].as_json())
 
 
 def test_a_too_small_energy_budget_keeps_all_questions_on_the_device(params):

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from lilliput.artifacts import Manifest
+from lilliput.artifacts import Manifest, parse_record, write_json
 from lilliput.config import EdgeConfig, ObjectiveConfig
 from lilliput.errors import ArtifactError
-from lilliput.offload.fitted_router import open_router
+from lilliput.offload.fitted_router import RouterFit, RouterRecord, open_router
 from lilliput.offload.learned import (
     ALWAYS,
     NEVER,
@@ -49,8 +49,10 @@ def test_probabilities_are_logistic_in_standardised_features():
     by_hand = [1 / (1 + math.exp(-x)) for x in (2.0, 1.0, -2.0, -1.0)]
     assert found == pytest.approx(by_hand)
     assert fitted.worth(np.array([[5.0]]))[0] == pytest.approx(by_hand[1] - by_hand[0] + by_hand[2] - by_hand[3])
-    again = WorthModel.from_dict(json.loads(json.dumps(fitted.as_dict())))
-    assert (again.probabilities(np.array([[5.0]])) == found).all()
+    content = json.dumps(RouterFit(fitted=fitted, links={"wifi": TABLE}).as_json())
+    again = parse_record(RouterFit, content, "router.json")
+    assert again.links == {"wifi": TABLE}
+    assert (again.fitted.probabilities(np.array([[5.0]])) == found).all()
 
 
 def test_features_of_question_and_tokens():
@@ -173,11 +175,9 @@ def serving(tiny_params):
 @pytest.fixture
 def folder(tmp_path):
     fitted = WorthModel(np.zeros(260), np.ones(260), np.zeros((4, 260)), np.zeros(4))
-    point_record = vars(point(0.0, 0.1, 0.1, 0.6))
-    table = {"points": [point_record], "server_accuracy": 0.6, "server_hallucination": 0.2}
-    look = {"fitted": fitted.as_dict(), "links": {"wifi": table}}
-    record = {"pair": list(PAIR), "embedder_sha256": BagOfWords().sha256, "looks": {"before": look}}
-    (tmp_path / "router.json").write_text(json.dumps(record))
+    table = OperatingTable((point(0.0, 0.1, 0.1, 0.6),), 0.6, 0.2)
+    looks = {"before": RouterFit(fitted=fitted, links={"wifi": table})}
+    write_json(tmp_path / "router.json", RouterRecord(pair=PAIR, embedder_sha256=BagOfWords().sha256, looks=looks))
     return tmp_path
 
 
@@ -198,6 +198,12 @@ def test_fitted_router_opens_for_its_pair(serving, folder):
 def test_fitted_router_rejects_another_pair_or_embedder(serving, folder, pair, embedder, message):
     with pytest.raises(ArtifactError, match=message):
         open_router(serving, folder, embedder, pair)
+
+
+def test_a_router_without_a_fit_for_the_look_is_rejected(serving, folder):
+    after = serving.model_copy(update={"look": "after"})
+    with pytest.raises(ArtifactError, match="no fit for routing after generation; run the stage `offload`"):
+        open_router(after, folder, BagOfWords(), PAIR)
 
 
 def test_only_the_learned_policy_needs_a_fit(serving, tmp_path):

@@ -1,25 +1,27 @@
+from lilliput.records import CachingRecord
 from lilliput.report.impact import METRICS, caching_impacts, impacts
+from lilliput.report.rows import DifferenceRow
+from tests import results
 
 SIZES = {"base": 400, "lora": 400, "pocket": 100}
 STEPS = {"base": {}, "lora": {"base": "lora"}, "pocket": {"lora": "gptq", "base": "lora → gptq"}}
-CANDIDATES = [{"name": name, "steps": STEPS[name], "record": {"size_bytes": size}} for name, size in SIZES.items()]
+CANDIDATES = [results.candidate(name, steps=STEPS[name], size_bytes=size) for name, size in SIZES.items()]
 
 
 def difference(metric, value, low, high, candidate="lora", reference="base"):
-    row = {"value": value, "low": low, "high": high, "n": 40}
     verdict = "yes" if low > 0 or high < 0 else "not shown"
-    return {"candidate": candidate, "reference": reference, "metric": metric, "difference": row, "verdict": verdict}
+    return DifferenceRow(candidate, reference, metric, results.difference(value, low, high, verdict))
 
 
 def cells(differences):
     rows = impacts(CANDIDATES, differences)
     # The base has nothing to be compared with, a chain of two both its parent and the base.
-    assert [(row["candidate"], row["title"]) for row in rows] == [
+    assert [(row.against.split()[0], row.title) for row in rows] == [
         ("lora", "lora"),
         ("pocket", "gptq"),
         ("pocket", "lora → gptq"),
     ]
-    return {tuple(row["against"].split(" against ")): row["cells"] for row in rows}
+    return {tuple(row.against.split(" against ")): row.cells for row in rows}
 
 
 def test_an_arrow_points_where_the_interval_excludes_zero_and_is_good_by_its_metric():
@@ -62,27 +64,15 @@ def test_a_sequence_is_held_against_the_base_as_well_as_its_last_step_against_th
 def test_caching_has_a_row_for_each_step_and_the_cache_its_own_bytes():
     def step(energy_j, rises):
         return {
-            "energy_per_query_j": {
-                "value": -energy_j,
-                "low": -energy_j - 1,
-                "high": -energy_j + 1,
-                "n": 9,
-                "verdict": "yes",
-            },
-            "hallucination_rate": {
-                "value": 0.1,
-                "low": 0.05,
-                "high": 0.2,
-                "n": 9,
-                "verdict": "yes" if rises else "cannot tell",
-            },
+            "energy_per_query_j": results.difference(-energy_j, -energy_j - 1, -energy_j + 1),
+            "hallucination_rate": results.difference(0.1, 0.05, 0.2, "yes" if rises else "cannot tell"),
         }
 
-    record = {"size_bytes": 100, "cache_bytes": 80, "queries": 9}
-    record["differences"] = {"prefix": step(2.0, False), "cache": step(5.0, True), "both": step(7.0, True)}
+    differences = {"prefix": step(2.0, False), "cache": step(5.0, True), "both": step(7.0, True)}
+    record = CachingRecord.model_construct(size_bytes=100, cache_bytes=80, queries=9, differences=differences)
     prefix, cache = caching_impacts({"pocket": record})
-    assert ("prefix reuse" in prefix["title"], "answer cache" in cache["title"]) == (True, True)
-    shown = [[row["cells"][m].arrow for m in METRICS] for row in (prefix, cache)]
+    assert ("prefix reuse" in prefix.title, "answer cache" in cache.title) == (True, True)
+    shown = [[row.cells[m].arrow for m in METRICS] for row in (prefix, cache)]
     assert shown == [["–", "?", "↓", "–", "≈"], ["–", "↑", "↓", "–", "↑"]]
-    assert (cache["cells"]["hallucination_rate"].good, cache["cells"]["energy_per_query_j"].good) == (False, True)
-    assert cache["cells"]["size_bytes"].details == "+80%, counted"
+    assert (cache.cells["hallucination_rate"].good, cache.cells["energy_per_query_j"].good) == (False, True)
+    assert cache.cells["size_bytes"].details == "+80%, counted"

@@ -7,16 +7,17 @@ import pytest
 from lilliput.offload.judge import judge_policies
 from lilliput.report import charts
 from lilliput.report.page import render
+from lilliput.report.rows import OffloadingRow
+from tests import results
 from tests.embedding.fakes import BagOfWords
 from tests.offload.test_judge import predictable_rows, row
 
 
 def record(rows, params):
-    found, _ = judge_policies(rows, BagOfWords().embed([r["question"] for r in rows]), params, "phone-4gb")
-    policies = found["links"]["wifi"]
-    drawn = [charts.offloading(policies), charts.offloaded_shares(found["curves"], policies)]
-    head = {"candidate": "pocket", "edge": "lora", "link": "wifi", "questions": len(rows)}
-    return found | head | {"charts": drawn}
+    judgement = judge_policies(rows, BagOfWords().embed([r["question"] for r in rows]), params, "phone-4gb")
+    found = results.offload_record("pocket", **dict(judgement.results))
+    drawn = [charts.offloading(found.policies), charts.offloaded_shares(judgement.curves, found.policies)]
+    return OffloadingRow(found, judgement.curves, drawn)
 
 
 def page(offloading):
@@ -27,7 +28,7 @@ def page(offloading):
         caching={},
         offloading=offloading,
         promotion={},
-        costs=[],
+        costs={},
         charts={},
         origin=origin,
     )
@@ -53,14 +54,14 @@ def test_every_policy_has_a_row_estimates_are_marked_and_nothing_is_left_out(par
 
 
 def test_the_same_figures_draw_the_same_bytes(params):
-    assert record(predictable_rows(30), params)["charts"] == record(predictable_rows(30), params)["charts"]
+    assert record(predictable_rows(30), params).charts == record(predictable_rows(30), params).charts
 
 
 def test_a_page_for_backends_without_right_answers_and_unanswerable_questions(params):
     rows = [row(n, "W", "W", answerable=False) for n in range(24)]
     found = record(rows, params)
-    assert found["links"]["wifi"]["learned_before"]["accuracy"]["value"] is None
-    assert found["areas"]["learned_after"]["both"]["value"] == 0.0
+    assert found.record.policies["learned_before"].accuracy.value is None
+    assert found.record.areas["learned_after"]["both"].value == 0.0
     assert "unavailable" in page({"phone-4gb": found})
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from lilliput.promote import pareto_front
 from lilliput.report import charts
+from lilliput.report.rows import DifferenceRow
+from tests import results
 
 SECTIONS = {
     "Candidate graph",
@@ -104,7 +106,7 @@ def test_the_page_needs_nothing_from_elsewhere(report_html, elements):
 
 def test_no_candidate_dominates_one_on_the_front():
     def record(accuracy, size):
-        return {"accuracy_choice": {"value": accuracy}, "size_bytes": size}
+        return results.evaluation(accuracy_choice=results.figure(accuracy), size_bytes=size)
 
     found = {"small": record(0.5, 1), "good": record(0.9, 9), "beaten": record(0.5, 2), "twin": record(0.9, 9)}
     assert pareto_front(found) == ["small", "good", "twin"]
@@ -125,12 +127,7 @@ def test_a_metric_is_called_by_words_with_its_unit(metric, called):
 
 def test_the_same_differences_make_the_same_picture(effects):
     rows = [
-        {
-            "candidate": "a",
-            "reference": "b",
-            "difference": {"value": 1.0, "low": 0.0, "high": 2.0},
-            "verdict": "yes" if real else "not shown",
-        }
+        DifferenceRow("a", "b", "ttft_ms", results.difference(1.0, 0.0, 2.0, "yes" if real else "not shown"))
         for real in (True, False)
     ]
     assert charts.effects(rows, "ttft_ms", "t") == charts.effects(rows, "ttft_ms", "t")

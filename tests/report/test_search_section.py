@@ -1,44 +1,50 @@
 import re
 
+from lilliput.records import Perplexity, SearchRecord, TrialRecord
 from lilliput.report import charts
 from lilliput.report.page import render
+from lilliput.report.rows import SearchRow
+from tests import results
 
 OBJECTIVES = {"accuracy_choice": "max", "size_bytes": "min", "perplexity": "min"}
 
 
 def figures(accuracy, mib):
-    estimate = {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "n": 9}
-    return {"accuracy_choice": estimate, "size_bytes": mib * 2**20, "perplexity": {"value": 3.25, "n": 9}}
+    perplexity = Perplexity(value=3.25, n=9, tokens=20)
+    return {"accuracy_choice": results.figure(accuracy, 0.1), "size_bytes": mib * 2**20, "perplexity": perplexity}
 
 
 def trial(name, accuracy, mib, pareto, reason=None):
     found = {} if reason else figures(accuracy, mib)
-    return {"candidate": name, "chain": f"chain of {name}", "pareto": pareto, "reason": reason, "figures": found}
+    return TrialRecord(
+        candidate=name, chain=f"chain of {name}", settings={}, pareto=pareto, reason=reason, seconds=1.0, figures=found
+    )
 
 
-FOUND = {
-    "base": "base",
-    "objectives": OBJECTIVES,
-    "stopped": "3 trials are done",
-    "sequences": 7,
-    "reference": [{"candidate": "base", "chain": "", "figures": figures(0.5, 260)}],
-    "trials": [
+FOUND = SearchRecord(
+    study="search-1",
+    base="base",
+    objectives=OBJECTIVES,
+    stopped="3 trials are done",
+    sequences=7,
+    reference=[TrialRecord(candidate="base", chain="", figures=figures(0.5, 260))],
+    trials=[
         trial("s-good", 0.8, 100, True),
         trial("s-beaten", 0.4, 110, False),
         trial("s-broken", 0.0, 0, False, "out of <memory>"),
     ],
-}
+)
 
 
 def page(search):
     origin = {"commit": "c", "command": "k", "data": "d", "confidence": "95 %", "energy": "e"}
     return render(
-        candidates=[], differences=[], caching={}, promotion={}, costs=[], charts={}, origin=origin, search=search
+        candidates=[], differences=[], caching={}, promotion={}, costs={}, charts={}, origin=origin, search=search
     )
 
 
 def test_the_page_shows_the_front_the_base_and_failed_chains():
-    html = page({**FOUND, "chart": "<svg></svg>"})
+    html = page(SearchRow(FOUND, "<svg></svg>"))
     rows = dict(re.findall(r'<tr><th scope="row">(\S+?)</th>(.*?)</tr>', html))
     assert rows.keys() == {"base", "s-good"}
     assert "<td>0.800 [0.700,\N{NO-BREAK SPACE}0.900]</td><td>100.0 MiB</td><td>3.25</td>" in rows["s-good"]

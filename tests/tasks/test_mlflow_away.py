@@ -21,6 +21,7 @@ from tasks import layout
 from tasks.log import log
 from tasks.promote import promote
 from tasks.registry import model_folder, model_versions
+from tests import results
 from tests.tasks.test_promotion import EVEN, QUESTIONS, Project
 
 # MLflow, SQLAlchemy and pandas emit warnings about their own code.
@@ -231,9 +232,8 @@ def test_an_interrupted_promotion_ends_with_the_same_result(project, tmp_path, m
 
 def test_the_stage_log_adds_offloading_metrics_to_the_champions_run(project, right):
     version = project.evaluate(right)["a"]
-    figures = {"accuracy": {"value": 0.8}, "hallucination_rate": {"value": None}, "latency_ms": {"p50": 90.0}}
-    policy = {"device": figures | {"energy_per_query_j": {"value": 4.0}}}
-    record = {"candidate": "a", "link": "wifi", "links": {"wifi": policy, "3g": {}}}
+    policies = {"device": results.policy(0.8, None, 4.0, p50=90.0, p90=95.0)}
+    record = results.offload_record("a", {"wifi": policies, "3g": {}})
     write_json(layout.offload_record("laptop"), record)
     log(project.params("laptop"), "laptop")
     log(project.params("laptop"), "laptop")
@@ -243,9 +243,10 @@ def test_the_stage_log_adds_offloading_metrics_to_the_champions_run(project, rig
     assert logged == {
         "offload/laptop/device/accuracy": 0.8,
         "offload/laptop/device/latency_ms_p50": 90.0,
+        "offload/laptop/device/latency_ms_p90": 95.0,
         "offload/laptop/device/energy_per_query_j": 4.0,
     }
     assert len(store.get_metric_history(run.info.run_id, "offload/laptop/device/accuracy")) == 1
-    write_json(layout.offload_record("laptop"), record | {"candidate": "nobody"})
+    write_json(layout.offload_record("laptop"), record.model_copy(update={"candidate": "nobody"}))
     with pytest.raises(ConfigError, match="was measured with nobody, which is not registered"):
         log(project.params("laptop"), "laptop")

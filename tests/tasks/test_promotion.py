@@ -20,6 +20,7 @@ from tasks.register import register
 from tasks.registry import model_versions, outbox
 from tasks.registry.approvals import ApprovalAnswer
 from tasks.registry.past_champion import read_past_champion
+from tests import results
 
 # MLflow, SQLAlchemy and pandas emit warnings about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -75,16 +76,15 @@ class Project:
             layout.answers(name).parent.mkdir(exist_ok=True)
             layout.answers(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
             share = count / QUESTIONS
-            figure = {"low": share, "high": share, "n": QUESTIONS}
-            record = {
-                "candidate": name,
-                "sha256": self._manifests[name].artifact_sha256,
-                "accuracy_choice": {"value": share} | figure,
-                "hallucination_rate": {"value": 1 - share} | figure,
-                "energy_per_query_j": {"value": energy_j, "low": energy_j, "high": energy_j, "n": 9, "source": "rapl"},
-                "size_bytes": sizes[name],
-                "fits": dict.fromkeys(self._params.devices, True),
-            }
+            record = results.evaluation(
+                candidate=name,
+                sha256=self._manifests[name].artifact_sha256,
+                accuracy_choice=results.figure(share, n=QUESTIONS),
+                hallucination_rate=results.figure(1 - share, n=QUESTIONS),
+                energy_per_query_j=results.energy(energy_j),
+                size_bytes=sizes[name],
+                fits=dict.fromkeys(self._params.devices, True),
+            )
             write_json(layout.metrics(name), record)
             write_json(layout.cost(name), {"seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1})
         return self.register()
@@ -304,9 +304,29 @@ def test_a_damaged_evaluation_of_a_past_champion_is_an_artifact_error(project, d
     version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
     params = project.params(device)
     assert read_past_champion(params, device, version).answers
-    monkeypatch.setattr(model_versions, "read_artifact", lambda _run, path: "{}" if path == "a.json" else '{"id": ')
-    with pytest.raises(ArtifactError, match=r"evaluation in MLflow is damaged: a.jsonl:1"):
-        read_past_champion(params, device, version)
+    read = model_versions.read_artifact
+    damages = {
+        "a.jsonl": ('{"id": ', "a.jsonl:1"),
+        "a.json": ('{"candidate": ', "a.json: Invalid JSON"),
+    }
+    for file, (content, message) in damages.items():
+        monkeypatch.setattr(
+            model_versions, "read_artifact", lambda run, path, f=file, c=content: c if path == f else read(run, path)
+        )
+        with pytest.raises(ArtifactError, match=f"evaluation in MLflow is damaged: {message}"):
+            read_past_champion(params, device, version)
+
+
+def test_an_evaluation_of_an_older_version_in_mlflow_names_the_missing_field(project, device, monkeypatch):
+    version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
+    old = json.loads(layout.metrics("a").read_text())
+    del old["accessibility"]
+    read = model_versions.read_artifact
+    monkeypatch.setattr(
+        model_versions, "read_artifact", lambda run, path: json.dumps(old) if path == "a.json" else read(run, path)
+    )
+    with pytest.raises(ArtifactError, match=r"a\.json: accessibility: Field required"):
+        read_past_champion(project.params(device), device, version)
 
 
 def test_simultaneous_promotions_see_each_others_result(project, device, monkeypatch):

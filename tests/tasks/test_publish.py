@@ -14,9 +14,9 @@ from lilliput.errors import ArtifactError, PublishError
 from tasks import layout
 from tasks.publish import prepare, upload
 from tasks.registry import model_versions
+from tests import results
 
 pytestmark = pytest.mark.filterwarnings("default")
-FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def champion(tmp_path, monkeypatch):
     (bundle / "model.gguf").write_bytes(b"GGUF")
     (bundle / "README.md").write_text("# pocket for phone-4gb\n\nStart: `llama-server`\n")
     seal(bundle, candidate="pocket-gguf", strategy="bundle", parent=form, **common)
-    write_json(layout.metrics("pocket"), {"accuracy_choice": FIGURE, "runtime": "torch"})
-    on_device = {"threads": 1, "peak_rss_bytes": 2**20, "ttft_ms": {"p50": 9.0}, "rate_tokens_per_s": 7.0}
-    write_json(layout.devices("pocket-gguf"), {"devices": {"phone-4gb": on_device}})
-    write_json(layout.PROMOTION, {"phone-4gb": {"reason": "has the best accuracy"}})
+    write_json(layout.metrics("pocket"), results.evaluation())
+    write_json(layout.devices("pocket-gguf"), results.device_record({"phone-4gb": results.device_run()}))
+    decision = {"device": "phone-4gb", "champion": "pocket", "reason": "has the best accuracy", "refused": {}}
+    write_json(layout.PROMOTION, {"phone-4gb": decision | {"compiled": None}})
     tags = {"lilliput.candidate": "pocket", "lilliput.compiled.gguf_sha256": file_sha256(compiled / MANIFEST)}
     version = SimpleNamespace(version=7, tags=tags)
     monkeypatch.setattr(model_versions, "version_of", lambda alias: version if alias == "champion-phone-4gb" else None)

@@ -7,23 +7,19 @@ import json
 import zlib
 
 from lilliput.artifacts import Manifest
+from lilliput.records import CompressCost, OffloadRecord
 from tasks.registry import mlflow_view, run_metrics
+from tests import results
 
-ESTIMATE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
-TIMES = {"p50": 10.0, "p90": 20.0, "n": 4}
-RECORD = {
-    **dict.fromkeys(run_metrics.ESTIMATES, ESTIMATE),
-    **dict.fromkeys(run_metrics.PLAIN, 7),
-    "energy_per_query_j": {"value": None, "source": "unavailable"},
-    "ttft_ms": TIMES,
-    "tpot_ms": TIMES,
-    "fits": {"phone": True},
-    "benchmarks": {"arc_easy": {"acc": ESTIMATE, "n": 10}},
-}
+RECORD = results.evaluation(
+    accuracy_choice=results.figure(0.5, 0.1),
+    energy_per_query_j=results.energy(None, "unavailable"),
+    benchmarks={"arc_easy": {"acc": results.figure(0.5), "seconds": 10.0}},
+)
 MANIFEST = Manifest.model_construct(
     strategy="gptq", config={"bits": 4}, facts={"bits": 4, "perplexity_after": 3.0, "kept": ["lm_head"]}
 )
-COST = {"seconds": 1.0, "cpu_seconds": 2.0, "peak_rss_bytes": 3, "resumed_from": 4}
+COST = CompressCost(seconds=1.0, cpu_seconds=2.0, peak_rss_bytes=3, resumed_from=4)
 
 
 def test_candidate_metrics_have_sections_and_omit_values_that_no_chart_needs():
@@ -44,9 +40,10 @@ def test_candidate_metrics_have_sections_and_omit_values_that_no_chart_needs():
 
 
 def test_each_device_is_a_section():
-    run = {"fits": True, "threads": 1, "ttft_ms": TIMES, "energy_per_query_j": ESTIMATE, "context_tokens": 2048}
-    assert run_metrics.device_metrics("gguf", {"devices": {"phone": run}}) == {
+    run = results.device_run(energy_per_query_j=results.energy(0.5), tpot_ms=None, rate_tokens_per_s=None)
+    assert run_metrics.device_metrics("gguf", results.device_record({"phone": run})) == {
         "gguf/phone/fits": 1.0,
+        "gguf/phone/peak_rss_bytes": 2.0**20,
         "gguf/phone/ttft_ms_p50": 10.0,
         "gguf/phone/ttft_ms_p90": 20.0,
         "gguf/phone/energy_per_query_j": 0.5,
@@ -54,8 +51,8 @@ def test_each_device_is_a_section():
 
 
 def test_each_offloading_policy_is_a_section():
-    figures = dict.fromkeys(run_metrics.OFFLOADING, ESTIMATE) | {"latency_ms": TIMES, "offloaded": 0.3}
-    record = {"link": "wifi", "links": {"wifi": {"learned": figures}, "poor": {"learned": figures}}}
+    policies = {"learned": results.policy()}
+    record = OffloadRecord.model_construct(link="wifi", links={"wifi": policies, "poor": policies})
     assert run_metrics.offloading_metrics("phone", record) == {
         "offload/phone/learned/accuracy": 0.5,
         "offload/phone/learned/hallucination_rate": 0.5,
@@ -69,7 +66,9 @@ def test_the_saved_view_shows_existing_metrics():
     view = json.loads(mlflow_view.four_metrics_view())
     packing, _, packed = view["state"].partition(";")
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
-    numbers = run_metrics.candidate_metrics(MANIFEST, RECORD | {"energy_per_query_j": ESTIMATE}, COST)
+    numbers = run_metrics.candidate_metrics(
+        MANIFEST, RECORD.model_copy(update={"energy_per_query_j": results.energy(0.5)}), COST
+    )
     assert packing == "deflate"
     assert {column.split("`")[1] for column in state["selectedColumns"]} <= numbers.keys()
     charts = state["compareRunCharts"]

@@ -1,0 +1,84 @@
+"""The rows of the report's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lilliput.records import (
+    Curves,
+    DeviceRecord,
+    Difference,
+    EvaluationRecord,
+    OffloadRecord,
+    ParityRecord,
+    SearchRecord,
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart as SVG, and its content in words."""
+
+    title: str
+    svg: str
+    words: str
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """A candidate, its evaluation, and the devices it is champion of.
+
+    Attributes:
+        strategy: with its own settings, such as `gptq (bits 8)`.
+        steps: by reference, the strategies between it and the candidate.
+    """
+
+    name: str
+    strategy: str
+    parent: str
+    teacher: str | None
+    steps: Mapping[str, str]
+    record: EvaluationRecord
+    champion_of: Sequence[str]
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """The paired difference of a candidate from a reference on one metric."""
+
+    candidate: str
+    reference: str
+    metric: str
+    difference: Difference
+
+    @property
+    def title(self) -> str:
+        """What is compared."""
+        return f"{self.candidate} against {self.reference}"
+
+
+@dataclass(frozen=True)
+class CompiledRow:
+    """A compiled model on its devices; `types` counts its tensors by type."""
+
+    record: DeviceRecord
+    parity: ParityRecord
+    types: str
+
+
+@dataclass(frozen=True)
+class OffloadingRow:
+    """The policies of a device, their curves, and charts of both."""
+
+    record: OffloadRecord
+    curves: Curves
+    charts: Sequence[Chart]
+
+
+@dataclass(frozen=True)
+class SearchRow:
+    """A search, and the chart of its front as SVG."""
+
+    record: SearchRecord
+    chart: str
