@@ -81,7 +81,8 @@ def measure_caching(
 ) -> tuple[CachingRecord, list[dict[str, Any]]]:
     """Fits the cache's threshold, then runs a stream of queries: plain, with prefix reuse, and with prefix and cache.
 
-    The three variants take turns for each query, so that other load on the machine affects them equally.
+    Returns the record and a row for each query and variant. The three variants take turns for each query, so that
+    other load on the machine affects them equally.
 
     Args:
         model_dir: the candidate's artefact.
