@@ -6,12 +6,13 @@ import torch
 from safetensors.torch import load_file
 
 from lilliput.compress.gptq import gptq
+from lilliput.compress.packing import linears
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
 from lilliput.saving import probe_logits, prove_reload
 from lilliput.training.examples import encode_examples
-from tests.contexts import SYSTEM, context
+from tests.contexts import SYSTEM, context, saved
 
 CONFIG = {"bits": 4, "group_size": 32, "symmetric": True, "act_order": False, "calibration_examples": 16}
 CONFIG |= {"damp_percent": 0.05, "seed": 3}
@@ -158,3 +159,25 @@ def test_searched_scales_are_never_wider_and_reduce_rounding_error(quantised, ch
         scale = scales.T[..., None]
         errors.append(((grouped - (grouped / scale).round().clamp(-8, 7) * scale) ** 2).sum().item())
     assert errors[1] < errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
+def test_gptqmodel_opens_the_checkpoint_with_the_same_weights(quantise_with, grid):
+    from gptqmodel import BACKEND, GPTQModel
+
+    result, folder = quantise_with(**grid)
+    peer = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model
+    for name, linear in linears(result.model).items():
+        packed = peer.get_submodule(name)
+        packed.scales.data = packed.scales.data.float()
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(packed.dequantize_weight().T.float(), linear.weight), name
+
+
+def test_rejects_a_layer_that_cannot_be_solved(checkpoint, facts, tmp_path):
+    model, tokenizer = open_model(checkpoint)
+    model.model.layers[1].post_attention_layernorm.weight.data.fill_(1e30)
+    parent = saved(model, tokenizer, tmp_path)
+    with pytest.raises(StrategyError, match=r"layers\.1\.mlp\.gate_proj: its inputs hold NaN or infinite"):
+        gptq(context(parent, facts, facts[:1]), GptqConfig(**CONFIG))

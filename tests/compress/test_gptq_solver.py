@@ -64,7 +64,7 @@ def test_codes_are_those_of_the_paper_column_by_column_in_float64(grid, act_orde
     assert same.float().mean() >= 0.8
     assert error(weight, codes.weight(), moments(x)) <= 1.05 * error(weight, expected, moments(x))
     assert reported == pytest.approx(error(weight, codes.weight(), moments(x)), rel=1e-2)
-    assert codes.codes.max() < 2**grid.bits
+    assert codes.codes.max().item() < 2**grid.bits
     assert torch.equal(codes.scales, codes.scales.half().float())
 
 
