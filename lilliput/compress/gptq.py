@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -97,12 +97,13 @@ def _grid(bits: int, config: GptqConfig) -> Grid:
 
 def _solve(quantised: Quantised, names: list[str], factor: Factor, grid: Grid) -> float:
     """Quantises the layers `names`, which share an input, as one stacked layer; returns their error."""
-    weights = [quantised.model.get_submodule(name).weight.detach() for name in names]
+    layers = [cast("torch.nn.Linear", quantised.model.get_submodule(name)) for name in names]
+    weights = [layer.weight.detach() for layer in layers]
     try:
-        codes, error = solve(torch.cat(weights), factor, grid)  # pyright: ignore[reportArgumentType]
+        codes, error = solve(torch.cat(weights), factor, grid)
     except OverflowError as overflow:
         raise too_large(names[0], overflow) from None
-    for name, part in zip(names, codes.rows(list(map(len, weights))), strict=True):  # pyright: ignore
+    for name, part in zip(names, codes.rows(list(map(len, weights))), strict=True):
         quantised.put(name, part)
     return error
 

@@ -64,7 +64,8 @@ class Codes:
     def rows(self, counts: list[int]) -> list[Codes]:
         """Returns the codes of layers that were stacked, `counts` rows each."""
         parts = (part.split(counts) for part in (self.codes, self.scales, self.zeros))
-        return [Codes(*layer, self.groups, self.bits) for layer in zip(*parts, strict=True)]
+        layers = zip(*parts, strict=True)
+        return [Codes(codes, scales, zeros, self.groups, self.bits) for codes, scales, zeros in layers]
 
 
 def factorise(moments: torch.Tensor, group_size: int, damp: float, *, act_order: bool) -> Factor:

@@ -188,7 +188,7 @@ def _groups_by_input(model: PreTrainedModel, batch: Packed) -> list[list[list[st
     Raises:
         StrategyError: a linear layer did not run on the first tokens of `batch`.
     """
-    names = {module: name for name, module in linears(model).items()}
+    names: dict[torch.nn.Module, str] = {module: name for name, module in linears(model).items()}
     inputs: dict[str, torch.Tensor] = {}  # holds the tensors, so that their ids stay theirs
 
     def record(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:

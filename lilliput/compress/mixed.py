@@ -70,7 +70,7 @@ def within_budget(save: Callable[[Path], None], budget_mib: float) -> Callable[[
     """Returns `save` with a check that the written files keep the budget.
 
     Raises (when called):
-        StrategyError: GPTQModel left a layer in float (a router, for example) that was counted as quantised.
+        StrategyError: more was written than predicted.
     """
 
     def checked(target: Path) -> None:
@@ -79,8 +79,8 @@ def within_budget(save: Callable[[Path], None], budget_mib: float) -> Callable[[
         if written > budget_mib * MIB:
             raise StrategyError(
                 f"strategies.gptq.mixed.budget_mib: {written / MIB:.2f} MiB were written for a budget of "
-                f"{budget_mib:g} MiB: GPTQModel leaves layers of this architecture in float; choose one width (mixed: "
-                "null)"
+                f"{budget_mib:g} MiB: the files hold more than the predicted tensors; raise the budget or choose one "
+                "width (mixed: null)"
             )
 
     return checked

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from lilliput.compress.grid import Grid, rounded
 from lilliput.compress.packing import require_packable
 from lilliput.compress.rtn import rtn
 from lilliput.config import RtnConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model
+from lilliput.models import open_model, random_model
 from tests.contexts import context
 
 
@@ -59,6 +60,13 @@ def test_same_parent_same_bytes(checkpoint, facts, tmp_path):
         files = sorted((tmp_path / name).iterdir())
         hashes.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
     assert len(hashes) == 1
+
+
+def test_rejects_experts_that_are_not_linear_layers():
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    mixture = random_model(MixtralConfig(vocab_size=50, num_key_value_heads=2, num_local_experts=4, **shape), seed=1)
+    with pytest.raises(StrategyError, match=r"MixtralForCausalLM: most weights .* are not in linear layers"):
+        require_packable(mixture, RtnConfig(bits=4, group_size=16, symmetric=False))
 
 
 def test_rejects_layers_that_three_bits_cannot_pack():
