@@ -161,10 +161,10 @@ def estimate(
     if isinstance(config, GptqConfig):
         layer = _gptq_layer_bytes(config, parent, text)
         on_gpu = round(GPU_RUNTIME_BYTES + GPU_HEADROOM * layer) if machine.gpu_bytes else 0
-        # Opening the packed result converts layers to float32 one by one; the allocator keeps as much again.
-        return _without_training(parent, max(layer, 2 * whole + _states_bytes(parent, text, 32)), on_gpu)
+        # The model, its codes, and their copy with the float tensors in the dtype of the file.
+        return _without_training(parent, max(layer, whole + whole // 2 + _states_bytes(parent, text, 32)), on_gpu)
     if isinstance(config, RtnConfig | AwqConfig):
-        return _without_training(parent, 4 * whole)  # the parent, the packed model, its copy, and the dequantised copy
+        return _without_training(parent, 2 * whole)  # the model, its codes, their copy, and AWQ's input moments
     if isinstance(config, LoadConfig):
         return _without_training(parent, whole + whole // 2)  # the weights, and their copy in the checkpoint's dtype
     return _without_training(parent, whole + _states_bytes(parent, text, 32))

@@ -1,8 +1,7 @@
 """AWQ (Lin et al., arXiv 2306.00978): input channels with large activations are scaled up before rounding to nearest.
 
-The scales are folded into the preceding module, so the checkpoint is an ordinary one in AutoGPTQ's format. GPTQModel
-rounds and packs; its own AWQ does not run on a CPU in float32 and writes another format. Unlike the authors' code, this
-one does not clip weights.
+The scales are folded into the preceding module, so the checkpoint is an ordinary one in AutoGPTQ's format. Unlike the
+authors' code, this one does not clip weights.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lilliput.compress.context import Context
+from lilliput.compress.grid import Grid, rounded
 from lilliput.compress.hooks import registered_hooks, run_texts
-from lilliput.compress.packing import open_parent, packed_result, round_to_nearest, rounded
+from lilliput.compress.packing import open_parent, quantised_result, round_to_nearest
 from lilliput.compress.result import Result
 from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers
-from lilliput.resident import release_memory
 from lilliput.saving import probe_logits
 
 _GRAM_BYTES = 2**30  # input statistics in memory at once; larger models need several passes
@@ -56,16 +55,12 @@ def awq(context: Context, config: AwqConfig) -> Result:
             f"apply: awq: folding scales into a {type(model).__name__} changed its logits by {difference:.3g}: "
             "its norms or projections do not compute what Llama's do; choose gptq or rtn"
         )
-    scaled = model.state_dict()
-    del model
-    release_memory()
-    quantised = round_to_nearest(context.parent, config, scaled)
     facts = {
         "calibration_tokens": sum(map(len, texts)),
         "error_against_rounding": sum(best / plain if plain else 1.0 for plain, best in errors) / len(errors),
     }
     history = {"awq_layer_error": [(index, best) for index, (_, best) in enumerate(errors)]}
-    return packed_result(quantised, parent, config, facts, history)
+    return quantised_result(round_to_nearest(model, config), parent, config, facts, history)
 
 
 @torch.no_grad()
@@ -156,11 +151,12 @@ def _best_scales(
         The scales, the error without scales (α = 0), and the error with these scales.
     """
     weight = torch.cat([reader.weight for reader in group.readers])
+    grid = Grid(config.bits, config.group_size, config.symmetric)
     tried = []
     for step in range(config.scale_steps):
         scales = magnitude.clamp(min=1e-4).pow(step / config.scale_steps)
         scales = scales / (scales.max() * scales.min()).sqrt()
-        difference = rounded(weight * scales, config.bits, config.group_size, config.symmetric) / scales - weight
+        difference = rounded(weight * scales, grid) / scales - weight
         tried.append(((difference @ gram * difference).sum().item(), scales))
     best = min(tried, key=lambda trial: trial[0])
     return best[1], tried[0][0], best[0]

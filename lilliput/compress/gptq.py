@@ -1,38 +1,29 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) with GPTQModel, the successor of AutoGPTQ, in AutoGPTQ's format."""
+"""GPTQ (Frantar et al., arXiv 2210.17323), layer by layer, in AutoGPTQ's format."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lilliput.compress.context import Context
+from lilliput.compress.gptq_solver import Factor, factorise, solve
+from lilliput.compress.grid import Grid
+from lilliput.compress.layer_inputs import visit_inputs
 from lilliput.compress.mixed import choose_bits, overrides, within_budget
-from lilliput.compress.packing import (
-    TemporaryFolder,
-    left_in_float,
-    linears,
-    load_to_quantise,
-    open_parent,
-    two_workers,
-    write_packed,
-    written_result,
-)
+from lilliput.compress.packing import Quantised, linears, open_parent, quantised_result, too_large
 from lilliput.compress.result import Result
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers
-from lilliput.resident import release_memory
+from lilliput.packed_texts import pack_texts
 from lilliput.training.history import Curve, History
+
+_BATCH_TOKENS = 8192  # of activations in memory at once
 
 
 def gptq(context: Context, config: GptqConfig) -> Result:
@@ -55,84 +46,66 @@ def gptq(context: Context, config: GptqConfig) -> Result:
         facts["bits"] = _mean_bits(model, bits)
         facts["layers_by_bits"] = {str(width): count for width, count in sorted(Counter(bits.values()).items())}
         history["bits"] = _bits_by_layer(model, bits)
-    del model
-    release_memory()
-    written = TemporaryFolder()
-    history["layer_error"], float_modules = _quantise(context.parent, texts, bits, parent.dtype, config, written.path)
-    release_memory()
-    result = written_result(written, float_modules, parent, config, facts, history)
+    quantised, history["layer_error"] = _quantise(model, texts, bits, config)
+    common, rules = overrides(bits)
+    meta = {"damp_percent": config.damp_percent, "scale_search": config.scale_search, "true_sequential": True}
+    result = quantised_result(
+        quantised,
+        parent,
+        config,
+        facts,
+        history,
+        bits=common,
+        rules=rules,
+        act_order=config.act_order,
+        meta=meta,
+    )
     if config.mixed is not None and result.save is not None:
         return replace(result, save=within_budget(result.save, config.mixed.budget_mib))
     return result
 
 
 def _quantise(
-    parent: Path,
-    texts: list[list[int]],
-    bits: Mapping[str, int],
-    dtype: torch.dtype,
-    config: GptqConfig,
-    target: Path,
-) -> tuple[Curve, list[str]]:
-    """Writes the packed checkpoint to `target`; returns the errors by layer and the names of the float modules."""
-    common, rules = overrides(bits)
-    with two_workers(), tempfile.TemporaryDirectory(prefix="lilliput-") as layers:
-        from gptqmodel import BACKEND, QuantizeConfig
-
-        torch.manual_seed(config.seed)
-        quantize_config = QuantizeConfig(
-            bits=common,
-            dynamic=rules or None,
-            group_size=config.group_size,
-            sym=config.symmetric,
-            desc_act=config.act_order,
-            mse=config.scale_search,  # pyright: ignore[reportCallIssue]
-            damp_percent=config.damp_percent,  # pyright: ignore[reportCallIssue] - its metaclass picks the class
-            offload_to_disk=True,  # holds one layer in memory: it is read from the checkpoint and packed onto the disk
-            offload_to_disk_path=layers,
-            # The block packer's threads compete with the quantisation workers for few cores: 36 CPU-s against 1.5.
-            pack_impl="original",
-        )
-        model = load_to_quantise(parent, quantize_config)
-        with _progress(model):
-            rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts]
-            log = model.quantize(cast("Any", rows), batch_size=16, backend=BACKEND.GPTQ_TORCH)
-        errors = _layer_errors(log["gptq"])
-        write_packed(model, target, dtype)
-        return errors, left_in_float(model.model)
-
-
-@contextlib.contextmanager
-def _progress(model: Any) -> Iterator[None]:
-    """Shows a progress bar of the decoder layers that GPTQModel has finished."""
-    layers = len(decoder_layers(model.model))
-    with tqdm(total=layers, desc="quantise", unit="layer") as bar:
-
-        class LayerCallback:
-            def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
-                if submodule_finalized:
-                    bar.update(layer_idx + 1 - bar.n)
-
-        model.layer_callback = LayerCallback()
-        yield
-
-
-def _layer_errors(log: list[dict[str, str]]) -> Curve:
-    """Returns for each decoder layer the sum of the quantisation errors ‖(W − Q) X‖² per sample in GPTQModel's log.
+    model: PreTrainedModel, texts: list[list[int]], bits: Mapping[str, int], config: GptqConfig
+) -> tuple[Quantised, Curve]:
+    """Quantises `model` in place; returns it with its codes, and for each decoder layer the error ‖(W − Q) X‖² a token.
 
     Raises:
-        StrategyError: GPTQModel rounded a layer to nearest because its Hessian could not be inverted.
+        StrategyError: a layer cannot be solved.
     """
-    errors: dict[int, list[float]] = {}
-    for row in log:
-        if "fallback" in row["loss"]:
+    torch.manual_seed(config.seed)
+    quantised, errors = Quantised(model), defaultdict[int, float](float)
+
+    def visit(layer: int, names: list[str], moments: torch.Tensor) -> None:
+        try:
+            factor = factorise(moments, config.group_size, config.damp_percent, act_order=config.act_order)
+        except ValueError as error:
             raise StrategyError(
-                f"layer {row['layer']}, {row['module']}: its Hessian could not be inverted, and GPTQModel rounded it "
-                "to nearest instead; raise strategies.gptq.damp_percent or calibration_examples"
-            )
-        errors.setdefault(int(row["layer"]), []).append(float(row["loss"]))
-    # An exact sum: the order of the rows depends on the workers, and plain sums would differ in the last digit.
-    return [(layer, math.fsum(errors[layer])) for layer in sorted(errors)]
+                f"{names[0]}: {error}; raise strategies.gptq.damp_percent or calibration_examples"
+            ) from None
+        for width in sorted({bits[name] for name in names}):
+            same = [name for name in names if bits[name] == width]
+            errors[layer] += _solve(quantised, same, factor, _grid(width, config))
+
+    visit_inputs(model, pack_texts(texts, model.config, batch_tokens=_BATCH_TOKENS), visit)
+    return quantised, sorted(errors.items())
+
+
+def _grid(bits: int, config: GptqConfig) -> Grid:
+    return Grid(bits, config.group_size, config.symmetric, config.scale_search)
+
+
+def _solve(quantised: Quantised, names: list[str], factor: Factor, grid: Grid) -> float:
+    """Quantises the layers `names`, which share an input, as one stacked layer; returns their error."""
+    layers = [cast("torch.nn.Linear", quantised.model.get_submodule(name)) for name in names]
+    weights = [layer.weight.detach() for layer in layers]
+    try:
+        codes, error = solve(torch.cat(weights), factor, grid)
+    except OverflowError as overflow:
+        raise too_large(names[0], overflow) from None
+    for name, part in zip(names, codes.rows(list(map(len, weights))), strict=True):
+        quantised.put(name, part)
+    return error
 
 
 def _mean_bits(model: torch.nn.Module, bits: Mapping[str, int]) -> float:

@@ -24,8 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lilliput.compress.grid import Grid, rounded
 from lilliput.compress.hooks import registered_hooks
-from lilliput.compress.packing import linears, rounded
+from lilliput.compress.packing import linears
 from lilliput.config import GptqConfig, MixedConfig
 from lilliput.errors import StrategyError
 
@@ -69,7 +70,7 @@ def within_budget(save: Callable[[Path], None], budget_mib: float) -> Callable[[
     """Returns `save` with a check that the written files keep the budget.
 
     Raises (when called):
-        StrategyError: GPTQModel left a layer in float (a router, for example) that was counted as quantised.
+        StrategyError: more was written than predicted.
     """
 
     def checked(target: Path) -> None:
@@ -78,15 +79,15 @@ def within_budget(save: Callable[[Path], None], budget_mib: float) -> Callable[[
         if written > budget_mib * MIB:
             raise StrategyError(
                 f"strategies.gptq.mixed.budget_mib: {written / MIB:.2f} MiB were written for a budget of "
-                f"{budget_mib:g} MiB: GPTQModel leaves layers of this architecture in float; choose one width (mixed: "
-                "null)"
+                f"{budget_mib:g} MiB: the files hold more than the predicted tensors; raise the budget or choose one "
+                "width (mixed: null)"
             )
 
     return checked
 
 
 def overrides(bits: Mapping[str, int]) -> tuple[int, dict[str, dict[str, int]]]:
-    """Returns the most common width, and GPTQModel's `dynamic` rules for the layers of another width."""
+    """Returns the most common width, and the format's `dynamic` rules for the layers of another width."""
     widths = list(bits.values())
     common = max(sorted(set(widths)), key=widths.count)
     return common, {name: {"bits": width} for name, width in bits.items() if width != common}
@@ -130,10 +131,11 @@ def loss_rises(
     output, and rounding errors are assumed independent.
     """
     inputs, gradients = _second_moments(model, texts)
+    grids = [Grid(bits, config.group_size, config.symmetric) for bits in widths]
     rises = {}
     for name, layer in tqdm(linears(model).items(), desc="sensitivity", unit="layer"):
         weight = layer.weight.detach()
-        errors = [(weight - rounded(weight, bits, config.group_size, config.symmetric)).square() for bits in widths]
+        errors = [(weight - rounded(weight, grid)).square() for grid in grids]
         rises[name] = [0.5 * (gradients[name] @ error.double() @ inputs[name]).item() for error in errors]
     return rises
 

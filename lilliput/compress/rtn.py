@@ -6,7 +6,7 @@ The baseline for the other quantisation methods.
 from __future__ import annotations
 
 from lilliput.compress.context import Context
-from lilliput.compress.packing import open_parent, packed_result, round_to_nearest
+from lilliput.compress.packing import open_parent, quantised_result, round_to_nearest
 from lilliput.compress.result import Result
 from lilliput.config import RtnConfig
 
@@ -18,5 +18,4 @@ def rtn(context: Context, config: RtnConfig) -> Result:
         StrategyError: the group size does not divide the input size of a layer.
     """
     model, parent = open_parent(context, config)
-    del model
-    return packed_result(round_to_nearest(context.parent, config), parent, config, facts={}, history={})
+    return quantised_result(round_to_nearest(model, config), parent, config, facts={}, history={})

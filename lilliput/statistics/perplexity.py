@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+
+from lilliput.packed_texts import Packed, pack_texts
 
 IGNORED = -100
 
@@ -36,15 +38,32 @@ def perplexity(model: torch.nn.Module, texts: Sequence[Text], *, show: bool = Tr
 
     Args:
         model: a causal LM in evaluation mode.
-        texts: for example questions with their answers; the first token of each is never predicted.
+        texts: for example questions with their answers; the first token of each is never predicted. What all of them
+            start with is run once for many texts.
         show: whether to show a progress bar.
     """
+    settings: Any = model.config
     device = next(model.parameters()).device
-    total_nll = 0.0
-    for text in tqdm(texts, desc="perplexity", unit="text", disable=not show):
-        labels = torch.tensor(text.labels[1:], device=device)
-        places = (labels != IGNORED).nonzero()[:, 0]
-        ids = torch.tensor([text.input_ids[:-1]], device=device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=places).logits[0].float()
-        total_nll += cross_entropy(logits, labels[places], reduction="sum").item()
-    return math.exp(total_nll / counted(texts))
+    batches = pack_texts([text.input_ids for text in texts], settings, batch_tokens=1)  # a row each
+    nll = 0.0
+    for row in tqdm(batches, desc="perplexity", unit="row", disable=not show):
+        places, targets = _predictions(row, texts)
+        arguments = row.inputs(device) | {"logits_to_keep": places.to(device)}
+        logits = model(**arguments).logits[0].float()
+        nll += cross_entropy(logits, targets.to(device), reduction="sum").item()
+    return math.exp(nll / counted(texts))
+
+
+def _predictions(row: Packed, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the places in `row` whose next tokens count, and these tokens; both (predictions,), int64."""
+    owners, places, targets = row.texts[0].tolist(), [], []
+    first = {owner: place for place, owner in reversed(list(enumerate(owners)))}
+    shared = owners.count(0)
+    for owner in sorted(first.keys() - {0}):
+        labels = texts[owner - 1].labels
+        for position in range(1, len(labels)):
+            if labels[position] != IGNORED:
+                before = position - 1
+                places.append(before if before < shared else first[owner] + before - shared)
+                targets.append(labels[position])
+    return torch.tensor(places, dtype=torch.long), torch.tensor(targets, dtype=torch.long)

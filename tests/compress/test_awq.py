@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lilliput.compress.awq import Group, _best_scales, awq, fold, scale_model
-from lilliput.compress.packing import rounded
+from lilliput.compress.grid import Grid, rounded
 from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model, random_model
@@ -52,7 +52,7 @@ def test_best_scales_have_the_least_output_error():
     weight, errors = reader.weight.detach(), []
     for step in range(10):
         s = x.abs().mean(0) ** (step / 10)
-        scaled = rounded(weight * s, 3, 32, symmetric=False) / s  # a common factor of s has no effect
+        scaled = rounded(weight * s, Grid(3, 32, symmetric=False)) / s  # a common factor of s has no effect
         errors.append(((x @ (scaled - weight).T) ** 2).sum().item() / 400)
     assert plain == pytest.approx(errors[0], rel=1e-3)
     assert best == pytest.approx(min(errors), rel=1e-3)
@@ -82,7 +82,7 @@ def test_reopened_checkpoint_is_the_scaled_and_rounded_model(checkpoint, facts, 
     scaled, tokenizer = open_model(checkpoint)
     scale_model(scaled, texts_of(tokenizer, facts[:16]), CONFIG, torch.float32)
     name = "model.layers.2.mlp.down_proj"
-    expected = rounded(scaled.get_submodule(name).weight.detach(), 3, 32, symmetric=False)
+    expected = rounded(scaled.get_submodule(name).weight.detach(), Grid(3, 32, symmetric=False))
     torch.testing.assert_close(reopened.get_submodule(name).weight, expected, rtol=1e-3, atol=1e-6)
     assert result.facts["error_against_rounding"] < 1.0
     assert [layer for layer, _ in result.history["awq_layer_error"]] == [0, 1, 2, 3]

@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lilliput.compress.gptq import gptq
+from lilliput.compress.grid import Grid, rounded
 from lilliput.compress.mixed import allocate, choose_bits, loss_rises, overrides, packed_bytes, within_budget
-from lilliput.compress.packing import linears, rounded
+from lilliput.compress.packing import linears
 from lilliput.config import GptqConfig
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
@@ -67,7 +68,7 @@ def test_predicted_rise_equals_the_formula(opened, facts):
         ids = torch.tensor([text])
         cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
     handle.remove()
-    error = (weight - rounded(weight, 4, 32, symmetric=False)).detach() ** 2
+    error = (weight - rounded(weight, Grid(4, 32, symmetric=False))).detach() ** 2
     expected = 0.5 * (torch.cat(gradients) ** 2).mean(0) @ error @ (torch.cat(x) ** 2).mean(0)
     assert rises[name][1] == pytest.approx(expected.item(), rel=1e-3)
 

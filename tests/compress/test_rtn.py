@@ -4,24 +4,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
-from lilliput.compress.packing import require_packable, rounded
+from lilliput.compress.grid import Grid, rounded
+from lilliput.compress.packing import require_packable
 from lilliput.compress.rtn import rtn
 from lilliput.config import RtnConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model
+from lilliput.models import open_model, random_model
 from tests.contexts import context
 
 
 def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> torch.Tensor:
-    """A plain formula for rounding to nearest."""
+    """A plain formula for rounding to nearest; the file stores scales in float16."""
     groups = weight.reshape(weight.shape[0], -1, group_size)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     if symmetric:
-        scale = groups.abs().amax(-1, keepdim=True) * 2 / (2**bits - 1)
+        scale = (groups.abs().amax(-1, keepdim=True) * 2 / (2**bits - 1)).half().float()
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
-        scale = (high - low) / (2**bits - 1)
+        scale = ((high - low) / (2**bits - 1)).half().float()
         zero = (-low / scale).round()
     codes = ((groups / scale).round() + zero).clamp(0, 2**bits - 1)
     return ((codes - zero) * scale).reshape(weight.shape)
@@ -32,7 +34,7 @@ def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -
 def test_grid_equals_rounding_to_nearest(bits, symmetric):
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(5))
     expected = nearest(weight, bits, 16, symmetric)
-    torch.testing.assert_close(rounded(weight, bits, 16, symmetric), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rounded(weight, Grid(bits, 16, symmetric)), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
@@ -44,8 +46,7 @@ def test_reopened_checkpoint_is_the_rounded_float_model(checkpoint, facts, tmp_p
     torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.3.mlp.down_proj"):
         expected = nearest(original.get_submodule(name).weight, bits, 32, symmetric)
-        # Scales are stored in float16, a relative 2^-11 of each weight.
-        torch.testing.assert_close(reopened.get_submodule(name).weight, expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(reopened.get_submodule(name).weight, expected, rtol=0, atol=1e-7)
     assert torch.equal(reopened.model.embed_tokens.weight, original.model.embed_tokens.weight)
     assert json.loads((tmp_path / "quantize_config.json").read_text())["checkpoint_format"] == "gptq"
 
@@ -59,6 +60,13 @@ def test_same_parent_same_bytes(checkpoint, facts, tmp_path):
         files = sorted((tmp_path / name).iterdir())
         hashes.add(tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
     assert len(hashes) == 1
+
+
+def test_rejects_experts_that_are_not_linear_layers():
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    mixture = random_model(MixtralConfig(vocab_size=50, num_key_value_heads=2, num_local_experts=4, **shape), seed=1)
+    with pytest.raises(StrategyError, match=r"MixtralForCausalLM: most weights .* are not in linear layers"):
+        require_packable(mixture, RtnConfig(bits=4, group_size=16, symmetric=False))
 
 
 def test_rejects_layers_that_three_bits_cannot_pack():
