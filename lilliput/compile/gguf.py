@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from lilliput.artifacts import GGUF
 from lilliput.chat.template import end_id, end_ids, read_generation_config
-from lilliput.compile.codes import PARTS, Codes, read_codes
+from lilliput.codes import PARTS, Codes, read_codes
 from lilliput.config import GgufTarget
 from lilliput.errors import CompileError
 from lilliput.untrusted import require_harmless
