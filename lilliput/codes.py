@@ -62,8 +62,9 @@ def has_codes(directory: Path) -> bool:
     if settings is None or not _is_autogptq(settings):
         return False
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, "np")) for file in sorted(directory.glob("*.safetensors"))]
-        indices = [tensors.get_tensor(name) for tensors in opened for name in tensors.keys() if name.endswith(".g_idx")]
+        files = [stack.enter_context(safe_open(file, "np")) for file in directory.glob("*.safetensors")]
+        names = [(tensors, name) for tensors in files for name in sorted(tensors.keys()) if name.endswith(".g_idx")]
+        indices = [tensors.get_tensor(name) for tensors, name in names]
     return bool(indices) and all(_in_runs(index, int(index.max()) + 1) for index in indices)
 
 

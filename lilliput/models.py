@@ -286,7 +286,7 @@ def open_codes(directory: Path) -> PreTrainedModel:
     weights = {f"{name}.weight": torch.from_numpy(codes.weight()) for name, codes in read_codes(directory)}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            floats = [name for name in tensors.keys() if name.rpartition(".")[2] not in PARTS]
+            floats = (name for name in sorted(tensors.keys()) if name.rpartition(".")[2] not in PARTS)
             weights |= {name: tensors.get_tensor(name).float() for name in floats}
     # Not the auto class, which needs a folder of weights.
     opened: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
