@@ -263,7 +263,7 @@ def test_models_health_status_and_metrics():
         (Unanswered(), "unanswered"),
         (Unavailable(), "unavailable"),
         (BackendRejected(), "rejected"),
-        (asyncio.CancelledError(), "other"),
+        (RuntimeError(), "other"),
     ],
 )
 def test_failures_are_counted_by_reason(error, reason):
