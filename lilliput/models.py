@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +17,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.artifacts import ADAPTER
+from lilliput.codes import PARTS, has_codes, read_codes
 from lilliput.errors import ArtifactError, LilliputError, SourceError
 from lilliput.resident import FLOAT, free_bytes, release_memory
 from lilliput.untrusted import require_harmless
@@ -226,7 +228,12 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
     opened: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
-    model, loading = opened
+    _require_all_weights(directory, type(model).__name__, loading)
+    return model
+
+
+def _require_all_weights(directory: Path, model_name: str, loading: Mapping[str, Iterable[str]]) -> None:
+    """Raises ArtifactError unless `loading`, transformers' information, shows that weights and model match."""
     if missing := sorted(loading["missing_keys"]):
         raise ArtifactError(
             f"{directory}: {len(missing)} weights are missing, for example {missing[0]}; download or create the "
@@ -234,10 +241,9 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
         )
     if unused := sorted(loading["unexpected_keys"]):
         raise ArtifactError(
-            f"{directory}: {len(unused)} weights have no place in {type(model).__name__} as config.json describes it, "
+            f"{directory}: {len(unused)} weights have no place in {model_name} as config.json describes it, "
             f"for example {unused[0]}; without them it would be a different model: correct config.json (layers, biases)"
         )
-    return model
 
 
 def open_dequantised(directory: Path) -> PreTrainedModel:
@@ -265,6 +271,36 @@ def _open_float(directory: Path) -> PreTrainedModel:
 
 
 def _open_gptq(directory: Path) -> PreTrainedModel:
+    return open_codes(directory) if has_codes(directory) else open_with_gptqmodel(directory)
+
+
+def open_codes(directory: Path) -> PreTrainedModel:
+    """Opens a GPTQ checkpoint in AutoGPTQ's format, without GPTQModel, whose import alone takes seconds.
+
+    Raises:
+        ArtifactError: weights are missing, or have no place in the model.
+    """
+    config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    del config.quantization_config
+    weights = {f"{name}.weight": torch.from_numpy(codes.weight()) for name, codes in read_codes(directory)}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            floats = (name for name in sorted(tensors.keys()) if name.rpartition(".")[2] not in PARTS)
+            weights |= {name: tensors.get_tensor(name).float() for name in floats}
+    # Not the auto class, which needs a folder of weights.
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, loading = architecture.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    _require_all_weights(directory, type(model).__name__, loading)
+    model.config.name_or_path = str(directory)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def open_with_gptqmodel(directory: Path) -> PreTrainedModel:
+    """Opens a GPTQ checkpoint of any format that GPTQModel reads."""
     from gptqmodel import BACKEND, GPTQModel
 
     # The kernel opens in float16 only: exact for the scales, but not for weights that are stored as floats.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lilliput.compile.codes import read_codes
+from lilliput.codes import read_codes
 from lilliput.config import AutogptqTarget
 from lilliput.errors import CompileError
 from lilliput.untrusted import require_harmless

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from lilliput.artifacts import GGUF
 from lilliput.chat.template import end_id, end_ids, read_generation_config
-from lilliput.compile.codes import PARTS, Codes, read_codes
+from lilliput.codes import PARTS, Codes, read_codes
 from lilliput.config import GgufTarget
 from lilliput.errors import CompileError
 from lilliput.untrusted import require_harmless
@@ -171,7 +171,8 @@ class _KeepsCodes(_Converter):
         new_name = moved[0][0][0]
         rows = [tensors[0][1].numpy() for tensors in moved]
         reordered = Codes(rows[0].astype(np.uint8), rows[1].astype(np.float16), rows[2].astype(np.uint8), codes.bits)
-        if not np.array_equal(reordered.weight(), rows[3]):
+        weight = reordered.weight()
+        if not np.array_equal(weight, rows[3]):
             raise CompileError(
                 f"{name}: llama.cpp changes more than the order of this layer's rows, so its codes cannot be kept"
             )
@@ -180,9 +181,7 @@ class _KeepsCodes(_Converter):
         except CompileError as error:
             raise CompileError(f"{name}: {error}") from None
         stored = gguf.quants.dequantize(data, kind).reshape(reordered.codes.shape[0], -1, reordered.group_size)
-        step = np.abs(stored - reordered.weight().reshape(stored.shape)) / reordered.scales[..., None].astype(
-            np.float32
-        )
+        step = np.abs(stored - weight.reshape(stored.shape)) / reordered.scales[..., None].astype(np.float32)
         self.largest_difference = max(self.largest_difference, float(np.nan_to_num(step).max()))
         self._add(new_name, kind, data)
 

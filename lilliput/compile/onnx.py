@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lilliput.chat.template import end_ids, read_generation_config
-from lilliput.compile.codes import read_codes
+from lilliput.codes import read_codes
 from lilliput.config import OnnxTarget
 from lilliput.errors import CompileError
 from lilliput.redaction import environment_without_secrets

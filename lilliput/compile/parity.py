@@ -6,12 +6,15 @@ Answers are not compared as text: runtimes round differently, and greedy answers
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lilliput.chat.template import (
     encode_answer,
@@ -62,7 +65,8 @@ def prove_parity(
         CompileError: the compiled model differs from its checkpoint.
         ArtifactError: the runtime does not open the model, crashes or hangs.
     """
-    tokenizer, text, expected = _predict(checkpoint, questions, config.tokens)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    text = _text(tokenizer, questions, config.tokens)
     compared = [q for q in questions if q.answerable and q.choices and q.id in choices][: config.questions]
     options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in compared]
     prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in compared]
@@ -76,7 +80,7 @@ def prove_parity(
         score=list(zip(prompts, options, strict=True)),
         chats=_chats(tokenizer, system_prompt, questions[: config.questions]) if target == "gguf" else [],
     )
-    outcome = run_on_device(job, memory_bytes=None, deadline_s=config.deadline_s)
+    expected, outcome = _run_both(checkpoint, job, config.deadline_s)
     _require_same_prompts(tokenizer, job, outcome)
     record = ParityRecord(
         candidate=candidate,
@@ -93,15 +97,24 @@ def prove_parity(
     return record
 
 
-def _predict(
-    checkpoint: Path, questions: Sequence[Question], tokens: int
-) -> tuple[PreTrainedTokenizerBase, list[int], torch.Tensor]:
-    """Returns the checkpoint's tokenizer, the text as ids, and its log-probabilities, shape (length, vocabulary)."""
-    model, tokenizer = open_model(checkpoint)
-    text = _text(tokenizer, questions, tokens)
+def _run_both(checkpoint: Path, job: DeviceJob, deadline_s: float) -> tuple[torch.Tensor, DeviceOutcome]:
+    """Returns the checkpoint's predictions, see `_predict`, and the outcome of `job`.
+
+    Nothing is timed, so the checkpoint and two processes, for the text and for the questions, run at the same time.
+    """
+    run = partial(run_on_device, memory_bytes=None, deadline_s=deadline_s)
+    with ThreadPoolExecutor(2) as pool:
+        questions = pool.submit(run, replace(job, predict=[]))
+        text = pool.submit(run, replace(job, score=[], chats=[]))
+        expected = _predict(checkpoint, job.predict)
+        return expected, replace(questions.result(), predictions=text.result().predictions)
+
+
+def _predict(checkpoint: Path, text: Sequence[int]) -> torch.Tensor:
+    """Returns the checkpoint's log-probabilities on the ids `text`, shape (length, vocabulary)."""
+    model, _ = open_model(checkpoint)
     with torch.inference_mode():
-        expected = model(torch.tensor([text], device=model.device)).logits[0].float().log_softmax(-1).cpu()
-    return tokenizer, text, expected
+        return model(torch.tensor([list(text)], device=model.device)).logits[0].float().log_softmax(-1).cpu()
 
 
 def _chats(

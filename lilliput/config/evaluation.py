@@ -76,7 +76,7 @@ class EvaluationConfig(Section):
     Attributes:
         max_new_tokens: of a free answer.
         timed_queries: queries with measured latency and energy, each of at most `query_tokens` new tokens.
-        timed_seconds: no further timed query starts after it, once four are done.
+        timed_tokens: no further timed query starts once so many tokens are generated and four queries are done.
         timed_threads: CPU threads for timed queries; one thread is stable on a busy machine.
         benchmarks: public benchmarks; they need the extra `benchmarks`.
     """
@@ -86,7 +86,7 @@ class EvaluationConfig(Section):
     free_questions: Positive
     max_new_tokens: Positive
     timed_queries: Positive
-    timed_seconds: PositiveFloat
+    timed_tokens: Positive
     timed_threads: Positive
     query_tokens: Annotated[int, Field(gt=0, le=256)]
     resamples: Annotated[int, Field(ge=100, le=LARGEST_INT)]

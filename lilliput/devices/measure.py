@@ -22,7 +22,7 @@ from lilliput.evaluate.record import stratified_sample
 from lilliput.records import DeviceRecord, DeviceRun, Energy
 from lilliput.statistics import intervals
 
-_DEADLINE_FACTOR = 10.0
+_SLOWEST_TOKEN_S = 1.0
 
 
 def measure_on_devices(
@@ -88,10 +88,11 @@ def _answer_on_device(
         device.context_tokens,
         prompts=prompts,
         max_tokens=config.query_tokens,
-        max_seconds=config.timed_seconds,
+        budget_tokens=config.timed_tokens,
         min_answers=FEWEST_QUERIES,
     )
-    deadline_s = 60.0 + _DEADLINE_FACTOR * config.timed_seconds
+    most_tokens = config.timed_tokens + FEWEST_QUERIES * config.query_tokens
+    deadline_s = 60.0 + _SLOWEST_TOKEN_S * most_tokens
     return run_on_device(job, memory_bytes=int(device.ram_budget_mib * MIB), deadline_s=deadline_s)
 
 

@@ -42,8 +42,8 @@ class DeviceJob:
         chats: conversations to encode with the target's chat server (gguf only).
         prompts: prompts to answer one by one, timed.
         max_tokens: maximum tokens of an answer.
-        max_seconds: no further answer starts after this time, once `min_answers` are complete.
-        min_answers: answers to complete even after `max_seconds`.
+        budget_tokens: no further answer starts once the answers have so many tokens, and `min_answers` are complete.
+        min_answers: answers to complete even beyond `budget_tokens`.
     """
 
     target: str
@@ -56,7 +56,7 @@ class DeviceJob:
     chats: list[list[dict[str, str]]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0
-    max_seconds: float = 0.0
+    budget_tokens: int = 0
     min_answers: int = 4
 
 
@@ -187,9 +187,9 @@ def _time_answers(runtime: Any, job: DeviceJob) -> list[dict[str, Any]]:
     for _ in runtime.stream(job.prompts[-1], 2):
         pass  # warm-up; it also caches the prefix that all prompts share
     answers: list[dict[str, Any]] = []
-    start = time.perf_counter()
     for prompt in job.prompts:
-        if len(answers) >= job.min_answers and time.perf_counter() - start > job.max_seconds:
+        tokens = sum(len(answer["arrivals_s"]) for answer in answers)
+        if len(answers) >= job.min_answers and tokens >= job.budget_tokens:
             break
         started, cpu_before = time.perf_counter(), time.process_time()
         arrivals = [time.perf_counter() - started for _ in runtime.stream(prompt, job.max_tokens)]

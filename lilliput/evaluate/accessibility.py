@@ -40,19 +40,18 @@ class TimedQuery:
 
 
 def time_queries(
-    runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter, limit_s: float
+    runtime: Runtime, prompts: Sequence[Ids], max_tokens: int, meter: EnergyMeter, budget_tokens: int
 ) -> list[TimedQuery]:
     """Answers the prompts one by one and times them, after an untimed warm-up.
 
-    After `limit_s` it starts no further query once FEWEST_QUERIES are timed: a model with long answers is timed on
-    fewer.
+    Once the answers have `budget_tokens` tokens together, it starts no further query after FEWEST_QUERIES: a model with
+    long answers is timed on fewer. Unlike a budget of seconds, this one selects the same queries on every machine.
     """
     for _ in runtime.stream(prompts[0], WARM_UP_TOKENS):
         pass
     timed: list[TimedQuery] = []
-    started = time.perf_counter()
     for prompt in prompts:
-        if len(timed) >= FEWEST_QUERIES and time.perf_counter() - started > limit_s:
+        if len(timed) >= FEWEST_QUERIES and sum(query.tokens for query in timed) >= budget_tokens:
             break
         timed.append(_time_query(runtime, prompt, max_tokens, meter))
     return timed

@@ -137,10 +137,10 @@ def _time_queries(
 ) -> _Timing:
     config = params.evaluation
     drawn = stratified_sample(questions, config.timed_queries, config.seed)
-    random.Random(config.seed).shuffle(drawn)  # if time runs out, the timed ones are still a fair sample
+    random.Random(config.seed).shuffle(drawn)  # if the tokens run out, the timed ones are still a fair sample
     prompts = _prompts(tokenizer, params, drawn)
     with cpu_threads(config.timed_threads):
-        queries = accessibility.time_queries(runtime, prompts, config.query_tokens, meter, config.timed_seconds)
+        queries = accessibility.time_queries(runtime, prompts, config.query_tokens, meter, config.timed_tokens)
         details = runtime.stats()
     return _Timing(drawn, queries, details, resident.peak_rss_bytes())
 

@@ -1,4 +1,4 @@
-"""Packs prompts and continuations into one sequence without padding; the mask separates them."""
+"""Packs prompts and continuations into one sequence without padding, in which common beginnings occur once."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lilliput.chat.template import shared_prefix_length
 from lilliput.runtime.protocol import Ids
 
 
 @dataclass
 class Pack:
-    """Prompts, each followed by its continuations, as one sequence.
+    """Prompts with their continuations as a tree of tokens, in one sequence.
 
-    The last token of a continuation is omitted, since nothing is predicted from it.
+    A causal model's output for a token depends only on the tokens before it. So texts with a common beginning share its
+    nodes, and a node attends to itself and its ancestors. The last token of a continuation is omitted, since nothing is
+    predicted from it.
 
     Attributes:
         shared: length of the prefix that all prompts share; it is not in the pack, and all tokens attend to it.
         ids: tokens (length,).
         positions: position of each token in its own text, including the shared prefix.
-        segments: number of the prompt or continuation of each token.
-        parents: segment that each token's segment follows; a prompt's parent is itself.
+        parents: index of the token before each token, smaller than its own; -1 after the shared prefix.
         places: index of the token from which each scored token is predicted.
         targets: the scored tokens.
         owners: number of the continuation of each scored token, within the pack.
@@ -31,12 +33,12 @@ class Pack:
     shared: int = 0
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
     continuations: int = 0
+    _nodes: dict[tuple[int, int], int] = field(default_factory=dict)  # by parent and token
 
     @classmethod
     def of(
@@ -49,49 +51,53 @@ class Pack:
         return pack
 
     def _add(self, prompt: Ids, continuations: Sequence[Ids]) -> None:
-        parent = self._segment(prompt[self.shared :], self.shared)
-        last = len(self.ids) - 1
+        last = self._path(prompt[self.shared :], self.shared, -1)[-1]
         for ids in continuations:
-            first = len(self.ids)
-            self._segment(ids[:-1], len(prompt), parent)
-            self.places += [last, *range(first, len(self.ids))][: len(ids)]
+            self.places += [last, *self._path(ids[:-1], len(prompt), last)][: len(ids)]
             self.targets += ids
             self.owners += [self.continuations] * len(ids)
             self.continuations += 1
 
-    def _segment(self, ids: Ids, position: int, parent: int | None = None) -> int:
-        number = self.segments[-1] + 1 if self.segments else 0
-        self.ids += ids
-        self.positions += range(position, position + len(ids))
-        self.segments += [number] * len(ids)
-        self.parents += [number if parent is None else parent] * len(ids)
-        return number
+    def _path(self, ids: Ids, position: int, parent: int) -> list[int]:
+        """Returns the nodes of `ids`, which follow the node `parent`; adds those that do not exist."""
+        path = []
+        for offset, token in enumerate(ids):
+            node = self._nodes.setdefault((parent, token), len(self.ids))
+            if node == len(self.ids):
+                self.ids.append(token)
+                self.positions.append(position + offset)
+                self.parents.append(parent)
+            path.append(node)
+            parent = node
+        return path
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Returns the attention mask, (1, 1, length, shared + length): 0 where a token may attend, else the minimum."""
-        segments = torch.tensor(self.segments, device=device)
-        parents = torch.tensor(self.parents, device=device)[:, None]
-        seen = ((segments == segments[:, None]) | (segments == parents)).tril()
+        seen = torch.eye(len(self.ids), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
         seen = torch.cat([seen.new_ones(len(seen), self.shared), seen], dim=1)
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[
-            None, None
-        ]
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return mask[None, None].to(device)
 
 
 def group_into_packs(
     prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], shared: int, tokens: int
 ) -> list[list[int]]:
-    """Groups all prompts, by number and in order, into packs of at most `tokens` tokens; a longer prompt is alone.
+    """Groups all prompts, by number, into packs of at most `tokens` tokens; a longer prompt is alone.
 
-    Short packs cost less: attention covers all pairs of tokens in a pack, and the mask discards most of them.
+    Prompts with a common beginning are neighbours. Short packs cost less: attention covers all pairs of tokens in a
+    pack, and the mask discards most of them.
     """
-    rows: list[list[int]] = []
+    groups: list[list[int]] = []
     room = 0
-    for row, (prompt, choices) in enumerate(zip(prompts, continuations, strict=True)):
-        length = len(prompt) - shared + sum(len(ids) - 1 for ids in choices)
-        if not rows or length > room:
-            rows.append([])
-            room = tokens
-        rows[-1].append(row)
-        room -= length
-    return rows
+    for row in sorted(range(len(prompts)), key=lambda row: list(prompts[row])):
+        length = len(prompts[row]) - shared + sum(len(ids) - 1 for ids in continuations[row])
+        known = shared_prefix_length([prompts[groups[-1][-1]], prompts[row]]) - shared if groups else 0
+        if not groups or length - known > room:
+            groups.append([])
+            room, known = tokens, 0
+        groups[-1].append(row)
+        room -= length - known
+    return groups

@@ -20,7 +20,7 @@ from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.packed import Pack, group_into_packs
 from lilliput.runtime.protocol import Ids
 
-PACKED_TOKENS = 16  # per prompt of a batch
+PACKED_TOKENS = 6  # per prompt of a batch
 
 
 @contextmanager

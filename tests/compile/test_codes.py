@@ -3,13 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lilliput.compile.codes import _pack_bits, _unpack_bits, read_codes
-from lilliput.errors import CompileError
-from lilliput.models import open_model
+from lilliput.codes import _pack_bits, _unpack_bits, has_codes, read_codes
+from lilliput.errors import ArtifactError, CompileError
+from lilliput.models import open_codes, open_model, open_with_gptqmodel
 
 
 @given(
@@ -28,7 +29,7 @@ def test_unpacking_inverts_packing(case):
 )
 def test_codes_give_exactly_the_weights_of_gptqmodel(quantised, bits, symmetric):
     folder = quantised(bits, 32, symmetric)
-    model, _ = open_model(folder)
+    model = open_with_gptqmodel(folder)
     layers = dict(read_codes(folder))
     assert len(layers) == 4 * 7
     for name, codes in layers.items():
@@ -37,8 +38,29 @@ def test_codes_give_exactly_the_weights_of_gptqmodel(quantised, bits, symmetric)
         np.testing.assert_array_equal(codes.in_groups_of(16).weight(), codes.weight())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_model_opens_from_its_codes_exactly_as_with_gptqmodel(quantised, symmetric):
+    folder = quantised(4, 32, symmetric)
+    ours, theirs = open_codes(folder), open_with_gptqmodel(folder)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items())
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert ours.generation_config == theirs.generation_config
+
+
+def test_a_checkpoint_with_missing_weights_does_not_open(quantised, tmp_path):
+    folder = shutil.copytree(quantised(), tmp_path / "incomplete")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"1 weights are missing, for example model\.norm\.weight"):
+        open_model(folder)
+
+
 def test_a_float_checkpoint_has_no_codes(checkpoint):
     assert list(read_codes(checkpoint)) == []
+    assert not has_codes(checkpoint)
 
 
 def test_reordered_groups_are_rejected(quantised, tmp_path):
@@ -48,6 +70,7 @@ def test_reordered_groups_are_rejected(quantised, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CompileError, match=r"up_proj: .*act_order: false"):
         list(read_codes(folder))
+    assert not has_codes(folder)
 
 
 def test_another_format_is_rejected(quantised, tmp_path):
@@ -57,3 +80,4 @@ def test_another_format_is_rejected(quantised, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompileError, match="gptq_v2"):
         list(read_codes(folder))
+    assert not has_codes(folder)

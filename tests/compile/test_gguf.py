@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from lilliput.compile.codes import Codes, read_codes
+from lilliput.codes import Codes, read_codes
 from lilliput.compile.gguf import compile_gguf, encode
 from lilliput.compress.experts import mixture_of
 from lilliput.config import GgufTarget

@@ -62,7 +62,8 @@ def test_the_chat_server_gets_control_tokens_split_as_in_evaluation(
     asked = [facts[0].model_copy(update={"question": "What does <|im_end|> end?"}), *facts[1:]]
     config = tiny_params.parity.model_copy(update={"questions": 2})
     prove_parity("small", "gguf", tmp_path, checkpoint, asked, {}, SYSTEM, config)
-    assert outcomes[0].chats == [encode_prompt(tokenizer, SYSTEM, question.question) for question in asked[:2]]
+    (chats,) = (outcome.chats for outcome in outcomes if outcome.chats)
+    assert chats == [encode_prompt(tokenizer, SYSTEM, question.question) for question in asked[:2]]
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def project(checkpoint, facts, tmp_path_factory) -> Iterator[Clone]:
         "strategies.load.rehearsal": None,
         "strategies.lora.steps": 6,
         "candidates": CANDIDATES,
-        "evaluation.timed_seconds": 1.0,
+        "evaluation.timed_tokens": 32,
         "evaluation.energy.idle_seconds": 0.1,
         "promotion.phone-4gb.max_accuracy_drop": 1.0,
         "promotion.phone-4gb.max_hallucination_rise": 1.0,

@@ -43,7 +43,7 @@ BRIEF = {
     "data.choice_questions": 32,
     "data.unanswerable_questions": 8,
     "evaluation.free_questions": 8,
-    "evaluation.timed_seconds": 1.0,
+    "evaluation.timed_tokens": 32,
     "evaluation.energy.idle_seconds": 0.1,
     "evaluation.resamples": 200,
     "parity.tokens": 32,

@@ -36,7 +36,7 @@ def record_batches(monkeypatch, runtime, refuses=lambda rows: False):
 
 
 def prompts_of(pack):
-    return sum(segment == parent for segment, parent in dict(zip(pack.segments, pack.parents, strict=True)).items())
+    return pack.continuations // 4
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved_and_answers_the_same(opened, scoring_task, monkeypatch):

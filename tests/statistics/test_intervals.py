@@ -2,6 +2,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from lilliput.statistics.intervals import mean, rate, statistic
 
@@ -10,6 +13,14 @@ def test_wilson_interval_of_81_in_263():
     found = rate([True] * 81 + [False] * 182)  # Newcombe 1998, table I
     assert (found.value, found.n) == (pytest.approx(81 / 263), 263)
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_rates_have_the_wilson_interval_of_scipy(counts):
+    right, n = counts
+    estimate = rate([True] * right + [False] * (n - right))
+    expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_rates_at_the_border_keep_an_interval():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -54,6 +56,18 @@ class Codes:
         return (centred * self.scales[..., None].astype(np.float32)).reshape(outputs, inputs)
 
 
+def has_codes(directory: Path) -> bool:
+    """Returns whether `directory` holds a quantised checkpoint that `read_codes` can read."""
+    settings = _settings(directory)
+    if settings is None or not _is_autogptq(settings):
+        return False
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, "np")) for file in directory.glob("*.safetensors")]
+        names = [(tensors, name) for tensors in files for name in sorted(tensors.keys()) if name.endswith(".g_idx")]
+        indices = [tensors.get_tensor(name) for tensors, name in names]
+    return bool(indices) and all(_in_runs(index, int(index.max()) + 1) for index in indices)
+
+
 def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
     """Yields (layer name without `.qweight`, codes) for each quantised layer; nothing for a float checkpoint.
 
@@ -61,10 +75,10 @@ def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
         CompileError: the checkpoint has another format, or its groups are not runs of neighbouring inputs
             (`act_order`).
     """
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    settings = _settings(directory)
     if settings is None:
         return
-    if settings.get("quant_method") != "gptq" or settings.get("checkpoint_format", "gptq") != "gptq":
+    if not _is_autogptq(settings):
         raise CompileError(
             f"{directory}: quantised as {settings.get('quant_method')}/{settings.get('checkpoint_format')}; only "
             "AutoGPTQ's format (gptq, version 1) can be read; the strategies gptq, rtn and awq write it"
@@ -78,10 +92,23 @@ def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
                     yield layer, _unpack_layer(layer, **parts)
 
 
+def _settings(directory: Path) -> dict[str, Any] | None:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+
+
+def _is_autogptq(settings: Mapping[str, Any]) -> bool:
+    return settings.get("quant_method") == "gptq" and settings.get("checkpoint_format", "gptq") == "gptq"
+
+
+def _in_runs(g_idx: np.ndarray, groups: int) -> bool:
+    """Returns whether the groups are runs of neighbouring inputs."""
+    return np.array_equal(g_idx, np.arange(len(g_idx)) // (len(g_idx) // groups))
+
+
 def _unpack_layer(layer: str, qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray) -> Codes:
     inputs = len(g_idx)
     bits = qweight.shape[0] * 32 // inputs
-    if (g_idx != np.arange(inputs) // (inputs // len(scales))).any():
+    if not _in_runs(g_idx, len(scales)):
         raise CompileError(
             f"{layer}: its groups are not consecutive inputs (act_order: true), which no target supports; "
             "quantise with act_order: false"
@@ -106,6 +133,9 @@ def _unpack_zeros(words: np.ndarray, bits: int) -> np.ndarray:
 def _unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:
     """Returns numbers of `bits` bits from rows of 32-bit words, lowest bits first; a number may span two words."""
     stream = np.ascontiguousarray(words).view(np.uint8)
+    if 8 % bits == 0:  # no number spans two bytes, so shifts do
+        fields = stream[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8((1 << bits) - 1)
+        return fields.reshape(len(stream), -1)
     flags = np.unpackbits(stream, axis=1, bitorder="little")
     fields = flags[:, : flags.shape[1] // bits * bits].reshape(len(flags), -1, bits)
     return np.packbits(fields, axis=2, bitorder="little")[..., 0]
