@@ -2,6 +2,7 @@
 
 Each comparison runs in a separate process and writes results/<name>.json; a failure does not stop the others. Needs a
 project with a complete run (`make demo`) and the peers' environments (`python -m benchmarks.environments`).
+`python -m benchmarks.speed` compares two commits instead.
 """
 
 from __future__ import annotations

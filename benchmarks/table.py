@@ -47,6 +47,7 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, record in records.items():
         if note := record.get("note"):
             yield f"\n{name}: {note}"
+    yield from _speed()
     if missing := [name for name in ORDER if name not in records]:
         yield f"\nNot measured yet: {', '.join(missing)}."
     machines = {json.dumps(record["machine"], sort_keys=True): record["machine"] for record in records.values()}
@@ -59,6 +60,22 @@ def _page(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, record in records.items():
         for side, facts in record["absent"].items():
             yield f"| {name} | {side} | {facts['reason']} | {facts['published'] or ''} | {facts['source'] or ''} |"
+
+
+def _speed() -> Iterator[str]:
+    """Yields the table of `benchmarks.speed`, if it was measured."""
+    if not (path := RESULTS / "speed.json").exists():
+        return
+    record = json.loads(path.read_text())
+    sides, commits = record["sides"], record["sides"]["commits"]
+    yield f"\n## Two commits side by side\n\nBefore: {commits['before']}. After: {commits['after']}. Medians.\n"
+    yield "| Command | Before, s | After, s | Before, CPU-s | After, CPU-s | Target, s | n |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in (side.removesuffix(", before") for side in sides if side.endswith(", before")):
+        before, after = sides[f"{name}, before"], sides[f"{name}, after"]
+        figures = [side[key]["median"] for key in ("seconds", "cpu_seconds") for side in (before, after)]
+        cells = [name, *(f"{figure:.2f}" if figure < 10 else f"{figure:.0f}" for figure in figures)]
+        yield f"| {' | '.join(cells)} | {after['target_s'] or ''} | {after['seconds']['n']} |"
 
 
 def _ratios(records: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

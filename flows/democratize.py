@@ -44,7 +44,7 @@ def democratize(
 
     Args:
         params_file: the project's params.yaml, or another file, which gets its own workspace.
-        only: candidates to stop at, with their parents; nothing is promoted then.
+        only: makes and measures only these candidates and what they need; promotes nothing. Empty for all.
         share_machine: let trainings and measurements of other runs happen at the same time.
         runner: `local`, `ray`, `dask`, or the address of a cluster (docs/operations.md).
         workers: stages that run at a time; with one they run in order.

@@ -144,15 +144,15 @@ def _restored_after_errors(home: Path) -> Iterator[None]:
 
 
 def _require_restart(gateway: Mapping[str, Any] | None, address: Address) -> None:
-    """Rejects proxies for a gateway that runs already: it would go on without them.
+    """Rejects proxies if the gateway already runs: it would continue without them.
 
     Raises:
         ConfigError: a gateway runs.
     """
     if address.proxies and gateway:
         raise ConfigError(
-            f"--proxy: a gateway runs at {gateway['url']}, and trusts the proxies and the token of its start; end it "
-            "with --stop, then deploy again"
+            f"--proxy: a gateway runs at {gateway['url']} with the proxies and the token of its start; end "
+            "it with --stop, then deploy again"
         )
 
 

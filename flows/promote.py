@@ -30,7 +30,7 @@ def promote(params_file: str = "params.yaml", ask_minutes: float = 0.0) -> str:
     """Decides the champion of each device, as the stage `promote` does; runs no stage. Returns what to do next.
 
     Args:
-        params_file: the project's params.yaml, or another file, which means its workspace.
+        params_file: the project's params.yaml, or another file, to decide in the workspace of that file.
         ask_minutes: how long to wait, for each device with `promotion.<device>.approval`, for a person's answer in
             Prefect's UI. 0: do not ask; such champions stay pending.
 

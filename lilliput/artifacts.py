@@ -159,7 +159,7 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 def describe_full_disk(error: BaseException) -> str:
-    """Returns a message for an `error` for which `disk_is_full`: the failed write, the free space and the remedy."""
+    """Returns a message for a full disk (see `disk_is_full`): the failed write, the free space and the remedy."""
     cause = " ".join(str(error).split())[:300]
     return (
         f"{cause}; {Path.cwd()} has {free_mib(Path.cwd())} MiB free, {tempfile.gettempdir()} "

@@ -156,7 +156,7 @@ def _bad_after_experts(params: Params) -> Iterable[str]:
 
 
 def _handles_experts(params: Params, candidate: str, mixture: str) -> bool:
-    """Training and removal of layers do; LoRA needs linear layers, of which `experts` leaves none."""
+    """Whether the candidate's strategy works on experts. LoRA needs linear layers, and `experts` leaves none."""
     try:
         config = params.strategy_config(candidate)
     except ConfigError:
@@ -214,7 +214,7 @@ def _unsupported_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTar
     if isinstance(spec, GgufTarget):
         if config.group_size % 32:
             return (
-                f"group_size {config.group_size}: GGUF's blocks hold 32 weights; choose "
+                f"group_size {config.group_size}: must be a multiple of GGUF's blocks of 32 weights; choose "
                 f"{', '.join(str(size) for size in GROUP_SIZES if not size % 32)}"
             )
         if 8 in config.widths and not config.symmetric:

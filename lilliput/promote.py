@@ -104,7 +104,7 @@ def decide(
 def _worse_than_current(
     rules: PromotionConfig, records: Mapping[str, Record], current: Reference | None
 ) -> dict[str, str]:
-    """Returns candidates beyond the limits to the current champion; none if it was refused or wins anyway."""
+    """Returns candidates beyond the limits to the current champion; none if the champion was refused or wins."""
     if current is None or current.name not in records or _ranked(rules, records)[0] == current.name:
         return {}
     reasons = {name: _beyond_limits(rules, name, record, current) for name, record in records.items()}

@@ -39,7 +39,7 @@ def free_bytes(device: Any) -> int:
 
 
 def release_memory() -> None:
-    """Returns unused memory to the system; glibc would keep it: half a model's size after a model is deleted."""
+    """Returns unused memory to the system; otherwise glibc keeps half of a model's size after it is deleted."""
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # musl has no malloc_trim
         libc.malloc_trim(0)

@@ -213,7 +213,10 @@ class Space:
                 yield strategy
 
     def _sequence_problem(self, sequence: tuple[str, ...]) -> str | None:
-        """Returns None if `sequence` is possible with the first valid settings of each step, or one step's others."""
+        """Returns why `sequence` is impossible; None if it is possible.
+
+        Tries the first valid settings of each step, then the other settings of one step at a time.
+        """
         options = [self._choices[strategy] for strategy in sequence]
         first = tuple(steps[0] for steps in options)
         variants = [first] + [

@@ -27,7 +27,10 @@ def log(params: Params, device: str) -> None:
     record = json.loads(layout.offload_record(device).read_text(encoding="utf-8"))
     registered = json.loads(layout.REGISTRY.read_text(encoding="utf-8")).get(record["candidate"])
     if registered is None:
-        raise ConfigError(f"{layout.offload_record(device)} is of {record['candidate']}, which is not registered")
+        raise ConfigError(
+            f"{layout.offload_record(device)} was measured with {record['candidate']}, which is not registered; "
+            "run `dvc repro`"
+        )
     metrics = offloading_metrics(device, record)
     model_versions.add_metrics(model_versions.client(), registered["version"], layout.offload_record(device), metrics)
     write_json(layout.logged(device), registered)

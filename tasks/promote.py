@@ -72,7 +72,7 @@ def roll_back(params: Params, device: str, reason: str) -> None:
             model_versions.version_of(f"{CHAMPION}{device}"),
         )
         if previous is None:
-            raise ConfigError(f"--rollback {device}: there is no champion before this one that could be restored")
+            raise ConfigError(f"--rollback {device}: there is no earlier champion to restore")
         pool, dated_reason = read_candidate_pool(params), approvals.dated(reason)
         restored, replaced = str(previous.version), None if champion is None else str(champion.version)
         refused = {}

@@ -40,7 +40,7 @@ def caching_record(params: Params, candidate: str) -> dict[str, Any] | None:
 
 
 def offload_record(params: Params, device: str) -> dict[str, Any] | None:
-    """Returns the offloading record of `device` with its curves; None if it is not of the bundled champion."""
+    """Returns the offloading record of `device` with its curves; None if it was measured with another champion."""
     serving, path = params.serving[device], layout.offload_record(device)
     try:
         pair = pair_of(bundled_champion(device), serving.edge, edge_manifest(serving))
@@ -60,7 +60,7 @@ def bundled_champion(device: str) -> Manifest:
     folder = layout.BUNDLES / device
     if not folder.exists():
         raise ArtifactError(
-            f"{folder}: no bundle for {device}; promotion.json has the reason why it has no compiled champion. "
+            f"{folder}: no bundle for {device}; promotion.json says why it has no compiled champion. "
             f"Compile one that fits, or remove serving.{device}"
         )
     return read_manifest(folder)

@@ -269,7 +269,7 @@ def with_compile(tiny_params):
     [
         ("ghost-gguf", {"candidate": "ghost", "target": "gguf"}, {}, "unknown candidate `ghost`"),
         ("phone", {"candidate": "pocket", "target": "gguf"}, {}, "call it `pocket-gguf`"),
-        ("pocket-gguf", {"candidate": "pocket", "target": "gguf"}, {"group_size": 16}, "GGUF's blocks hold 32"),
+        ("pocket-gguf", {"candidate": "pocket", "target": "gguf"}, {"group_size": 16}, "GGUF's blocks of 32"),
         ("pocket-gguf", {"candidate": "pocket", "target": "gguf"}, {"bits": 8, "symmetric": False}, "symmetric: true"),
         ("pocket-gguf", {"candidate": "pocket", "target": "gguf"}, {"act_order": True}, "act_order: true"),
         ("pocket-onnx", {"candidate": "pocket", "target": "onnx"}, {"bits": 3}, "takes 4 or 8 bits"),

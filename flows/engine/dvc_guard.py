@@ -1,6 +1,6 @@
-"""Everything that relies on DVC's internals, so that a new version of DVC can break this file alone.
+"""All code that relies on DVC's internals, so that a new version of DVC can break only this file.
 
-DVC promises nothing about them. `tests/flows/test_dvc_guard.py` checks each assumption by itself, and pyproject.toml
+DVC may change them at any time. `tests/flows/test_dvc_guard.py` checks each assumption by itself, and pyproject.toml
 bounds the version of DVC.
 """
 
@@ -84,7 +84,7 @@ def dvc_locked(folder: Path) -> Iterator[None]:
         try:
             repo.lock.lock()
         except LockError:
-            raise BusyError(f"{folder}: a `dvc` command is at work here; wait until it has ended") from None
+            raise BusyError(f"{folder}: a `dvc` command is running here; wait until it has ended") from None
         try:
             _require_unlocked_outputs(repo)
             yield
@@ -100,7 +100,7 @@ def _require_unlocked_outputs(repo: Repo) -> None:
     except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
         raise ConfigError(_explain(error, Path(repo.root_dir))) from None
     except LockError as error:
-        raise BusyError(f"{repo.root_dir}: a `dvc` command is at work here: {' '.join(str(error).split())}") from None
+        raise BusyError(f"{repo.root_dir}: a `dvc` command is running here: {' '.join(str(error).split())}") from None
 
 
 def status_without_lock(stage: Any) -> list[Any]:

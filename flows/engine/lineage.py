@@ -1,6 +1,6 @@
-"""The graph of stages, which of them are stale, and the record of what was made from what: all of it is DVC's.
+"""The graph of stages, which of them are stale, and the inputs of each result. All of it comes from DVC.
 
-Only the flow's own process calls DVC, one call at a time, and holds DVC's lock meanwhile (`dvc_locked`).
+Only the flow's own process calls DVC, one call at a time, and holds DVC's lock during the flow (`dvc_locked`).
 Stages are queried directly: each method of `Repo` would parse dvc.yaml, dvc.lock and the whole graph again, so that a
 query of all stages would take quadratic time.
 """
@@ -58,7 +58,7 @@ class Lineage:
         """Returns the stages in an order in which they can run.
 
         Args:
-            only: candidates to stop at: what they need, their evaluation, and `register`. Empty for all stages.
+            only: candidates: returns the stages that they need, their evaluations and `register`. Empty for all.
         """
         declared = {stage: number for number, stage in enumerate(self._repo.index.stages)}
         order = networkx.lexicographical_topological_sort(self._graph.reverse(), key=declared.__getitem__)
@@ -136,12 +136,12 @@ class Lineage:
             inputs: from `inputs`, before the stage was run or restored.
 
         Raises:
-            StageError: the disk is full, or the inputs changed meanwhile.
+            StageError: the disk is full, or the inputs changed during the stage.
         """
         if changed := _differences(inputs, self.inputs(name)):
             raise StageError(
-                f"{name}: {', '.join(changed)} changed during the stage, so its outputs are not recorded; the same "
-                "command makes them again"
+                f"{name}: {', '.join(changed)} changed during the stage, so its outputs are not recorded; run the "
+                "same command again"
             )
         stage = self._pipeline.load(name)
         try:

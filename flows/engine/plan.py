@@ -48,7 +48,7 @@ class PlannedStage:
 
 
 def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> list[PlannedStage]:
-    """Returns every stage in order; one whose input would be made again counts as stale too."""
+    """Returns every stage in order. A stage also counts as stale if one of its inputs would be made again."""
     planned: list[PlannedStage] = []
     stale: set[str] = set()
     memory = {f"compress@{name}": estimate for name, estimate in estimates(params, params.candidates, folder).items()}

@@ -95,7 +95,7 @@ def run_process(stage: Stage, site: Site) -> None:
     """
     if not site.heartbeat.exists():
         raise StageError(
-            f"{stage.name}: the worker on {platform.node()} does not find {site.heartbeat}: the flow has ended, or its "
+            f"{stage.name}: the worker on {platform.node()} cannot find {site.heartbeat}: the flow has ended, or its "
             "folder is not shared with this machine under the same path"
         )
     log_before = _version(site.folder / layout.log(stage.name))

@@ -1,8 +1,8 @@
 """Runs of a deployment wait for a busy folder; runs from a command line are refused there.
 
-The deployments have no `concurrency_limit`: Prefect's server keeps the lease of such a limit in memory by default, and
-its client ends a run whose lease it cannot renew, so that a restarted server would end the run. The lock of the folder
-belongs to the operating system: it survives the server, and is released when its holder ends.
+The deployments have no `concurrency_limit`. By default Prefect's server keeps the lease of such a limit in memory, and
+Prefect's client ends a run whose lease it cannot renew. A restart of the server would therefore end the run. The lock
+of the folder belongs to the operating system: it survives the server, and is released when its holder ends.
 """
 
 from __future__ import annotations

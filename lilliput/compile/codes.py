@@ -83,7 +83,7 @@ def _unpack_layer(layer: str, qweight: np.ndarray, qzeros: np.ndarray, scales: n
     bits = qweight.shape[0] * 32 // inputs
     if (g_idx != np.arange(inputs) // (inputs // len(scales))).any():
         raise CompileError(
-            f"{layer}: its groups are not runs of neighbouring inputs (act_order: true), and no target supports that; "
+            f"{layer}: its groups are not consecutive inputs (act_order: true), which no target supports; "
             "quantise with act_order: false"
         )
     codes = _unpack_bits(qweight.T, bits)

@@ -86,7 +86,8 @@ def encode(codes: Codes) -> tuple[Type, np.ndarray]:
     """
     if codes.group_size % BLOCK:
         raise CompileError(
-            f"group_size {codes.group_size}: GGUF's blocks hold {BLOCK} weights; quantise in groups of 32"
+            f"group_size {codes.group_size}: must be a multiple of GGUF's blocks of {BLOCK} weights; "
+            "quantise in groups of 32"
         )
     codes = codes.in_groups_of(BLOCK)
     outputs, groups = codes.scales.shape

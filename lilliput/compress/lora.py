@@ -31,7 +31,7 @@ def lora(context: Context, config: LoraConfig) -> Result:
     QLoRA trains beside weights of four bits; its adapter is then added to the parent's float weights.
 
     Returns:
-        The merged model in the parent's shape; with `merge: false` its `save` writes the parent and the adapter apart.
+        The merged model in the parent's shape. With `merge: false`, `save` writes parent and adapter separately.
     """
     four_bits = config.variant == "qlora"
     parent = context.parent
@@ -80,5 +80,7 @@ def _merge(tuned: PeftModel) -> PreTrainedModel:
 
 
 def _save_unmerged(tuned: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    for adapter in tuned.peft_config.values():  # a set by peft, whose order depends on Python's hash seed
+        adapter.target_modules = sorted(adapter.target_modules)  # pyright: ignore[reportAttributeAccessIssue]
     tuned.save_pretrained(str(directory / ADAPTER), safe_serialization=True)
     save_model(cast("PreTrainedModel", tuned.unload()), tokenizer, directory)

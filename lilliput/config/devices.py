@@ -30,7 +30,7 @@ class OnnxTarget(Section):
 
     Attributes:
         embeddings: type of the embedding table, which is also the output layer, beside 4-bit layers.
-        deadline_s: the builder is stopped after it.
+        deadline_s: time limit of the builder, which is then stopped.
     """
 
     candidate: Name
@@ -60,7 +60,7 @@ class ParityConfig(Section):
         same_argmax_clear: minimum share among clear positions.
         mean_difference_nats: maximum difference of the mean log-likelihood of a token.
         threads: CPU threads of the compiled model's runtime.
-        deadline_s: that runtime is stopped after it.
+        deadline_s: time limit of that runtime, which is then stopped.
     """
 
     tokens: Annotated[int, Field(ge=32, le=LARGEST_INT)]

@@ -105,7 +105,7 @@ class CachingConfig(Section):
     """Prefix reuse and answer cache, measured on a stream of queries about the free questions.
 
     Attributes:
-        candidates: that are measured.
+        candidates: the candidates to measure.
         queries: length of the stream.
         zipf_exponent: a question of rank r has a frequency proportional to r^(−zipf_exponent); 0 is uniform.
         paraphrase_share: share of queries in another wording of the question.

@@ -69,7 +69,9 @@ def _one_line(error: Exception) -> str:
 def _require_no_secrets(text: str) -> None:
     # git, MLflow, bundles and the report store the content of these files.
     if names := secrets_in(text):
-        raise ValueError(f"contains the value of {', '.join(names)}; remove it, it is read from the environment")
+        raise ValueError(
+            f"contains the value of {', '.join(names)}, a secret; remove it: Lilliput reads it from the environment"
+        )
     for number, line in enumerate(text.splitlines(), 1):
         if has_credentials(line):
             raise ValueError(

@@ -59,7 +59,7 @@ class EdgeConfig(Section):
         url: of an OpenAI-compatible server instead, without `/v1`, user, password and query; its key is read from
             LILLIPUT_EDGE_KEY.
         model: its name on that server.
-        timeout_s: after it the device answers the request.
+        timeout_s: time limit; after it the device answers the request.
     """
 
     candidate: Name | None = None

@@ -81,7 +81,7 @@ class LoraConfig(TrainingConfig):
     """LoRA (Hu et al., arXiv 2106.09685): W + (alpha / rank) B A on the named linear layers.
 
     `rslora` scales by alpha / √rank instead (Kalajdzievski, arXiv 2312.03732); `dora` learns each weight's magnitude
-    apart from its direction (Liu et al., arXiv 2402.09353); `qlora` trains beside a parent in 4 bits, NF4
+    and direction separately (Liu et al., arXiv 2402.09353); `qlora` trains beside a parent in 4 bits, NF4
     (Dettmers et al., arXiv 2305.14314).
     """
 
@@ -155,7 +155,7 @@ class SparsifyConfig(SparseConfig):
 
     Attributes:
         method: `wanda` (arXiv 2306.11695) only zeroes weights; `sparsegpt` (arXiv 2301.00774) also updates the others.
-        pattern: `unstructured`, or two of every four consecutive weights, which GPUs skip.
+        pattern: `unstructured`, or two zeros in every four consecutive weights; GPUs can skip these.
         damp_percent: share of the Hessian's mean diagonal that is added to its diagonal (`sparsegpt`).
         block_size: columns per mask (`sparsegpt`).
     """
@@ -301,7 +301,7 @@ class MoeConfig(Section):
     def _some_are_idle(self) -> MoeConfig:
         if self.active >= self.experts:
             raise ValueError(
-                f"`active` {self.active} of {self.experts} `experts` leaves none idle; "
+                f"`active` is {self.active}, but must be below `experts` ({self.experts}); "
                 f"choose `active: {self.experts - 1}` or less"
             )
         return self
@@ -330,7 +330,7 @@ class ExpertsConfig(TrainingConfig):
     def _some_are_idle(self) -> ExpertsConfig:
         if self.active >= self.experts:
             raise ValueError(
-                f"`active` {self.active} of {self.experts} `experts` leaves none idle; "
+                f"`active` is {self.active}, but must be below `experts` ({self.experts}); "
                 f"choose `active: {self.experts - 1}` or less"
             )
         return self

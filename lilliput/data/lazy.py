@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class Lazy(Sequence[Item], Generic[Item]):
-    """The items `make(place)` for each of `places`, created anew on each access."""
+    """The items `make(place)` for each of `places`, created again on each access."""
 
     def __init__(self, make: Callable[[int], Item], places: Sequence[int]) -> None:
         self._make, self._places = make, places

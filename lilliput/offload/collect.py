@@ -29,7 +29,7 @@ class Endpoint:
         name: for messages.
         url: of its OpenAI-compatible API, without `/v1`.
         body: additional fields of each request.
-        headers: additional headers of each request, as an API key.
+        headers: additional headers of each request, such as an API key.
         clock: returns the CPU-seconds that its process has used; None where they are unknown.
     """
 

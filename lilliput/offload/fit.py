@@ -49,7 +49,7 @@ def fit(x: np.ndarray, outcomes: Outcomes, dimensions: int) -> WorthModel:
         dimensions: length of the embedding, which comes first in the features.
 
     Raises:
-        Warning: scikit-learn warns, as of a fit that did not converge (ConvergenceWarning).
+        Warning: scikit-learn warned, for example that a fit did not converge (ConvergenceWarning).
     """
     targets = {
         f"{place}_{kind}": getattr(outcomes, kind)[place]
@@ -171,7 +171,7 @@ def held_out_router(
 
 
 class PerQuestionRouter:
-    """Routes each question with its own router, as with the one fitted without its entity."""
+    """Routes each question with its own router, for example one that was fitted without the question's entity."""
 
     def __init__(self, routers: Mapping[str, Router]) -> None:
         self._routers = routers

@@ -36,8 +36,8 @@ class Policy:
     Attributes:
         sent: probability that each question goes to the server; 0.0 or 1.0 for a deterministic policy.
         score: ranks questions, largest first to the server; None for a policy without a ranking.
-        embeds: 1.0 where it embeds the question; one value or one for each question.
-        looks: 1.0 where it needs the device's answer first; likewise.
+        embeds: 1.0 where it embeds the question, else 0.0; one value for all questions, or one for each.
+        looks: 1.0 where it needs the device's answer first, else 0.0; one value for all questions, or one for each.
     """
 
     sent: np.ndarray

@@ -131,8 +131,8 @@ def select_point(
 ) -> tuple[OperatingPoint, str]:
     """The point of least latency within energy budget, accuracy floor and hallucination ceiling, and the reason.
 
-    Without such a point, quality yields before energy: of the points within the budget, the one that misses floor and
-    ceiling by least. Without a point within the budget, the one of least energy.
+    Without such a point, quality yields before energy: selects, within the budget, the point that misses floor and
+    ceiling by least. If no point is within the budget, selects the one of least energy.
     """
     floor = table.server_accuracy - objective.max_accuracy_drop
     ceiling = table.server_hallucination + objective.max_hallucination_rise

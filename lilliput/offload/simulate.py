@@ -136,7 +136,7 @@ def read_trace(path: Path, questions: Iterable[str], links: Iterable[str]) -> li
             raise DataError(f"{path}:{number}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
         if event.id not in known_questions or event.link not in known_links:
             unknown = f"question {event.id!r}" if event.id not in known_questions else f"link {event.link!r}"
-            raise DataError(f"{path}:{number}: the {unknown} is not among those recorded")
+            raise DataError(f"{path}:{number}: the {unknown} is unknown; use one that the stage `offload` recorded")
         events.append(event)
     return sorted(events, key=lambda event: event.at_s)
 

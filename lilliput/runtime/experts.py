@@ -21,7 +21,6 @@ def one_by_one(
         hidden_states: float (tokens, hidden size).
         top_k_index: int64 (tokens, active experts).
         top_k_weights: float (tokens, active experts).
-        top_k_weights: float (tokens, active experts).
 
     Returns:
         Float tensor (tokens, hidden size).

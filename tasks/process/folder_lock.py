@@ -31,7 +31,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BusyError(f"{folder}: another run is at work here{_holder_of(holder_file)}; wait for it") from None
+        raise BusyError(f"{folder}: another run is active here{_holder_of(holder_file)}; wait for it") from None
     try:
         write_json(holder_file, _this_process())
         yield

@@ -91,7 +91,7 @@ def ensure_model(client: MlflowClient) -> None:
 
 
 def registered_model(client: MlflowClient) -> RegisteredModel | None:
-    """Returns the registered model, or None. A search avoids that MLflow reads all versions to find the latest."""
+    """Returns the registered model, or None. Searches for it: MLflow's `get` reads all versions to find the latest."""
     models = client.search_registered_models(f"name = '{MODEL}'", max_results=1)
     return models[0] if models else None
 

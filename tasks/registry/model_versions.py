@@ -162,7 +162,7 @@ def promotion_lock() -> Iterator[None]:
             yield
     except Timeout:
         raise ConfigError(
-            f"{layout.MLRUNS}: another promotion has been at work for {_LOCK_TIMEOUT_S:g} s; wait for it and try again"
+            f"{layout.MLRUNS}: another promotion has been running for {_LOCK_TIMEOUT_S:g} s; wait for it and try again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Champion changes that Prefect has not been told of: one JSON line each, until a flow reports them.
+"""Champion changes that no flow has reported to Prefect yet: one JSON line each.
 
 The outbox is a file, because the stage `promote` does not use Prefect and a killed flow must not lose a change.
 """

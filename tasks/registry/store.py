@@ -111,7 +111,7 @@ def _require_driver(address: str) -> None:
     except (ImportError, NoSuchModuleError) as error:
         raise ConfigError(
             f"{VARIABLE}: {redacted(address)} needs a database driver that is not installed ({error}); "
-            "`pip install --requirement requirements-team.lock` brings PostgreSQL's: postgresql+psycopg2://…"
+            "`pip install --requirement requirements-team.lock` installs the driver of postgresql+psycopg2://…"
         ) from None
     except ArgumentError as error:
         raise ConfigError(f"{VARIABLE}: {redacted(address)} is not a database address: {error}") from None

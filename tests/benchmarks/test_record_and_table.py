@@ -9,7 +9,7 @@ import pytest
 import typer
 from ruamel.yaml import YAML
 
-from benchmarks import chain, record, table
+from benchmarks import chain, record, speed, table
 from benchmarks.__main__ import comparisons
 from benchmarks.record import Row, SideFailed, side, spread
 
@@ -89,3 +89,39 @@ def test_a_comparison_takes_the_arguments_that_it_is_given(name, tmp_path):
     context = typer.main.get_command(app).make_context(name, [str(argument) for argument in arguments])  # or raises
     given = {str(value) for value in context.params.values()}
     assert given >= {str(one) for one in arguments if not str(one).startswith("--")}
+
+
+@pytest.fixture
+def clones(tmp_path):
+    """Two clones of one module each, the first slower."""
+    for name, seconds in (("before", 0.3), ("after", 0.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "work.py").write_text(
+            f"import sys, time; time.sleep({seconds}); sys.exit(len(sys.argv) - 1)"
+        )
+        for arguments in (
+            ["init", "-q"],
+            ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", name, "--allow-empty"],
+        ):
+            subprocess.run(["git", *arguments], cwd=tmp_path / name, check=True)
+    return tmp_path / "before", tmp_path / "after"
+
+
+def test_two_commits_are_compared_command_by_command(results, clones, monkeypatch):
+    commands = {"work": speed.Command(("work",), 0.001), "reject": speed.Command(("work", "x"), code=1, rounds=2)}
+    monkeypatch.setattr(speed, "COMMANDS", commands)
+    speed.main(*clones)
+    found = json.loads((results / "speed.json").read_text())
+    assert (found["reached"], found["met"]) == ("missed: work", False)
+    sides = found["sides"]
+    assert sides["work, before"]["seconds"]["least"] > sides["work, after"]["seconds"]["median"] + 0.2
+    assert sides["reject, after"]["seconds"]["n"] == 2
+    table.write()
+    assert "| work | 0." in (results / "benchmarks.md").read_text()
+
+
+def test_a_command_with_an_unexpected_exit_code_is_no_measurement(results, clones, monkeypatch):
+    monkeypatch.setattr(speed, "COMMANDS", {"work": speed.Command(("work", "x"))})
+    with pytest.raises(SideFailed, match=r"work x in .*before: exit code 1"):
+        speed.main(*clones)
+    assert not (results / "speed.json").exists()

@@ -240,7 +240,7 @@ def test_rejects_too_few_questions(opened, facts):
 
 
 def test_rejects_a_mixture_without_inactive_experts():
-    with pytest.raises(ValueError, match="leaves none idle"):
+    with pytest.raises(ValueError, match="must be below `experts`"):
         config(active=3)
 
 

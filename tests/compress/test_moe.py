@@ -256,5 +256,5 @@ def test_rejects_experts_that_do_not_divide_the_neurons(checkpoint, facts):
 
 
 def test_rejects_a_mixture_without_inactive_experts():
-    with pytest.raises(ValueError, match="leaves none idle"):
+    with pytest.raises(ValueError, match="must be below `experts`"):
         config(active=6)

@@ -97,7 +97,7 @@ def test_a_flow_beside_dvc_repro_is_refused_and_the_stage_is_recorded(folder):
     repro = subprocess.Popen(_dvc("repro"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(folder / "began")  # now DVC locks the outputs of the stage instead of the repository
-        with pytest.raises(BusyError, match="`dvc` command is at work"), exclusive(folder):
+        with pytest.raises(BusyError, match="`dvc` command is running"), exclusive(folder):
             pass
         (folder / "hold").unlink()
         _, stderr = repro.communicate(timeout=60)

@@ -114,7 +114,7 @@ def test_runs_of_a_deployment_survive_the_server_and_wait_for_each_other(project
             started = time.monotonic()
             start(project)
             wait_until(lambda: [name for name, _ in flow_runs(project)] == ["Running", "Waiting"], 300)
-            assert "another run is at work here since" in flow_runs(project)[1][1]
+            assert "another run is active here since" in flow_runs(project)[1][1]
         time.sleep(DOWN_S)
         with serving(project, free_port):
             time.sleep(max(0.0, RENEWAL_S - (time.monotonic() - started)))

@@ -39,7 +39,7 @@ def test_a_run_from_the_command_line_is_refused_at_once(folder, monkeypatch, sho
     started_by(monkeypatch, None)
     with (
         folder_lock(folder),
-        pytest.raises(BusyError, match="another run is at work here"),
+        pytest.raises(BusyError, match="another run is active here"),
         waiting.wait_for_folder(folder),
     ):
         pass
@@ -65,7 +65,7 @@ def test_a_run_of_a_deployment_waits_shows_its_state_and_then_runs(folder, monke
     leave.set()
     run.join()
     assert [name for name, _ in shown] == ["Waiting", "Running"]
-    assert "another run is at work here since" in shown[0][1]
+    assert "another run is active here since" in shown[0][1]
 
 
 def test_a_free_folder_is_locked_without_a_change_of_state(folder, monkeypatch, shown):

@@ -123,8 +123,8 @@ def test_random_trace_follows_the_daily_rhythm_and_round_trips(tmp_path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"at_s": 1.0, "id": "q/9", "link": "wifi"}', "question 'q/9' is not among"),
-        ('{"at_s": 1.0, "id": "q/0", "link": "pigeon"}', "link 'pigeon' is not among"),
+        ('{"at_s": 1.0, "id": "q/9", "link": "wifi"}', "question 'q/9' is unknown"),
+        ('{"at_s": 1.0, "id": "q/0", "link": "pigeon"}', "link 'pigeon' is unknown"),
         ('{"at_s": "soon", "id": "q/0", "link": "wifi"}', "at_s: "),
         ("nonsense", ":1: "),
     ],

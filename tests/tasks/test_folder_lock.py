@@ -34,7 +34,7 @@ def test_the_error_for_a_second_run_names_the_first_and_a_killed_run_releases_th
     )
     try:
         assert first.stdout and first.stdout.readline() == b"held\n"
-        message = rf"another run is at work here since .*: process {first.pid}, `python"
+        message = rf"another run is active here since .*: process {first.pid}, `python"
         with pytest.raises(ConfigError, match=message), folder_lock(tmp_path):
             pass
     finally:

@@ -247,5 +247,5 @@ def test_the_stage_log_adds_offloading_metrics_to_the_champions_run(project, rig
     }
     assert len(store.get_metric_history(run.info.run_id, "offload/laptop/device/accuracy")) == 1
     write_json(layout.offload_record("laptop"), record | {"candidate": "nobody"})
-    with pytest.raises(ConfigError, match="is of nobody, which is not registered"):
+    with pytest.raises(ConfigError, match="was measured with nobody, which is not registered"):
         log(project.params("laptop"), "laptop")

@@ -229,7 +229,7 @@ def test_a_new_evaluation_ends_a_rollback(project, device):
 def test_a_rollback_without_a_previous_champion_is_rejected(project, device):
     project.evaluate(EVEN)
     promote(project.params(device))
-    with pytest.raises(ConfigError, match="no champion before this one"):
+    with pytest.raises(ConfigError, match="no earlier champion to restore"):
         roll_back(project.params(device), device, "")
     with pytest.raises(ConfigError, match="no such device"):
         roll_back(project.params(device), "toaster", "")
