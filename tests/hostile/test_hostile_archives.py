@@ -3,6 +3,7 @@
 import io
 import struct
 import zipfile
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -159,6 +160,7 @@ def test_damaged_answer_caches(count, tmp_path):
     cache = AnswerCache(path, _Embedder(), "v", 0.5, 10)
     for town in ("Paris", "Rome", "Lima"):
         cache.store(cache.query(f"Where is {town}?"), ANSWER)
+    cache.close()
     import sqlite3
 
     connection = sqlite3.connect(path)
@@ -172,9 +174,10 @@ def test_damaged_answer_caches(count, tmp_path):
         path.write_bytes(content)
         try:
             found = AnswerCache(path, _Embedder(), "v", 0.5, 10)
-            found.find(found.query("Where is Paris?"))
-            found.find(found.query("Where on earth is Paris?"))
-            found.store(found.query("Where is Oslo?"), ANSWER)
+            with closing(found):
+                found.find(found.query("Where is Paris?"))
+                found.find(found.query("Where on earth is Paris?"))
+                found.store(found.query("Where is Oslo?"), ANSWER)
         except ArtifactError as error:
             assert str(path) in str(error)
 
