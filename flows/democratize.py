@@ -14,7 +14,7 @@ import typer
 
 from flows.engine.console import candidate_rows, guarded_output, next_commands, print_plan, print_summary
 from flows.engine.launch import launch, rejected_input
-from flows.engine.run_context import show_markdown, show_table
+from flows.engine.run_context import flow_run_id, show_markdown, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, open_workspace
@@ -125,6 +125,8 @@ def _require_machine(lineage: Lineage, folder: Path, only: list[str]) -> None:
 
 def _publish(folder: Path) -> None:
     """Shows the table of candidates and the next commands in the Prefect UI."""
+    if not flow_run_id():
+        return
     show_table(candidate_rows(folder), key="candidates", description="The candidates and their four metrics")
     show_markdown(next_commands(folder), key="next", description="Where to look")
 

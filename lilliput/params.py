@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 from lilliput.config import Params, read_section
 from lilliput.graph import check_graph
+
+# By content: parsing YAML in Python is slow, and a flow reads the file a dozen times, by several paths.
+_loaded: dict[bytes, Params] = {}
+_MAX_LOADED = 8
 
 
 def load_params(path: Path) -> Params:
@@ -17,15 +20,13 @@ def load_params(path: Path) -> Params:
             problems of keys and types or, if there are none, those of the graph.
     """
     try:
-        return _load(path, path.read_bytes())
+        content = path.read_bytes()
     except OSError:
-        return _load(path, b"")  # raises ConfigError with the reason
-
-
-@lru_cache(maxsize=8)
-def _load(path: Path, content: bytes) -> Params:
-    """Caches by `content`: parsing YAML in Python is slow, and a flow's summary reads the file six times."""
-    del content
-    params = read_section(Params, path)
-    check_graph(params, str(path))
-    return params
+        content = b""  # reading again raises ConfigError with the reason
+    if content not in _loaded:
+        params = read_section(Params, path)
+        check_graph(params, str(path))
+        if len(_loaded) >= _MAX_LOADED:
+            _loaded.clear()
+        _loaded[content] = params
+    return _loaded[content]
