@@ -228,6 +228,7 @@ def open_safetensors(directory: Path) -> PreTrainedModel:
     opened: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
+    model, loading = opened
     _require_all_weights(directory, type(model).__name__, loading)
     return model
 

@@ -52,7 +52,7 @@ def require_finite(model: torch.nn.Module, dtype: torch.dtype, place: str, remed
         remedy: advice against NaN and infinite values, for the message.
     """
     for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or _is_finite_in(tensor, dtype):
             continue
         if invalid := int((~torch.isfinite(tensor)).sum()):
             raise ArtifactError(f"{place}: {name}: {invalid} of {tensor.numel()} values are NaN or infinite; {remedy}")
@@ -62,6 +62,11 @@ def require_finite(model: torch.nn.Module, dtype: torch.dtype, place: str, remed
                 f"not fit into {str(dtype).removeprefix('torch.')} (at most {torch.finfo(dtype).max:.4g}); store it as "
                 "bfloat16 or float32 (strategies.load.dtype)"
             )
+
+
+def _is_finite_in(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `tensor` is finite in `dtype`: its extremes are, because rounding is monotonic and extremes keep NaN."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).to(dtype).isfinite().all())
 
 
 @torch.inference_mode()

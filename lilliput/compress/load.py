@@ -14,7 +14,7 @@ from lilliput.compress.result import Result
 from lilliput.compress.source_checks import require_consistent, require_known_format
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import ArtifactError, SourceError
-from lilliput.gguf_source.header import Header, read_header
+from lilliput.gguf_source.header import Header, parsed_once, read_header
 from lilliput.gguf_source.opening import gguf_config, open_gguf
 from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids, require_same_model
 from lilliput.models import (
@@ -43,7 +43,7 @@ def load(context: Context, config: LoadConfig) -> Result:
     """
     source_dir, gguf_file = context.parent, context.gguf_file
     require_harmless(source_dir)
-    with translate_errors(source_dir, SourceError):
+    with translate_errors(source_dir, SourceError), parsed_once():
         if not gguf_file:
             require_known_format(source_dir)
         header = read_header(source_dir / gguf_file) if gguf_file else None

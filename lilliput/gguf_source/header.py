@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,40 @@ class Header:
     architecture: str
     settings: dict[str, Any]
     tensors: dict[str, gguf.ReaderTensor]
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Lets gguf parse a file and build an architecture's table of tensor names only once during the block.
+
+    transformers parses the file for its tokenizer, its configuration and its weights, each time token by token in
+    Python, and builds the table for each module of the model. The file must not change during the block.
+    """
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = _reader_cache(gguf.GGUFReader)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _reader_cache(reader: type[gguf.GGUFReader]) -> Any:
+    """Returns a function like `reader`, for reading, with one result per file."""
+
+    class PlainReader(reader):
+        """Reads from a plain array: each of the hundred thousand slices of a memmap takes three times as long."""
+
+        @property
+        def data(self) -> np.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, memmap: np.memmap) -> None:
+            self._plain = memmap.view(np.ndarray)
+
+    parse = cache(PlainReader)
+    return lambda path: parse(Path(path).absolute())
 
 
 def read_header(file: Path) -> Header:

@@ -1,14 +1,20 @@
-"""Hidden states, logits and loss on the answer tokens only; the common prefix of a batch is run once."""
+"""Hidden states, logits and loss on the answer tokens only; common beginnings of a batch run once."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lilliput.models import sharded, vocabulary_logits
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.examples import Batch
+from lilliput.training.token_tree import token_tree
 
 
 def answer_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,10 +44,9 @@ def answer_states(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Returns the hidden states at the positions before answer tokens, and these tokens as targets.
 
-    The common prefix of all rows (system prompt, chat template) runs once; its keys and values are repeated for the
-    rows, with gradients. With short questions this is most of the tokens. Under FSDP each row runs whole: FSDP fetches
-    the weights of a layer for the backward pass when a gradient reaches the layer's output, but here it arrives through
-    the cache.
+    Tokens that texts of the batch have in common at their beginning run once, with gradients (`token_tree`). With short
+    questions this is most of the tokens. With dropout, their values are dropped in common. If `runs_as_tree` is false,
+    texts are padded to the longest, and share only the prefix common to all, if every layer is attention.
 
     Args:
         model: a causal LM, possibly wrapped by peft.
@@ -51,23 +56,87 @@ def answer_states(
     Returns:
         Tensors (answer tokens, hidden size), the output of the final norm last; and targets (answer tokens,).
     """
-    base = causal_lm(model)
-    ids, targets = batch["input_ids"], batch["labels"][:, 1:]
+    targets = batch["labels"][:, 1:]
     is_answer = targets != IGNORED
-    shared = 0 if sharded() else _common_prefix(ids, is_answer)
-    cache = DynamicCache(config=base.config)
-    if shared:
-        base.model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(ids))
-    output = base.model(
-        input_ids=ids[:, shared:],
-        attention_mask=batch["attention_mask"],
-        past_key_values=cache,
-        use_cache=True,
+    run = _states_of_tree if runs_as_tree(causal_lm(model), batch["input_ids"].shape[1]) else _states_of_rows
+    return run(causal_lm(model), batch, is_answer, every_layer), targets[is_answer]
+
+
+def runs_as_tree(model: PreTrainedModel, longest: int) -> bool:
+    """Returns whether texts of up to `longest` tokens may run as a tree.
+
+    Each layer must see the whole text, and its attention must accept any mask.
+    """
+    return _reach(model) > longest and model.config._attn_implementation in ("sdpa", "eager")
+
+
+def _reach(model: PreTrainedModel) -> float:
+    """Returns how many tokens back every layer sees: its window, or infinity without one.
+
+    It is 0 if a layer is recurrent or convolutional, because such a layer would mix neighbours in a bin, or if the
+    positions are not rotary.
+    """
+    if model._is_stateful or not hasattr(model.model, "rotary_emb"):
+        return 0
+    windows = {DynamicLayer: lambda _: math.inf, DynamicSlidingWindowLayer: lambda layer: layer.sliding_window}
+    layers = DynamicCache(config=model.config).layers
+    return min((windows.get(type(layer), lambda _: 0)(layer) for layer in layers), default=0)
+
+
+def _states_of_tree(
+    model: PreTrainedModel, batch: Batch, is_answer: torch.Tensor, every_layer: bool
+) -> list[torch.Tensor]:
+    ids, device = batch["input_ids"], batch["input_ids"].device
+    shared = _common_prefix(ids, is_answer)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    # The last token of a text predicts nothing.
+    tree = token_tree([row[: length - 1] for row, length in zip(ids.tolist(), lengths, strict=True)], shared)
+    rows = [row[shared:].nonzero()[:, 0].tolist() for row in is_answer.cpu()]
+    wanted = torch.tensor([places[i] for places, row in zip(tree.places, rows, strict=True) for i in row])
+    eager = model.config._attn_implementation == "eager"
+    output = model.model(
+        input_ids=tree.ids.to(device),
+        attention_mask=(_as_bias(tree.mask, model.dtype) if eager else tree.mask).to(device),
+        position_ids=tree.positions.to(device),
+        past_key_values=_prefix_cache(model, ids[:1, :shared], len(tree.ids)),
+        use_cache=shared > 0,
         output_hidden_states=every_layer,
     )
-    states = output.hidden_states if every_layer else [output.last_hidden_state]
-    return [hidden[:, :-1][is_answer[:, shared:]] for hidden in states], targets[is_answer]
+    return [hidden.flatten(0, 1)[wanted.to(device)] for hidden in _states(output, every_layer)]
+
+
+def _states_of_rows(
+    model: PreTrainedModel, batch: Batch, is_answer: torch.Tensor, every_layer: bool
+) -> list[torch.Tensor]:
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    shared = _common_prefix(ids, is_answer) if _reach(model) else 0
+    output = model.model(
+        input_ids=ids[:, shared:-1],  # the last tokens predict nothing
+        attention_mask=mask[:, :-1],
+        past_key_values=_prefix_cache(model, ids[:1, :shared], len(ids)),
+        use_cache=shared > 0,
+        output_hidden_states=every_layer,
+    )
+    return [hidden[is_answer[:, shared:]] for hidden in _states(output, every_layer)]
+
+
+def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the mask that eager attention adds to its scores."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _states(output: Any, every_layer: bool) -> Sequence[torch.Tensor]:
+    return output.hidden_states if every_layer else [output.last_hidden_state]
+
+
+def _prefix_cache(model: PreTrainedModel, prefix: torch.Tensor, rows: int) -> DynamicCache | None:
+    """Returns keys and values of `prefix`, (1, tokens), repeated for `rows`, with gradients; None without a prefix."""
+    if not prefix.numel():
+        return None
+    cache = DynamicCache(config=model.config)
+    model.model(input_ids=prefix, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
@@ -76,10 +145,16 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def _common_prefix(ids: torch.Tensor, is_answer: torch.Tensor) -> int:
-    """Returns the length of the common prefix of all rows, before the first position that predicts an answer."""
+    """Returns the length of the common prefix of all rows, before the first position that predicts an answer.
+
+    It is 0 under FSDP, which fetches the weights of a layer for the backward pass when a gradient reaches the layer's
+    output; the gradient of a prefix arrives through the cache.
+    """
+    if len(ids) == 1 or sharded():
+        return 0
     same = (ids == ids[0]).all(dim=0).long().cumprod(0).sum()
     first = is_answer.any(dim=0).long().argmax()
-    return int(torch.minimum(same, first)) if len(ids) > 1 else 0
+    return int(torch.minimum(same, first))
 
 
 def label_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

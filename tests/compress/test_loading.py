@@ -12,7 +12,7 @@ from lilliput.compress.rtn import rtn
 from lilliput.config import LoadConfig, RtnConfig
 from lilliput.errors import ArtifactError, LilliputError, SourceError
 from lilliput.models import open_model, translate_errors
-from lilliput.saving import probe_logits, prove_reload, save_model
+from lilliput.saving import probe_logits, prove_reload, require_finite, save_model
 from tests.contexts import context
 from tests.gguf_source.conftest import perturbed, write_gguf
 
@@ -51,6 +51,19 @@ def test_rejects_values_beyond_the_stored_dtype_with_the_largest(source):
     with pytest.raises(SourceError, match=rf"{WEIGHT}: 2 of 8192 values \(largest 1e\+05\) do not fit into float16"):
         load(context(source), FLOAT16)
     assert load(context(source), LoadConfig(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e38, -3.4e38, 65519.0, -65520.0, 0.0])
+def test_finds_exactly_the_tensors_that_are_not_finite(value, dtype):
+    model = torch.nn.Linear(40, 30)
+    model.register_buffer("empty", torch.empty(0))
+    model.weight.data[17, 3] = value
+    if torch.isfinite(model.weight.to(dtype)).all():
+        require_finite(model, dtype, "here", "remedy")
+    else:
+        with pytest.raises(ArtifactError, match="here: weight: 1 of 1200 values"):
+            require_finite(model, dtype, "here", "remedy")
 
 
 @pytest.mark.filterwarnings("ignore:.*added tokens have no row in the embedding table:UserWarning")

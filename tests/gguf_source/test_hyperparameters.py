@@ -1,5 +1,6 @@
 """Every key and tensor of a GGUF file is used by the model, or stops the load with its name."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from lilliput.compress import load as load_module
 from lilliput.compress.load import load
 from lilliput.config import LoadConfig
 from lilliput.errors import SourceError
-from lilliput.gguf_source.header import read_header
+from lilliput.gguf_source.header import parsed_once, read_header
 from lilliput.gguf_source.opening import gguf_config, open_gguf
 from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids, require_same_model
 from tests.contexts import context
@@ -52,6 +53,29 @@ def opened(file):
 def test_missing_hyperparameters_have_llama_cpp_s_defaults(write):
     model, file = write({"attention.head_count_kv": 1, "rope.freq_base": None})
     torch.testing.assert_close(opened(file)(IDS).logits, model(IDS).logits, rtol=0.0, atol=1e-4)
+
+
+def test_a_block_parses_a_file_once_with_the_same_result(write, monkeypatch):
+    file, plain, parsed = write()[1], gguf.GGUFReader, []
+    outside = read_header(file)
+
+    class Counting(plain):
+        def __init__(self, path):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    with parsed_once():
+        inside = read_header(file)
+        model = open_gguf(inside, gguf_config(inside)).eval()
+    assert parsed == [file.absolute()]
+    assert gguf.GGUFReader is Counting
+    assert inside.settings == outside.settings
+    assert all(np.array_equal(inside.tensors[name].data, tensor.data) for name, tensor in outside.tensors.items())
+    monkeypatch.undo()
+    assert all(
+        torch.equal(weight, other) for weight, other in zip(model.parameters(), opened(file).parameters(), strict=True)
+    )
 
 
 SCALED = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
