@@ -281,18 +281,17 @@ def open_codes(directory: Path) -> PreTrainedModel:
     Raises:
         ArtifactError: weights are missing, or have no place in the model.
     """
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     del config.quantization_config
     weights = {f"{name}.weight": torch.from_numpy(codes.weight()) for name, codes in read_codes(directory)}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             floats = (name for name in sorted(tensors.keys()) if name.rpartition(".")[2] not in PARTS)
             weights |= {name: tensors.get_tensor(name).float() for name in floats}
-    # Not the auto class, which needs a folder of weights.
-    opened: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the auto class needs a folder of weights
+    model, loading = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
-    model, loading = opened
     _require_all_weights(directory, type(model).__name__, loading)
     model.config.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
