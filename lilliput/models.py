@@ -288,9 +288,8 @@ def open_codes(directory: Path) -> PreTrainedModel:
         with safe_open(file, "pt") as tensors:
             floats = (name for name in sorted(tensors.keys()) if name.rpartition(".")[2] not in PARTS)
             weights |= {name: tensors.get_tensor(name).float() for name in floats}
-    # Not the auto class, which needs a folder of weights.
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, loading = architecture.from_pretrained(
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the auto class needs a folder of weights
+    model, loading = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
     _require_all_weights(directory, type(model).__name__, loading)
