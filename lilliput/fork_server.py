@@ -4,7 +4,7 @@ Importing torch and transformers takes 4 to 9 s; a forked child has them at once
 never this project: a child runs the code that is on disk when it starts, as a new process would. It opens no model and
 starts no thread, so a child shares no state with any other.
 
-`python -m lilliput.fork_server <socket> <padding>`; `lilliput.forked` is its client. The server ends, with all its
+`lilliput.forked` starts it and is its client. The server ends, with all its
 children, when its standard input is closed. A child is killed when its client closes or shuts the connection.
 """
 
@@ -41,6 +41,7 @@ LIBRARIES = (
 _HEADER = struct.Struct("!I")
 _ARGUMENTS_START, _ARGUMENTS_END = 47, 48  # fields of /proc/self/stat, from 0
 _STREAMS = 3
+_STDERR = 2
 _POPULATE_READ = 22  # of madvise, since Linux 5.14
 _PRESENT = 63  # bit of an entry of /proc/self/pagemap
 Pages = list[tuple[int, int]]  # address and length, in bytes
@@ -56,7 +57,7 @@ class Job:
     environment: dict[str, str]
 
     def run(self, library_pages: Pages) -> None:
-        """Replaces this process's folder, environment and arguments, then runs the module as `__main__`.
+        """Replaces this process's folder, environment, streams and arguments, then runs the module as `__main__`.
 
         Args:
             library_pages: `resident_file_pages` of the server. A forked child has them only once it reads them: its
@@ -67,6 +68,7 @@ class Job:
         os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
+        _open_standard_streams()
         sys.path[0] = self.folder
         sys.argv = [self.module, *self.arguments]
         _show_command([sys.executable, "-m", self.module, *self.arguments])
@@ -177,6 +179,19 @@ def _receive(connection: socket.socket) -> tuple[Job, list[int]]:
     return Job(**json.loads(content)), streams
 
 
+def _open_standard_streams() -> None:
+    """Replaces Python's standard streams as a new process makes them: the server's own belong to its log file."""
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        old: Any = getattr(sys, name)
+        mode = "w" if number else "r"
+        new: Any = os.fdopen(number, mode, encoding=old.encoding, errors=old.errors, closefd=False)
+        lines = number == _STDERR or os.isatty(number)
+        new.reconfigure(line_buffering=lines and not unbuffered, write_through=unbuffered)
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+
+
 def _show_command(command: list[str]) -> None:
     """Shows `command` as this process's command line, for `ps` and for whoever looks for the process of a stage.
 
@@ -210,7 +225,7 @@ def resident_file_pages() -> Pages:
 
 
 def main() -> None:
-    """Imports the libraries, then serves on the socket of the command line."""
+    """Imports the libraries, then serves on the socket that the first argument names; the second only makes room."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     for library in LIBRARIES:

@@ -39,6 +39,11 @@ elif order == "fail":
     print("to stdout")
     print("to stderr", file=sys.stderr)
     sys.exit(7)
+elif order == "streams":
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        print(stream.encoding.lower(), stream.errors, stream.line_buffering, stream.write_through, stream.fileno())
+    sys.stdout.reconfigure(errors="replace")
+    print("to stderr", file=sys.stderr)
 elif order == "raise":
     raise ValueError("a bug")
 elif order == "kill":
@@ -93,6 +98,21 @@ def test_a_forked_child_is_like_a_new_process(folder, server):
     assert forked_one["threads"] == 2 and forked_one["secret"] == "hidden-value"
     # `work` imports torch alone; transformers and peft make the child larger, nothing makes it smaller.
     assert peaks[0] > peaks[1]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_streams_are_those_of_a_new_process(folder, server, unbuffered):
+    settings = environment(PYTHONUNBUFFERED=unbuffered)
+    command = [sys.executable, "-m", "work", "streams"]
+    expected = subprocess.run(
+        command, cwd=folder, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    reading, writing = os.pipe()  # the server's own streams are files
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb") as output:
+        with forked.Forked(server.address, ("work", ["streams"], folder, settings), output) as child:
+            assert child.wait() == 0
+        output.close()
+        assert sorted(reader.read().splitlines()) == sorted(expected.stdout.splitlines())
 
 
 def test_peak_memory_counts_the_pages_of_libraries(folder, server):

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from lilliput.artifacts import find_record, write_json
+from lilliput.errors import ArtifactError
 from lilliput.forked import forked_cpu_s
 from lilliput.records import Cost
 from lilliput.resident import peak_rss_bytes
@@ -42,9 +43,13 @@ def measured_cost(path: Path, kind: type[Cost] = Cost) -> Iterator[dict[str, Any
 def last_peak(stage: str, folder: Path = Path()) -> str:
     """Returns the peak memory of the last run of `stage` in `folder` as the end of a message; empty if unknown."""
     kind, _, name = stage.partition("@")
-    record_path = layout.RECORDS.get(kind)
-    cost = find_record(Cost, folder / record_path(name)) if record_path else None
-    if record_path is None or cost is None:
+    if (record_path := layout.RECORDS.get(kind)) is None:
+        return ""
+    try:
+        cost = find_record(Cost, folder / record_path(name))
+    except ArtifactError:  # a damaged record must not hide the error that this message is about
+        return ""
+    if cost is None:
         return ""
     return f"; it took {cost.peak_rss_bytes / 2**20:.0f} MiB at its peak the last time ({record_path(name)})"
 

@@ -269,7 +269,7 @@ def test_llama_cpp_tokenises_a_sentencepiece_vocabulary_identically(facts, tmp_p
 def prove(facts, tiny_params):
     def run(folder, checkpoint):
         config = tiny_params.parity.model_copy(update={"questions": 4})
-        return prove_parity("gguf", folder, checkpoint, facts, {}, SYSTEM, config)
+        return prove_parity("small", "gguf", folder, checkpoint, facts, {}, SYSTEM, config)
 
     return run
 
@@ -279,7 +279,7 @@ def test_parity_compares_llama_cpp_s_prompts_with_those_of_evaluation(template, 
     checkpoint, _ = base(template, has_bos)
     (tmp_path / "gguf").mkdir()
     compile_gguf(checkpoint, tmp_path / "gguf", GGUF)
-    assert prove(tmp_path / "gguf", checkpoint)["positions"] > 0
+    assert prove(tmp_path / "gguf", checkpoint).positions > 0
     add = gguf.GGUFWriter.add_string
     spoilt = template.replace("{{ message['content']", " {{ message['content']")
     monkeypatch.setattr(

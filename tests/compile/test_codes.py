@@ -46,7 +46,8 @@ def test_a_model_opens_from_its_codes_exactly_as_with_gptqmodel(quantised, symme
     assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items())
     ids = torch.arange(3, 40)[None]
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
-    assert ours.generation_config == theirs.generation_config
+    ends = [model.generation_config.eos_token_id for model in (ours, theirs)]
+    assert ends[0] == ends[1] is not None
 
 
 def test_a_checkpoint_with_missing_weights_does_not_open(quantised, tmp_path):
