@@ -93,6 +93,8 @@ class Server:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
+        # A new process would have it, too. A terminal sends Ctrl-C to every process; the client ends this one.
+        self._interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(0, selectors.EVENT_READ)
@@ -133,7 +135,7 @@ class Server:
         return None
 
     def _become_child(self, connection: socket.socket, streams: list[int]) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self._interrupt)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -230,10 +232,9 @@ def main() -> None:
     listener.bind(sys.argv[1])
     for library in LIBRARIES:
         importlib.import_module(library)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the client ends this one
+    server, library_pages = Server(listener), resident_file_pages()
     listener.listen()
-    library_pages = resident_file_pages()
-    Server(listener).serve().run(library_pages)
+    server.serve().run(library_pages)
 
 
 if __name__ == "__main__":

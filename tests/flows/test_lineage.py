@@ -14,9 +14,11 @@ from dvc.repo import Repo
 
 from flows.engine.dvc_guard import dvc_locked
 from flows.engine.lineage import Lineage
+from lilliput.artifacts import write_json
 from lilliput.errors import ConfigError, StageError
 from lilliput.graph import topological_order
 from lilliput.params import load_params
+from tests import results
 from tests.flows.conftest import PROJECT
 from tests.killing import fill, killed_at
 
@@ -294,9 +296,7 @@ def test_a_registered_candidate_without_a_record_has_no_row(tmp_path):
 
     shutil.copy(PROJECT / "params.yaml", tmp_path)
     first, second = topological_order(load_params(tmp_path / "params.yaml"))[:2]
-    (tmp_path / "registry.json").write_text(json.dumps({first: {}, second: {}}))
-    (tmp_path / "metrics").mkdir()
-    names = ("accuracy_choice", "accuracy_free", "hallucination_rate", "energy_per_query_j", "accessibility")
-    record = dict.fromkeys(names) | {"size_bytes": 2**20}
-    (tmp_path / "metrics" / f"{second}.json").write_text(json.dumps(record))
+    registered = {name: {"version": "1", "run_id": "r"} for name in (first, second)}
+    (tmp_path / "registry.json").write_text(json.dumps(registered))
+    write_json(tmp_path / "metrics" / f"{second}.json", results.evaluation(candidate=second))
     assert [row["candidate"] for row in candidate_rows(tmp_path)] == [second]
