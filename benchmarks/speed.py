@@ -60,12 +60,13 @@ def main(
     before: Annotated[Path, typer.Argument(help="clone of the earlier commit, with a complete run")],
     after: Annotated[Path, typer.Argument(help="clone of the later commit, with a complete run")],
     only: Annotated[list[str] | None, typer.Option(help="only these commands")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="at most this many measurements of a command in each clone")] = 3,
 ) -> None:
     """Writes results/speed.json."""
     row = Row("speed", "Speed of two commits", "the targets of each command")
     clones = {"before": before.resolve(), "after": after.resolve()}
     row.add("commits", **{side: _commit(clone) for side, clone in clones.items()})
-    for name, side, costs in _measurements(clones, only or list(COMMANDS)):
+    for name, side, costs in _measurements(clones, only or list(COMMANDS), rounds):
         row.add(f"{name}, {side}", target_s=COMMANDS[name].target_s, **costs)
     missed = [
         name
@@ -77,13 +78,15 @@ def main(
     row.write(f"missed: {', '.join(missed)}" if missed else "all targets", not missed)
 
 
-def _measurements(clones: dict[str, Path], names: list[str]) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
+def _measurements(
+    clones: dict[str, Path], names: list[str], rounds: int
+) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
     """Yields the costs of each command in each clone. The last three commands need one another, so they alternate."""
     serving = [name for name in names if name in ("deploy", "--status", "--stop")]
     groups = [[name] for name in names if name not in serving] + ([serving] if serving else [])
     for group in groups:
         runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for _ in range(min(COMMANDS[name].rounds for name in group)):
+        for _ in range(min(rounds, *(COMMANDS[name].rounds for name in group))):
             for side, clone in clones.items():
                 for name in group:
                     runs.setdefault((name, side), []).append(_run(clone, COMMANDS[name]))
