@@ -56,7 +56,10 @@ def token_features(answers: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _array(values: object) -> np.ndarray:
-    return np.asarray(values, dtype=float)
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, OverflowError) as error:  # pydantic reports ValueError only
+        raise ValueError(f"is not an array of numbers ({error})") from None
 
 
 # An array of floats, as lists in a record.
