@@ -308,8 +308,8 @@ def parse_record(kind: type[Content], content: str | bytes, file: str, remedy: s
         return TypeAdapter(kind).validate_json(content, extra="ignore")
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = "".join(f"{part}: " for part in [".".join(map(str, problem["loc"]))] if part)
-        raise ArtifactError(f"{file}: {place}{problem['msg']}{remedy}") from None
+        place = ".".join(map(str, problem["loc"]))
+        raise ArtifactError(f"{file}: {f'{place}: ' if place else ''}{problem['msg']}{remedy}") from None
 
 
 def file_sha256(path: Path) -> str:

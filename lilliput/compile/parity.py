@@ -66,27 +66,15 @@ def prove_parity(
         ArtifactError: the runtime does not open the model, crashes or hangs.
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    text = _text(tokenizer, questions, config.tokens)
     compared = [q for q in questions if q.answerable and q.choices and q.id in choices][: config.questions]
-    options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in compared]
-    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in compared]
-    longest = max(len(ids) + max(map(len, rest)) for ids, rest in zip(prompts, options, strict=True)) if compared else 0
-    job = DeviceJob(
-        target,
-        str(folder),
-        threads=config.threads,
-        context_tokens=max(len(text), longest) + 8,
-        predict=text,
-        score=list(zip(prompts, options, strict=True)),
-        chats=_chats(tokenizer, system_prompt, questions[: config.questions]) if target == "gguf" else [],
-    )
+    job = _job(target, folder, tokenizer, questions, compared, system_prompt, config)
     expected, outcome = _run_both(checkpoint, job, config.deadline_s)
     _require_same_prompts(tokenizer, job, outcome)
     record = ParityRecord(
         candidate=candidate,
         target=target,
-        **agreement(text, expected, outcome.predictions, config.clear_nats).as_json(),
-        **_compare_choices(compared, options, choices, outcome).as_json(),
+        **agreement(job.predict, expected, outcome.predictions, config.clear_nats).as_json(),
+        **_compare_choices(compared, choices, job, outcome).as_json(),
         runtime=outcome.details,
         limits=config.model_dump(mode="json"),
     )
@@ -95,6 +83,32 @@ def prove_parity(
             f"{folder}: the compiled model differs from the checkpoint {checkpoint}: " + "; ".join(problems)
         )
     return record
+
+
+def _job(
+    target: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    compared: Sequence[Question],
+    system_prompt: str,
+    config: ParityConfig,
+) -> DeviceJob:
+    """Returns the work of the compiled model; `compared` are its choice questions."""
+    text = _text(tokenizer, questions, config.tokens)
+    options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in compared]
+    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in compared]
+    score = list(zip(prompts, options, strict=True))
+    longest = max((len(prompt) + max(map(len, answers)) for prompt, answers in score), default=0)
+    return DeviceJob(
+        target,
+        str(folder),
+        threads=config.threads,
+        context_tokens=max(len(text), longest) + 8,
+        predict=text,
+        score=score,
+        chats=_chats(tokenizer, system_prompt, questions[: config.questions]) if target == "gguf" else [],
+    )
 
 
 def _run_both(checkpoint: Path, job: DeviceJob, deadline_s: float) -> tuple[torch.Tensor, DeviceOutcome]:
@@ -144,15 +158,12 @@ def _text(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], tok
 
 
 def _compare_choices(
-    compared: Sequence[Question],
-    options: Sequence[Sequence[Sequence[int]]],
-    choices: Mapping[str, str],
-    outcome: DeviceOutcome,
+    compared: Sequence[Question], choices: Mapping[str, str], job: DeviceJob, outcome: DeviceOutcome
 ) -> ChoiceAgreement:
     if not compared:
         return ChoiceAgreement(questions=0)
     expected, actual = [], []
-    for question, ids, scores in zip(compared, options, outcome.scores, strict=True):
+    for question, (_, ids), scores in zip(compared, job.score, outcome.scores, strict=True):
         choice = question.choices[int(np.argmax([score / len(i) for score, i in zip(scores, ids, strict=True)]))]
         expected.append({"id": question.id, "choice_right": choices[question.id] == question.answer})
         actual.append({"id": question.id, "choice_right": choice == question.answer, "choice": choice})

@@ -45,7 +45,7 @@ def time_queries(
     """Answers the prompts one by one and times them, after an untimed warm-up.
 
     Once the answers have `budget_tokens` tokens together, it starts no further query after FEWEST_QUERIES: a model with
-    long answers is timed on fewer. Unlike a budget of seconds, this one selects the same queries on every machine.
+    long answers is timed on fewer. Unlike a budget of seconds, this one does not depend on the machine's speed.
     """
     for _ in runtime.stream(prompts[0], WARM_UP_TOKENS):
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lilliput.errors import DataError
 from lilliput.evaluate import accessibility, hallucination
 from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import is_right, score_choices
-from lilliput.evaluate.benchmarks import answer_rows, run_benchmarks
+from lilliput.evaluate.benchmarks import Benchmark, answer_rows, run_benchmarks
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.hallucination import Verdict
 from lilliput.models import open_model
@@ -45,6 +45,30 @@ class _Timing:
     queries: list[accessibility.TimedQuery]
     runtime_details: dict[str, str]
     peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class _Measurements:
+    """Everything that the record is computed from.
+
+    Attributes:
+        started: `time.perf_counter()` before the model was loaded.
+        cpu_started: `time.process_time()` then.
+        model_config: the model's transformers configuration.
+        rows: answer rows by question id.
+    """
+
+    started: float
+    cpu_started: float
+    load_s: float
+    runtime: str
+    model_config: Any
+    meter: EnergyMeter
+    timing: _Timing
+    rows: dict[str, dict[str, Any]]
+    perplexity: Perplexity | None
+    verdicts: list[Verdict]
+    benchmarks: Mapping[str, Benchmark]
 
 
 def evaluate_candidate(
@@ -81,55 +105,86 @@ def evaluate_candidate(
     """
     if not questions:
         raise DataError("an empty question set: there is nothing to evaluate; see data.choice_questions")
+    measured = _measure(model_dir, questions, params, contaminated, root)
+    record = _record(measured, candidate, len(contaminated), params, artifact_sha256, size_bytes, parameters)
+    rows = measured.rows
+    return Evaluation(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(measured.benchmarks)])
+
+
+def _measure(
+    model_dir: Path, questions: Sequence[Question], params: Params, contaminated: Sequence[str], root: Path
+) -> _Measurements:
     config = params.evaluation
-    started, cpu_before = time.perf_counter(), time.process_time()
+    started, cpu_started = time.perf_counter(), time.process_time()
     model, tokenizer = open_model(model_dir)
     load_s = time.perf_counter() - started
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
     meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
     timing = _time_queries(runtime, tokenizer, params, questions, meter)
     rows = _rows(questions, contaminated, timing, meter)
-    perplexity = _answer_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
-    verdicts = _answer_freely(runtime, tokenizer, params, questions, rows)
-    benchmarks = run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples)
+    return _Measurements(
+        started=started,
+        cpu_started=cpu_started,
+        load_s=load_s,
+        runtime=runtime.name,
+        model_config=model.config,
+        meter=meter,
+        timing=timing,
+        rows=rows,
+        perplexity=_answer_choices(runtime, tokenizer, params.data.system_prompt, questions, rows),
+        verdicts=_answer_freely(runtime, tokenizer, params, questions, rows),
+        benchmarks=run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples),
+    )
+
+
+def _record(
+    measured: _Measurements,
+    candidate: str,
+    contaminated_questions: int,
+    params: Params,
+    artifact_sha256: str,
+    size_bytes: int,
+    parameters: int,
+) -> EvaluationRecord:
+    config, queries, verdicts, rows = params.evaluation, measured.timing.queries, measured.verdicts, measured.rows
+    choices = [row["choice_right"] for row in rows.values() if "choice_right" in row]
     free = _free_accuracy(verdicts)
-    per_query, per_token, per_right_answer = _energy(timing.queries, free, meter, config)
-    fits = {name: accessibility.fits(size_bytes, model.config, device) for name, device in params.devices.items()}
+    per_query, per_token, per_right_answer = _energy(queries, free, measured.meter, config)
+    fits = {
+        name: accessibility.fits(size_bytes, measured.model_config, device) for name, device in params.devices.items()
+    }
     served = sum(fits.values()) / len(fits)
-    score = accessibility.score(timing.queries, size_bytes, served, config.targets, config.seed, config.resamples)
-    record = EvaluationRecord(
+    score = accessibility.score(queries, size_bytes, served, config.targets, config.seed, config.resamples)
+    return EvaluationRecord(
         candidate=candidate,
         sha256=artifact_sha256,
         size_bytes=size_bytes,
         parameters=parameters,
-        accuracy_choice=Figure.of(
-            intervals.rate([row["choice_right"] for row in rows.values() if "choice_right" in row])
-        ),
+        accuracy_choice=Figure.of(intervals.rate(choices)),
         accuracy_free=Figure.of(free),
         hallucination_rate=Figure.of(hallucination.hallucination_rate(verdicts)),
         abstention_rate=Figure.of(hallucination.abstention_rate(verdicts)),
         selective_accuracy=Figure.of(hallucination.selective_accuracy(verdicts)),
-        contaminated_questions=len(contaminated),
+        contaminated_questions=contaminated_questions,
         empty_answers=sum(row.get("text") == "" for row in rows.values()),
-        perplexity=perplexity,
-        benchmarks={name: benchmark.record for name, benchmark in benchmarks.items()},
+        perplexity=measured.perplexity,
+        benchmarks={name: benchmark.record for name, benchmark in measured.benchmarks.items()},
         energy_per_query_j=per_query,
         energy_per_token_j=per_token,
         energy_per_right_answer_j=per_right_answer,
-        ttft_ms=accessibility.quantiles([query.ttft_ms for query in timing.queries]),
-        tpot_ms=accessibility.quantiles([query.tpot_ms for query in timing.queries if query.tpot_ms is not None]),
-        rate_tokens_per_s=sum(query.tokens for query in timing.queries) / sum(query.wall_s for query in timing.queries),
+        ttft_ms=accessibility.quantiles([query.ttft_ms for query in queries]),
+        tpot_ms=accessibility.quantiles([query.tpot_ms for query in queries if query.tpot_ms is not None]),
+        rate_tokens_per_s=sum(query.tokens for query in queries) / sum(query.wall_s for query in queries),
         fits=fits,
         devices_served=served,
         accessibility=Figure.of(score),
-        peak_rss_bytes=timing.peak_rss_bytes,
-        load_s=load_s,
-        runtime=runtime.name,
-        runtime_details=timing.runtime_details,
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu_before,
+        peak_rss_bytes=measured.timing.peak_rss_bytes,
+        load_s=measured.load_s,
+        runtime=measured.runtime,
+        runtime_details=measured.timing.runtime_details,
+        seconds=time.perf_counter() - measured.started,
+        cpu_seconds=time.process_time() - measured.cpu_started,
     )
-    return Evaluation(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(benchmarks)])
 
 
 def _time_queries(

@@ -57,9 +57,12 @@ def token_features(answers: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _array(values: object) -> np.ndarray:
     try:
-        return np.asarray(values, dtype=float)
+        array = np.asarray(values, dtype=float)
     except (TypeError, OverflowError) as error:  # pydantic reports ValueError only
         raise ValueError(f"is not an array of numbers ({error})") from None
+    if not np.isfinite(array).all():  # null becomes NaN, with which no question would go to the server
+        raise ValueError("has a value that is not a finite number")
+    return array
 
 
 # An array of floats, as lists in a record.

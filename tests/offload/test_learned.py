@@ -55,6 +55,15 @@ def test_probabilities_are_logistic_in_standardised_features():
     assert (again.fitted.probabilities(np.array([[5.0]])) == found).all()
 
 
+@pytest.mark.parametrize("damage", [None, [None, 1.0], [math.nan], {}, "x", 10**400, [[1.0], [1.0, 2.0]]])
+def test_a_router_with_an_array_that_is_not_of_finite_numbers_is_rejected(damage):
+    fitted = WorthModel(np.zeros(1), np.ones(1), np.zeros((4, 1)), np.zeros(4))
+    content = RouterFit(fitted=fitted, links={"wifi": TABLE}).as_json()
+    content["fitted"]["mean"] = damage
+    with pytest.raises(ArtifactError, match=r"^router\.json: fitted\.mean: "):
+        parse_record(RouterFit, json.dumps(content), "router.json")
+
+
 def test_features_of_question_and_tokens():
     vectors = BagOfWords().embed([PERU, CUBA])
     found = question_features([PERU, CUBA], vectors)
