@@ -253,9 +253,12 @@ def write_history(directory: Path, series: dict[str, list[tuple[int, float]]]) -
 
 
 def read_history(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Returns the curves of `write_history`; empty if the strategy has none."""
-    path = directory / HISTORY
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Returns the curves of `write_history`; empty if the strategy has none.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    return find_record(dict[str, list[tuple[int, float]]], directory / HISTORY) or {}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -309,7 +312,8 @@ def parse_record(kind: type[Content], content: str | bytes, file: str, remedy: s
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"]))
-        raise ArtifactError(f"{file}: {f'{place}: ' if place else ''}{problem['msg']}{remedy}") from None
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ArtifactError(": ".join(filter(None, (file, place, message))) + remedy) from None
 
 
 def file_sha256(path: Path) -> str:

@@ -39,7 +39,16 @@ def test_round_trip(tmp_path):
     assert manifest == read_manifest(folder)
     assert manifest.size_bytes == len("weights")  # the history and the manifest are not the model
     assert set(manifest.files) == {"model.safetensors", "history.json"}
-    assert read_history(folder) == {"loss": [[1, 2.0]]}
+    assert read_history(folder) == {"loss": [(1, 2.0)]}
+
+
+def test_a_damaged_history_is_an_artifact_error_and_a_missing_one_is_empty(tmp_path):
+    folder = make(tmp_path / "a")
+    (folder / "history.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"history\.json: Invalid JSON"):
+        read_history(folder)
+    (folder / "history.json").unlink()
+    assert read_history(folder) == {}
 
 
 def test_identity_follows_the_content(tmp_path):
