@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,8 +179,9 @@ class AnswerCache:
 
     def close(self) -> None:
         """Closes the connections to the file; later calls open new ones."""
-        while self._idle:
-            self._idle.pop().close()
+        with suppress(IndexError):  # the list is empty, perhaps because another thread took the last one
+            while True:
+                self._idle.pop().close()
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -201,7 +202,10 @@ class AnswerCache:
             except BaseException:
                 connection.close()
                 raise
-            self._idle.append(connection)
+            if self._file == file:
+                self._idle.append(connection)
+            else:  # another thread noticed that the file was replaced
+                connection.close()
 
     def _exact(self, connection: sqlite3.Connection, query: CacheQuery) -> CacheHit | None:
         row = connection.execute(

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Embedder(Protocol):
-    """Turns texts into vectors. Embedders with one `sha256` give the same vectors."""
+    """Turns texts into vectors. Embedders with one `sha256` give the same vectors up to rounding, on any processor."""
 
     sha256: str
 

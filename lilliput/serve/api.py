@@ -18,7 +18,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
-from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lilliput.errors import LilliputError
@@ -73,6 +72,7 @@ class App:
         app.add_exception_handler(RequestValidationError, _validation_error)
         app.add_exception_handler(HTTPException, _http_error)
         app.add_exception_handler(Exception, _internal_error)
+        app.add_middleware(DirectChat, gateway=gateway)
         for routes in (
             _operation_routes(self),
             _model_routes(self),
@@ -84,8 +84,7 @@ class App:
                 app.include_router(routes)
         self.openapi = app.openapi
         limits = gateway.limits
-        direct = ServerErrorMiddleware(DirectChat(app, gateway), _internal_error)
-        self._app: ASGIApp = AccessControl(direct, token, limits.body_bytes, limits.requests_per_minute)
+        self._app: ASGIApp = AccessControl(app, token, limits.body_bytes, limits.requests_per_minute)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:

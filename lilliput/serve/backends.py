@@ -252,6 +252,8 @@ async def _lines(response: Response) -> AsyncGenerator[str, None]:
             if part.endswith((b"\n", b"\r")):
                 yield line.decode(errors="replace").rstrip("\r\n")
                 line.clear()
+    if line:  # some servers do not end the last one
+        yield line.decode(errors="replace")
 
 
 async def _read(response: Response) -> bytes:

@@ -35,7 +35,7 @@ _BATTERY = TypeAdapter(Battery)
 class DirectChat:
     """ASGI middleware that answers valid chat requests itself and passes on all others, also invalid ones.
 
-    FastAPI's middleware, routing and dependencies take 0.7 CPU-ms of a request. `app` has the same endpoint: its
+    FastAPI's routing and dependencies take 0.3 to 0.5 CPU-ms of a request. `app` has the same endpoint: its
     description in the schema, and its messages for invalid requests.
     """
 

@@ -1,11 +1,11 @@
-"""Valid chat requests bypass FastAPI; every response is the one that FastAPI's endpoint gives."""
+"""Valid chat requests bypass FastAPI's routing; every response is the one that FastAPI's endpoint gives."""
 
 import asyncio
 import json
 import logging
 
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter
 
 from lilliput.serve.chat_endpoint import PATH, DirectChat
 from tests.serve.fakes import ASK, FakeBackends, app, client
@@ -77,10 +77,10 @@ def test_response_equals_that_of_the_endpoint(monkeypatch, name):
 @pytest.mark.parametrize("name", ["plain", "stream", "charset", "link", "battery", "no cache", "unknown field"])
 def test_valid_request_bypasses_the_endpoint(monkeypatch, name):
     async def reject(*_):
-        raise AssertionError("FastAPI was called")
+        raise AssertionError("FastAPI's router was called")
 
     application = app(FakeBackends())
-    monkeypatch.setattr(FastAPI, "__call__", reject)
+    monkeypatch.setattr(APIRouter, "__call__", reject)
     headers, body = REQUESTS[name]
 
     async def run():

@@ -39,21 +39,17 @@ from tests.embedding.fakes import BagOfWords
 PROJECT = Path(__file__).parents[2]
 
 
-def test_gateway_imports_no_slow_library():
-    """They take seconds and hundreds of MiB."""
-    code = (
-        "import sys, lilliput.serve.__main__, lilliput.serve.factory;"
-        "print([name for name in ('torch', 'transformers', 'scipy', 'httpx') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_looking_at_a_gateway_imports_neither_settings_nor_http_libraries():
-    code = (
-        "import sys, flows.deploy;"
-        "print([name for name in ('pydantic', 'httpx', 'numpy', 'rich') if name in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("modules", "slow"),
+    [
+        ("lilliput.serve.__main__, lilliput.serve.factory", ("torch", "transformers", "scipy", "httpx")),
+        ("flows.deploy", ("pydantic", "httpx", "numpy", "rich")),
+    ],
+    ids=["gateway", "command"],
+)
+def test_slow_libraries_are_not_imported(modules, slow):
+    """They take seconds and hundreds of MiB; `--status` and `--stop` need none."""
+    code = f"import sys, {modules}; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -177,6 +177,7 @@ def test_events_are_the_same_however_their_bytes_arrive(end):
     body = event(text) + end + b": comment" + end + event("!", "stop") + end + b"data: [DONE]" + end
     for pieces in ([body], [body[i : i + 1] for i in range(len(body))], [body[:37], body[37:]]):
         assert asyncio.run(streamed(pieces)) == f"{text}!"
+    assert asyncio.run(streamed([body.removesuffix(end)])) == f"{text}!"
 
 
 @pytest.mark.parametrize("filler", [b"x" * 65536, b"data: {}\n" * 5000], ids=["one line", "many lines"])
