@@ -80,7 +80,7 @@ def quantisation_settings(
         "format": "gptq",
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
-        # Unless told otherwise, GPTQModel creates a temporary folder when it opens the checkpoint.
+        # Without these two keys, GPTQModel creates a temporary folder when it opens the checkpoint.
         "meta": {"quantizer": _PRODUCERS, "offload_to_disk": False, "offload_to_disk_path": None, **meta},
     }
 
