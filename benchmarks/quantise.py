@@ -4,8 +4,7 @@ python -m benchmarks.quantise models/base
 
 Same model, calibration texts, width, groups and grid. Damping and order are each side's defaults, without an activation
 order that the file would need to store. Each side runs in a separate process, including imports, loading and writing;
-ours also measures perplexity twice and makes the float32 model for the reload check. One evaluation for all, on the
-weights that each side's layers compute with.
+ours also measures perplexity twice. One evaluation for all, on the weights that each side's layers compute with.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,8 @@ def has_codes(directory: Path) -> bool:
     settings = _settings(directory)
     if settings is None or not _is_autogptq(settings):
         return False
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, "np")) for file in directory.glob("*.safetensors")]
-        names = [(tensors, name) for tensors in files for name in sorted(tensors.keys()) if name.endswith(".g_idx")]
-        indices = [tensors.get_tensor(name) for tensors, name in names]
+    with _open_tensors(directory) as files:
+        indices = [file.get_tensor(name) for name, file in files.items() if name.endswith(".g_idx")]
     return bool(indices) and all(_in_runs(index, int(index.max()) + 1) for index in indices)
 
 
@@ -83,13 +81,18 @@ def read_codes(directory: Path) -> Iterator[tuple[str, Codes]]:
             f"{directory}: quantised as {settings.get('quant_method')}/{settings.get('checkpoint_format')}; only "
             "AutoGPTQ's format (gptq, version 1) can be read; the strategies gptq, rtn and awq write it"
         )
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "np") as tensors:
-            for name in sorted(tensors.keys()):
-                if name.endswith(".qweight"):
-                    layer = name.removesuffix(".qweight")
-                    parts = {part: tensors.get_tensor(f"{layer}.{part}") for part in PARTS}
-                    yield layer, _unpack_layer(layer, **parts)
+    with _open_tensors(directory) as files:
+        for layer in sorted(name.removesuffix(".qweight") for name in files if name.endswith(".qweight")):
+            names = {part: f"{layer}.{part}" for part in PARTS}
+            yield layer, _unpack_layer(layer, **{part: files[name].get_tensor(name) for part, name in names.items()})
+
+
+@contextmanager
+def _open_tensors(directory: Path) -> Iterator[dict[str, Any]]:
+    """Yields the open file of each tensor by its name; the parts of a layer may be in different files."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, "np")) for file in sorted(directory.glob("*.safetensors"))]
+        yield {name: file for file in files for name in sorted(file.keys())}
 
 
 def _settings(directory: Path) -> dict[str, Any] | None:

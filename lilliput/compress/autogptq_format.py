@@ -17,15 +17,14 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lilliput
-from lilliput.compress.gptq_solver import Codes
-from lilliput.compress.grid import STORED
+from lilliput.compress.grid import STORED, QuantisedWeight
 
 # Readers accept asymmetric codes only from a producer that packs zeros as described above: GPTQModel from this version.
 _PRODUCERS = [f"lilliput:{lilliput.__version__}", "gptqmodel:0.9.0"]
 _WORD = 32
 
 
-def packed_tensors(codes: Codes) -> dict[str, torch.Tensor]:
+def packed_tensors(codes: QuantisedWeight) -> dict[str, torch.Tensor]:
     """Returns the tensors of a layer by the end of their names, on the host.
 
     int32 `qweight` (inputs · bits / 32, outputs), `qzeros` (groups, outputs · bits / 32) and `g_idx` (inputs,); float16
@@ -80,7 +79,7 @@ def quantisation_settings(
         "format": "gptq",
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
-        # Unless told otherwise, GPTQModel creates a temporary folder when it opens the checkpoint.
+        # Without these two keys, GPTQModel creates a temporary folder when it opens the checkpoint.
         "meta": {"quantizer": _PRODUCERS, "offload_to_disk": False, "offload_to_disk_path": None, **meta},
     }
 

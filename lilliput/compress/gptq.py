@@ -73,7 +73,6 @@ def _quantise(
     Raises:
         StrategyError: a layer cannot be solved.
     """
-    torch.manual_seed(config.seed)
     quantised, errors = Quantised(model), defaultdict[int, float](float)
 
     def visit(layer: int, names: list[str], moments: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lilliput.compress.grid import Grid
+from lilliput.compress.grid import Grid, QuantisedWeight
 
 _BLOCK = 128  # columns whose scales are fitted at once; GPTQModel fits the same, so that codes can be compared
 _COLUMNS = 32  # columns between two matrix products, at most
@@ -36,36 +36,6 @@ class Factor:
     feedback: torch.Tensor
     weights: torch.Tensor
     damping: float
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A quantised weight: W[o, i] = scales[o, g] · (codes[o, i] − zeros[o, g]) with g = groups[i].
-
-    Attributes:
-        codes: uint8 (outputs, inputs).
-        scales: float32 (outputs, groups), values that `Grid.scale_dtype` represents.
-        zeros: uint8 (outputs, groups).
-        groups: int64 (inputs,).
-        bits: per code.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    groups: torch.Tensor
-    bits: int
-
-    def weight(self) -> torch.Tensor:
-        """Returns the weights, float32 (outputs, inputs)."""
-        centred = self.codes.float() - self.zeros.float()[:, self.groups]
-        return centred.mul_(self.scales[:, self.groups])
-
-    def rows(self, counts: list[int]) -> list[Codes]:
-        """Returns the codes of layers that were stacked, `counts` rows each."""
-        parts = (part.split(counts) for part in (self.codes, self.scales, self.zeros))
-        layers = zip(*parts, strict=True)
-        return [Codes(codes, scales, zeros, self.groups, self.bits) for codes, scales, zeros in layers]
 
 
 def factorise(moments: torch.Tensor, group_size: int, damp: float, *, act_order: bool) -> Factor:
@@ -124,7 +94,7 @@ class _Work:
     codes: torch.Tensor
 
 
-def solve(weight: torch.Tensor, factor: Factor, grid: Grid) -> tuple[Codes, float]:
+def solve(weight: torch.Tensor, factor: Factor, grid: Grid) -> tuple[QuantisedWeight, float]:
     """Returns the codes of `weight` and their error ‖(W − Q) X‖² per token.
 
     Args:
@@ -214,7 +184,7 @@ def _round_columns(
 
 def _in_file_order(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, order: torch.Tensor, grid: Grid
-) -> Codes:
+) -> QuantisedWeight:
     """Returns the codes with their columns, and without `act_order` their groups, in the order of the file."""
     solved = torch.arange(len(order), device=order.device) // grid.group_size
     place = order.argsort()
@@ -223,19 +193,6 @@ def _in_file_order(
     if (in_runs == in_runs[:, :1]).all():  # each group is a run of neighbouring columns
         scales, zeros = scales[:, in_runs[:, 0]], zeros[:, in_runs[:, 0]]
         groups = solved
-    return Codes(codes[place].T.to(torch.uint8).contiguous(), scales, zeros.to(torch.uint8), groups, grid.bits)
-
-
-def to_nearest(weight: torch.Tensor, grid: Grid) -> Codes:
-    """Returns the codes of `weight`, float (outputs, inputs), rounded to nearest.
-
-    Raises:
-        OverflowError: a scale does not fit into the grid's dtype.
-    """
-    outputs, inputs = weight.shape
-    groups = weight.reshape(-1, grid.group_size).T
-    scales, zeros = grid.fit(groups)
-    codes = (groups / scales).round_().clamp_(-zeros, grid.largest - zeros).add_(zeros)
-    parts = (codes.T.reshape(weight.shape).to(torch.uint8), scales.reshape(outputs, -1))
-    index = torch.arange(inputs, device=weight.device) // grid.group_size
-    return Codes(*parts, zeros.reshape(outputs, -1).to(torch.uint8), index, grid.bits)
+    return QuantisedWeight(
+        codes[place].T.to(torch.uint8).contiguous(), scales, zeros.to(torch.uint8), groups, grid.bits
+    )

@@ -89,6 +89,53 @@ class Grid:
         return (group / scales).round_().clamp_(-zeros, self.largest - zeros).mul_(scales)
 
 
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A quantised weight: W[o, i] = scales[o, g] · (codes[o, i] − zeros[o, g]) with g = groups[i].
+
+    `lilliput.codes.Codes` is what compilers read back from a file, with groups in runs only.
+
+    Attributes:
+        codes: uint8 (outputs, inputs).
+        scales: float32 (outputs, groups), values that `Grid.scale_dtype` represents.
+        zeros: uint8 (outputs, groups).
+        groups: int64 (inputs,).
+        bits: per code.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    groups: torch.Tensor
+    bits: int
+
+    def weight(self) -> torch.Tensor:
+        """Returns the weights, float32 (outputs, inputs)."""
+        centred = self.codes.float() - self.zeros.float()[:, self.groups]
+        return centred.mul_(self.scales[:, self.groups])
+
+    def rows(self, counts: list[int]) -> list[QuantisedWeight]:
+        """Returns the codes of layers that were stacked, `counts` rows each."""
+        parts = (part.split(counts) for part in (self.codes, self.scales, self.zeros))
+        layers = zip(*parts, strict=True)
+        return [QuantisedWeight(codes, scales, zeros, self.groups, self.bits) for codes, scales, zeros in layers]
+
+
+def to_nearest(weight: torch.Tensor, grid: Grid) -> QuantisedWeight:
+    """Returns the codes of `weight`, float (outputs, inputs), rounded to nearest.
+
+    Raises:
+        OverflowError: a scale does not fit into the grid's dtype.
+    """
+    outputs, inputs = weight.shape
+    groups = weight.reshape(-1, grid.group_size).T
+    scales, zeros = grid.fit(groups)
+    codes = (groups / scales).round_().clamp_(-zeros, grid.largest - zeros).add_(zeros)
+    parts = (codes.T.reshape(weight.shape).to(torch.uint8), scales.reshape(outputs, -1))
+    index = torch.arange(inputs, device=weight.device) // grid.group_size
+    return QuantisedWeight(*parts, zeros.reshape(outputs, -1).to(torch.uint8), index, grid.bits)
+
+
 def rounded(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Returns `weight`, float (outputs, inputs), rounded to nearest on `grid`."""
     groups = weight.reshape(-1, grid.group_size).T

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.compress.autogptq_format import packed_tensors, quantisation_settings, write_checkpoint
 from lilliput.compress.context import Context
-from lilliput.compress.gptq_solver import Codes, to_nearest
-from lilliput.compress.grid import STORED, Grid
+from lilliput.compress.grid import STORED, Grid, QuantisedWeight, to_nearest
 from lilliput.compress.result import Result
 from lilliput.config import QuantisationConfig
 from lilliput.errors import StrategyError
@@ -105,7 +104,7 @@ class Quantised:
     packed: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def put(self, name: str, codes: Codes) -> None:
+    def put(self, name: str, codes: QuantisedWeight) -> None:
         """Replaces the weights of the linear layer `name`; its bias is rounded to float16, the format's dtype."""
         linear = cast("torch.nn.Linear", self.model.get_submodule(name))
         linear.weight.copy_(codes.weight())

@@ -266,6 +266,7 @@ class GptqConfig(QuantisationConfig):
     Attributes:
         scale_search: exponent of the rounding error that the search for each group's scale minimises; 0: no search, the
             scale just fits the largest weight.
+        seed: without effect, because nothing is drawn; still required, so that earlier settings stay valid.
     """
 
     act_order: bool

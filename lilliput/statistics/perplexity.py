@@ -38,8 +38,8 @@ def perplexity(model: torch.nn.Module, texts: Sequence[Text], *, show: bool = Tr
 
     Args:
         model: a causal LM in evaluation mode.
-        texts: for example questions with their answers; the first token of each is never predicted. What all of them
-            start with is run once for many texts.
+        texts: for example questions with their answers; the first token of each is never predicted. Their common
+            beginning runs once per row of texts.
         show: whether to show a progress bar.
     """
     settings: Any = model.config

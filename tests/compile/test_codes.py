@@ -50,6 +50,19 @@ def test_a_model_opens_from_its_codes_exactly_as_with_gptqmodel(quantised, symme
     assert ends[0] == ends[1] is not None
 
 
+def test_a_layer_may_be_divided_among_files(quantised, tmp_path):
+    folder = shutil.copytree(quantised(), tmp_path / "sharded")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number, part in enumerate((".scales", "")):
+        names = [name for name in tensors if name.endswith(part)]
+        shard = {name: tensors.pop(name) for name in names}
+        save_file(shard, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
+    whole, divided = open_model(quantised())[0].state_dict(), open_model(folder)[0].state_dict()
+    assert whole.keys() == divided.keys()
+    assert all(torch.equal(weight, divided[name]) for name, weight in whole.items())
+
+
 def test_a_checkpoint_with_missing_weights_does_not_open(quantised, tmp_path):
     folder = shutil.copytree(quantised(), tmp_path / "incomplete")
     tensors = load_file(folder / "model.safetensors")

@@ -79,7 +79,7 @@ def test_facts_hold_perplexities_and_float_modules(quantised):
     assert [layer for layer, _ in quantised[0].history["layer_error"]] == [0, 1, 2, 3]
 
 
-def test_same_seed_same_bytes(quantised, checkpoint, facts, tmp_path):
+def test_same_inputs_same_bytes(quantised, checkpoint, facts, tmp_path):
     gptq(context(checkpoint, facts, facts[:2]), GptqConfig(**CONFIG)).save(tmp_path)
     first, second = (
         hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest() for f in (quantised[1], tmp_path)

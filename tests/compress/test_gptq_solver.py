@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lilliput.compress.gptq_solver import factorise, solve, to_nearest
-from lilliput.compress.grid import Grid, rounded
+from lilliput.compress.gptq_solver import factorise, solve
+from lilliput.compress.grid import Grid, rounded, to_nearest
 
 DAMP = 0.05
 
