@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.artifacts import ADAPTER
@@ -216,6 +218,18 @@ def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Ten
     logits = logits / getattr(model.config, "logits_scaling", 1.0) * getattr(model.config, "logit_scale", 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def attention_reach(config: PretrainedConfig) -> float:
+    """Returns how many tokens back every layer of a model sees: the least window, or infinity without one.
+
+    It is 0 if a layer is recurrent or convolutional: such a layer mixes texts that stand side by side in one row.
+    """
+    if cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._is_stateful:
+        return 0
+    windows = {DynamicLayer: lambda _: math.inf, DynamicSlidingWindowLayer: lambda layer: layer.sliding_window}
+    layers = DynamicCache(config=config).layers
+    return min((windows.get(type(layer), lambda _: 0)(layer) for layer in layers), default=0)
 
 
 def open_safetensors(directory: Path) -> PreTrainedModel:

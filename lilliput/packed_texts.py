@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lilliput.chat.template import shared_prefix_length
+from lilliput.models import attention_reach
 
 ROW_TOKENS = 256  # without the beginning: attention covers all pairs of a row, so longer rows cost more
 _PADDING = -1
@@ -62,7 +63,7 @@ def pack_texts(
         row_tokens: of a row, without the beginning; a longer text is alone in its row.
         batch_tokens: of a batch, padding included; a longer row is alone in its batch.
     """
-    packable = _sees_all_earlier_tokens(config, max(map(len, texts)))
+    packable = attention_reach(config) >= max(map(len, texts))
     # Nothing that follows the beginning is empty, so that each text has a token of its own.
     shared = shared_prefix_length([text[:-1] for text in texts]) if packable and len(texts) > 1 else 0
     rows = _rows([len(text) - shared for text in texts], row_tokens if packable else 0)
@@ -71,13 +72,6 @@ def pack_texts(
     return [
         _packed(texts, rows[start : start + at_once], shared, first=not start) for start in range(0, len(rows), at_once)
     ]
-
-
-def _sees_all_earlier_tokens(config: PretrainedConfig, longest: int) -> bool:
-    settings: Any = config
-    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
-    window = getattr(settings, "sliding_window", None) or longest
-    return kinds <= {"full_attention", "sliding_attention"} and window >= longest
 
 
 def _rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import GPT2Config, Lfm2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
-from lilliput.models import random_model
+from lilliput.models import attention_reach, random_model
 from lilliput.packed_texts import pack_texts
 
 TEXTS = [[1, 2, 3, 10, 11], [1, 2, 3, 12], [1, 2, 3, 10, 13, 14, 15, 16], [1, 2, 3, 17, 18, 19]]
@@ -51,6 +53,22 @@ def test_recurrent_models_get_one_text_a_row(kinds):
     (batch,) = pack_texts(TEXTS, config, batch_tokens=1000)
     assert [len(set(row[row >= 0].tolist())) for row in batch.texts] == [1] * len(TEXTS)
     assert batch.inputs(torch.device("cpu"))["attention_mask"].sum() == sum(map(len, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("config", "reach"),
+    [
+        (LlamaConfig(**SHAPE), math.inf),
+        (MistralConfig(**SHAPE, sliding_window=4), 4),
+        (Qwen2Config(**SHAPE, sliding_window=4, use_sliding_window=False), math.inf),
+        (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=40), 0),
+        (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), 0),
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40), math.inf),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_reach_is_that_of_the_layer_that_sees_least(config, reach):
+    assert attention_reach(config) == reach
 
 
 def test_batches_keep_to_their_tokens():

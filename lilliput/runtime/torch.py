@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.chat.template import end_ids, pad_id, shared_prefix_length
 from lilliput.errors import ArtifactError, DataError
 from lilliput.memory import Shape, answering_bytes, scoring_bytes
-from lilliput.models import vocabulary_logits
+from lilliput.models import attention_reach, vocabulary_logits
 from lilliput.resident import free_bytes
 from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.packed import Pack, group_into_packs
@@ -77,7 +77,7 @@ class TorchRuntime:
 
         Raises:
             ArtifactError: a logit is NaN or infinite.
-            DataError: a text is longer than the model's attention window.
+            DataError: a text is longer than the model's attention window, or a layer is recurrent or convolutional.
         """
         self._require_within_window(prompts, continuations)
         shared = _shared_length(prompts)
@@ -229,10 +229,15 @@ class TorchRuntime:
         return likelihoods.new_zeros(pack.continuations).index_add(0, owners, likelihoods)
 
     def _require_within_window(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> None:
-        """Raises DataError for texts longer than a sliding window, because packing ignores the window."""
-        window = getattr(self.model.config, "sliding_window", None)
+        """Raises DataError for texts that a layer does not see whole, because packing ignores windows and states."""
+        window = attention_reach(self.model.config)
+        if not window:
+            raise DataError(
+                f"{type(self.model).__name__} has recurrent or convolutional layers, which would mix texts that are "
+                "scored together; choose a model with attention layers only"
+            )
         lengths = [len(prompt) + len(ids) for prompt, row in zip(prompts, continuations, strict=True) for ids in row]
-        if window and max(lengths, default=0) > window:
+        if max(lengths, default=0) > window:
             raise DataError(
                 f"a text to score has {max(lengths)} tokens, but the model's attention window is only {window}; remove "
                 "the longest prompts or the examples in them"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lilliput.models import sharded, vocabulary_logits
+from lilliput.models import attention_reach, sharded, vocabulary_logits
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.examples import Batch
 from lilliput.training.token_tree import token_tree
@@ -71,16 +69,8 @@ def runs_as_tree(model: PreTrainedModel, longest: int) -> bool:
 
 
 def _reach(model: PreTrainedModel) -> float:
-    """Returns how many tokens back every layer sees: its window, or infinity without one.
-
-    It is 0 if a layer is recurrent or convolutional, because such a layer would mix neighbours in a bin, or if the
-    positions are not rotary.
-    """
-    if model._is_stateful or not hasattr(model.model, "rotary_emb"):
-        return 0
-    windows = {DynamicLayer: lambda _: math.inf, DynamicSlidingWindowLayer: lambda layer: layer.sliding_window}
-    layers = DynamicCache(config=model.config).layers
-    return min((windows.get(type(layer), lambda _: 0)(layer) for layer in layers), default=0)
+    """Returns `attention_reach`, or 0 if the positions are not rotary."""
+    return attention_reach(model.config) if hasattr(model.model, "rotary_emb") else 0
 
 
 def _states_of_tree(

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from transformers import Lfm2Config
 
 from lilliput.chat.template import encode_answer, encode_prompt
 from lilliput.errors import ArtifactError, DataError
+from lilliput.models import random_model
 from lilliput.runtime.torch import TorchRuntime
 
 SYSTEM = "Answer briefly."
@@ -54,6 +56,13 @@ def test_texts_longer_than_the_attention_window_are_rejected(opened, monkeypatch
     assert runtime.score([[5, 6]], [[[3, 4]]])
     with pytest.raises(DataError, match=r"5 tokens.* only 4"):
         runtime.score([[5, 6, 7]], [[[3, 4]]])
+
+
+def test_models_with_convolutions_are_rejected(opened):
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40}
+    config = Lfm2Config(**shape, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    with pytest.raises(DataError, match="Lfm2ForCausalLM has recurrent or convolutional layers"):
+        TorchRuntime(random_model(config, seed=0), opened[1], 4).score([[5, 6]], [[[3]]])
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
