@@ -109,7 +109,7 @@ def status_without_lock(stage: Any) -> list[Any]:
     """Returns what `dvc status` reports about `stage`.
 
     Skips the decorator that adds this process to DVC's list of readers: a flow beside `--plan` may write there.
-    Parses params.yaml once per content; DVC parses it for each stage, which takes a third of the status.
+    Parses params.yaml once per content; DVC parses it again for each stage (docs/decisions/orchestration.md).
     """
     status = type(stage).status.__wrapped__
     LOADERS[".yaml"] = _load_yaml_once
