@@ -104,7 +104,7 @@ class Row:
         self._record: dict[str, Any] = {
             "what": what,
             "goal": goal,
-            "commit": _git("rev-parse", "--short", "HEAD"),
+            "commit": commit_of(ROOT),
             "changed_files": _git("status", "--porcelain", "--untracked-files=no").count("\n"),
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": {
@@ -157,8 +157,13 @@ def _own_cpu_s() -> float:
     return sum(os.times()[:4])
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+def commit_of(clone: Path) -> str:
+    """Returns the short hash of the commit that is checked out in `clone`."""
+    return _git("rev-parse", "--short", "HEAD", folder=clone)
+
+
+def _git(*arguments: str, folder: Path = ROOT) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:

@@ -2,7 +2,8 @@
 
 python -m benchmarks.speed BEFORE AFTER          # two folders, each a clone with a complete run
 
-Each clone's own code runs with this interpreter. The commands remake results there: use clones that nobody needs.
+Each clone's own code runs with this interpreter. The commands make results again, which leaves later stages stale: use
+clones that nobody needs, and each only once.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.record import Row, SideFailed, spread
+from benchmarks.record import Row, SideFailed, commit_of, spread
 
 DEVICE = "phone-4gb"
+SERVING = ("deploy", "--status", "--stop")  # need the gateway of the first
 
 
 @dataclass(frozen=True)
@@ -59,32 +61,27 @@ COMMANDS = {
 def main(
     before: Annotated[Path, typer.Argument(help="clone of the earlier commit, with a complete run")],
     after: Annotated[Path, typer.Argument(help="clone of the later commit, with a complete run")],
-    only: Annotated[list[str] | None, typer.Option(help="only these commands")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="only these; deploy, --status and --stop together")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="at most this many measurements of a command in each clone")] = 3,
 ) -> None:
     """Writes results/speed.json."""
     row = Row("speed", "Speed of two commits", "the targets of each command")
     clones = {"before": before.resolve(), "after": after.resolve()}
-    row.add("commits", **{side: _commit(clone) for side, clone in clones.items()})
+    row.add("commits", **{side: commit_of(clone) for side, clone in clones.items()})
     for name, side, costs in _measurements(clones, only or list(COMMANDS), rounds):
         row.add(f"{name}, {side}", target_s=COMMANDS[name].target_s, **costs)
-    missed = [
-        name
-        for name, command in COMMANDS.items()
-        if (done := row.sides.get(f"{name}, after"))
-        and command.target_s
-        and done["seconds"]["median"] > command.target_s
-    ]
-    row.write(f"missed: {', '.join(missed)}" if missed else "all targets", not missed)
+    measured = [(name, row.sides.get(f"{name}, after"), command.target_s) for name, command in COMMANDS.items()]
+    met = {name: done["seconds"]["median"] <= target_s for name, done, target_s in measured if done and target_s}
+    missed = [name for name, reached in met.items() if not reached]
+    row.write(f"missed: {', '.join(missed)}" if missed else f"{len(met)} targets met", not missed if met else None)
 
 
 def _measurements(
     clones: dict[str, Path], names: list[str], rounds: int
 ) -> Iterator[tuple[str, str, dict[str, dict[str, float]]]]:
-    """Yields the costs of each command in each clone. The last three commands need one another, so they alternate."""
-    serving = [name for name in names if name in ("deploy", "--status", "--stop")]
-    groups = [[name] for name in names if name not in serving] + ([serving] if serving else [])
-    for group in groups:
+    """Yields the costs of each command in each clone. The commands of `SERVING` run one after the other."""
+    serving = [] if set(names).isdisjoint(SERVING) else [SERVING]
+    for group in [*([name] for name in names if name not in SERVING), *serving]:
         runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for _ in range(min(rounds, *(COMMANDS[name].rounds for name in group))):
             for side, clone in clones.items():
@@ -110,12 +107,6 @@ def _run(clone: Path, command: Command) -> tuple[float, float]:
         raise SideFailed(f"{' '.join(command.module)} in {clone}: exit code {done.returncode}: {done.stderr[-500:]}")
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
     return seconds, cpu_s
-
-
-def _commit(clone: Path) -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

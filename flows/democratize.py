@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.engine.console import candidate_rows, guarded_output, next_commands, print_plan, print_summary
-from flows.engine.launch import launch, rejected_input
+from flows.engine.console import candidate_rows, next_commands, print_plan, print_summary
+from flows.engine.launch import launch
+from flows.engine.output import guarded_output
 from flows.engine.run_context import flow_run_id, show_markdown, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
+from flows.engine.stopping import rejected_input
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import require_room
@@ -98,7 +100,7 @@ def _stale(folder: Path, only: list[str]) -> list[str]:
 
 
 def _require_runnable(params_file: Path, only: list[str] | None, runner: str, workers: int) -> Path:
-    """Checks what a run is asked for; returns the folder to work in."""
+    """Checks the arguments of a run; returns the folder to work in."""
     require_room(PROJECT)
     params = load_params(params_file)
     if unknown := [name for name in only or [] if name not in params.candidates]:

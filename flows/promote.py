@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.engine.champions import exclusive_promotion
-from flows.engine.console import fail, guarded_output, print_decisions
-from flows.engine.launch import rejected_input
+from flows.engine.console import print_decisions
+from flows.engine.output import fail, guarded_output
+from flows.engine.stopping import rejected_input
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import exclusive, open_workspace
 from lilliput.errors import ConfigError

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from flows.engine.console import fail, guarded_output, print_publication
-from flows.engine.launch import rejected_input
+from flows.engine.console import print_publication
+from flows.engine.output import fail, guarded_output
+from flows.engine.stopping import rejected_input
 from flows.engine.workspace import open_workspace
 from lilliput.errors import PublishError
 from lilliput.params import load_params

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.engine.console import front_rows, guarded_output, print_search
-from flows.engine.launch import launch, rejected_input
+from flows.engine.console import front_rows, print_search
+from flows.engine.launch import launch
+from flows.engine.output import guarded_output
 from flows.engine.process import run_process
 from flows.engine.run_context import run_logger, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.stage import Stage
+from flows.engine.stopping import rejected_input
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import read_record, write_json, write_text

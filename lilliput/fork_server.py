@@ -115,23 +115,26 @@ class Server:
     def _fork(self) -> Job | None:
         """Forks a child for the next client; returns its job in the child, None in the server."""
         connection, _ = self._listener.accept()
-        with suppress(OSError, ValueError, EOFError):
+        try:
             job, streams = _receive(connection)
             if threading.active_count() > 1:
                 raise RuntimeError("a library started a thread; forking would copy its locks")
             pid = os.fork()
-            if not pid:
-                self._become_child(connection, streams)
-                return job
-            for stream in streams:
-                os.close(stream)
-            connection.sendall(_HEADER.pack(pid))
-            child = _Child(pid, os.pidfd_open(pid), connection)
-            self._children[pid] = child
-            self._selector.register(child.handle, selectors.EVENT_READ, pid)
-            self._selector.register(connection, selectors.EVENT_READ, pid)
+        except (OSError, ValueError, EOFError) as error:
+            print(f"not forked: {error!r}", file=sys.stderr, flush=True)
+            connection.close()
             return None
-        connection.close()
+        if not pid:
+            self._become_child(connection, streams)
+            return job
+        for stream in streams:
+            os.close(stream)
+        child = _Child(pid, os.pidfd_open(pid), connection)
+        self._children[pid] = child
+        self._selector.register(child.handle, selectors.EVENT_READ, pid)
+        self._selector.register(connection, selectors.EVENT_READ, pid)
+        with suppress(OSError):  # the client went away: `_follow` kills the child
+            connection.sendall(_HEADER.pack(pid))
         return None
 
     def _become_child(self, connection: socket.socket, streams: list[int]) -> None:
@@ -195,7 +198,7 @@ def _open_standard_streams() -> None:
 
 
 def _show_command(command: list[str]) -> None:
-    """Shows `command` as this process's command line, for `ps` and for whoever looks for the process of a stage.
+    """Shows `command` as this process's command line, as `ps` prints it.
 
     It replaces the server's own, whose length stays; slashes before the interpreter's path fill the rest.
     """

@@ -14,19 +14,21 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from lilliput.errors import StageError
 from lilliput.redaction import is_secret
 
 ADDRESS = "LILLIPUT_FORK_SERVER"  # the server's socket, for processes below one that started it
 _HEADER = struct.Struct("!I")
 _PADDING = "." * 80  # room for the command lines of children
 _KILL_S = 10.0
-_START_S = 120.0
+_START_S, _POLL_S = 120.0, 0.05
 
 
 def can_fork() -> bool:
@@ -42,9 +44,6 @@ class ForkServer:
     Args:
         folder: working directory; its `logs/fork_server.log` gets the output of the imports.
         environment: of the server, read by the libraries at import; secrets are left out, and only given to children.
-
-    Raises:
-        OSError: it does not start.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
@@ -74,16 +73,21 @@ class ForkServer:
         """Starts `python -m <module> <arguments>`, with a pipe as standard input and this process's output.
 
         Raises:
-            OSError: the server has ended.
+            StageError: the server has ended, does not answer, or cannot fork.
         """
-        deadline = threading.Event()
-        for _ in range(int(_START_S / 0.05)):
-            if self._process.poll() is not None:
-                raise OSError(f"the fork server ended with {self._process.returncode}; its log: {self.log}")
-            with suppress(FileNotFoundError, ConnectionRefusedError):  # it imports libraries before it listens
-                return Forked(self.address, (module, arguments, folder, {**environment, ADDRESS: self.address}))
-            deadline.wait(0.05)
-        raise OSError(f"the fork server does not answer; its log: {self.log}")
+        command = (module, arguments, folder, {**environment, ADDRESS: self.address})
+        deadline = time.monotonic() + _START_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with suppress(FileNotFoundError, ConnectionError):  # it imports libraries before it listens
+                return Forked(self.address, command)
+            time.sleep(_POLL_S)
+        code = self._process.poll()
+        problem = f"has not answered for {_START_S:g} s" if code is None else f"ended with exit code {code}"
+        hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
+        raise StageError(
+            f"the fork server, which imports libraries for the stages, {problem}{hint}; its log: {self.log}; the same "
+            "command starts a new one, and `dvc repro` runs the stages without one"
+        )
 
 
 class Forked:
@@ -93,6 +97,10 @@ class Forked:
         stdin: writing end of its standard input.
         pid: of the child.
         cpu_s: CPU-seconds of the child, once it has ended.
+
+    Raises:
+        OSError: nothing listens at `address`, or the server has just ended.
+        StageError: the server cannot fork.
     """
 
     def __init__(
@@ -123,7 +131,9 @@ class Forked:
         self.stdin = os.fdopen(writing, "wb")
         (self.pid,) = _HEADER.unpack(self._connection.recv(_HEADER.size, socket.MSG_WAITALL) or bytes(_HEADER.size))
         if not self.pid:
-            raise OSError(f"the fork server at {address} ended before it forked")
+            raise StageError(
+                f"{module}: the fork server did not fork; logs/fork_server.log says why; the same command tries again"
+            )
         self.cpu_s, self._code, self._ended = 0.0, -signal.SIGKILL, threading.Event()
         self._handle = os.pidfd_open(self.pid)
         threading.Thread(target=self._follow, daemon=True).start()

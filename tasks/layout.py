@@ -67,7 +67,7 @@ def compiled(candidate: str, target: str) -> Path:
 
 
 def devices(compiled_name: str) -> Path:
-    """Measurements of the compiled model `name`, for example `pocket-gguf`, on each device of its target."""
+    """Measurements of a compiled model, for example `pocket-gguf`, on each device of its target."""
     return Path("metrics/devices") / f"{compiled_name}.json"
 
 

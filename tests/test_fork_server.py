@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from lilliput import forked
+from lilliput.errors import StageError
 from lilliput.forked import ADDRESS, ForkServer, can_fork, forked_cpu_s, run_fresh
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="forks only on Linux without an NVIDIA GPU")
@@ -179,7 +180,7 @@ def test_children_do_not_outlive_a_killed_server(folder, number):
             server._process.send_signal(number)
             assert child.wait(60) == -signal.SIGKILL
         wait_until(lambda: not alive(child.pid))
-        with pytest.raises(OSError, match="the fork server ended with"):
+        with pytest.raises(StageError, match=f"ended with exit code -{number:d}.*; its log: "):
             server.start("work", ["fail"], folder, environment())
 
 
@@ -206,7 +207,7 @@ def test_server_and_children_end_with_a_killed_client(folder):
 
 def test_a_server_that_cannot_start_names_its_log(tmp_path):
     (tmp_path / "lilliput").mkdir()  # no fork server here
-    with ForkServer(tmp_path, environment()) as server, pytest.raises(OSError, match=r"logs/fork_server\.log"):
+    with ForkServer(tmp_path, environment()) as server, pytest.raises(StageError, match=r"logs/fork_server\.log"):
         server.start("work", [], tmp_path, environment())
 
 

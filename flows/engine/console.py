@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from flows.engine.output import fail as fail
-from flows.engine.output import guarded_output as guarded_output
 from lilliput.artifacts import find_record, read_record
 from lilliput.graph import topological_order
 from lilliput.memory import this_machine

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,8 @@ from dvc.repo import Repo
 from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError, rwlock
 from dvc.stage.serialize import to_lockfile
 from dvc.utils import dict_sha256
-from dvc.utils.serialize import dumps_yaml, load_yaml
+from dvc.utils.serialize import LOADERS, dumps_yaml, load_yaml, parse_yaml
+from dvc.utils.serialize._common import _load_data
 from dvc_data.hashfile.db.local import LocalHashFileDB
 from dvc_data.hashfile.tree import Tree
 from dvc_objects.errors import ObjectFormatError
@@ -33,6 +34,7 @@ from lilliput.artifacts import writing_file
 from lilliput.errors import BusyError, ConfigError
 
 _log = logging.getLogger(__name__)
+_load_yaml_once = partial(_load_data, parser=lru_cache(maxsize=1)(parse_yaml))
 _SHA256_DIGITS = 64
 
 
@@ -107,9 +109,14 @@ def status_without_lock(stage: Any) -> list[Any]:
     """Returns what `dvc status` reports about `stage`.
 
     Skips the decorator that adds this process to DVC's list of readers: a flow beside `--plan` may write there.
+    Parses params.yaml once per content; DVC parses it again for each stage (docs/decisions/orchestration.md).
     """
     status = type(stage).status.__wrapped__
-    return status(stage, check_updates=True).get(stage.addressing, [])
+    LOADERS[".yaml"] = _load_yaml_once
+    try:
+        return status(stage, check_updates=True).get(stage.addressing, [])
+    finally:
+        del LOADERS[".yaml"]
 
 
 class Pipeline:

@@ -88,10 +88,6 @@ class Lineage:
         """
         return [text for entry in status_without_lock(self._recorded[name]) for text in _describe(entry)]
 
-    def unchanged(self) -> bool:
-        """Whether no stage has changes."""
-        return not any(self.changes(name) for name in self._recorded)
-
     def inputs(self, name: str) -> dict[str, Any]:
         """Returns DVC's hash of each present dependency of stage `name`: a file, a folder or settings."""
         return {str(dep): dep.get_hash() for dep in self._recorded[name].deps if dep.exists}

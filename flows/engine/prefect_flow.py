@@ -22,7 +22,7 @@ from prefect.settings import (
 )
 from prefect.states import Completed, Failed
 
-from flows.engine.console import fail
+from flows.engine.output import fail
 from flows.engine.stopping import is_reported, stoppable
 from lilliput.redaction import redacted
 from tasks.process.console import EXIT_REFUSED

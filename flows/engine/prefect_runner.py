@@ -1,6 +1,6 @@
 """Runs stages as Prefect tasks: by threads of the flow, or by workers of a Ray or Dask cluster.
 
-Each stage is a process of its own in any case. Only the flow talks to DVC, never a worker.
+Each stage is a separate process in any case. Only the flow talks to DVC, never a worker.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ _FACTORIES = {"local": _local, "ray": _ray, "dask": _dask}
 
 
 def _prefect_for_workers(kind: str) -> Any:
-    """Passes the address of Prefect to workers in other processes: each would start a server of its own."""
+    """Passes the address of Prefect to workers in other processes: each would start another server."""
     if kind == "local":
         return nullcontext()
     return temporary_settings({PREFECT_API_URL: str(get_client(sync_client=True).api_url)})

@@ -1,4 +1,4 @@
-"""Runs the command of a stage in a process of its own, which ends when its parent or its flow does."""
+"""Runs the command of a stage in a separate process, which ends when its parent or its flow does."""
 
 from __future__ import annotations
 

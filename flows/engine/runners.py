@@ -1,6 +1,6 @@
 """Runs the commands of stages: by threads of this process, or by a Prefect task runner where the run is a flow run.
 
-Each stage is a process of its own in any case. Only the run's own process talks to DVC, never a worker.
+Each stage is a separate process in any case. Only the run's own process talks to DVC, never a worker.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, PositiveInt, ValidationError
 
 from lilliput.config import ExpertsConfig, Params, TrainingConfig
@@ -88,6 +87,8 @@ class _Settings(BaseModel):
 
 
 def _settings(path: Path) -> _Settings:
+    import yaml  # 18 ms, and most runs have no such file
+
     try:
         return _Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, ValidationError) as error:

@@ -125,3 +125,10 @@ def test_a_command_with_an_unexpected_exit_code_is_no_measurement(results, clone
     with pytest.raises(SideFailed, match=r"work x in .*before: exit code 1"):
         speed.main(*clones)
     assert not (results / "speed.json").exists()
+
+
+def test_without_a_target_nothing_is_met(results, clones, monkeypatch):
+    monkeypatch.setattr(speed, "COMMANDS", {"reject": speed.Command(("work", "x"), code=1)})
+    speed.main(*clones, rounds=1)
+    found = json.loads((results / "speed.json").read_text())
+    assert (found["reached"], found["met"]) == ("0 targets met", None)

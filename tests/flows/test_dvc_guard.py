@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import tomllib
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from packaging.requirements import Requirement
 from flows.engine.dvc_guard import (
     AtomicFileSystem,
     Pipeline,
+    _load_yaml_once,
     dvc_locked,
     object_names,
     open_repo,
@@ -116,6 +118,23 @@ def test_stage_status_has_an_undecorated_form_that_writes_no_output_locks(repo):
     assert not locks.exists(), "Stage.status.__wrapped__ writes .dvc/tmp/rwlock"
     with contextlib.closing(Repo()) as plain:
         assert plain.status() == {"make": [{"changed deps": {"source": "modified"}}]}
+
+
+def test_status_parses_params_once_per_content_and_sees_each_change(repo, monkeypatch):
+    parsed = []
+    monkeypatch.setitem(
+        _load_yaml_once.keywords, "parser", lru_cache(lambda text, _: parsed.append(text) or json.loads(text))
+    )
+    Path("params.yaml").write_text('{"bits": 4}')
+    Path("dvc.yaml").write_text("stages: {one: {cmd: make, params: [bits]}, two: {cmd: make, params: [bits]}}")
+    Repo().commit(None, force=True)
+    with contextlib.closing(open_repo(Path.cwd())) as opened:
+        stages = list(opened.index.stages)
+        assert [status_without_lock(stage) for stage in stages] == [[], []]
+        assert parsed == ['{"bits": 4}'], "DVC reads params.yaml by another way than LOADERS"
+        Path("params.yaml").write_text('{"bits": 3}')
+        modified = [{"changed deps": {"params.yaml": {"bits": "modified"}}}]
+        assert [status_without_lock(stage) for stage in stages] == [modified, modified]
 
 
 def test_output_locks_name_processes_and_refuse_a_second_writer(repo, tmp_path):

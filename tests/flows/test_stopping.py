@@ -123,7 +123,7 @@ def test_an_invalid_proxy_or_certificate_is_named(monkeypatch, capsys, variable,
     ],
 )
 def test_output_that_cannot_be_written_is_no_traceback(target, code, message):
-    program = "from flows.engine.console import guarded_output as g\nwith g(): print('x' * 10**6)"
+    program = "from flows.engine.output import guarded_output as g\nwith g(): print('x' * 10**6)"
     command = f'set -o pipefail; {sys.executable} -c "{program}" {target}'
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)

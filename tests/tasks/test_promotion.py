@@ -25,7 +25,7 @@ from tests import results
 # MLflow, SQLAlchemy and pandas emit warnings about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
 QUESTIONS = 200
-DEVICES = ["laptop", *"abcdefghijklmnopq"]
+DEVICES = ["laptop", *"abcdefghijklmnopqr"]
 SIZES = {"base": 300, "a": 100, "b": 200}
 EVEN = {"base": 100, "a": 120, "b": 140}
 
@@ -300,33 +300,25 @@ def test_a_person_approves_or_denies_if_the_rules_require_it(project, device):
     assert proposals(params) == []
 
 
-def test_a_damaged_evaluation_of_a_past_champion_is_an_artifact_error(project, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("a.jsonl", lambda _: '{"id": ', "a.jsonl:1"),
+        ("a.json", lambda _: '{"candidate": ', "a.json: Invalid JSON"),
+        ("a.json", lambda text: text.replace('"accessibility"', '"unknown"'), "a.json: accessibility: Field required"),
+    ],
+)
+def test_a_damaged_or_old_evaluation_in_mlflow_is_an_artifact_error(project, monkeypatch, file, damage, message):
     version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
-    params = project.params(device)
-    assert read_past_champion(params, device, version).answers
-    read = model_versions.read_artifact
-    damages = {
-        "a.jsonl": ('{"id": ', "a.jsonl:1"),
-        "a.json": ('{"candidate": ', "a.json: Invalid JSON"),
-    }
-    for file, (content, message) in damages.items():
-        monkeypatch.setattr(
-            model_versions, "read_artifact", lambda run, path, f=file, c=content: c if path == f else read(run, path)
-        )
-        with pytest.raises(ArtifactError, match=f"evaluation in MLflow is damaged: {message}"):
-            read_past_champion(params, device, version)
+    params, read = project.params("laptop"), model_versions.read_artifact
+    assert read_past_champion(params, "laptop", version).answers
 
+    def read_damaged(run, path):
+        return damage(read(run, path)) if path == file else read(run, path)
 
-def test_an_evaluation_of_an_older_version_in_mlflow_names_the_missing_field(project, device, monkeypatch):
-    version = model_versions.client().get_model_version("lilliput", project.evaluate(EVEN)["a"])
-    old = json.loads(layout.metrics("a").read_text())
-    del old["accessibility"]
-    read = model_versions.read_artifact
-    monkeypatch.setattr(
-        model_versions, "read_artifact", lambda run, path: json.dumps(old) if path == "a.json" else read(run, path)
-    )
-    with pytest.raises(ArtifactError, match=r"a\.json: accessibility: Field required"):
-        read_past_champion(project.params(device), device, version)
+    monkeypatch.setattr(model_versions, "read_artifact", read_damaged)
+    with pytest.raises(ArtifactError, match=f"evaluation in MLflow is damaged: {message}"):
+        read_past_champion(params, "laptop", version)
 
 
 def test_simultaneous_promotions_see_each_others_result(project, device, monkeypatch):
