@@ -53,6 +53,11 @@ class Question(BaseModel):
         before, slash, _ = self.id.partition("/")
         return before if slash else "question"
 
+    @property
+    def user_text(self) -> str:
+        """The question."""
+        return self.question
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Question:
         if self.answerable and self.answer is None:

@@ -1,0 +1,124 @@
+"""Reads calls of functions from a model's answer, in the forms that the chat templates of open models teach.
+
+Supported are JSON in `<tool_call>` tags (Hermes, Qwen, SmolLM3), JSON objects or a list of them (Llama 3, the built-in
+template), JSON after `[TOOL_CALLS]` (Mistral), and a Python list of calls (Llama 3.2, BFCL).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from lilliput.data.conversations import ToolCall
+
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)\Z", re.DOTALL)
+_FENCE = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
+_JSON_START = re.compile(r'\A\[?\s*\{\s*"(?:name|function|type|arguments|parameters)"')
+_PYTHON = re.compile(r"\A\[\s*[A-Za-z_][\w.]*\(.*\)\s*\]\Z", re.DOTALL)
+# Beginnings of a call, for readers of a stream: text that starts otherwise is shown at once.
+OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "```", "{", "[")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An assistant's answer.
+
+    Attributes:
+        text: the answer without its calls; the whole answer if the calls are malformed.
+        calls: in their order.
+        malformed: whether the answer begins like a call but cannot be read as one.
+    """
+
+    text: str
+    calls: tuple[ToolCall, ...] = ()
+    malformed: bool = False
+
+
+def read_answer(text: str) -> Answer:
+    """Returns text and calls of the answer `text` of a model that was given functions."""
+    text = text.strip()
+    if tagged := _TAGGED.findall(text):
+        return _answer(text, text[: text.index("<tool_call>")], tagged)
+    if match := _MISTRAL.search(text):
+        return _answer(text, text[: match.start()], [match[1]])
+    body = match[1] if (match := _FENCE.match(text)) else text
+    if _JSON_START.match(body):
+        return _answer(text, "", [body])
+    if _PYTHON.match(body):
+        calls = _python_calls(body)
+        return Answer("", calls) if calls else Answer(text, malformed=True)
+    return Answer(text)
+
+
+def invalid_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns why `call` is invalid for `tools`: an unknown function, or arguments that its schema forbids; else None.
+
+    Parameters that the schema does not list are invalid, unless it allows `additionalProperties` explicitly.
+    """
+    import jsonschema_rs
+
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    if call.name not in functions:
+        return f"the function {call.name!r} is unknown"
+    schema = {"additionalProperties": False, **(functions[call.name].get("parameters") or {}), "type": "object"}
+    for error in jsonschema_rs.validator_for(schema).iter_errors(call.arguments):
+        place = ".".join(map(str, error.instance_path))
+        return f"{call.name}: {place + ': ' if place else ''}{error.message}"
+    return None
+
+
+def _answer(whole: str, before: str, bodies: Sequence[str]) -> Answer:
+    calls: list[ToolCall] = []
+    for body in bodies:
+        read = _json_calls(body)
+        if not read:
+            return Answer(whole, malformed=True)
+        calls += read
+    return Answer(before.strip(), tuple(calls))
+
+
+def _json_calls(body: str) -> list[ToolCall]:
+    """Returns the calls in one or several JSON values; none if one of them is not a call."""
+    decoder, place, calls = json.JSONDecoder(), 0, []
+    while place < len(body):
+        try:
+            value, place = decoder.raw_decode(body, place)
+            calls += [_call(item) for item in (value if isinstance(value, list) else [value])]
+        except (ValueError, RecursionError, ValidationError):
+            return []
+        while place < len(body) and body[place] in " \t\r\n;,":
+            place += 1
+    return calls
+
+
+def _call(raw: Any) -> ToolCall:
+    if not isinstance(raw, Mapping):
+        raise ValueError("not an object")
+    flat = raw["function"] if isinstance(raw.get("function"), Mapping) else raw
+    name = flat.get("name") or flat.get("function")
+    arguments = flat.get("arguments", flat.get("parameters", {}))
+    return ToolCall.model_validate({"name": name, "arguments": {} if arguments is None else arguments})
+
+
+def _python_calls(body: str) -> tuple[ToolCall, ...]:
+    """Returns the calls of a Python list such as `[f(a=1)]`; none if an argument is not a named literal."""
+    try:
+        tree = ast.parse(body, mode="eval").body
+        assert isinstance(tree, ast.List)
+        return tuple(_python_call(node) for node in tree.elts)
+    except (SyntaxError, ValueError, AssertionError, RecursionError, MemoryError, ValidationError):
+        return ()
+
+
+def _python_call(node: ast.expr) -> ToolCall:
+    if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError("not a call with named arguments")
+    arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+    return ToolCall(name=ast.unparse(node.func), arguments=arguments)
