@@ -68,7 +68,8 @@ def invalid_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | No
     if call.name not in functions:
         return f"the function {call.name!r} is unknown"
     schema = {"additionalProperties": False, **(functions[call.name].get("parameters") or {}), "type": "object"}
-    for error in jsonschema_rs.validator_for(schema).iter_errors(call.arguments):
+    # Offline: a schema comes from a request or a data file, and its references must not read files or addresses.
+    for error in jsonschema_rs.validator_for(schema, offline=True).iter_errors(call.arguments):
         place = ".".join(map(str, error.instance_path))
         return f"{call.name}: {place + ': ' if place else ''}{error.message}"
     return None
