@@ -15,6 +15,7 @@ SECTIONS = {
     "Promoted",
     "Order: results of the search",
     "Four metrics",
+    "Significant losses",
     "Effect of each strategy on each metric",
     "Compiled, on devices",
     "Caching",

@@ -25,7 +25,8 @@ def last_number(text: str) -> frozenset[Fraction]:
     if len(end) > LONGEST_TEXT:
         end = end[-LONGEST_TEXT:].partition(" ")[2]
     tokens = tokenize(prepare(end))
-    for before, token in zip(reversed((None, *tokens[:-1])), reversed(tokens), strict=True):
-        if token.kind == "number" and not (before and before.written == "^"):
-            return token.values
+    for place in reversed(range(len(tokens))):
+        is_exponent = place > 0 and tokens[place - 1].written == "^"
+        if tokens[place].kind == "number" and not is_exponent:
+            return tokens[place].values
     return frozenset()
