@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -107,6 +106,17 @@ class ExpectedJson(Part):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
+    @model_validator(mode="after")
+    def _schema_is_valid(self) -> ExpectedJson:
+        import jsonschema_rs
+
+        try:
+            jsonschema_rs.validator_for(self.json_schema, offline=True)
+        except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError) as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise ValueError(f"`schema` is not a valid JSON schema ({reason}); correct it") from None
+        return self
+
 
 class ExpectedCall(Part):
     """One call, by the rules of the Berkeley Function-Calling Leaderboard (BFCL).
@@ -172,7 +182,7 @@ class Conversation(Part):
     group: Text
     split: Literal["train", "test"] | None = None
 
-    @cached_property
+    @property
     def prompt(self) -> tuple[Message, ...]:
         """The turns before the reference answer."""
         return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
@@ -182,7 +192,7 @@ class Conversation(Part):
         """The last turn, if it is the assistant's."""
         return self.messages[-1] if self.messages[-1].role == "assistant" else None
 
-    @cached_property
+    @property
     def expectation(self) -> Expectation:
         """`expect`, or what the reference answer implies: its calls, or its text as a reference."""
         if self.expect is not None:
@@ -208,7 +218,7 @@ class Conversation(Part):
         """Whether something other than an abstention is right."""
         return self.expectation.kind != "abstain"
 
-    @cached_property
+    @property
     def user_text(self) -> str:
         """The user's last turn in the prompt."""
         return next((turn.text for turn in reversed(self.prompt) if turn.role == "user"), "")

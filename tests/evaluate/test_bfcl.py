@@ -166,7 +166,7 @@ def test_a_file_and_a_wrong_name_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="remove `file`"):
         require_benchmarks([BenchmarkConfig(task="bfcl_simple", file="a.jsonl", sha256="0" * 64)], tmp_path)
     pytest.importorskip("lm_eval")
-    with pytest.raises(ConfigError, match="did you mean .*bfcl_simple"):
+    with pytest.raises(ConfigError, match=r"did you mean .*bfcl_simple"):
         require_benchmarks([BenchmarkConfig(task="bfcl_simpel")], tmp_path)
 
 

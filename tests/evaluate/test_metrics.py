@@ -96,7 +96,11 @@ def judged(answerable, right, abstained):
 
 def test_rates_by_hand():
     right, wrong = judged(True, True, False), judged(True, False, False)
-    declined, declined_rightly, made_up = judged(True, False, True), judged(False, False, True), judged(False, False, False)
+    declined, declined_rightly, made_up = (
+        judged(True, False, True),
+        judged(False, False, True),
+        judged(False, False, False),
+    )
     rows = [right] * 4 + [wrong] * 3 + [declined] * 2 + [declined_rightly] * 5 + [made_up] * 6
     assert hallucination.hallucination_rate(rows).value == pytest.approx((3 + 6) / 20)
     assert hallucination.abstention_rate(rows).value == pytest.approx(7 / 20)

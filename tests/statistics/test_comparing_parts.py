@@ -30,9 +30,7 @@ def test_old_rows_and_scores_are_compared_alike():
     before = [question(f"q{n}", n < 4) for n in range(10)]
     after = [question(f"q{n}", True) for n in range(10)]
     old = compare(before, after)["accuracy_free"]
-    scored = [
-        [row | {"score": float(row["right"]), "kind": "text"} for row in rows] for rows in (before, after)
-    ]
+    scored = [[row | {"score": float(row["right"]), "kind": "text"} for row in rows] for rows in (before, after)]
     assert compare(*scored)["accuracy_free"] == old
     assert old.difference.value == pytest.approx(0.6) and old.least_p == 2**-9  # McNemar's
 

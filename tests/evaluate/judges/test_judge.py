@@ -150,7 +150,11 @@ def test_a_call_instead_of_a_text_is_a_hallucination_only_where_functions_were_o
     assert outcome(judge(text, {"contains": ["Paris"]})) == RIGHT
 
 
-PERSON = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+PERSON = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +299,8 @@ def test_token_f1_as_in_squad():
 def test_rouge_l_is_that_of_google_for_english():
     scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="lm-eval is not installed")
     google = scorer.RougeScorer(["rougeL"], use_stemmer=False)
-    words = "police killed the gunman . the gunman police killed ; a dog sat on 3 mats".split()
+    text = "police killed the gunman . the gunman police killed ; a dog sat on 3 mats"
+    words = text.split()
     texts = [" ".join(words[start : start + length]) for start in range(9) for length in (1, 3, 5, 8)]
     for a in texts:
         for b in texts[::5]:
