@@ -99,12 +99,12 @@ def measure_caching(
         size_bytes: of its files.
     """
     started, cpu_before = time.perf_counter(), time.process_time()
-    config = params.caching
+    config, questions = params.caching, _questions(corpus, params.evaluation)
     threshold, pairs = fitted_threshold(corpus, recipe, config, embedder)
     model, tokenizer = open_model(model_dir)
     plain = TorchRuntime(model, tokenizer, 1)
     prefix = TorchRuntime(model, tokenizer, 1, encode_shared_prefix(tokenizer, params.data.system_prompt))
-    queries = draw_stream(_questions(corpus, params.evaluation), recipe, config)
+    queries = draw_stream(questions, recipe, config)
     meter = EnergyMeter(params.evaluation.energy, params.watts_per_core, str(plain.device))
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(params.evaluation.timed_threads):
         file = Path(scratch, "answers.sqlite")

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jsonschema_rs
 import pytest
 
 from lilliput import chat
@@ -66,6 +67,7 @@ def test_all_rows_are_there_and_have_functions(tasks):
             for tool in row.tools:
                 parameters = tool["function"]["parameters"]
                 assert parameters["type"] == "object"
+                jsonschema_rs.validator_for(parameters, offline=True)
                 types |= {schema.get("type") for schema in parameters["properties"].values()}
     assert types == {"string", "integer", "number", "boolean", "array", "object", None}
 
