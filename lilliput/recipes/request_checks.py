@@ -28,19 +28,15 @@ def problems(recipe: RequestRecipe) -> Iterator[str]:
 
 
 def _problems_of_entities(recipe: RequestRecipe) -> Iterator[str]:
-    done: set[str] = set()
-    waiting = {
-        name: {slot for pattern in entity.patterns or () for slot in SLOT.findall(pattern)}
-        for name, entity in recipe.entities.items()
-    }
-    for name, slots in waiting.items():
-        for slot in sorted(slots - recipe.entities.keys()):
-            yield f"entities.{name}: {{{slot}}} is no entity"
-        slots &= recipe.entities.keys()
-    while ready := {name for name, slots in waiting.items() if slots <= done} - done:
-        done |= ready
-    if circular := sorted(waiting.keys() - done):
-        yield f"entities: {', '.join(circular)} contain each other"
+    inside: dict[str, set[str]] = {}
+    for name, entity in recipe.entities.items():
+        slots = {slot for pattern in entity.patterns or () for slot in SLOT.findall(pattern)}
+        yield from (f"entities.{name}: {{{slot}}} is no entity" for slot in sorted(slots - recipe.entities.keys()))
+        inside[name] = slots & recipe.entities.keys()
+    while ready := {name for name, slots in inside.items() if not slots & inside.keys()}:
+        inside = {name: slots for name, slots in inside.items() if name not in ready}
+    if inside:
+        yield f"entities: {', '.join(sorted(inside))} contain each other"
 
 
 def _problems_of_function(place: str, function: Function, recipe: RequestRecipe) -> Iterator[str]:
