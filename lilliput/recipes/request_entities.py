@@ -18,6 +18,7 @@ Side = Literal["train", "test"]
 
 _PERSONS = "faker/providers/person/en_US/__init__.py"
 _ZONES = "pytz/zoneinfo/zone.tab"
+_DRAWS_PER_VALUE = 100
 _SILENT = re.compile(r"\[([^\]]*)\]")  # said, but no part of the argument
 
 
@@ -119,14 +120,25 @@ class Entities:
         return _value(entity, item, rng)
 
     def draw_several(self, name: str, count: int, side: Side, rng: random.Random) -> list[Value]:
-        """Returns `count` values with different arguments; of one family if the entity has families."""
+        """Returns `count` values with different arguments; of one family if the entity has families.
+
+        Raises:
+            DataError: the entity has too few different values.
+        """
+        values: dict[str, Value] = {}
         if self._entities[name].kind == "families":
             family = rng.choice(self._values[name, side])
-            return [_plain(text) for text in rng.sample(family, count)]
-        values: dict[str, Value] = {}
-        while len(values) < count:
-            value = self.draw(name, side, rng)
-            values.setdefault(str(value.argument), value)
+            values = {text: _plain(text) for text in rng.sample(family, min(count, len(family)))}
+        else:
+            for _ in range(_DRAWS_PER_VALUE * count):
+                value = self.draw(name, side, rng)
+                values.setdefault(str(value.argument), value)
+                if len(values) == count:
+                    break
+        if len(values) < count:
+            raise DataError(
+                f"entities.{name}: fewer than {count} different values for one request of the side `{side}`; add values"
+            )
         return list(values.values())
 
     def _fill(self, name: str, entity: Entity, items: list[Any]) -> None:
@@ -188,8 +200,7 @@ def _named(name: str, wanted: Sequence[str], tables: Mapping[str, tuple[str, ...
 
 
 def _numbers(numbers: Numbers) -> Iterator[int | float]:
-    count = int((numbers.stop - numbers.start) / numbers.step) + 1
-    for place in range(count):
+    for place in range(numbers.count):
         number = round(numbers.start + place * numbers.step, 6)
         yield int(number) if number == int(number) else number
 

@@ -16,6 +16,7 @@ SLOT = re.compile(r"\{(\w+)\}")
 Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Sentence = Annotated[str, Field(pattern=r"^\S+( \S+)*$")]
 Sentences = tuple[Sentence, ...]
+MOST_NUMBERS = 100_000
 Scalar = str | bool | int | float
 
 
@@ -32,6 +33,17 @@ class Numbers(Section):
     start: Annotated[int | float, Field(alias="from")]
     stop: Annotated[int | float, Field(alias="to")]
     step: Annotated[float, Field(gt=0.0)] = 1.0
+
+    @property
+    def count(self) -> int:
+        """How many numbers there are."""
+        return int((self.stop - self.start) / self.step) + 1
+
+    @model_validator(mode="after")
+    def _is_a_short_range(self) -> Numbers:
+        if not (self.start <= self.stop and self.count <= MOST_NUMBERS):
+            raise ValueError(f"`from` must not be above `to`, and at most {MOST_NUMBERS:,} numbers are between them")
+        return self
 
 
 class Times(Section):
@@ -65,7 +77,7 @@ class Entity(Section):
     numbers: Numbers | None = None
     times: Times | None = None
     patterns: Annotated[Sentences, Field(min_length=1)] | None = None
-    families: Annotated[tuple[Sentences, ...], Field(min_length=1)] | None = None
+    families: Annotated[tuple[Annotated[Sentences, Field(min_length=2)], ...], Field(min_length=1)] | None = None
     most_frequent: Positive | None = None
     left_out: tuple[str, ...] = ()
 

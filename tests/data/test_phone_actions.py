@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lilliput.chat.tool_calls import invalid_call
-from lilliput.data.conversations import Conversation, ExpectedCalls, ToolCall
+from lilliput.data.conversations import Conversation, ExpectedCall, ExpectedCalls, ToolCall
 from lilliput.data.questions import normalise
 from lilliput.errors import SourceError
 from lilliput.params import load_params
@@ -62,9 +62,9 @@ def part(row: Conversation) -> str:
     return row.relation if row.relation in {"extra", "held-out", "no-function"} else "call"
 
 
-def expected_calls(row: Conversation) -> ExpectedCalls:
-    assert isinstance(row.expectation, ExpectedCalls)
-    return row.expectation
+def calls_of(row: Conversation) -> tuple[ExpectedCall, ...]:
+    """The expected calls; none of a row that expects a question."""
+    return row.expectation.tool_calls if isinstance(row.expectation, ExpectedCalls) else ()
 
 
 def names(row: Conversation) -> set[str]:
@@ -109,7 +109,7 @@ def test_every_call_is_valid_and_expected(rows):
     called = 0
     for row in rows:
         assert row.reference is not None
-        for call, expected in zip(row.reference.tool_calls, getattr(row.expectation, "tool_calls", ()), strict=True):
+        for call, expected in zip(row.reference.tool_calls, calls_of(row), strict=True):
             called += 1
             assert invalid_call(call, row.tools) is None
             assert call.name == expected.name and call.arguments.keys() == expected.arguments.keys()
@@ -119,7 +119,7 @@ def test_every_call_is_valid_and_expected(rows):
 
 def test_every_accepted_value_is_valid(rows):
     for row in rows:
-        for expected in getattr(row.expectation, "tool_calls", ()):
+        for expected in calls_of(row):
             first = {name: forms[0] for name, forms in expected.arguments.items()}
             for name, forms in expected.arguments.items():
                 for form in forms:
@@ -129,7 +129,7 @@ def test_every_accepted_value_is_valid(rows):
 def test_times_are_written_in_one_form(recipe, rows):
     found = 0
     for row in rows:
-        for expected in getattr(row.expectation, "tool_calls", ()):
+        for expected in calls_of(row):
             if "time" in expected.arguments:
                 found += 1
                 canonical, *others = expected.arguments["time"]
@@ -225,7 +225,7 @@ def test_a_request_without_a_function_has_none_in_its_list(recipe, rows):
         name = row.id.split("/")[1].removeprefix("absent-").rpartition("-")[0]
         assert name in recipe.extra and name not in names(row)
     for row in (row for row in rows if row.relation == "no-function"):
-        assert expected_calls(row).tool_calls == ()
+        assert isinstance(row.expectation, ExpectedCalls) and not row.expectation.tool_calls
         assert row.reference and row.reference.text.startswith("I can")
 
 

@@ -187,6 +187,9 @@ def test_all_problems_are_in_one_message(raw, tmp_path):
         (("functions", "call", "say"), ["two  spaces {name}"], "String should match"),
         (("functions", "call", "parameters", "name", "kind"), "x", "Extra inputs are not permitted"),
         (("rows", "train", "calls"), "many", "valid integer"),
+        (("entities", "number", "numbers", "to"), 0, "`from` must not be above `to`"),
+        (("entities", "number", "numbers", "to"), 1e11, "at most 100,000 numbers"),
+        (("entities", "unit", "families"), [["alone"]], "at least 2 items"),
         (("wheels", "names", "sha256"), "x", "String should match"),
     ],
 )
@@ -323,6 +326,13 @@ def test_build_corpus_takes_a_recipe_of_requests(raw, tmp_path, cache, config):
     corpus = build_corpus(config, tmp_path, cache)
     assert (len(corpus.train), len(corpus.calibration), len(corpus.questions)) == (24, 5, 10)
     assert all(isinstance(row, Conversation) for row in corpus.questions)
+
+
+def test_too_few_values_for_one_request_are_refused(raw, tmp_path, cache, config):
+    raw["entities"]["unit"] = {"same": ["miles"]}
+    recipe = opened(raw, tmp_path)
+    with pytest.raises(DataError, match=r"entities.unit: fewer than 2 different values for one request"):
+        make_requests(recipe, collect_tables(recipe, cache), config)
 
 
 def test_too_many_rows_are_refused(raw, tmp_path, cache, config):
