@@ -47,7 +47,10 @@ def test_a_pinned_teacher_gives_the_student_that_an_ancestor_with_its_weights_gi
     params = params_with(inside=distilled("base"), outside=distilled(f"path:{teacher}"))
     fetch(params)
     build(params)
-    for name in ("base", "inside", "outside"):
+    compress(params, "base")
+    shutil.rmtree(teacher)
+    shutil.copytree(layout.model("base"), teacher)  # with its manifest
+    for name in ("inside", "outside"):
         compress(params, name)
     inside, outside = (load_file(layout.model(name) / "model.safetensors") for name in ("inside", "outside"))
     assert all(weight.equal(outside[name]) for name, weight in inside.items())
