@@ -17,6 +17,7 @@ _ASKS = re.compile(
 _REFUSES = re.compile(
     r"\b(?:i|we) (?:can ?not|can['’]?t|could(?:n['’]?t| not)|(?:am|are) (?:not able|unable) to)"
     r" \w+|\b(?:i|we) do(?:n['’]t| not) support\b|\bi['’]m (?:not able|unable) to \w+"
+    r"|\bi can only (?:help|assist|do|use|answer)\b"
     r"|\b(?:no|none of (?:the|my)|not have an?y?|n['’]t have an?y?) (?:\w+ )?(?:functions?|tools?|way)\b"
     r"|\b(?:is|are)(?: not|n['’]t) (?:possible|supported|something i can)\b",
     re.IGNORECASE,

@@ -252,6 +252,7 @@ I need the name of the contact.
 Let me know which playlist you want.
 Sorry, I can't book flights.
 I'm unable to do that.
+I can only help with the functions of this phone.
 None of my functions can do that.
 That is not supported.
 I couldn't find a function for this.
