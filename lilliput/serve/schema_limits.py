@@ -23,9 +23,9 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it is too large, too deep, has too many alternatives or properties, or an external reference.
     """
-    size = len(json.dumps(schema).encode()) if _depth_within(schema) else 0
-    if not size:
+    if deeper_than_limit(schema):
         raise ValueError(f"the schema is nested deeper than {MOST_DEPTH}; flatten it")
+    size = len(json.dumps(schema).encode())
     if size > MOST_BYTES:
         raise ValueError(f"the schema has {size} bytes; at most {MOST_BYTES} are accepted")
     entries = list(_entries(schema))
@@ -43,14 +43,14 @@ def _limit(entries: list[tuple[str, Any]], names: tuple[str, ...], most: int, wh
             raise ValueError(f"the schema has {count} {what} under {name}; at most {most} are accepted")
 
 
-def _depth_within(schema: Any) -> bool:
-    """Whether no value is deeper than `MOST_DEPTH` objects and lists. Level by level, to avoid a deep recursion."""
-    level = [schema]
+def deeper_than_limit(value: Any) -> bool:
+    """Whether a value is deeper than `MOST_DEPTH` objects and lists. Level by level, to avoid a deep recursion."""
+    level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [inner for value in level for inner in _children(value)]
         if not level:
-            return True
-    return False
+            return False
+    return True
 
 
 def _entries(schema: Any) -> Iterator[tuple[str, Any]]:

@@ -160,7 +160,7 @@ def test_link_and_battery_reach_the_router():
     seen = []
 
     class Recording(FixedRouter):
-        def route_question(self, question, conditions):
+        def route_question(self, question, conditions, others=()):
             seen.append(conditions)
             return super().route_question(question, conditions)
 
@@ -268,7 +268,7 @@ def test_models_health_status_and_metrics():
 )
 def test_failures_are_counted_by_reason(error, reason):
     class Failing(FixedRouter):
-        def route_question(self, question, conditions):
+        def route_question(self, question, conditions, others=()):
             raise error
 
     gateway = Gateway(service(FakeBackends(), Failing("device")))
