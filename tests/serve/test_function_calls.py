@@ -43,8 +43,8 @@ INVALID = {
     "value": '{"name": "get_weather", "arguments": {"city": "Lima", "unit": "K"}}',
     "not a number": '{"name": "get_weather", "arguments": {"city": "Lima", "unit": NaN}}',
     "surrogate": '{"name": "get_weather", "arguments": {"city": "\\ud800"}}',
-    "deep": '{"name": "get_weather", "arguments": {"city": %s"x"%s}}' % ("[" * 40, "]" * 40),
-    "very deep": '{"name": "get_weather", "arguments": {"city": %s' % ("[" * 9000),
+    "deep": GOOD.replace('"Lima"', "[" * 40 + "]" * 40),
+    "very deep": GOOD.replace('"Lima"}}', "[" * 9000),
     "second": f'{GOOD}\n{{"name": "get_news", "arguments": {{}}}}',
 }
 
