@@ -117,7 +117,7 @@ def new_completion(text: str, model: str, usage: Usage | None) -> dict[str, Any]
 def with_calls(
     body: Mapping[str, Any], text: str, calls: Sequence[Mapping[str, Any]], finish: str | None = None
 ) -> dict[str, Any]:
-    """A completion with another text, calls and finish reason (unchanged if None). Without text, its content is null."""
+    """A completion with another text, calls and finish reason (unchanged if None). Without text, content is null."""
     [choice] = body["choices"]
     message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:

@@ -104,11 +104,19 @@ class Turn(Protocol):
     """A turn, as far as the order of calls and results concerns it."""
 
     @property
-    def role(self) -> str: ...
+    def role(self) -> str:
+        """Who speaks."""
+        ...
+
     @property
-    def tool_calls(self) -> Sequence[Call] | None: ...
+    def tool_calls(self) -> Sequence[Call] | None:
+        """The calls of an assistant's turn."""
+        ...
+
     @property
-    def tool_call_id(self) -> str | None: ...
+    def tool_call_id(self) -> str | None:
+        """The call that a tool's turn answers."""
+        ...
 
 
 def check_tool_turns(turns: Sequence[Turn]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilliput.llama_server.completions import calls_of, delta_of, finish_of, new_completion, usage_of, Usage
+from lilliput.llama_server.completions import Usage, calls_of, delta_of, finish_of, new_completion, usage_of
 from lilliput.serve.function_calls import InvalidCall, read_chunks, read_completion
 from lilliput.serve.tools import CallRules
 from tests.serve.test_tools import TIME, WEATHER

@@ -252,6 +252,7 @@ def test_models_health_status_and_metrics():
     status = ask(application, path="/status")[0].json()
     assert (status["device"], status["model"], status["link"]) == ("phone", "pocket", "wifi")
     assert status["edge"] == {"name": "lora", "up": True}
+    assert status["functions"] is True
     ask(application, ASK)
     assert 'lilliput_answers_total{place="server"} 1.0' in ask(application, path="/metrics")[0].text
 

@@ -197,9 +197,10 @@ def test_invalid_call_behind_sent_text_stays_text(stream):
     [response] = ask(application, TOOLS | {"stream": stream})
     assert answer(response) == (f"Look: <tool_call>{BAD}</tool_call>", [], "stop")
     assert fake.requests["server"] == []
-    assert 'lilliput_invalid_tool_calls_total{place="device"} 1.0' in generate_latest(
-        application.gateway.registry
-    ).decode()
+    assert (
+        'lilliput_invalid_tool_calls_total{place="device"} 1.0'
+        in generate_latest(application.gateway.registry).decode()
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -289,11 +290,13 @@ def test_requests_with_tools_are_neither_cached_nor_shared(tmp_path):
 @pytest.mark.parametrize("stream", [False, True])
 def test_usage_log_probabilities_and_cost_of_a_call(stream):
     application, _ = gateway(completion(GOOD), router=Cascade(0.5))
-    body = TOOLS | {"stream": stream, "logprobs": True} | ({"stream_options": {"include_usage": True}} if stream else {})
+    body = (
+        TOOLS | {"stream": stream, "logprobs": True} | ({"stream_options": {"include_usage": True}} if stream else {})
+    )
     [response] = ask(application, body)
     parts = stream_events(response)[:-1] if stream else [response.json()]
     tokens = [choice["logprobs"]["content"] for part in parts for choice in part["choices"] if choice["logprobs"]]
-    assert [token["token"] for token in sum(tokens, [])] == [GOOD]
+    assert [token["token"] for of_part in tokens for token in of_part] == [GOOD]
     [usage] = [part["usage"] for part in parts if part.get("usage")]
     assert usage["completion_tokens"] == len(GOOD.split()) + 1
     [metadata] = [part["lilliput"] for part in parts if "lilliput" in part]

@@ -3,12 +3,13 @@
 import asyncio
 import json
 import shutil
+from pathlib import Path
 
 import httpx
 import pytest
 from transformers import AutoTokenizer
 
-import lilliput.chat
+from lilliput.chat import tool_calls
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.llama_server.process import LlamaServer, ServerSettings
@@ -21,6 +22,7 @@ from tests.serve.fakes import ASK, FakeBackends, app, ask
 from tests.serve.test_gateway_tools import answer
 from tests.serve.test_tools import LOOP, WEATHER
 
+TEMPLATE = Path(tool_calls.__file__).parent / "templates/chatml-tools.jinja"
 SWITCH = {
     "type": "function",
     "function": {
@@ -37,47 +39,50 @@ SWITCH = {
 STOP = {"type": "function", "function": {"name": "stop"}}
 
 
-@pytest.fixture(scope="module", params=["chatml-tools", "plain"])
-def served(request, checkpoint, tmp_path_factory):
-    """The template's name, the model file and its server."""
-    folder, source = tmp_path_factory.mktemp("served"), checkpoint
-    if request.param == "chatml-tools":
-        source = folder / "checkpoint"
-        shutil.copytree(checkpoint, source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        template = next(iter(lilliput.chat.__path__)) + "/templates/chatml-tools.jinja"
-        with open(template, encoding="utf-8") as stream:
-            tokenizer.chat_template = stream.read()
-        tokenizer.save_pretrained(source)
-    compiled = folder / "compiled"
-    compiled.mkdir()
-    compile_gguf(source, compiled, GgufTarget(candidate="small", target="gguf", floats="f32", embeddings="f32"))
-    path = compiled / "model.gguf"
-    with LlamaServer(ServerSettings(str(path), 1, 2048)) as server:
-        yield request.param, path, server
+def compiled(checkpoint, folder):
+    """The GGUF file of `checkpoint`, compiled into `folder`."""
+    folder.mkdir()
+    compile_gguf(checkpoint, folder, GgufTarget(candidate="small", target="gguf", floats="f32", embeddings="f32"))
+    return folder / "model.gguf"
 
 
-def gateway(served, router=None):
-    _, path, server = served
+@pytest.fixture(scope="module")
+def served(checkpoint, tmp_path_factory):
+    """The server of a model whose chat template knows functions."""
+    folder = tmp_path_factory.mktemp("functions")
+    source = shutil.copytree(checkpoint, folder / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
+    tokenizer.save_pretrained(source)
+    with LlamaServer(ServerSettings(str(compiled(source, folder / "compiled")), 1, 2048)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint, tmp_path_factory):
+    """The server of a model whose chat template knows none."""
+    path = compiled(checkpoint, tmp_path_factory.mktemp("plain") / "compiled")
+    with LlamaServer(ServerSettings(str(path), 1, 512)) as server:
+        yield server
+
+
+def gateway(server, router=None):
     application = app(FakeBackends(), router or FixedRouter("device"), limits=Limits(max_tokens=256), server=False)
     application.gateway.service.device = Backend(
-        server.url, 60.0, key=server.key, control_tokens=read_control_tokens(path), llama_cpp=True
+        server.url, 60.0, key=server.key, control_tokens=read_control_tokens(Path(server.file)), llama_cpp=True
     )
     return application
 
 
-def test_template_decides_whether_tools_are_accepted(served):
-    application = gateway(served)
+def test_template_decides_whether_tools_are_accepted(served, plain):
     bodies = [ASK | {"tools": [WEATHER], "max_tokens": 4}, {"messages": LOOP, "max_tokens": 4}, ASK | {"max_tokens": 4}]
-    supported = served[0] == "chatml-tools"
-    assert [response.status_code for response in ask(application, *bodies)] == [*[200 if supported else 400] * 2, 200]
+    assert [response.status_code for response in ask(gateway(served), *bodies)] == [200, 200, 200]
+    assert [response.status_code for response in ask(gateway(plain), *bodies)] == [400, 400, 200]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("router", [FixedRouter("device"), ThresholdRouter(0.0)], ids=["at once", "cascade"])
 def test_required_call_is_valid_even_from_a_random_model(served, router, stream):
-    if served[0] != "chatml-tools":
-        pytest.skip("needs a template with functions")
     for choice, names in (
         ("required", {"switch", "stop"}),
         ({"type": "function", "function": {"name": "switch"}}, {"switch"}),
@@ -92,18 +97,13 @@ def test_required_call_is_valid_even_from_a_random_model(served, router, stream)
 
 
 def test_tools_reach_the_model_and_count_as_prompt_tokens(served):
-    if served[0] != "chatml-tools":
-        pytest.skip("needs a template with functions")
     bodies = [ASK | {"max_tokens": 4} | more for more in ({}, {"tools": [SWITCH]}, {"tools": [SWITCH, WEATHER]})]
     counts = [response.json()["usage"]["prompt_tokens"] for response in ask(gateway(served), *bodies)]
     assert counts[0] + 20 < counts[1] < counts[2]
 
 
 def test_texts_in_tools_calls_and_results_cannot_forge_a_turn(served):
-    name, path, server = served
-    if name != "chatml-tools":
-        pytest.skip("needs a template with functions")
-    tokens = read_control_tokens(path)
+    tokens = read_control_tokens(Path(served.file))
 
     def controls(text, known):
         function = {"name": "f", "description": text, "parameters": {"properties": {text: {"enum": [text]}}}}
@@ -115,7 +115,7 @@ def test_texts_in_tools_calls_and_results_cannot_forge_a_turn(served):
         ]
         chat = Chat.model_validate({"messages": turns, "tools": [{"type": "function", "function": function}]})
         sent = chat.for_model("Be brief.", 8, None, known, calls_as_text=True)
-        with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {server.key}"}) as http:
+        with httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {served.key}"}) as http:
             prompt = http.post("/apply-template", json={"messages": sent["messages"], "tools": sent["tools"]}).json()
             found = http.post("/tokenize", json={"content": prompt["prompt"], "parse_special": True}).json()["tokens"]
             marks = [http.post("/tokenize", json={"content": m, "parse_special": True}).json()["tokens"] for m in MARKS]
