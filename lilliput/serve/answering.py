@@ -137,12 +137,16 @@ class Computation:
         if hit := await self._cached_answer():
             return hit
         try:
+            return await self._route_or_replace()
+        except InvalidCall as error:
+            return await self._replace_invalid_call(error)
+
+    async def _route_or_replace(self) -> RoutedAnswer:
+        try:
             await self._require_functions()
             return await self._route()
         except Unanswered as error:
             return await self._replace_device_answer(error)
-        except InvalidCall as error:
-            return await self._replace_invalid_call(error)
 
     async def _require_functions(self) -> None:
         """Rejects tools, calls and results if the chat template of the device's model would leave them out."""

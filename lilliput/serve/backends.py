@@ -74,7 +74,7 @@ _FAILURES = (
     OverflowError,  # a count of 1e999 tokens
     RecursionError,  # a thousand nested brackets
 )
-_FIRST_ERROR, _INVALID_REQUEST = 400, (400, 413, 422)  # HTTP statuses
+_FIRST_ERROR, _INVALID_REQUEST, _TEMPLATE_FAILS = 400, (400, 413, 422), (400, 500)  # HTTP statuses
 
 
 class BackendFailed(Exception):
@@ -240,7 +240,9 @@ class Backend:
         async with self._send("POST", self._template, self.timeout_s, json.dumps(_PROBE)) as response:
             try:
                 prompt = str(json.loads(await _read(response))["prompt"])
-            except HTTPStatusError:  # the template raises an exception
+            except HTTPStatusError as error:
+                if error.status not in _TEMPLATE_FAILS:
+                    raise
                 return False
         return all(mark in prompt for mark in _PROBE_MARKS)
 

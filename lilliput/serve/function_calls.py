@@ -64,7 +64,8 @@ class InvalidCall(Exception):
 
     def __init__(self, problem: str, place: Place, body: dict[str, Any]) -> None:
         super().__init__(problem)
-        self.place, self.body = place, body
+        self.place: Place = place
+        self.body = body
 
 
 def read_completion(body: Mapping[str, Any], rules: CallRules, place: Place) -> dict[str, Any]:

@@ -211,6 +211,15 @@ def test_device_answers_when_the_edge_server_fails_and_is_not_asked_twice(stream
     assert len(fake.requests["server"]) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_edge_server_s_invalid_call_in_place_of_a_failed_device_is_text(stream):
+    application, _ = gateway(httpx.Response(500), called(("get_news", "{}")))
+    [response] = ask(application, TOOLS | {"stream": stream})
+    text, calls, _ = answer(response)
+    assert (calls, response.headers["x-lilliput-place"]) == ([], "server")
+    assert "get_news" in text
+
+
 def test_unsure_call_is_offloaded_by_the_cascade():
     application, _ = gateway(completion(GOOD, -3.0), completion("It is Lima."))
     [response] = ask(application, TOOLS)
