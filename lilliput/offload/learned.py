@@ -21,6 +21,7 @@ from pydantic import PlainSerializer, PlainValidator
 from lilliput.cache.distinguishing_words import distinguishing_words
 from lilliput.config import Look, ObjectiveConfig
 from lilliput.embedding.embedder import Embedder
+from lilliput.offload.conversation_text import routed_text
 from lilliput.offload.policy import Conditions, RoutingDecision
 
 TARGETS = ("device_right", "server_right", "device_hallucinated", "server_hallucinated")
@@ -228,14 +229,7 @@ class LearnedRouter:
         return RoutingDecision("server", None, "the question is longer than the router's input")
 
     def _with_others(self, question: str, others: Sequence[str]) -> str:
-        """The question after as many of the newest other turns as the embedder reads with it."""
-        text = question
-        for turn in reversed(others):
-            # Turns go before what is already there, so that the question ends the text.
-            if not self._embedder.fits(longer := f"{turn}\n{text}"):
-                break
-            text = longer
-        return text
+        return routed_text(question, others, self._embedder.fits)
 
     def _point(self, conditions: Conditions) -> tuple[OperatingPoint, str]:
         limit_j = budget_j(self._objective, conditions.battery_percent, self._saver_percent)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lilliput.chat.control_tokens import ControlTokens
+from lilliput.offload.conversation_text import turn_text
 from lilliput.serve.schema_limits import check_schema
 from lilliput.serve.tools import (
     MOST_TOOLS,
@@ -192,7 +193,7 @@ class Chat(BaseModel):
 
     @model_validator(mode="after")
     def _has_tools_for_its_choice(self) -> Chat:
-        names = [tool.function.name for tool in self.tools or ()]
+        names = [tool["function"]["name"] for tool in self.tools or ()]
         if doubled := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"tools: two functions are named {doubled!r}; each needs its own name")
         wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedFunction) else None
@@ -213,23 +214,17 @@ class Chat(BaseModel):
         """The texts of all turns but the question and the system's, in their order; calls as JSON."""
         last = max((n for n, message in enumerate(self.messages) if message.role == "user"), default=-1)
         turns = [turn for n, turn in enumerate(self.messages) if n != last and turn.role not in ("system", "developer")]
-        texts = [
-            "\n".join(
-                [turn.text, *(f"{call.function.name} {call.function.arguments}" for call in turn.tool_calls or ())]
-            )
-            for turn in turns
-        ]
-        return tuple(text.strip() for text in texts if text.strip())
+        calls = [[(call.function.name, call.function.arguments) for call in turn.tool_calls or ()] for turn in turns]
+        return tuple(filter(None, map(turn_text, (turn.text for turn in turns), calls)))
 
     @cached_property
     def call_rules(self) -> CallRules | None:
         """The calls that the answer may have; None if it may have none."""
         if not self.tools or self.tool_choice == "none":
             return None
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools)
         name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedFunction) else None
         required = name is not None or self.tool_choice == "required"
-        return CallRules(tools, required, name, self.parallel_tool_calls is not False)
+        return CallRules(tuple(self.tools), required, name, self.parallel_tool_calls is not False)
 
     @cached_property
     def needs_functions(self) -> bool:

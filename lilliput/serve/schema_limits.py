@@ -43,10 +43,10 @@ def _limit(entries: list[tuple[str, Any]], names: tuple[str, ...], most: int, wh
             raise ValueError(f"the schema has {count} {what} under {name}; at most {most} are accepted")
 
 
-def deeper_than_limit(value: Any) -> bool:
-    """Whether a value is deeper than `MOST_DEPTH` objects and lists. Level by level, to avoid a deep recursion."""
+def deeper_than_limit(value: Any, limit: int = MOST_DEPTH) -> bool:
+    """Whether a value is deeper than `limit` objects and lists. Level by level, to avoid a deep recursion."""
     level = [value]
-    for _ in range(MOST_DEPTH + 1):
+    for _ in range(limit + 1):
         level = [inner for value in level for inner in _children(value)]
         if not level:
             return False

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lilliput.chat.tool_calls import argument_validator
-from lilliput.serve.schema_limits import check_schema, deeper_than_limit
+from lilliput.serve.schema_limits import MOST_DEPTH, check_schema, deeper_than_limit
 
 MOST_TOOLS = 64
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -42,11 +42,25 @@ class Function(_Part):
         return parameters
 
 
-class Tool(_Part):
-    """A tool; only functions are supported."""
-
+class _Tool(_Part):
     type: Literal["function"]
     function: Function
+
+
+def _check_tool(raw: dict[str, Any]) -> dict[str, Any]:
+    if deeper_than_limit(raw, MOST_DEPTH + 2):
+        raise ValueError(f"function.parameters: the schema is nested deeper than {MOST_DEPTH}; flatten it")
+    try:
+        _Tool.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+    return raw
+
+
+# A tool; only functions are supported. It stays as it was sent: in training, templates also saw the order of its keys.
+Tool = Annotated[dict[str, Any], AfterValidator(_check_tool)]
 
 
 class FunctionChoice(_Part):

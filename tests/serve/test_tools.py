@@ -54,8 +54,8 @@ def calls(*ids, arguments="{}"):
 REJECTED = {
     "65 tools": ({"tools": [tool({}, f"f{n}") for n in range(65)]}, "tools", "at most 64 items"),
     "same name": ({"tools": [TIME, TIME]}, "tools", "two functions are named 'get_time'"),
-    "name": ({"tools": [tool({}, "a b")]}, "tools", "tools.0.function.name"),
-    "custom tool": ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0.type"),
+    "name": ({"tools": [tool({}, "a b")]}, "tools", "tools.0: function.name"),
+    "custom tool": ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0: type"),
     "deep schema": ({"tools": [tool(nested(17))]}, "tools", "nested deeper than 16"),
     "very deep schema": ({"tools": [tool(nested(800))]}, "tools", "nested deeper than 16"),
     "large schema": ({"tools": [tool({"description": "x" * 9000})]}, "tools", "bytes; at most 8192"),
