@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lilliput.chat.files import TEMPLATE
+from lilliput.chat.template import require_tools
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
 from lilliput.compress.result import Result
@@ -40,6 +42,7 @@ def load(context: Context, config: LoadConfig) -> Result:
             another model than the file describes, has weights that are not finite in the stored dtype, or its chat
             template cannot take a question.
         ArtifactError: weights are missing, or a file in the folder would execute code.
+        DataError: the rows have functions, and the chat template does not show them.
     """
     source_dir, gguf_file = context.parent, context.gguf_file
     require_harmless(source_dir)
@@ -53,10 +56,14 @@ def load(context: Context, config: LoadConfig) -> Result:
         source_config = (
             gguf_config(header) if header else AutoConfig.from_pretrained(source_dir, trust_remote_code=False)
         )
+        if header and (template := source_dir / TEMPLATE).is_file():  # transformers reads it beside safetensors only
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
         require_causal_lm(source_config, str(source_dir))
         if not header:
             require_consistent(source_dir, source_config)
         tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)
+        if context.has_functions:
+            require_tools(tokenizer)
         model = _open(source_dir, header, source_config, config, len(tokenizer))
         dtype = getattr(torch, config.dtype)
         _require_finite(model, dtype, source_dir)

