@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -90,11 +91,11 @@ class CalledFunction(_Part):
     def _is_an_object(cls, text: str) -> str:
         try:
             arguments = json.loads(text or "{}")
-        except (ValueError, RecursionError):
+            if not isinstance(arguments, dict) or deeper_than_limit(arguments):
+                raise ValueError("not a JSON object, or nested too deep")
+            return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        except (JSONDecodeError, RecursionError):
             raise ValueError("not JSON; send the arguments as a text with a JSON object") from None
-        if not isinstance(arguments, dict) or deeper_than_limit(arguments):
-            raise ValueError("not a JSON object, or nested too deep")
-        return text or "{}"
 
 
 class Call(_Part):

@@ -91,6 +91,7 @@ REJECTED = {
     "no content": (turns(calls("a"), {"role": "tool", "tool_call_id": "a"}), "messages", "a tool turn needs text"),
     "user's call": (turns({**calls("a"), "role": "user", "content": "x"}), "messages", "only an assistant's turn"),
     "arguments": (turns(calls("a", arguments="{"), result("a")), "messages", "not JSON"),
+    "not a number": (turns(calls("a", arguments='{"a": NaN}'), result("a")), "messages", "not JSON"),
     "list of arguments": (turns(calls("a", arguments="[]"), result("a")), "messages", "not a JSON object"),
     "deep arguments": (
         turns(calls("a", arguments='{"a":' * 4_000 + "1" + "}" * 4_000), result("a")),
