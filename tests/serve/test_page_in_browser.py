@@ -11,6 +11,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from lilliput.serve.api import App
+from lilliput.serve.gateway import Gateway
 from lilliput.serve.page import page_routes
 from tests.browser import (
     DESK,
@@ -26,6 +28,7 @@ from tests.browser import (
     visit,
     wait_for,
 )
+from tests.serve import fakes
 
 pytestmark = pytest.mark.browser
 
@@ -311,6 +314,21 @@ def test_calls_are_shown_and_their_results_continue_the_conversation(page, fake,
         {"role": "assistant", "content": "18 degrees"},
         {"role": "user", "content": "Thanks."},
     ]
+
+
+def test_tool_loop_with_the_real_gateway(page):
+    answers = iter([fakes.completion('{"name": "get_weather", "arguments": {}}'), fakes.completion("18 degrees")])
+    gateway = Gateway(fakes.service(fakes.FakeBackends(device=lambda _: next(answers))))
+    with fakes.served(App(gateway, page=page_routes())) as url:
+        visit(page, url)
+        wait_for(page, "!document.querySelector('#functions-part').hidden")
+        enter_functions(page)
+        ask(page)
+        assert "Calls get_weather" in answered(page)
+        wait_for(page, "document.activeElement.closest('.results')")
+        press(page, "warm", "TAB", "ENTER")
+        assert "Result of get_weather: warm\n\n18 degrees" in answered(page, 2)
+        visit(page, "about:blank")
 
 
 def test_question_waits_for_the_results_of_calls(page, fake):
