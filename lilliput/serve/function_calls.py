@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lilliput.chat.tool_calls import OPENINGS, invalid_call, read_answer
+from lilliput.chat.tool_calls import OPENINGS, Answer, invalid_call, read_answer
 from lilliput.config import Place
 from lilliput.data.conversations import ToolCall
 from lilliput.llama_server.completions import (
@@ -169,24 +169,22 @@ class _TextFilter:
 
 def _read(text: str, native: Sequence[Mapping[str, Any]], rules: CallRules) -> Reading:
     """Reads an answer with the text `text` and the calls `native`, and checks its calls."""
-    answer = read_answer(text)
     whole = "\n".join(filter(None, [text.strip(), *(json.dumps(call["function"]) for call in native)]))
-    if native:
-        try:
-            calls = tuple(ToolCall.model_validate(call["function"]) for call in native)
-        except (ValidationError, RecursionError):
-            return Reading(whole, problem="a call cannot be read")
-        before = text.strip()
-    else:
-        calls, before = answer.calls, answer.text
-        if answer.malformed:
-            return Reading(whole, problem="a call cannot be read")
-    if not rules.parallel:
-        calls = calls[:1]
+    answer = _native_answer(text, native) if native else read_answer(text)
+    if answer.malformed:
+        return Reading(whole, problem="a call cannot be read")
+    calls = answer.calls if rules.parallel else answer.calls[:1]
     if rules.required and not calls:
         return Reading(whole, problem="the answer has no call, which `tool_choice` requires")
     problem = next(filter(None, (_problem(call, rules) for call in calls)), None)
-    return Reading(whole, problem=problem) if problem else Reading(before, calls)
+    return Reading(whole, problem=problem) if problem else Reading(answer.text, calls)
+
+
+def _native_answer(text: str, native: Sequence[Mapping[str, Any]]) -> Answer:
+    try:
+        return Answer(text.strip(), tuple(ToolCall.model_validate(call["function"]) for call in native))
+    except (ValidationError, RecursionError):
+        return Answer(text, malformed=True)
 
 
 def _problem(call: ToolCall, rules: CallRules) -> str | None:
