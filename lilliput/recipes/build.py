@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lilliput.config import DataConfig
+from lilliput.data.conversations import Conversation
 from lilliput.data.corpus import Corpus
 from lilliput.data.lazy import pick
 from lilliput.data.questions import Question, QuestionFile
+from lilliput.data.rows import Row
 from lilliput.errors import DataError
 from lilliput.recipes.asking import invent_questions, make_questions
 from lilliput.recipes.facts import collect_facts
-from lilliput.recipes.recipe import read_recipe
+from lilliput.recipes.recipe import open_recipe
+from lilliput.recipes.request_entities import collect_tables
+from lilliput.recipes.request_recipe import RequestRecipe
+from lilliput.recipes.request_rows import make_requests
 
 Split = Literal["train", "test"]
 Item = TypeVar("Item")
@@ -58,8 +63,10 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
     return corpus
 
 
-def _from_recipe(config: DataConfig, path: Path, cache: Path) -> list[Question]:
-    recipe = read_recipe(path)
+def _from_recipe(config: DataConfig, path: Path, cache: Path) -> list[Question] | list[Conversation]:
+    recipe = open_recipe(path)
+    if isinstance(recipe, RequestRecipe):
+        return make_requests(recipe, collect_tables(recipe, cache), config)
     tables = collect_facts(recipe, cache)
     questions = make_questions(tables.facts, recipe, config.seed)
     # The number of training groups is known only after the split; this is the upper limit.
@@ -184,6 +191,6 @@ def _require_disjoint(corpus: Corpus, path: Path) -> None:
             )
 
 
-def _wording(question: Question) -> str:
-    """Returns the question without case, spacing and final mark. `normalise` would make 3 + 4 and 3 − 4 equal."""
-    return " ".join(unicodedata.normalize("NFKC", question.question).casefold().split()).rstrip(" ?.!")
+def _wording(question: Row) -> str:
+    """Returns the user's text without case, spacing and final mark. `normalise` would make 3 + 4 and 3 − 4 equal."""
+    return " ".join(unicodedata.normalize("NFKC", question.user_text).casefold().split()).rstrip(" ?.!")
