@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lilliput.chat.tool_calls import argument_validator
-from lilliput.serve.schema_limits import MOST_DEPTH, check_schema, deeper_than_limit
+from lilliput.serve.schema_limits import MOST_DEPTH, check_references, check_schema, deeper_than_limit
 
 MOST_TOOLS = 64
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -34,6 +34,7 @@ class Function(_Part):
         if parameters is None:
             return None
         check_schema(parameters)
+        check_references(parameters)
         if parameters.get("type", "object") != "object":
             raise ValueError("type: arguments are an object; use `object`")
         try:

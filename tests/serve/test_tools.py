@@ -1,6 +1,7 @@
 """Requests with functions: which are accepted, what the backends get, and what is rejected with one clear error."""
 
 import asyncio
+import itertools
 import json
 import time
 
@@ -38,6 +39,20 @@ def nested(levels):
     return {"properties": {"a": schema}}
 
 
+def doubling(count):
+    """A schema of `count` definitions, each with two references to the next one."""
+    names = [f"d{number}" for number in range(count)]
+    pairs = {name: {"anyOf": [{"$ref": f"#/$defs/{after}"}] * 2} for name, after in itertools.pairwise(names)}
+    return {"properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": {names[-1]: {"type": "integer"}} | pairs}
+
+
+def nested_recursion(count):
+    """A schema of `count` definitions, each with references to itself and to the next one."""
+    refs = [{"items": {"$ref": f"#/$defs/d{number}"}} for number in range(count)]
+    definitions = {f"d{number}": {"allOf": refs[number : number + 2]} for number in range(count)}
+    return {"properties": {"a": refs[0]}, "$defs": definitions}
+
+
 def turns(*more):
     return {"messages": [*ASK["messages"], *more]}
 
@@ -66,11 +81,19 @@ REJECTED = {
     "missing reference": (
         {"tools": [tool({"properties": {"a": {"$ref": "#/x"}}})]},
         "tools",
-        "not a valid JSON schema",
+        "there is no '#/x'",
     ),
+    "exponential": ({"tools": [tool(doubling(22))]}, "tools", "expand to too many schemas"),
+    "exponential recursion": (
+        {"tools": [tool({"properties": {"a": {"anyOf": [{"items": {"$ref": "#/properties/a"}}] * 2}}})]},
+        "tools",
+        "refers to itself more than once",
+    ),
+    "nested recursion": ({"tools": [tool(nested_recursion(8))]}, "tools", "several schemas refer to themselves"),
+    "anchor": ({"tools": [tool({"properties": {"b": {"$anchor": "a"}}})]}, "tools", "$anchor: is not supported"),
     "other host": ({"tools": [tool({"$id": "http://127.0.0.1:9/", "$ref": "x"})]}, "tools", "an external reference"),
-    "dynamic host": ({"tools": [tool({"$dynamicRef": "http://127.0.0.1:9/"})]}, "tools", "not a valid JSON schema"),
-    "meta-schema": ({"tools": [tool({"$schema": "http://127.0.0.1:9/"})]}, "tools", "not a valid JSON schema"),
+    "dynamic host": ({"tools": [tool({"$dynamicRef": "http://127.0.0.1:9/"})]}, "tools", "$dynamicRef: is not"),
+    "meta-schema": ({"tools": [tool({"$schema": "http://127.0.0.1:9/"})]}, "tools", "9/' is not supported"),
     "surrogate": ({"tools": [tool({"properties": {"\ud800": {}}})]}, "tools", "not a valid JSON schema"),
     "no tools": ({"tool_choice": "required"}, "tool_choice", "the request has no tool"),
     "other tool": (
@@ -131,6 +154,27 @@ def test_64_tools_with_schemas_at_the_limit_are_checked_fast():
     assert response.status_code == 502  # the fake calls nothing
     assert time.process_time() - began < 2.0
     assert ask(app(FakeBackends()), ASK | {"tools": tools * 3})[0].status_code in (400, 413)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"properties": {"next": {"$ref": "#/$defs/n"}}}}},
+        {
+            "properties": {name: {"$ref": "#/$defs/t"} for name in "ab"},
+            "$defs": {"t": {"items": {"$ref": "#/$defs/t"}}},
+        },
+        {"properties": {"a": {"$ref": "#"}, "$id": {"type": "string"}}},
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "properties": {"a/b": {}, "c": {"$ref": "#/properties/a~1b"}},
+        },
+        doubling(6),
+    ],
+    ids=["list", "two trees", "root", "draft 7", "few references"],
+)
+def test_schemas_with_references_are_accepted(parameters):
+    Chat.model_validate(ASK | {"tools": [tool(parameters)]})
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "get_time"}}])
