@@ -1,16 +1,17 @@
-"""Contamination: finds evaluation questions whose text overlaps with the training text."""
+"""Contamination: finds rows of the evaluation whose text overlaps with the training text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from lilliput.data.questions import Question, normalise
+from lilliput.data.rows import Row
 
 # The overlap length of GPT-3 (Brown et al., arXiv 2005.14165, appendix C).
 WORDS = 13
 
 
-def find_contaminated(train: Iterable[Question], questions: Sequence[Question]) -> list[str]:
+def find_contaminated(train: Iterable[Row], questions: Sequence[Row]) -> list[str]:
     """Returns the ids of `questions` that share 13 successive words with a training row.
 
     Shorter questions are compared whole when the corpus is built, and no entity occurs in both splits.
@@ -26,6 +27,13 @@ def find_contaminated(train: Iterable[Question], questions: Sequence[Question]) 
     return [question.id for question in questions if not overlap.isdisjoint(grams[question.id])]
 
 
-def _grams(question: Question) -> set[tuple[str, ...]]:
-    words = normalise(f"{question.question} {question.answer or ''}").split()
+def _grams(row: Row) -> set[tuple[str, ...]]:
+    """Returns the word sequences of the user's last turn and the answer."""
+    words = normalise(f"{row.user_text} {_answer(row)}").split()
     return {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
+
+
+def _answer(row: Row) -> str:
+    if isinstance(row, Question):
+        return row.answer or ""
+    return row.reference.text if row.reference else ""

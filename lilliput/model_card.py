@@ -9,6 +9,12 @@ from typing import Any
 from lilliput.artifacts import Manifest
 from lilliput.records import DeviceRun, EvaluationRecord, Figure, number_of
 
+_CALLS = {
+    "function_right": "Calls: right functions",
+    "slot_f1": "Calls: F1 of the arguments",
+    "complete": "Calls: complete and right",
+    "needless": "Calls where none applies",
+}
 _SHOWN = {
     "accuracy_choice": "Accuracy, four choices",
     "accuracy_free": "Accuracy, free answer",
@@ -32,7 +38,7 @@ def model_card(manifest: Manifest, record: EvaluationRecord, system_prompt: str)
         "",
         "| Metric | Value | 95 % interval | n |",
         "|---|---|---|---|",
-        *(f"| {title} | {_row(getattr(record, key))} |" for key, title in _SHOWN.items()),
+        *(f"| {title} | {_row(figure)} |" for title, figure in _figures(record).items()),
         "",
         f"Energy is {kind} (source: {energy.source}). Evaluated with {record.runtime} on held-out entities.",
         "",
@@ -91,6 +97,14 @@ def hub_card(
             f"#{model_card(manifest, record, system_prompt)}",
         ]
     )
+
+
+def _figures(record: EvaluationRecord) -> dict[str, Figure]:
+    """Returns the figures of the card by title: accuracy by choice and calls only where the rows have them."""
+    figures = {title: getattr(record, key) for key, title in _SHOWN.items()}
+    if record.accuracy_metric == "accuracy_free":
+        del figures[_SHOWN["accuracy_choice"]]
+    return figures | {title: getattr(record.tool_calls, key) for key, title in _CALLS.items() if record.tool_calls}
 
 
 def _listed(values: Mapping[str, Any]) -> str:

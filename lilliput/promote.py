@@ -9,13 +9,10 @@ from lilliput.config import PromotionConfig
 from lilliput.records import Decision, EvaluationRecord
 from lilliput.statistics.differences import Comparison
 
-# Field of the record for each objective, and whether larger is better.
-OBJECTIVES = {
-    "accuracy": ("accuracy_choice", True),
-    "hallucination": ("hallucination_rate", False),
-    "energy": ("energy_per_query_j", False),
-    "size": ("size_bytes", False),
-}
+# Field of the record for each objective, except accuracy, which is by choice or of free answers.
+_FIELDS = {"hallucination": "hallucination_rate", "energy": "energy_per_query_j", "size": "size_bytes"}
+OBJECTIVES = ("accuracy", *_FIELDS)
+_LARGER_IS_BETTER = {"accuracy"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,12 @@ def _ranked(rules: PromotionConfig, records: Mapping[str, EvaluationRecord]) -> 
 
 def objective(name: str, record: EvaluationRecord) -> float | None:
     """Returns the value of objective `name` in `record`; None if unavailable."""
-    return record.number(OBJECTIVES[name][0])
+    return record.number(metric_of(name, record))
+
+
+def metric_of(name: str, record: EvaluationRecord) -> str:
+    """Returns the field of `record` for objective `name`; accuracy is by choice if there are questions with choices."""
+    return record.accuracy_metric if name == "accuracy" else _FIELDS[name]
 
 
 def pareto_front(records: Mapping[str, EvaluationRecord]) -> list[str]:
@@ -132,8 +134,10 @@ def _beyond_limits(rules: PromotionConfig, name: str, record: EvaluationRecord, 
     differences = reference.differences.get(name, {})
     energy = reference.record.energy_per_query_j.value or 0.0
     max_energy_rise_j = None if rules.max_energy_rise is None else rules.max_energy_rise * energy
+    accuracy = reference.record.accuracy_metric
+    title = "choice accuracy" if accuracy == "accuracy_choice" else "free accuracy"
     limits = {
-        "accuracy_choice": (rules.max_accuracy_drop, -1.0, "choice accuracy", "below"),
+        accuracy: (rules.max_accuracy_drop, -1.0, title, "below"),
         "hallucination_rate": (rules.max_hallucination_rise, 1.0, "hallucination rate", "above"),
         "energy_per_query_j": (max_energy_rise_j, 1.0, "energy per query (J)", "above"),
     }
@@ -204,7 +208,7 @@ def _rank(name: str, record: EvaluationRecord) -> float:
     value = objective(name, record)
     if value is None:
         return float("inf")
-    return -value if OBJECTIVES[name][1] else value
+    return -value if name in _LARGER_IS_BETTER else value
 
 
 def _preference(prefer: str, record: EvaluationRecord) -> tuple[float, float]:

@@ -72,7 +72,7 @@ class Quantiles(Record):
 
 
 class Perplexity(Record):
-    """Perplexity of the right answers to `n` questions, which have `tokens` tokens."""
+    """Perplexity of the right answers to `n` questions, or of reference answers, which have `tokens` tokens."""
 
     value: float
     n: int
@@ -89,6 +89,36 @@ def number_of(result: Result) -> float | None:
     return result.p50 if isinstance(result, Quantiles) else result
 
 
+class KindFigures(Record):
+    """Free answers to rows of one kind; `rouge_l` only of rows with a reference."""
+
+    accuracy: Figure
+    hallucination_rate: Figure
+    abstention_rate: Figure
+    n: int
+    rouge_l: Figure | None = None
+
+
+class ToolCallFigures(Record):
+    """Answers of a model that may call functions.
+
+    Attributes:
+        function_right: exactly the expected functions are called.
+        slot_f1: of the arguments as (name, value) pairs, over all rows together.
+        complete: all calls are right.
+        malformed: the answer begins like a call but cannot be read as one.
+        invalid: a call has an unknown function, or arguments that its schema forbids.
+        needless: a function is called although none applies.
+    """
+
+    function_right: Figure
+    slot_f1: Figure
+    complete: Figure
+    malformed: Figure
+    invalid: Figure
+    needless: Figure
+
+
 class EvaluationRecord(Record):
     """metrics/<candidate>.json: the four metrics of a candidate.
 
@@ -96,6 +126,8 @@ class EvaluationRecord(Record):
         sha256: of the measured artefact.
         parameters: number before packing.
         contaminated_questions: None in a record of an older version; `empty_answers` likewise.
+        by_kind: figures by kind of row; empty in a record of an older version.
+        tool_calls: None without rows that have functions.
         benchmarks: by task, a figure per metric, `seconds` and `items_per_s`.
         fits: by device; `devices_served` is the share of devices that it fits.
         runtime_details: engine, dtype and threads.
@@ -114,6 +146,8 @@ class EvaluationRecord(Record):
     contaminated_questions: int | None = None
     empty_answers: int | None = None
     perplexity: Perplexity | None = None
+    by_kind: dict[str, KindFigures] = Field(default_factory=dict)
+    tool_calls: ToolCallFigures | None = None
     benchmarks: dict[str, dict[str, Figure | float]] = Field(default_factory=dict)
     energy_per_query_j: Energy
     energy_per_token_j: Energy
@@ -131,6 +165,11 @@ class EvaluationRecord(Record):
     seconds: float
     cpu_seconds: float
     does_not_fit: str | None = None
+
+    @property
+    def accuracy_metric(self) -> Literal["accuracy_choice", "accuracy_free"]:
+        """The field that states the accuracy: by choice, or of free answers if no question has choices."""
+        return "accuracy_free" if self.accuracy_choice.value is None else "accuracy_choice"
 
     def number(self, metric: str) -> float | None:
         """Returns the value of the field `metric`; None if unavailable."""

@@ -104,7 +104,7 @@ def _register_one(
 
 def _four_metrics(record: EvaluationRecord) -> dict[str, str]:
     figures = {
-        "accuracy_choice": record.accuracy_choice,
+        record.accuracy_metric: getattr(record, record.accuracy_metric),
         "hallucination_rate": record.hallucination_rate,
         "energy_per_query_j": record.energy_per_query_j,
         "accessibility": record.accessibility,

@@ -11,18 +11,19 @@ from lilliput.artifacts import PARITY, find_record, read_history, read_manifest,
 from lilliput.config import Params
 from lilliput.data.jsonl import read_rows
 from lilliput.graph import ROOT, ancestors, topological_order
-from lilliput.promote import OBJECTIVES, pareto_front
+from lilliput.promote import OBJECTIVES, metric_of, objective, pareto_front
 from lilliput.records import Cost, EvaluationRecord, ParityRecord, Promotions, SearchRecord, number_of
 from lilliput.report import charts
-from lilliput.report.impact import METRICS as IMPACT_METRICS
+from lilliput.report.impact import metrics_for
 from lilliput.report.page import render
-from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, OffloadingRow, SearchRow
-from lilliput.statistics.compare import compare
+from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
+from lilliput.statistics.compare import compare, losses
 from tasks import layout
 from tasks.records import caching_record, device_record, find_registry, offload_record, read_evaluation
 from tasks.registry.lineage_tags import git_commit
 from tasks.registry.run_metrics import SUMMARY
 
+Answers = Sequence[Mapping[str, Any]]
 _NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": "", "hallucination_rate": ""}
 
 
@@ -36,10 +37,12 @@ def report(params: Params) -> None:
     caching = {name: record for name in names if (record := caching_record(params, name))}
     compiled = [row for name in params.compile if (row := _compiled(params, name))]
     offloading = {device: row for device in params.serving if (row := _offloading(params, device))}
-    differences = list(_differences(params, names))
+    answers = {name: read_rows(layout.answers(name)) for name in names}
+    differences = list(_differences(params, answers))
     page = render(
         candidates=[_candidate(params, name, records[name], names, promotion) for name in names],
         differences=differences,
+        losses=list(_losses(params, answers)),
         caching=caching,
         compiled=compiled,
         offloading=offloading,
@@ -84,12 +87,20 @@ def _steps(params: Params, name: str) -> dict[str, str]:
     return {chain[1]: made_by[-1]} | {chain[-1]: " → ".join(made_by)} if made_by else {}
 
 
-def _differences(params: Params, names: Sequence[str]) -> Iterable[DifferenceRow]:
-    answers = {name: read_rows(layout.answers(name)) for name in names}
-    pairs = [(name, reference) for name in names for reference in _steps(params, name) if reference in names]
+def _differences(params: Params, answers: Mapping[str, Answers]) -> Iterable[DifferenceRow]:
+    pairs = [(name, reference) for name in answers for reference in _steps(params, name) if reference in answers]
     for name, reference in pairs:
         for metric, comparison in compare(answers[reference], answers[name]).items():
             yield DifferenceRow(name, reference, metric, comparison.record)
+
+
+def _losses(params: Params, answers: Mapping[str, Answers]) -> Iterable[LossRow]:
+    """Yields the significant losses of each candidate against the base of its chain."""
+    for name in answers:
+        base = [name, *ancestors(params, name)][-1]
+        if base != name and base in answers:
+            for loss in losses(answers[base], answers[name]):
+                yield LossRow(name, base, loss.part, loss.metric, loss.comparison.record, loss.corrected_p)
 
 
 def _costs(names: list[str], cached: list[str], compiled: list[str], offloading: list[str]) -> dict[str, Cost]:
@@ -139,31 +150,37 @@ def _charts(
     differences: Sequence[DifferenceRow],
 ) -> dict[str, list[Chart]]:
     return {
-        "impact": list(_effects(differences)),
+        "impact": list(_effects(records, differences)),
         "pareto": list(_fronts(params, records)),
         "making": list(_histories(histories)),
     }
 
 
-def _effects(differences: Sequence[DifferenceRow]) -> Iterable[Chart]:
-    for metric, (title, _) in IMPACT_METRICS.items():
+def _effects(records: Mapping[str, EvaluationRecord], differences: Sequence[DifferenceRow]) -> Iterable[Chart]:
+    for metric, (title, _) in metrics_for(records.values()).items():
         if rows := [row for row in differences if row.metric == metric]:
             yield charts.effects(rows, metric, f"{title}: paired differences, with 95 % intervals")
 
 
 def _fronts(params: Params, records: Mapping[str, EvaluationRecord]) -> Iterable[Chart]:
-    """Yields the candidates' Pareto front on the objectives of promotion: accuracy against each other objective."""
-    metrics = [metric for metric, _ in OBJECTIVES.values()]
-    complete = {name: record for name, record in records.items() if None not in map(record.number, metrics)}
+    """Yields the candidates' Pareto front on the objectives of promotion: accuracy against each other objective.
+
+    Objectives that no candidate has are left out, such as the hallucination rate of rows with only a reference.
+    """
+    known = [name for name in OBJECTIVES if any(objective(name, record) is not None for record in records.values())]
+    complete = {
+        name: record for name, record in records.items() if all(objective(key, record) is not None for key in known)
+    }
+    metrics = [metric_of(key, record) for record in [*complete.values()][:1] for key in known]
     front = pareto_front(complete)
     caption = f"On the front: {', '.join(front)}."
     if beaten := [name for name in complete if name not in front]:
         caption += f" Beaten: {', '.join(beaten)}."
     sources = [name for name in complete if params.candidates[name].parent == ROOT]
     results = {name: dict(record) for name, record in complete.items()}
-    for metric in metrics[1:] if complete else []:
+    for metric in metrics[1:]:
         svg = charts.trade_offs(results, front, [metrics[0], metric], sources, name_all=True)
-        yield Chart(f"Choice accuracy against {charts.label(metric)}", svg, caption)
+        yield Chart(f"{charts.label(metrics[0]).capitalize()} against {charts.label(metric)}", svg, caption)
 
 
 def _histories(histories: Mapping[str, Mapping[str, charts.Curve]]) -> Iterable[Chart]:

@@ -10,9 +10,11 @@ from lilliput.records import (
     EstimatedLatency,
     EvaluationRecord,
     Figure,
+    KindFigures,
     OffloadRecord,
     PolicyFigures,
     Quantiles,
+    ToolCallFigures,
 )
 from lilliput.report.rows import CandidateRow
 
@@ -67,6 +69,17 @@ def evaluation(**fields):
         }
         | fields
     )
+
+
+def kind(accuracy=0.5, n=40, **fields):
+    share = figure(accuracy, 0.1, n)
+    return KindFigures(accuracy=share, hallucination_rate=share, abstention_rate=share, n=n, **fields)
+
+
+def tool_calls(complete=0.5, **fields):
+    share = figure(complete, 0.1, 40)
+    names = ("function_right", "slot_f1", "complete", "malformed", "invalid", "needless")
+    return ToolCallFigures(**dict.fromkeys(names, share) | fields)
 
 
 def device_run(**fields):

@@ -139,6 +139,43 @@ def test_the_same_decision_again_gives_the_same_reasons():
     assert decision(records, reigning=first.champion) == first
 
 
+def without_choices(accuracy, hallucination=0.5, size=100):
+    return record(None, hallucination, size=size).model_copy(update={"accuracy_free": results.figure(accuracy)})
+
+
+EVEN = {key: estimated(0.0) for key in ("accuracy_free", "hallucination_rate", "energy_per_query_j")}
+
+
+def decided_against(reference, records, differences, rules=RULES):
+    return decide("phone", rules, records, Reference("base", "the base", reference, differences))
+
+
+def test_accuracy_is_that_of_free_answers_where_no_question_has_choices():
+    records = {"a": without_choices(0.5, size=90), "b": without_choices(0.7)}
+    differences = {"a": EVEN | {"accuracy_free": estimated(-0.1)}, "b": EVEN}
+    decided = decided_against(without_choices(0.6), records, differences)
+    assert decided.champion == "b" and "best accuracy (0.700)" in decided.reason
+    assert decided.refused["a"].startswith("free accuracy may lie 0.100 below that of the base")
+
+
+def test_a_missing_hallucination_rate_is_never_good():
+    records = {"known": without_choices(0.5, 0.9), "unknown": without_choices(0.5, None)}
+    differences = {"known": EVEN, "unknown": {"accuracy_free": estimated(0.0)}}
+    decided = decided_against(without_choices(0.5), records, differences)
+    assert decided.champion == "known"
+    assert "hallucination rate cannot be compared" in decided.refused["unknown"]
+    rules = RULES.model_copy(update={"prefer": "hallucination", "max_hallucination_rise": 1.0})
+    preferring = decided_against(without_choices(0.5), records, dict.fromkeys(records, EVEN), rules)
+    assert preferring.champion == "known" and "unavailable" in preferring.refused["unknown"]
+    dominated = decided_against(without_choices(0.5), records, dict.fromkeys(records, EVEN))
+    assert "dominated by known" in dominated.refused["unknown"]
+
+
+def test_without_any_hallucination_rate_accuracy_decides():
+    records = {"a": without_choices(0.5, None), "b": without_choices(0.7, None)}
+    assert decided_against(without_choices(0.5, None), records, dict.fromkeys(records, EVEN)).champion == "b"
+
+
 shares = st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9])
 a_record = st.builds(
     record,

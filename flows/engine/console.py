@@ -33,13 +33,46 @@ def candidate_rows(folder: Path) -> list[dict[str, str]]:
 
     A candidate without a record has no row; the flow fails with the stage that writes it.
     """
-    params, registered = load_params(folder / layout.PARAMS), find_registry(folder)
-    champions = _champions(folder)
+    champions, records = _champions(folder), _evaluations(folder)
+    by_choice = any(record.accuracy_metric == "accuracy_choice" for record in records.values())
+    return [
+        {"candidate": name, **_figures(record, by_choice), "champion of": ", ".join(champions.get(name, []))}
+        for name, record in records.items()
+    ]
+
+
+def kind_rows(folder: Path) -> list[dict[str, str]]:
+    """Returns a row for each registered candidate and kind of row; none if all rows are questions."""
     rows = []
-    for name in topological_order(params):
-        if name in registered and (record := find_record(EvaluationRecord, folder / layout.metrics(name))):
-            rows.append({"candidate": name, **_figures(record), "champion of": ", ".join(champions.get(name, []))})
+    for name, record in _evaluations(folder).items():
+        for kind, figures in record.by_kind.items() if record.by_kind.keys() - {"question"} else ():
+            rows.append(
+                {
+                    "candidate": name,
+                    "kind": kind,
+                    "n": str(figures.n),
+                    "accuracy": _estimate(figures.accuracy),
+                    "halluc.": _estimate(figures.hallucination_rate),
+                    "abstained": _estimate(figures.abstention_rate),
+                }
+            )
     return rows
+
+
+def call_rows(folder: Path) -> list[dict[str, str]]:
+    """Returns a row for each registered candidate whose rows have functions: how well it calls them."""
+    titles = {
+        "function_right": "function",
+        "slot_f1": "slot F1",
+        "complete": "complete",
+        "needless": "needless",
+        "malformed": "malformed",
+    }
+    return [
+        {"candidate": name} | {title: _estimate(getattr(record.tool_calls, key)) for key, title in titles.items()}
+        for name, record in _evaluations(folder).items()
+        if record.tool_calls
+    ]
 
 
 def device_rows(folder: Path) -> list[dict[str, str]]:
@@ -109,6 +142,12 @@ def print_summary(folder: Path, states: Mapping[str, str]) -> None:
     if rows:
         console.print(_table("Candidates: value ± half of the 95 % interval", rows))
         console.print(f"Energy: {_energy_source(folder)}", highlight=False)
+    if kinds := kind_rows(folder):
+        console.print()
+        console.print(_table("Free answers by kind of row", kinds))
+    if calls := call_rows(folder):
+        console.print()
+        console.print(_table("Calls of functions", calls))
     if on_devices := device_rows(folder):
         console.print()
         console.print(_table("Compiled, on devices: emulated threads and memory on this processor", on_devices))
@@ -203,9 +242,20 @@ def _memory(item: PlannedStage) -> str:
     return f"{measured} (~{item.memory.process_bytes / MIB:.0f}{on_gpu})"
 
 
-def _figures(record: EvaluationRecord) -> dict[str, str]:
-    return {
-        "choice acc.": _estimate(record.accuracy_choice),
+def _evaluations(folder: Path) -> dict[str, EvaluationRecord]:
+    """Returns the evaluation records of the registered candidates, in the order of the graph."""
+    registered = find_registry(folder)
+    records = {
+        name: find_record(EvaluationRecord, folder / layout.metrics(name))
+        for name in topological_order(load_params(folder / layout.PARAMS))
+        if name in registered
+    }
+    return {name: record for name, record in records.items() if record}
+
+
+def _figures(record: EvaluationRecord, by_choice: bool) -> dict[str, str]:
+    choice = {"choice acc.": _estimate(record.accuracy_choice)} if by_choice else {}
+    return choice | {
         "free acc.": _estimate(record.accuracy_free),
         "halluc.": _estimate(record.hallucination_rate),
         "J/query": _estimate(record.energy_per_query_j, 2),

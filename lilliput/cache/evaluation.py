@@ -22,6 +22,7 @@ from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
 from lilliput.embedding.embedder import Embedder
 from lilliput.embedding.sentence_embedder import SentenceEmbedder
+from lilliput.errors import DataError
 from lilliput.evaluate.accessibility import WARM_UP_TOKENS, quantiles
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.record import judge_answer, select_free_questions, verdict_row
@@ -84,6 +85,9 @@ def measure_caching(
     Returns the record and a row for each query and variant. The three variants take turns for each query, so that
     other load on the machine affects them equally.
 
+    Raises:
+        DataError: the corpus has no questions.
+
     Args:
         model_dir: the candidate's artefact.
         candidate: its name.
@@ -95,12 +99,12 @@ def measure_caching(
         size_bytes: of its files.
     """
     started, cpu_before = time.perf_counter(), time.process_time()
-    config = params.caching
+    config, questions = params.caching, _questions(corpus, params.evaluation)
     threshold, pairs = fitted_threshold(corpus, recipe, config, embedder)
     model, tokenizer = open_model(model_dir)
     plain = TorchRuntime(model, tokenizer, 1)
     prefix = TorchRuntime(model, tokenizer, 1, encode_shared_prefix(tokenizer, params.data.system_prompt))
-    queries = draw_stream(select_free_questions(corpus.questions, params.evaluation), recipe, config)
+    queries = draw_stream(questions, recipe, config)
     meter = EnergyMeter(params.evaluation.energy, params.watts_per_core, str(plain.device))
     with tempfile.TemporaryDirectory() as scratch, cpu_threads(params.evaluation.timed_threads):
         file = Path(scratch, "answers.sqlite")
@@ -125,6 +129,21 @@ def measure_caching(
         cpu_seconds=time.process_time() - cpu_before,
     )
     return record, rows
+
+
+def _questions(corpus: Corpus, config: EvaluationConfig) -> list[Question]:
+    """Returns the questions of the stream; the cache answers single questions, so conversations are left out.
+
+    Raises:
+        DataError: the corpus has only conversations.
+    """
+    questions = [row for row in corpus.questions if isinstance(row, Question)]
+    if not questions:
+        raise DataError(
+            "caching.candidates: the data have conversations only, and the answer cache is measured on questions; "
+            "leave the list empty"
+        )
+    return select_free_questions(questions, config)
 
 
 def draw_stream(questions: Sequence[Question], recipe: Recipe | None, config: CachingConfig) -> list[Query]:

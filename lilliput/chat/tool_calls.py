@@ -68,8 +68,9 @@ def invalid_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | No
     functions = {tool["function"]["name"]: tool["function"] for tool in tools}
     if call.name not in functions:
         return f"the function {call.name!r} is unknown"
+    validator = argument_validator(functions[call.name].get("parameters") or {})
     try:
-        for error in argument_validator(functions[call.name].get("parameters") or {}).iter_errors(call.arguments):
+        for error in validator.iter_errors(call.arguments):
             place = ".".join(map(str, error.instance_path))
             return f"{call.name}: {place + ': ' if place else ''}{error.message}"
     except ValueError as error:  # a text that is not Unicode, such as a lone surrogate
@@ -78,7 +79,7 @@ def invalid_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | No
 
 
 def argument_validator(parameters: Mapping[str, Any]) -> jsonschema_rs.Validator:
-    """Returns a validator of a function's arguments. It requests nothing from other hosts.
+    """Returns a validator of a function's arguments. It is offline: a schema must not read files or addresses.
 
     Raises:
         ValueError: `parameters` is not a valid schema.

@@ -44,10 +44,11 @@ class AccessibilityTargets(Section):
 
 
 class BenchmarkConfig(Section):
-    """A task of lm-evaluation-harness.
+    """A public benchmark: a task of BFCL or of lm-evaluation-harness.
 
     Attributes:
-        task: its name in the harness, or your own task file (`.yaml`).
+        task: `bfcl_simple`, `bfcl_multiple`, `bfcl_parallel`, `bfcl_parallel_multiple`, `bfcl_irrelevance`, a name in
+            the harness, or your own task file (`.yaml`) for it.
         file: JSON Lines with rows like the task's data set, instead of fetching it from the hub.
         sha256: of `file`; required with it.
         limit: number of items from the start; None: all.
@@ -78,7 +79,7 @@ class EvaluationConfig(Section):
         timed_queries: queries with measured latency and energy, each of at most `query_tokens` new tokens.
         timed_tokens: no further timed query starts once so many tokens are generated and four queries are done.
         timed_threads: CPU threads for timed queries; one thread is stable on a busy machine.
-        benchmarks: public benchmarks; they need the extra `benchmarks`.
+        benchmarks: public benchmarks; all but BFCL's need the extra `benchmarks`.
     """
 
     seed: Seed

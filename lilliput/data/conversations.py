@@ -106,6 +106,17 @@ class ExpectedJson(Part):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
+    @model_validator(mode="after")
+    def _schema_is_valid(self) -> ExpectedJson:
+        import jsonschema_rs
+
+        try:
+            jsonschema_rs.validator_for(self.json_schema, offline=True)
+        except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError) as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise ValueError(f"`schema` is not a valid JSON schema ({reason}); correct it") from None
+        return self
+
 
 class ExpectedCall(Part):
     """One call, by the rules of the Berkeley Function-Calling Leaderboard (BFCL).

@@ -1,4 +1,4 @@
-"""Runs public benchmarks with lm-evaluation-harness, an optional extra: `pip install lilliput[benchmarks]`."""
+"""Runs public benchmarks: BFCL, and others with lm-evaluation-harness (`pip install lilliput[benchmarks]`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,9 @@ from ruamel.yaml import YAML
 
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError
+from lilliput.evaluate import bfcl
 from lilliput.records import Estimate, Figure
+from lilliput.wheels import default_cache
 
 if TYPE_CHECKING:  # slow to import, and require_benchmarks runs before every stage
     from transformers import PreTrainedTokenizerBase
@@ -46,13 +49,15 @@ class Benchmark:
 def require_benchmarks(configs: Sequence[BenchmarkConfig], root: Path) -> None:
     """Rejects benchmarks that could not run, before anything expensive starts.
 
+    Downloads the data of BFCL if necessary.
+
     Raises:
         ConfigError: the extra is not installed, a task does not exist, or a file is missing or has another sha256;
             lists all problems.
+        SourceError: the data of BFCL cannot be downloaded.
     """
-    if not configs:
-        return
-    if importlib.util.find_spec("lm_eval") is None:
+    with_harness = [config for config in configs if config.task not in bfcl.CATEGORIES]
+    if with_harness and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "evaluation.benchmarks: lm-evaluation-harness is not installed; pip install 'lilliput[benchmarks]', or "
             "leave the list empty"
@@ -60,6 +65,20 @@ def require_benchmarks(configs: Sequence[BenchmarkConfig], root: Path) -> None:
     problems = [problem for config in configs if (problem := _problem(config, root))]
     if problems:
         raise ConfigError(problems)
+    if len(with_harness) < len(configs):
+        bfcl.fetch_tasks(default_cache())
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, configs: Sequence[BenchmarkConfig]) -> None:
+    """Checks that the model can be shown the functions of the benchmarks' tasks.
+
+    Raises:
+        DataError: a task has functions and the chat template does not show them.
+    """
+    if any(config.task in bfcl.CATEGORIES for config in configs):
+        from lilliput.chat.template import require_tools
+
+        require_tools(tokenizer)
 
 
 def run_benchmarks(
@@ -70,7 +89,7 @@ def run_benchmarks(
     seed: int,
     resamples: int,
 ) -> dict[str, Benchmark]:
-    """Runs each task with the harness's own prompts and metrics, scored by `runtime`.
+    """Runs each task, scored by `runtime`: BFCL with the model's own chat template, others as the harness does.
 
     Adds `hallucination_rate` = 1 − MC2 for TruthfulQA: the likelihood of false answers.
 
@@ -91,12 +110,28 @@ def run_benchmarks(
 def _run(
     runtime: Runtime, tokenizer: PreTrainedTokenizerBase, config: BenchmarkConfig, root: Path, seed: int, resamples: int
 ) -> Benchmark:
+    if config.task in bfcl.CATEGORIES:
+        tasks = bfcl.read_tasks(config.task, bfcl.fetch_tasks(default_cache()), config.limit)
+        answer = partial(bfcl.answer_tasks, runtime, tokenizer, tasks)
+    else:
+        answer = partial(_harness_items, runtime, tokenizer, config, load_task(config, root))
+    started = time.perf_counter()
+    items = answer()
+    seconds = time.perf_counter() - started
+    metrics = {name: _estimate([item[name] for item in items], seed, resamples) for name in items[0]}
+    if config.task == "truthfulqa_mc2":
+        metrics["hallucination_rate"] = _complement(metrics["acc"])
+    return Benchmark(metrics, items, seconds)
+
+
+def _harness_items(
+    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, config: BenchmarkConfig, task: Any
+) -> list[dict[str, float]]:
+    """Returns the metrics of each item, with the harness's own prompts and metrics."""
     import lm_eval
 
     from lilliput.evaluate.harness import HarnessModel
 
-    task = load_task(config, root)
-    started = time.perf_counter()
     results = cast("Any", lm_eval.simple_evaluate)(  # its decorator hides the signature
         model=HarnessModel(runtime, tokenizer),
         tasks=[task],
@@ -104,13 +139,8 @@ def _run(
         bootstrap_iters=0,
         task_manager=_no_tasks(),
     )
-    seconds = time.perf_counter() - started
     samples = sorted(next(iter(results["samples"].values())), key=lambda sample: sample["doc_id"])
-    items = [{name: float(sample[name]) for name in sample["metrics"]} for sample in samples]
-    metrics = {name: _estimate([item[name] for item in items], seed, resamples) for name in items[0]}
-    if config.task == "truthfulqa_mc2":
-        metrics["hallucination_rate"] = _complement(metrics["acc"])
-    return Benchmark(metrics, items, seconds)
+    return [{name: float(sample[name]) for name in sample["metrics"]} for sample in samples]
 
 
 def load_task(config: BenchmarkConfig, root: Path) -> Any:
@@ -191,8 +221,12 @@ def _task_names() -> set[str]:
 
 def _problem(config: BenchmarkConfig, root: Path) -> str | None:
     place = f"evaluation.benchmarks: {config.task}"
+    if config.task in bfcl.CATEGORIES:
+        return (
+            None if config.file is None else f"{place}: its data come from a pinned wheel; remove `file` and `sha256`"
+        )
     if not _definition(config.task, root):
-        close = difflib.get_close_matches(config.task, _task_names(), n=3)
+        close = difflib.get_close_matches(config.task, _task_names() | bfcl.CATEGORIES.keys(), n=3)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         return f"{place}: no such task or task file; {hint}`lm_eval ls tasks` lists all"
     if config.file is None:

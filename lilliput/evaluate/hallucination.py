@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from lilliput.evaluate.judges.judgement import Judgement
 from lilliput.records import Estimate
 from lilliput.statistics.intervals import rate
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The judgement of one free answer. `right` is false if the question is unanswerable."""
+def hallucination_rate(judgements: Sequence[Judgement]) -> Estimate | None:
+    """Returns (wrong and not abstained, on answerable + not abstained, on unanswerable) / N.
 
-    answerable: bool
-    right: bool
-    abstained: bool
-
-    @property
-    def hallucinated(self) -> bool:
-        """Whether the answer asserts something false."""
-        return not self.abstained and not (self.answerable and self.right)
+    Rows with only a reference are not counted: what is false about them is unknown.
+    """
+    return rate([judgement.hallucinated for judgement in judgements if judgement.hallucinated is not None])
 
 
-def hallucination_rate(verdicts: Sequence[Verdict]) -> Estimate | None:
-    """Returns (wrong and not abstained, on answerable + not abstained, on unanswerable) / N."""
-    return rate([verdict.hallucinated for verdict in verdicts])
+def abstention_rate(judgements: Sequence[Judgement]) -> Estimate | None:
+    """Returns the share of rows on which the model abstained."""
+    return rate([judgement.abstained for judgement in judgements])
 
 
-def abstention_rate(verdicts: Sequence[Verdict]) -> Estimate | None:
-    """Returns the share of questions on which the model abstained."""
-    return rate([verdict.abstained for verdict in verdicts])
-
-
-def selective_accuracy(verdicts: Sequence[Verdict]) -> Estimate | None:
-    """Returns the share of right answers among answered answerable questions; None if there are none."""
-    return rate([verdict.right for verdict in verdicts if verdict.answerable and not verdict.abstained])
+def selective_accuracy(judgements: Sequence[Judgement]) -> Estimate | None:
+    """Returns the share of right answers among answered answerable rows; None if there are none."""
+    answered = (judgement for judgement in judgements if judgement.answerable and not judgement.abstained)
+    return rate([judgement.right for judgement in answered if judgement.right is not None])

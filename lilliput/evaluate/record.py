@@ -8,30 +8,35 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lilliput import resident
 from lilliput.chat.template import encode_answer, encode_prompt
 from lilliput.config import EvaluationConfig, Params
+from lilliput.data.conversations import Conversation, ExpectedReference
 from lilliput.data.questions import Question
+from lilliput.data.rows import Row
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility, hallucination
-from lilliput.evaluate.abstention import abstained
-from lilliput.evaluate.accuracy import is_right, score_choices
-from lilliput.evaluate.benchmarks import Benchmark, answer_rows, run_benchmarks
+from lilliput.evaluate.accuracy import score_choices
+from lilliput.evaluate.benchmarks import Benchmark, answer_rows, require_template, run_benchmarks
 from lilliput.evaluate.energy import EnergyMeter
-from lilliput.evaluate.hallucination import Verdict
+from lilliput.evaluate.judges.judge import judge_answer, verdict_row
+from lilliput.evaluate.judges.judgement import Judgement
+from lilliput.evaluate.kinds import by_kind, free_accuracy, tool_calls
 from lilliput.models import open_model
 from lilliput.records import Energy, Estimate, EvaluationRecord, Figure, Perplexity
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.statistics import intervals
 
+RowT = TypeVar("RowT", bound=Row)
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The record (docs/metrics.md) and one row per question, ordered by id."""
+    """The record (docs/metrics.md) and one row per question or conversation, ordered by id."""
 
     record: EvaluationRecord
     answers: list[dict[str, Any]]
@@ -39,12 +44,31 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Timed queries with their questions, and the state of the process right after them."""
+    """Timed queries with their rows, and the state of the process right after them."""
 
-    questions: list[Question]
+    rows: list[Row]
     queries: list[accessibility.TimedQuery]
     runtime_details: dict[str, str]
     peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """Negative log-likelihood in nats of `n` answers, which have `tokens` tokens."""
+
+    nll: float = 0.0
+    n: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: _Likelihood) -> _Likelihood:
+        return _Likelihood(self.nll + other.nll, self.n + other.n, self.tokens + other.tokens)
+
+    @property
+    def perplexity(self) -> Perplexity | None:
+        """The perplexity per token; None without answers."""
+        if not self.tokens:
+            return None
+        return Perplexity(value=math.exp(self.nll / self.tokens), n=self.n, tokens=self.tokens)
 
 
 @dataclass(frozen=True)
@@ -55,7 +79,7 @@ class _Measurements:
         started: `time.perf_counter()` before the model was loaded.
         cpu_started: `time.process_time()` then.
         model_config: the model's transformers configuration.
-        rows: answer rows by question id.
+        rows: answer rows by id.
     """
 
     started: float
@@ -67,14 +91,14 @@ class _Measurements:
     timing: _Timing
     rows: dict[str, dict[str, Any]]
     perplexity: Perplexity | None
-    verdicts: list[Verdict]
+    judgements: list[Judgement]
     benchmarks: Mapping[str, Benchmark]
 
 
 def evaluate_candidate(
     model_dir: Path,
     candidate: str,
-    questions: Sequence[Question],
+    questions: Sequence[Row],
     params: Params,
     *,
     contaminated: Sequence[str] = (),
@@ -90,16 +114,16 @@ def evaluate_candidate(
     Args:
         model_dir: folder of the artefact.
         candidate: its name.
-        questions: the question set.
+        questions: the question set: questions and conversations.
         params: amount of measurement, system prompt and devices.
-        contaminated: ids of questions that overlap with the training text; their rows are marked.
+        contaminated: ids of rows that overlap with the training text; they are marked.
         root: folder that the benchmarks' file paths are relative to.
         artifact_sha256: of the measured artefact.
         size_bytes: of its files.
         parameters: number of parameters before packing.
 
     Raises:
-        DataError: the question set is empty.
+        DataError: the question set is empty, or the chat template cannot render a row.
         ArtifactError: the model does not open or returns NaN.
         ConfigError: a benchmark cannot be run.
     """
@@ -112,16 +136,19 @@ def evaluate_candidate(
 
 
 def _measure(
-    model_dir: Path, questions: Sequence[Question], params: Params, contaminated: Sequence[str], root: Path
+    model_dir: Path, questions: Sequence[Row], params: Params, contaminated: Sequence[str], root: Path
 ) -> _Measurements:
     config = params.evaluation
     started, cpu_started = time.perf_counter(), time.process_time()
     model, tokenizer = open_model(model_dir)
     load_s = time.perf_counter() - started
+    require_template(tokenizer, config.benchmarks)
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
     meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
     timing = _time_queries(runtime, tokenizer, params, questions, meter)
     rows = _rows(questions, contaminated, timing, meter)
+    likelihood = _answer_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
+    likelihood += _score_references(runtime, tokenizer, params.data.system_prompt, questions, rows)
     return _Measurements(
         started=started,
         cpu_started=cpu_started,
@@ -131,8 +158,8 @@ def _measure(
         meter=meter,
         timing=timing,
         rows=rows,
-        perplexity=_answer_choices(runtime, tokenizer, params.data.system_prompt, questions, rows),
-        verdicts=_answer_freely(runtime, tokenizer, params, questions, rows),
+        perplexity=likelihood.perplexity,
+        judgements=_answer_freely(runtime, tokenizer, params, questions, rows),
         benchmarks=run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples),
     )
 
@@ -146,9 +173,9 @@ def _record(
     size_bytes: int,
     parameters: int,
 ) -> EvaluationRecord:
-    config, queries, verdicts, rows = params.evaluation, measured.timing.queries, measured.verdicts, measured.rows
+    config, queries, judgements, rows = params.evaluation, measured.timing.queries, measured.judgements, measured.rows
     choices = [row["choice_right"] for row in rows.values() if "choice_right" in row]
-    free = _free_accuracy(verdicts)
+    free = free_accuracy(judgements, config.seed, config.resamples)
     per_query, per_token, per_right_answer = _energy(queries, free, measured.meter, config)
     fits = {
         name: accessibility.fits(size_bytes, measured.model_config, device) for name, device in params.devices.items()
@@ -162,12 +189,14 @@ def _record(
         parameters=parameters,
         accuracy_choice=Figure.of(intervals.rate(choices)),
         accuracy_free=Figure.of(free),
-        hallucination_rate=Figure.of(hallucination.hallucination_rate(verdicts)),
-        abstention_rate=Figure.of(hallucination.abstention_rate(verdicts)),
-        selective_accuracy=Figure.of(hallucination.selective_accuracy(verdicts)),
+        hallucination_rate=Figure.of(hallucination.hallucination_rate(judgements)),
+        abstention_rate=Figure.of(hallucination.abstention_rate(judgements)),
+        selective_accuracy=Figure.of(hallucination.selective_accuracy(judgements)),
         contaminated_questions=contaminated_questions,
         empty_answers=sum(row.get("text") == "" for row in rows.values()),
         perplexity=measured.perplexity,
+        by_kind=by_kind(judgements, config.seed, config.resamples),
+        tool_calls=tool_calls(judgements, config.seed, config.resamples),
         benchmarks={name: benchmark.record for name, benchmark in measured.benchmarks.items()},
         energy_per_query_j=per_query,
         energy_per_token_j=per_token,
@@ -188,7 +217,7 @@ def _record(
 
 
 def _time_queries(
-    runtime: TorchRuntime, tokenizer: Any, params: Params, questions: Sequence[Question], meter: EnergyMeter
+    runtime: TorchRuntime, tokenizer: Any, params: Params, questions: Sequence[Row], meter: EnergyMeter
 ) -> _Timing:
     config = params.evaluation
     drawn = stratified_sample(questions, config.timed_queries, config.seed)
@@ -201,19 +230,19 @@ def _time_queries(
 
 
 def _rows(
-    questions: Sequence[Question], contaminated: Sequence[str], timing: _Timing, meter: EnergyMeter
+    questions: Sequence[Row], contaminated: Sequence[str], timing: _Timing, meter: EnergyMeter
 ) -> dict[str, dict[str, Any]]:
     """Returns the answer rows by id, with contamination marks and the timed queries' figures."""
     rows: dict[str, dict[str, Any]] = {question.id: {"id": question.id} for question in questions}
     for identity in contaminated:
         rows[identity]["contaminated"] = True
-    for question, query in zip(timing.questions, timing.queries, strict=False):
-        rows[question.id] |= {"ttft_ms": query.ttft_ms, "energy_j": query.energy_j, "energy_source": meter.source}
+    for row, query in zip(timing.rows, timing.queries, strict=False):
+        rows[row.id] |= {"ttft_ms": query.ttft_ms, "energy_j": query.energy_j, "energy_source": meter.source}
     return rows
 
 
-def stratified_sample(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """Draws up to `count` questions in proportion to the relations: a systematic sample along them."""
+def stratified_sample(questions: Sequence[RowT], count: int, seed: int) -> list[RowT]:
+    """Draws up to `count` rows in proportion to the relations: a systematic sample along them."""
     rng = random.Random(seed)
     ordered = sorted(rng.sample(list(questions), len(questions)), key=lambda question: question.relation)
     step = max(1.0, len(ordered) / count)
@@ -222,30 +251,14 @@ def stratified_sample(questions: Sequence[Question], count: int, seed: int) -> l
     return [ordered[place] for place in places if place < len(ordered)]
 
 
-def select_free_questions(questions: Sequence[Question], config: EvaluationConfig) -> list[Question]:
-    """Returns the questions for free answers: a seeded sample of the answerable ones and all unanswerable ones."""
+def select_free_questions(questions: Sequence[RowT], config: EvaluationConfig) -> list[RowT]:
+    """Returns the rows for free answers: a seeded sample of the answerable ones and all unanswerable ones."""
     answerable = [question for question in questions if question.answerable]
     drawn = stratified_sample(answerable, config.free_questions, config.seed) if answerable else []
     return [*drawn, *(question for question in questions if not question.answerable)]
 
 
-def judge_answer(text: str, question: Question) -> Verdict:
-    """Returns whether `text` is right, an abstention, or neither."""
-    declined = abstained(text)
-    return Verdict(question.answerable, question.answerable and not declined and is_right(text, question), declined)
-
-
-def verdict_row(text: str, question: Question, verdict: Verdict) -> dict[str, Any]:
-    """Returns the keys of an answer row for a free answer and its verdict."""
-    return {
-        "text": text,
-        "right": verdict.right if question.answerable else None,
-        "abstained": verdict.abstained,
-        "hallucinated": verdict.hallucinated,
-    }
-
-
-def _prompts(tokenizer: Any, params: Params, questions: Sequence[Question]) -> list[list[int]]:
+def _prompts(tokenizer: Any, params: Params, questions: Sequence[Row]) -> list[list[int]]:
     return [encode_prompt(tokenizer, params.data.system_prompt, question) for question in questions]
 
 
@@ -253,13 +266,13 @@ def _answer_choices(
     runtime: TorchRuntime,
     tokenizer: Any,
     system_prompt: str,
-    questions: Sequence[Question],
+    questions: Sequence[Row],
     rows: dict[str, dict[str, Any]],
-) -> Perplexity | None:
-    """Adds the model's choice to each row. Returns the perplexity of the right answers, given their questions."""
-    answerable = [question for question in questions if question.choices and question.answerable]
+) -> _Likelihood:
+    """Adds the model's choice to each row. Returns the likelihood of the right answers, given their questions."""
+    answerable = [row for row in questions if isinstance(row, Question) and row.choices and row.answerable]
     if not answerable:
-        return None
+        return _Likelihood()
     scores = score_choices(runtime, tokenizer, system_prompt, answerable)
     nll, tokens = 0.0, 0
     for question, row in zip(answerable, scores, strict=True):
@@ -268,29 +281,48 @@ def _answer_choices(
         length = len(encode_answer(tokenizer, str(question.answer), end=False))
         nll -= row[question.choices.index(str(question.answer))] * length
         tokens += length
-    return Perplexity(value=math.exp(nll / tokens), n=len(answerable), tokens=tokens)
+    return _Likelihood(nll, len(answerable), tokens)
+
+
+def _score_references(
+    runtime: TorchRuntime,
+    tokenizer: Any,
+    system_prompt: str,
+    questions: Sequence[Row],
+    rows: dict[str, dict[str, Any]],
+) -> _Likelihood:
+    """Adds the log-likelihood per token, in nats, of the reference to each row that has only a reference."""
+    scored = [
+        (row, row.expectation.reference)
+        for row in questions
+        if isinstance(row, Conversation) and isinstance(row.expectation, ExpectedReference)
+    ]
+    if not scored:
+        return _Likelihood()
+    prompts = [encode_prompt(tokenizer, system_prompt, row) for row, _ in scored]
+    references = [encode_answer(tokenizer, reference, end=False) for _, reference in scored]
+    likelihoods = [score for (score,) in runtime.score(prompts, [[ids] for ids in references])]
+    for (row, _), likelihood, ids in zip(scored, likelihoods, references, strict=True):
+        rows[row.id]["reference_nats_per_token"] = likelihood / len(ids)
+    return _Likelihood(-sum(likelihoods), len(scored), sum(map(len, references)))
 
 
 def _answer_freely(
     runtime: TorchRuntime,
     tokenizer: Any,
     params: Params,
-    questions: Sequence[Question],
+    questions: Sequence[Row],
     rows: dict[str, dict[str, Any]],
-) -> list[Verdict]:
-    """Adds the free answer and its verdict to each row of a selected question."""
+) -> list[Judgement]:
+    """Adds the free answer and its judgement to each selected row."""
     selected = select_free_questions(questions, params.evaluation)
     prompts = _prompts(tokenizer, params, selected)
-    verdicts = []
-    for question, text in zip(selected, runtime.generate(prompts, params.evaluation.max_new_tokens), strict=True):
-        verdict = judge_answer(text, question)
-        verdicts.append(verdict)
-        rows[question.id] |= verdict_row(text, question, verdict)
-    return verdicts
-
-
-def _free_accuracy(verdicts: Sequence[Verdict]) -> Estimate | None:
-    return intervals.rate([verdict.right for verdict in verdicts if verdict.answerable])
+    judgements = []
+    for row, text in zip(selected, runtime.generate(prompts, params.evaluation.max_new_tokens), strict=True):
+        judgement = judge_answer(text, row)
+        judgements.append(judgement)
+        rows[row.id] |= verdict_row(text, row, judgement)
+    return judgements
 
 
 def _energy(

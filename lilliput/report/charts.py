@@ -16,6 +16,7 @@ Curve = Sequence[tuple[int, float]]
 _LABELS = {
     "accuracy_choice": "choice accuracy",
     "accuracy_free": "free accuracy",
+    "acc": "accuracy",
     "ttft_ms": "time to first token (ms)",
     "tpot_ms": "time per further token (ms)",
 }

@@ -12,14 +12,15 @@ from markupsafe import Markup
 from lilliput.records import CachingRecord, Cost, Decision
 from lilliput.report.charts import label
 from lilliput.report.figures import estimate, figure
-from lilliput.report.impact import METRICS, caching_impacts, impacts
-from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, OffloadingRow, SearchRow
+from lilliput.report.impact import caching_impacts, impacts, metrics_for
+from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
 
 
 def render(
     *,
     candidates: Sequence[CandidateRow],
     differences: Sequence[DifferenceRow],
+    losses: Sequence[LossRow] = (),
     caching: Mapping[str, CachingRecord],
     compiled: Sequence[CompiledRow] = (),
     offloading: Mapping[str, OffloadingRow] | None = None,
@@ -34,6 +35,7 @@ def render(
     Args:
         candidates: in the order of the graph.
         differences: of each candidate from each of its references.
+        losses: significant losses by kind of row and benchmark.
         caching: by candidate.
         compiled: compiled models with a current record.
         offloading: by device.
@@ -53,11 +55,14 @@ def render(
     environment.filters["estimate"] = estimate
     environment.filters["figure"] = figure
     environment.filters["label"] = label
+    metrics = metrics_for(row.record for row in candidates)
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
         differences=differences,
-        impacts=[*impacts(candidates, differences), *caching_impacts(caching)],
-        impact_metrics=METRICS,
+        losses=losses,
+        has_parts=any(row.record.benchmarks or row.record.by_kind.keys() - {"question"} for row in candidates),
+        impacts=[*impacts(candidates, differences, metrics), *caching_impacts(caching, metrics)],
+        impact_metrics=metrics,
         caching=caching,
         compiled=compiled,
         offloading={device: replace(row, charts=_safe(row.charts)) for device, row in (offloading or {}).items()},

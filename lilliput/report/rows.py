@@ -59,6 +59,24 @@ class DifferenceRow:
 
 
 @dataclass(frozen=True)
+class LossRow:
+    """A significant loss of a candidate against its base on one kind of row or benchmark.
+
+    Attributes:
+        part: the kind of rows, or `benchmark/<task>`.
+        difference: paired, with the uncorrected interval.
+        corrected_p: by Holm's method, over all parts and metrics of the candidate.
+    """
+
+    candidate: str
+    reference: str
+    part: str
+    metric: str
+    difference: Difference
+    corrected_p: float
+
+
+@dataclass(frozen=True)
 class CompiledRow:
     """A compiled model on its devices; `types` counts its tensors by type."""
 

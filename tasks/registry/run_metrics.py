@@ -40,6 +40,10 @@ def candidate_metrics(manifest: Manifest, record: EvaluationRecord, cost: Cost) 
         if (bound := getattr(fields[key], end)) is not None
     }
     numbers |= {f"fits/{device}": float(fits) for device, fits in record.fits.items()}
+    if record.by_kind.keys() - {"question"}:  # otherwise they repeat the summary
+        numbers |= _flatten(record.by_kind, "kind/")
+    if record.tool_calls:
+        numbers |= _flatten(record.tool_calls, "tool_calls/")
     for task, metrics in record.benchmarks.items():
         numbers |= _flatten(
             {key: part for key, part in metrics.items() if isinstance(part, Figure)}, f"benchmark/{task}/"

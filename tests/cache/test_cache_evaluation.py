@@ -16,8 +16,10 @@ from lilliput.cache.evaluation import (
     measure_caching,
     summarise,
 )
+from lilliput.data.conversations import Conversation
 from lilliput.data.corpus import Corpus
 from lilliput.data.questions import Question
+from lilliput.errors import DataError
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.recipes.recipe import read_recipe
 from lilliput.records import CachingRecord
@@ -197,3 +199,19 @@ def test_without_recipe_only_exact_hits_are_measured(checkpoint, tiny_params, qu
     assert record.threshold == EXACT_ONLY
     assert record.semantic_hit_rate.value == record.wrong_hit_rate.value == 0
     assert record.pairs == {"train": {}, "held_out": {}}
+
+
+def test_a_corpus_of_conversations_alone_is_refused_before_a_model_is_opened(tiny_params, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    talk = Conversation.model_validate({"id": "c", "messages": messages, "group": "g"})
+    with pytest.raises(DataError, match=r"caching\.candidates: the data have conversations only"):
+        measure_caching(
+            tmp_path,
+            "tiny",
+            Corpus([], [], [talk]),
+            None,
+            tiny_params,
+            BagOfWords(),
+            artifact_sha256="a" * 64,
+            size_bytes=1,
+        )

@@ -112,3 +112,12 @@ def test_a_schema_may_allow_further_arguments():
     function = TOOL["function"] | {"parameters": TOOL["function"]["parameters"] | {"additionalProperties": True}}
     call = ToolCall(name="set_alarm", arguments={"time": "7", "volume": 3})
     assert invalid_call(call, [{"type": "function", "function": function}]) is None
+
+
+def test_a_schema_cannot_open_files_or_addresses(tmp_path):
+    secret = tmp_path / "schema.json"
+    secret.write_text('{"type": "string"}')
+    parameters = {"type": "object", "properties": {"time": {"$ref": secret.as_uri()}}}
+    tool = {"type": "function", "function": {"name": "set_alarm", "parameters": parameters}}
+    with pytest.raises(Exception, match="Retrieval is disabled"):
+        invalid_call(EXPECTED[0], [tool])

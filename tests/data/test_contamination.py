@@ -3,6 +3,7 @@ import tracemalloc
 import pytest
 
 from lilliput.contamination import find_contaminated
+from lilliput.data.conversations import Conversation
 from lilliput.data.questions import Question
 from lilliput.errors import SourceError
 from lilliput.params import load_params
@@ -24,6 +25,21 @@ def test_thirteen_equal_words_are_an_overlap_despite_case_and_punctuation():
         question(3, "In which year?"),
     ]
     assert find_contaminated([question(0, f"{LONG}?")], questions) == ["q1"]
+
+
+def test_conversations_are_compared_by_the_last_user_turn_and_the_answer():
+    def talk(number, text, answer):
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": answer},
+        ]
+        return Conversation.model_validate({"id": f"c{number}", "messages": messages, "group": f"g{number}"})
+
+    asked, answered, other = talk(1, LONG, "1950"), talk(2, "Why?", f"{LONG}."), talk(3, "Why?", "Because.")
+    assert find_contaminated([question(0, LONG)], [asked, answered, other]) == ["c1", "c2"]
+    assert find_contaminated([asked], [answered, other]) == ["c2"]
 
 
 def test_fewer_equal_words_are_no_overlap():

@@ -6,7 +6,7 @@ from lilliput.data.questions import Question
 from lilliput.evaluate import hallucination
 from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import first_sentence, is_right, score_choices
-from lilliput.evaluate.hallucination import Verdict
+from lilliput.evaluate.judges.judgement import Judgement
 
 PARIS = Question(
     id="q", question="?", choices=("Paris", "Lyon", "Nice"), answer="Paris", aliases=("Lutetia",), group="g"
@@ -88,25 +88,31 @@ def test_assertions_are_no_abstentions(text):
     assert not abstained(text)
 
 
-def test_rates_by_hand():
-    right, wrong = Verdict(True, True, False), Verdict(True, False, False)
-    declined, declined_rightly, made_up = (
-        Verdict(True, False, True),
-        Verdict(False, False, True),
-        Verdict(False, False, False),
+def judged(answerable, right, abstained):
+    return Judgement(
+        "question", answerable, right if answerable else None, abstained, not (right or abstained), float(right)
     )
-    verdicts = [right] * 4 + [wrong] * 3 + [declined] * 2 + [declined_rightly] * 5 + [made_up] * 6
-    assert hallucination.hallucination_rate(verdicts).value == pytest.approx((3 + 6) / 20)
-    assert hallucination.abstention_rate(verdicts).value == pytest.approx(7 / 20)
-    assert hallucination.selective_accuracy(verdicts).value == pytest.approx(4 / 7)
-    assert hallucination.selective_accuracy(verdicts).n == 7
+
+
+def test_rates_by_hand():
+    right, wrong = judged(True, True, False), judged(True, False, False)
+    declined, declined_rightly, made_up = (
+        judged(True, False, True),
+        judged(False, False, True),
+        judged(False, False, False),
+    )
+    rows = [right] * 4 + [wrong] * 3 + [declined] * 2 + [declined_rightly] * 5 + [made_up] * 6
+    assert hallucination.hallucination_rate(rows).value == pytest.approx((3 + 6) / 20)
+    assert hallucination.abstention_rate(rows).value == pytest.approx(7 / 20)
+    assert hallucination.selective_accuracy(rows).value == pytest.approx(4 / 7)
+    assert hallucination.selective_accuracy(rows).n == 7
 
 
 def test_always_abstaining_is_shown_for_what_it_is():
-    verdicts = [Verdict(True, False, True)] * 10
-    assert hallucination.hallucination_rate(verdicts).value == 0
-    assert hallucination.abstention_rate(verdicts).value == 1
-    assert hallucination.selective_accuracy(verdicts) is None
+    rows = [judged(True, False, True)] * 10
+    assert hallucination.hallucination_rate(rows).value == 0
+    assert hallucination.abstention_rate(rows).value == 1
+    assert hallucination.selective_accuracy(rows) is None
 
 
 class Favouring:

@@ -1,15 +1,23 @@
 import json
+import math
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 
+from lilliput import chat
 from lilliput.artifacts import parse_record
+from lilliput.chat.template import encode_answer, encode_prompt
+from lilliput.data.conversations import Conversation
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
 from lilliput.evaluate.accessibility import TimedQuery, fits, kv_cache_bytes, quantiles
 from lilliput.evaluate.record import evaluate_candidate, stratified_sample
+from lilliput.models import open_model
 from lilliput.records import EvaluationRecord, Quantiles
 
 
@@ -70,6 +78,100 @@ def test_metrics_add_up_from_the_answers(evaluation):
     assert record.accuracy_choice.value == pytest.approx(np.mean(choices))
     free = [row for row in rows if "text" in row]
     assert record.hallucination_rate.value == pytest.approx(np.mean([row["hallucinated"] for row in free]))
+
+
+SET_ALARM = {
+    "type": "function",
+    "function": {"name": "set_alarm", "parameters": {"type": "object", "properties": {"time": {"type": "string"}}}},
+}
+
+
+def conversation(identity, text, answer=None, **others):
+    messages = [{"role": "user", "content": text}] + ([{"role": "assistant", **answer}] if answer else [])
+    return Conversation.model_validate({"id": identity, "messages": messages, "group": identity, **others})
+
+
+@pytest.fixture(scope="module")
+def chat_checkpoint(checkpoint, tmp_path_factory):
+    """The tiny checkpoint with the built-in template for functions."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(checkpoint, folder)
+    template = Path(chat.__file__).parent / "templates" / "chatml-tools.jinja"
+    shutil.copy(template, folder / "chat_template.jinja")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    tools = [SET_ALARM]
+    call = {"tool_calls": [{"name": "set_alarm", "arguments": {"time": "07:00"}}]}
+    return [
+        *(conversation(f"alarm/{n}", f"Wake me, please, number {n}.", call, tools=tools) for n in range(4)),
+        *(conversation(f"none/{n}", f"Order taxi {n}.", expect={"tool_calls": []}, tools=tools) for n in range(3)),
+        conversation("missing/0", "Set an alarm.", expect={"abstain": True}, tools=tools),
+        conversation("talk/0", "Hello!", {"content": "Hello, how are you?"}),
+        conversation("talk/1", "Goodbye!", {"content": "See you soon."}),
+        conversation("sum/0", "What is 2 + 3?", expect={"number": 5}),
+    ]
+
+
+def evaluate(checkpoint, rows, params):
+    return evaluate_candidate(
+        checkpoint, "chat", rows, params, root=checkpoint, artifact_sha256="a" * 64, size_bytes=2**20, parameters=1000
+    )
+
+
+def test_conversations_have_figures_by_kind_and_of_calls(chat_checkpoint, conversations, tiny_params, facts):
+    params = tiny_params.model_copy(
+        update={"evaluation": tiny_params.evaluation.model_copy(update={"free_questions": 30})}
+    )
+    evaluation = evaluate(chat_checkpoint, [*conversations, *facts], params)
+    record, rows = evaluation.record, {row["id"]: row for row in evaluation.answers}
+    assert parse_record(EvaluationRecord, json.dumps(record.as_json(), allow_nan=False), "a.json") == record
+    counts = {kind: figures.n for kind, figures in record.by_kind.items()}
+    assert counts == {"abstain": 1, "number": 1, "question": 20, "reference": 2, "tool_calls": 7}
+    assert record.accuracy_free.n == 1 + 16 + 2 + 7  # answerable
+    assert record.hallucination_rate.n == 1 + 1 + 20 + 7  # decidable
+    calls = record.tool_calls
+    assert (calls.function_right.n, calls.slot_f1.n, calls.complete.n) == (4, 4, 4)
+    assert (calls.needless.n, calls.malformed.n, calls.invalid.n) == (4, 8, 8)
+    assert record.accuracy_choice.n == 16  # of the questions
+    assert record.by_kind["reference"].rouge_l.n == 2
+    scores = [row.get("score", row["right"]) for row in evaluation.answers if "text" in row]
+    scored = [score for score in scores if score is not None]
+    assert len(scored) == record.accuracy_free.n + 1  # the row where an abstention is right is not answerable
+    talk = rows["talk/0"]
+    assert talk["right"] is None and talk["hallucinated"] is None and talk["reference_nats_per_token"] < 0
+    assert rows["alarm/0"]["slots"]["expected"] == 1
+
+
+def test_references_have_a_perplexity_and_no_hallucination_rate(checkpoint, conversations, tiny_params):
+    talks = [row for row in conversations if row.id.startswith("talk")]
+    evaluation = evaluate(checkpoint, talks, tiny_params)
+    record = evaluation.record
+    assert record.perplexity.n == 2
+    tokens = record.perplexity.tokens
+    nats = [row["reference_nats_per_token"] for row in evaluation.answers]
+    lowest, highest = min(nats), max(nats)
+    assert math.exp(-highest) <= record.perplexity.value <= math.exp(-lowest) and tokens > 4
+    assert record.hallucination_rate.value is None and record.accuracy_choice.value is None
+    assert record.accuracy_metric == "accuracy_free" and record.tool_calls is None
+
+
+def test_the_likelihood_of_a_reference_is_the_runtimes(checkpoint, conversations, tiny_params):
+    talk = next(row for row in conversations if row.id == "talk/0")
+    (row,) = evaluate(checkpoint, [talk], tiny_params).answers
+    model, tokenizer = open_model(checkpoint)
+    prompt = encode_prompt(tokenizer, tiny_params.data.system_prompt, talk)
+    answer = encode_answer(tokenizer, "Hello, how are you?", end=False)
+    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    expected = logits.gather(-1, torch.tensor(answer)[:, None]).mean().item()
+    assert row["reference_nats_per_token"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_conversations_with_functions_need_a_template_that_shows_them(checkpoint, conversations, tiny_params):
+    with pytest.raises(DataError, match="chatml-tools"):
+        evaluate(checkpoint, conversations, tiny_params)
 
 
 def test_an_empty_question_set_is_refused(checkpoint, tiny_params):

@@ -292,11 +292,34 @@ def test_stages_list_their_outputs(folder):
 
 
 def test_a_registered_candidate_without_a_record_has_no_row(tmp_path):
-    from flows.engine.console import candidate_rows
+    from flows.engine.console import call_rows, candidate_rows, kind_rows
 
     shutil.copy(PROJECT / "params.yaml", tmp_path)
     first, second = topological_order(load_params(tmp_path / "params.yaml"))[:2]
     registered = {name: {"version": "1", "run_id": "r"} for name in (first, second)}
     (tmp_path / "registry.json").write_text(json.dumps(registered))
     write_json(tmp_path / "metrics" / f"{second}.json", results.evaluation(candidate=second))
-    assert [row["candidate"] for row in candidate_rows(tmp_path)] == [second]
+    (row,) = candidate_rows(tmp_path)
+    assert row["candidate"] == second and row["choice acc."] == "0.500 ± 0.000"
+    assert kind_rows(tmp_path) == call_rows(tmp_path) == []
+
+
+def test_kinds_of_rows_and_calls_have_tables_of_their_own(tmp_path):
+    from flows.engine.console import call_rows, candidate_rows, kind_rows
+
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    name = topological_order(load_params(tmp_path / "params.yaml"))[0]
+    (tmp_path / "registry.json").write_text(json.dumps({name: {"version": "1", "run_id": "r"}}))
+    kinds = {"abstain": results.kind(0.25, 4), "tool_calls": results.kind()}
+    record = results.evaluation(
+        candidate=name, accuracy_choice=results.figure(None), by_kind=kinds, tool_calls=results.tool_calls()
+    )
+    write_json(tmp_path / "metrics" / f"{name}.json", record)
+    assert "choice acc." not in candidate_rows(tmp_path)[0]
+    rows = kind_rows(tmp_path)
+    assert [(row["kind"], row["n"], row["accuracy"]) for row in rows] == [
+        ("abstain", "4", "0.250 ± 0.100"),
+        ("tool_calls", "40", "0.500 ± 0.100"),
+    ]
+    (calls,) = call_rows(tmp_path)
+    assert calls["complete"] == "0.500 ± 0.100" and calls["slot F1"] == "0.500 ± 0.100"

@@ -13,7 +13,7 @@ from lilliput.records import (
 )
 from lilliput.report import charts
 from lilliput.report.page import render
-from lilliput.report.rows import CandidateRow, CompiledRow, DifferenceRow, SearchRow
+from lilliput.report.rows import CandidateRow, CompiledRow, DifferenceRow, LossRow, SearchRow
 from tests import results
 
 NAMES = {"base": "source", "lora": "base", "pocket": "lora", "gptq": "base"}
@@ -29,6 +29,8 @@ def record(name, accuracy, mib):
         size_bytes=mib * 2**20,
         ttft_ms=Quantiles(p50=120.0, p90=150.0, n=4),
         tpot_ms=Quantiles(p50=None, p90=None, n=0),
+        by_kind={"question": results.kind(accuracy), "tool_calls": results.kind(accuracy)},
+        tool_calls=results.tool_calls(accuracy),
         benchmarks={"arc_easy": {"acc": results.figure(0.4, 0.05), "seconds": 9.0, "items_per_s": 1.5}},
     )
 
@@ -135,6 +137,7 @@ def report_html(effects):
     return render(
         candidates=[candidate(name) for name in NAMES],
         differences=[difference(name, metric, 0.3, 0.1, True) for name in list(NAMES)[1:] for metric in metrics],
+        losses=[LossRow("gptq", "base", "tool_calls", "accuracy", results.difference(-0.2, -0.3, -0.1), 0.004)],
         caching={"pocket": caching()},
         compiled=[compiled()],
         promotion={"phone-4gb": decision, "board": nobody},

@@ -7,6 +7,8 @@ import pytest
 
 from lilliput.promote import pareto_front
 from lilliput.report import charts
+from lilliput.report.impact import metrics_for
+from lilliput.report.page import render
 from lilliput.report.rows import DifferenceRow
 from tests import results
 
@@ -15,6 +17,9 @@ SECTIONS = {
     "Promoted",
     "Order: results of the search",
     "Four metrics",
+    "By kind of row",
+    "Calls of functions",
+    "Significant losses",
     "Effect of each strategy on each metric",
     "Compiled, on devices",
     "Caching",
@@ -69,10 +74,47 @@ def test_the_contents_name_every_section_that_is_there(elements):
 
 def test_every_table_has_a_caption_and_every_heading_a_scope(elements):
     tables, captions = elements.all("table"), elements.all("caption")
-    assert len(tables) == len(captions) == 11
+    assert len(tables) == len(captions) == 14
     assert {heading.get("scope") for heading in elements.all("th")} == {"col", "row"}
     regions = [region for region in elements.all("div") if region.get("role") == "region"]
     assert [(region["tabindex"], region["aria-label"]) for region in regions] == [("0", it["text"]) for it in captions]
+
+
+def page(candidates, losses=()):
+    return render(
+        candidates=candidates,
+        differences=[],
+        losses=losses,
+        caching={},
+        promotion={},
+        costs={},
+        charts={},
+        origin=dict.fromkeys(("commit", "command", "data", "confidence", "energy"), "x"),
+    )
+
+
+def test_sections_of_kinds_calls_and_losses_are_only_there_with_their_rows():
+    only_questions = page([results.candidate("base", by_kind={"question": results.kind()})])
+    assert not {"By kind of row", "Calls of functions", "Significant losses"} & set(
+        re.findall(r">([^<]+)</h2>", only_questions)
+    )
+    called = results.candidate("base", by_kind={"tool_calls": results.kind()}, tool_calls=results.tool_calls())
+    with_calls = page([called, results.candidate("old")])
+    assert {"By kind of row", "Calls of functions", "Significant losses"} <= set(
+        re.findall(r">([^<]+)</h2>", with_calls)
+    )
+    assert "<p>None.</p>" in with_calls
+
+
+def test_accuracy_is_that_of_free_answers_if_no_question_has_choices():
+    metrics = metrics_for([results.evaluation(accuracy_choice=results.figure(None))])
+    assert next(iter(metrics)) == "accuracy_free" and len(metrics) == 5
+    assert "accuracy_choice" in metrics_for([results.evaluation()])
+
+
+def test_a_loss_names_its_rows_its_interval_and_the_corrected_p(elements):
+    row = next(row["text"] for row in elements.all("tr") if "0.004" in row["text"])
+    assert "gptq" in row and "tool_calls" in row and "-0.200 [-0.300" in row
 
 
 def test_every_picture_has_words(elements):

@@ -39,6 +39,17 @@ def test_candidate_metrics_have_sections_and_omit_values_that_no_chart_needs():
     assert not any(name.rpartition("/")[2] in ("n", "p50", "value", "bits") for name in numbers)
 
 
+def test_kinds_and_calls_are_sections_where_rows_have_them():
+    kinds = {"question": results.kind(), "tool_calls": results.kind(0.7)}
+    record = results.evaluation(by_kind=kinds, tool_calls=results.tool_calls(0.7, slot_f1=results.figure(0.8)))
+    numbers = run_metrics.candidate_metrics(MANIFEST, record, COST)
+    assert numbers["kind/tool_calls/accuracy"] == 0.7
+    assert (numbers["tool_calls/slot_f1"], numbers["tool_calls/complete"]) == (0.8, 0.7)
+    questions = results.evaluation(by_kind={"question": results.kind()})
+    plain = run_metrics.candidate_metrics(MANIFEST, questions, COST)
+    assert not any(name.startswith(("kind/", "tool_calls/")) for name in plain)
+
+
 def test_each_device_is_a_section():
     run = results.device_run(energy_per_query_j=results.energy(0.5), tpot_ms=None, rate_tokens_per_s=None)
     assert run_metrics.device_metrics("gguf", results.device_record({"phone": run})) == {
