@@ -31,6 +31,7 @@ def offload(params: Params, device: str) -> None:
     from lilliput.cache.evaluation import fitted_threshold
     from lilliput.embedding.sentence_embedder import open_embedder
     from lilliput.offload.collect import ask_both, draw_questions
+    from lilliput.offload.conversation_text import split_turns
     from lilliput.offload.judge import judge_policies
     from lilliput.runtime.torch import cpu_threads
 
@@ -39,7 +40,7 @@ def offload(params: Params, device: str) -> None:
     pair = pair_of(champion, serving.edge, server)
     corpus = read_corpus(layout.DATA)
     embedder = open_embedder(params.caching.embedder, default_cache())
-    usable = [question for question in corpus.questions if embedder.fits(question.question)]
+    usable = [question for question in corpus.questions if embedder.fits(split_turns(question)[0])]
     if not usable:
         raise DataError(
             f"{layout.DATA}: all questions exceed the input length of the learned router's embedder; shorten them, or "
@@ -87,7 +88,7 @@ def _open_backends(params: Params, device: str) -> Iterator[Any]:
         httpx.Client(trust_env=False, verify=ssl.create_default_context()) as client,
         LlamaServer(local_serving) as local,
     ):
-        device_endpoint = Endpoint(device, local.url, headers=_bearer(local.key), clock=local.cpu_seconds)
+        device_endpoint = Endpoint(device, local.url, {}, _bearer(local.key), local.cpu_seconds, llama_cpp=True)
         if edge.candidate is None:
             key = os.environ.get(EDGE_KEY)
             headers = _bearer(key) if key else {}
@@ -97,9 +98,8 @@ def _open_backends(params: Params, device: str) -> Iterator[Any]:
         verify(folder)
         edge_serving = ServerSettings(str(folder / GGUF), edge.threads, profile.context_tokens, edge.slots)
         with LlamaServer(edge_serving) as server:
-            edge_endpoint = Endpoint(
-                "the edge server", server.url, headers=_bearer(server.key), clock=server.cpu_seconds
-            )
+            headers, clock = _bearer(server.key), server.cpu_seconds
+            edge_endpoint = Endpoint("the edge server", server.url, {}, headers, clock, llama_cpp=True)
             yield device_endpoint, edge_endpoint, client
 
 

@@ -11,11 +11,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from lilliput.data.conversations import ToolCall
+
+if TYPE_CHECKING:
+    import jsonschema_rs
 
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)\Z", re.DOTALL)
@@ -62,17 +65,32 @@ def invalid_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | No
 
     Parameters that the schema does not list are invalid, unless it allows `additionalProperties` explicitly.
     """
-    import jsonschema_rs
-
     functions = {tool["function"]["name"]: tool["function"] for tool in tools}
     if call.name not in functions:
         return f"the function {call.name!r} is unknown"
-    schema = {"additionalProperties": False, **(functions[call.name].get("parameters") or {}), "type": "object"}
-    # Offline: a schema comes from a request or a data file, and its references must not read files or addresses.
-    for error in jsonschema_rs.validator_for(schema, offline=True).iter_errors(call.arguments):
-        place = ".".join(map(str, error.instance_path))
-        return f"{call.name}: {place + ': ' if place else ''}{error.message}"
+    validator = argument_validator(functions[call.name].get("parameters") or {})
+    try:
+        for error in validator.iter_errors(call.arguments):
+            place = ".".join(map(str, error.instance_path))
+            return f"{call.name}: {place + ': ' if place else ''}{error.message}"
+    except ValueError as error:  # a text that is not Unicode, such as a lone surrogate
+        return f"{call.name}: the arguments cannot be checked ({error})"
     return None
+
+
+def argument_validator(parameters: Mapping[str, Any]) -> jsonschema_rs.Validator:
+    """Returns a validator of a function's arguments. It is offline: a schema must not read files or addresses.
+
+    Raises:
+        ValueError: `parameters` is not a valid schema.
+    """
+    import jsonschema_rs
+
+    schema = {"additionalProperties": False, **parameters, "type": "object"}
+    try:
+        return jsonschema_rs.validator_for(schema, offline=True)
+    except jsonschema_rs.ReferencingError as error:
+        raise ValueError(str(error)) from None
 
 
 def _answer(whole: str, before: str, bodies: Sequence[str]) -> Answer:

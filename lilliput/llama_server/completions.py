@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 Chunks = AsyncGenerator[dict[str, Any], None]
 FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
-COMPLETE = "stop"
+COMPLETE, CALLED = "stop", "tool_calls"
 # Request fields for the log-probabilities of an answer's tokens, and nothing more: by default llama.cpp sends 20
 # alternatives per token, and for `top_logprobs: 0` it sends no log-probabilities at all.
 TOKEN_LOGPROBS = {"logprobs": True, "top_logprobs": 1}
@@ -45,15 +45,25 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
 
 
 def text_of(body: Mapping[str, Any]) -> str:
-    """Text of a chat completion.
+    """Text of a chat completion; empty if it has only calls.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError: `body` is not a chat completion with text.
+        KeyError, IndexError, TypeError, ValueError: `body` is not a chat completion with text or calls.
     """
-    text = body["choices"][0]["message"]["content"]
+    message = body["choices"][0]["message"]
+    if message.get("content") is None and message.get("tool_calls"):
+        return ""
+    text = message["content"]
     if not isinstance(text, str):
         raise ValueError("no text in the answer")
     return text
+
+
+def calls_of(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Calls in a completion, or the pieces of calls in a chunk; empty if it has none."""
+    choices = part["choices"]
+    holder = (choices[0].get("message") or choices[0].get("delta") or {}) if choices else {}
+    return list(holder.get("tool_calls") or ())
 
 
 def delta_of(chunk: Mapping[str, Any]) -> str:
@@ -104,21 +114,43 @@ def new_completion(text: str, model: str, usage: Usage | None) -> dict[str, Any]
     }
 
 
-def normalize_completion(body: Mapping[str, Any]) -> dict[str, Any]:
+def with_calls(
+    body: Mapping[str, Any], text: str, calls: Sequence[Mapping[str, Any]], finish: str | None = None
+) -> dict[str, Any]:
+    """A completion with another text, calls and finish reason (unchanged if None). Without text, content is null."""
+    [choice] = body["choices"]
+    message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if calls:
+        message["tool_calls"] = list(calls)
+    return {**body, "choices": [choice | {"message": message, "finish_reason": finish or choice["finish_reason"]}]}
+
+
+def normalize_completion(body: Mapping[str, Any], *, may_call: bool = False) -> dict[str, Any]:
     """A backend's completion, reduced to the API's fields.
 
+    Args:
+        body: the backend's response.
+        may_call: whether the request permits calls.
+
     Raises:
-        KeyError, IndexError, TypeError, ValueError, AttributeError: `body` is not a chat completion with text.
+        KeyError, IndexError, TypeError, ValueError, AttributeError: `body` is not a chat completion with text, or it
+            has calls that the request does not permit.
     """
     plain, reason = new_completion(text_of(body), _model(body), usage_of(body)), finish_of(body)
     if reason is None:
         raise ValueError("no finish reason")
     choice = plain["choices"][0] | {"logprobs": _logprobs(body["choices"][0]), "finish_reason": reason}
-    return plain | _identity(body, plain) | {"choices": [choice]}
+    normal = plain | _identity(body, plain) | {"choices": [choice]}
+    calls = _permitted_calls(body, may_call)
+    return with_calls(normal, text_of(body), [_call(call) for call in calls]) if calls else normal
 
 
-async def normalize_chunks(raw: Chunks) -> Chunks:
+async def normalize_chunks(raw: Chunks, *, may_call: bool = False) -> Chunks:
     """Yields a backend's chunks, reduced to the API's fields. The last one has the usage, if the backend sent it.
+
+    Args:
+        raw: the backend's chunks.
+        may_call: whether the request permits calls.
 
     Raises:
         KeyError, IndexError, TypeError, ValueError, AttributeError: `raw` is not a stream of a chat completion.
@@ -129,7 +161,8 @@ async def normalize_chunks(raw: Chunks) -> Chunks:
             usage, reason = usage_of(part) or usage, finish_of(part) or reason
             identity = {"model": _model(part)} | _identity(part, identity)
             if part["choices"]:
-                yield _chunk(identity, [_chunk_choice(part)])
+                calls = _permitted_calls(part, may_call)
+                yield _chunk(identity, [_chunk_choice(part, calls)])
     if reason is None:
         raise ValueError("no finish reason")
     if usage:
@@ -150,14 +183,12 @@ def with_logprobs(part: Mapping[str, Any], top: int | None) -> dict[str, Any]:
 
 
 def completion_chunks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Splits a completion into three chunks: text, finish reason, and usage if known."""
+    """Splits a completion into three chunks: text and calls, finish reason, and usage if known."""
     choice = body["choices"][0]
-    start = {
-        "index": 0,
-        "delta": {"role": "assistant", "content": text_of(body)},
-        "logprobs": choice["logprobs"],
-        "finish_reason": None,
-    }
+    delta = {"role": "assistant", "content": choice["message"]["content"]}
+    if calls := calls_of(body):
+        delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
+    start = {"index": 0, "delta": delta, "logprobs": choice["logprobs"], "finish_reason": None}
     end = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
     chunks = [_chunk(body, [part]) for part in (start, end)]
     return [*chunks, _chunk(body, []) | {"usage": body["usage"]}] if body["usage"] else chunks
@@ -165,10 +196,48 @@ def completion_chunks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def join_chunks(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Joins the chunks of `normalize_chunks` to one completion."""
-    first = chunks[0]
-    body = new_completion("".join(map(delta_of, chunks)), first["model"], usage_of(chunks[-1]))
-    body["choices"][0]["finish_reason"] = next(reason for chunk in chunks if (reason := finish_of(chunk)))
-    return body | _identity(first, body)
+    first, text = chunks[0], "".join(map(delta_of, chunks))
+    body = new_completion(text, first["model"], usage_of(chunks[-1]))
+    reason = next(reason for chunk in chunks if (reason := finish_of(chunk)))
+    return with_calls(body, text, join_calls(chunks), reason) | _identity(first, body)
+
+
+def join_calls(chunks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Joins the pieces of calls in `chunks`, by their index.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: a piece is not one of OpenAI's API.
+    """
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in (piece for chunk in chunks for piece in calls_of(chunk)):
+        call = calls.setdefault(int(piece.get("index") or 0), {"id": "", "name": [], "arguments": []})
+        function = piece.get("function") or {}
+        call["id"] = piece.get("id") or call["id"]
+        call["name"].append(function.get("name") or "")
+        call["arguments"].append(function.get("arguments") or "")
+    return [
+        _call({"id": call["id"], "function": {name: "".join(call[name]) for name in ("name", "arguments")}})
+        for _, call in sorted(calls.items())
+    ]
+
+
+def _call(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A call, reduced to the API's fields."""
+    name, arguments = raw["function"]["name"], raw["function"].get("arguments") or ""
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise ValueError("a call without a name or without a text of arguments")
+    return {
+        "id": str(raw.get("id") or ""),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def _permitted_calls(part: Mapping[str, Any], may_call: bool) -> list[dict[str, Any]]:
+    calls = calls_of(part)
+    if calls and not may_call:
+        raise ValueError("a call, which the request does not permit")
+    return calls
 
 
 def _model(part: Mapping[str, Any]) -> str:
@@ -186,12 +255,13 @@ def _chunk(whole: Mapping[str, Any], choices: list[dict[str, Any]]) -> dict[str,
     return head | {"object": "chat.completion.chunk", "choices": choices}
 
 
-def _chunk_choice(part: Mapping[str, Any]) -> dict[str, Any]:
+def _chunk_choice(part: Mapping[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:
     choice = part["choices"][0]
     delta = choice.get("delta") or {}
+    kept = {name: delta[name] for name in ("role", "content") if name in delta}
     return {
         "index": 0,
-        "delta": {name: delta[name] for name in ("role", "content") if name in delta},
+        "delta": kept | ({"tool_calls": calls} if calls else {}),
         "logprobs": _logprobs(choice),
         "finish_reason": finish_of(part),
     }

@@ -1,4 +1,4 @@
-"""Records the answers of device and edge server to the same held-out questions, with the gateway's HTTP requests."""
+"""Records the answers of device and edge server to the same held-out rows, with the gateway's HTTP requests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import httpx
 from tqdm import tqdm
 
 from lilliput.data.questions import Question
+from lilliput.data.rows import Row
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
 from lilliput.evaluate.record import judge_answer, stratified_sample, verdict_row
-from lilliput.llama_server.completions import TOKEN_LOGPROBS, logprobs_of, text_of
+from lilliput.llama_server.completions import TOKEN_LOGPROBS, calls_of, logprobs_of, text_of
+from lilliput.offload.conversation_text import routed_text, split_turns
 
 _TIMEOUT_S = 120.0
 
@@ -31,6 +33,7 @@ class Endpoint:
         body: additional fields of each request.
         headers: additional headers of each request, such as an API key.
         clock: returns the CPU-seconds that its process has used; None where they are unknown.
+        llama_cpp: whether it is llama.cpp's server, which ignores `tool_choice`.
     """
 
     name: str
@@ -38,17 +41,18 @@ class Endpoint:
     body: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     clock: Callable[[], float | None] | None = None
+    llama_cpp: bool = False
 
 
-def draw_questions(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """Up to `count` questions in random order, with the set's shares of each relation and of unanswerable questions."""
+def draw_questions(questions: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """Up to `count` rows in random order, with the set's shares of each relation and of unanswerable questions."""
     drawn = stratified_sample(questions, count, seed)
     random.Random(f"{seed}/offload").shuffle(drawn)
     return drawn
 
 
 def ask_both(
-    questions: Sequence[Question],
+    questions: Sequence[Row],
     device: Endpoint,
     server: Endpoint,
     embedder: Embedder,
@@ -56,13 +60,13 @@ def ask_both(
     max_new_tokens: int,
     client: httpx.Client,
 ) -> list[dict[str, Any]]:
-    """A row for each question: both answers with their verdicts, seconds, CPU-seconds and bytes.
+    """A record for each row: both answers with their verdicts, seconds, CPU-seconds and bytes.
 
     Sends one request at a time, greedy, to the device first. As in the gateway, the device also returns log-likelihoods
     (nats) of its tokens. Each row also has the time and CPU-seconds of embedding the question, which a router may need.
 
     Args:
-        questions: the questions to ask.
+        questions: questions, or conversations whose last answer is asked for.
         device: the server of the compiled model.
         server: the edge server.
         embedder: of the learned router.
@@ -74,25 +78,26 @@ def ask_both(
         ArtifactError: an endpoint does not answer like an OpenAI-compatible server.
     """
 
-    def ask(endpoint: Endpoint, question: Question) -> dict[str, Any]:
-        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": question.question}]
-        body = {"messages": messages, "temperature": 0.0, "max_tokens": max_new_tokens, "stream": False} | endpoint.body
+    def ask(endpoint: Endpoint, question: Row) -> dict[str, Any]:
+        body = {"messages": _turns(question, system_prompt), "temperature": 0.0, "max_tokens": max_new_tokens}
+        body |= {"stream": False} | _tools(question, endpoint) | endpoint.body
         answer = _post(client, endpoint, body)
         return answer | verdict_row(answer["text"], question, judge_answer(answer["text"], question))
 
     device = replace(device, body=device.body | TOKEN_LOGPROBS)
     for endpoint in (device, server):
         ask(endpoint, questions[0])  # warm-up; also caches the common prefix of all prompts
-    embedder.embed([questions[0].question])
+    embedder.embed([routed_text(*split_turns(questions[0]), embedder.fits)])
     rows = []
     for question in tqdm(questions, desc="offload", unit="question", delay=1.0):
         started, cpu_before = time.perf_counter(), time.process_time()
-        embedder.embed([question.question])
+        text = routed_text(*split_turns(question), embedder.fits)
+        embedder.embed([text])
         rows.append(
             {
                 "id": question.id,
                 "group": question.group,
-                "question": question.question,
+                "question": text,
                 "answerable": question.answerable,
                 "embed_s": time.perf_counter() - started,
                 "embed_cpu_s": time.process_time() - cpu_before,
@@ -101,6 +106,31 @@ def ask_both(
             }
         )
     return rows
+
+
+def _turns(row: Row, system_prompt: str) -> list[dict[str, Any]]:
+    """The turns before the answer, as the gateway sends them."""
+    if isinstance(row, Question):
+        return [{"role": "system", "content": system_prompt}, {"role": "user", "content": row.question}]
+    turns = [turn.as_openai() for turn in row.prompt]
+    for turn in turns:
+        for call in turn.get("tool_calls", ()):
+            function = call["function"]
+            call["function"] = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return turns if turns[0]["role"] == "system" else [{"role": "system", "content": system_prompt}, *turns]
+
+
+def _tools(row: Row, endpoint: Endpoint) -> dict[str, Any]:
+    if isinstance(row, Question) or not row.tools:
+        return {}
+    return {"tools": list(row.tools)} | ({"tool_choice": "none"} if endpoint.llama_cpp else {})
+
+
+def _answer_text(body: dict[str, Any]) -> str:
+    """The text of an answer, with `tool_calls` in the form in which llama.cpp returns calls."""
+    calls = (call["function"] for call in calls_of(body))
+    texts = [json.dumps({"name": call["name"], "arguments": json.loads(call["arguments"])}) for call in calls]
+    return "\n".join(texts) or text_of(body).strip()
 
 
 def _post(client: httpx.Client, endpoint: Endpoint, request: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +147,7 @@ def _post(client: httpx.Client, endpoint: Endpoint, request: dict[str, Any]) -> 
         seconds = time.perf_counter() - started
         response.raise_for_status()
         body = response.json()
-        text, logprobs = text_of(body).strip(), logprobs_of(body)
+        text, logprobs = _answer_text(body), logprobs_of(body)
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{endpoint.name} at {endpoint.url} gives no usable answer ({type(error).__name__}: {error})"

@@ -176,13 +176,17 @@ class PerQuestionRouter:
     def __init__(self, routers: Mapping[str, Router]) -> None:
         self._routers = routers
 
-    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
+    def route_question(
+        self, question: str, conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision | None:
         """The decision of the question's router before generation."""
-        return self._routers[question].route_question(question, conditions)
+        return self._routers[question].route_question(question, conditions, others)
 
-    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+    def route_answer(
+        self, question: str, token_logprobs: Sequence[float], conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision:
         """The decision of the question's router after the device's answer."""
-        return self._routers[question].route_answer(question, token_logprobs, conditions)
+        return self._routers[question].route_answer(question, token_logprobs, conditions, others)
 
     def rule(self, question: str, conditions: Conditions) -> str:
         """The rule of the question's router."""

@@ -21,6 +21,7 @@ from pydantic import PlainSerializer, PlainValidator
 from lilliput.cache.distinguishing_words import distinguishing_words
 from lilliput.config import Look, ObjectiveConfig
 from lilliput.embedding.embedder import Embedder
+from lilliput.offload.conversation_text import routed_text
 from lilliput.offload.policy import Conditions, RoutingDecision
 
 TARGETS = ("device_right", "server_right", "device_hallucinated", "server_hallucinated")
@@ -181,22 +182,26 @@ class LearnedRouter:
         self._fitted, self._tables, self._look = fitted, tables, look
         self._objective, self._saver_percent, self._embedder = objective, saver_percent, embedder
 
-    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
+    def route_question(
+        self, question: str, conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision | None:
         """The decision before generation; None if it needs the device's answer (`look` is `after`).
 
         An operating point of never or always needs neither question nor answer. Otherwise a question longer than the
-        embedder's input goes to the server.
+        embedder's input goes to the server. Of the other turns, the newest ones are read that fit as well.
         """
         decision = self._fixed_decision(conditions) or self._too_long(question)
         if decision or self._look == "after":
             return decision
-        return self._decide(self._features(question), conditions)
+        return self._decide(self._features(self._with_others(question, others)), conditions)
 
-    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+    def route_answer(
+        self, question: str, token_logprobs: Sequence[float], conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision:
         """The decision by question and tokens; by the question alone if `look` is `before`."""
         if decision := self._fixed_decision(conditions) or self._too_long(question):
             return decision
-        features = self._features(question)
+        features = self._features(self._with_others(question, others))
         if self._look == "after":
             features = np.hstack([features, token_features([token_logprobs])])
         return self._decide(features, conditions)
@@ -222,6 +227,9 @@ class LearnedRouter:
         if self._embedder.fits(question):
             return None
         return RoutingDecision("server", None, "the question is longer than the router's input")
+
+    def _with_others(self, question: str, others: Sequence[str]) -> str:
+        return routed_text(question, others, self._embedder.fits)
 
     def _point(self, conditions: Conditions) -> tuple[OperatingPoint, str]:
         limit_j = budget_j(self._objective, conditions.battery_percent, self._saver_percent)

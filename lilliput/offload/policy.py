@@ -33,13 +33,17 @@ class Conditions:
 
 
 class Router(Protocol):
-    """A routing policy."""
+    """A routing policy. `others` are the other turns of a conversation, apart from the user's last one, in order."""
 
-    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision | None:
+    def route_question(
+        self, question: str, conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision | None:
         """The decision before generation; None if it needs the device's answer (cascade)."""
         ...
 
-    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+    def route_answer(
+        self, question: str, token_logprobs: Sequence[float], conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision:
         """The decision after the device's answer, by the log-likelihoods (nats) of its tokens."""
         ...
 
@@ -54,14 +58,16 @@ class FixedRouter:
 
     place: Place
 
-    def route_question(self, question: str, conditions: Conditions) -> RoutingDecision:
+    def route_question(self, question: str, conditions: Conditions, others: Sequence[str] = ()) -> RoutingDecision:
         """The fixed place."""
-        del question, conditions
+        del question, conditions, others
         return RoutingDecision(self.place, None, f"policy {self.place}")
 
-    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+    def route_answer(
+        self, question: str, token_logprobs: Sequence[float], conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision:
         """The fixed place."""
-        del token_logprobs
+        del token_logprobs, others
         return self.route_question(question, conditions)
 
     def rule(self, question: str, conditions: Conditions) -> str:
@@ -79,13 +85,15 @@ class ThresholdRouter:
 
     least: float
 
-    def route_question(self, question: str, conditions: Conditions) -> None:
+    def route_question(self, question: str, conditions: Conditions, others: Sequence[str] = ()) -> None:
         """None: this policy needs the device's answer."""
-        del question, conditions
+        del question, conditions, others
 
-    def route_answer(self, question: str, token_logprobs: Sequence[float], conditions: Conditions) -> RoutingDecision:
+    def route_answer(
+        self, question: str, token_logprobs: Sequence[float], conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision:
         """The device if its confidence reaches the threshold. An empty answer has no confidence."""
-        del question, conditions
+        del question, conditions, others
         score = confidence(token_logprobs)
         if score is not None and score >= self.least:
             return RoutingDecision("device", score, f"confidence {score:.3f} ≥ {self.least:g}")

@@ -28,9 +28,10 @@ from lilliput.llama_server.completions import (
     usage_of,
 )
 from lilliput.offload.policy import Conditions, RoutingDecision
-from lilliput.serve.backends import Backend, BackendDown, BackendFailed
+from lilliput.serve.backends import Backend, BackendDown, BackendFailed, BackendRejected
 from lilliput.serve.chat import Chat
 from lilliput.serve.costs import ResourceUsage
+from lilliput.serve.function_calls import InvalidCall, read_chunks, read_completion
 from lilliput.serve.service import Service
 
 Result = TypeVar("Result")
@@ -101,19 +102,27 @@ class Computation:
         conditions: link and battery.
         cache_control: the use of the answer cache that the request allows.
         limits: limits on tokens and on waiting requests.
+        count_invalid: called for each answer with an invalid call, with the place that gave it.
 
     Attributes:
         usage: the resources used so far.
     """
 
     def __init__(
-        self, service: Service, chat: Chat, conditions: Conditions, cache_control: CacheControl, limits: Limits
+        self,
+        service: Service,
+        chat: Chat,
+        conditions: Conditions,
+        cache_control: CacheControl,
+        limits: Limits,
+        count_invalid: Callable[[Place], None] = lambda _: None,
     ) -> None:
         self._service, self._chat, self._conditions = service, chat, conditions
         self._cache_control, self._limits = cache_control, limits
         self._cache = service.cache if chat.cacheable else None
         self._query: CacheQuery | None = None
         self._edge_failed = False
+        self._count_invalid = count_invalid
         self.usage = ResourceUsage()
 
     async def run(self) -> RoutedAnswer:
@@ -128,9 +137,32 @@ class Computation:
         if hit := await self._cached_answer():
             return hit
         try:
+            return await self._route_or_replace()
+        except InvalidCall as error:
+            return await self._replace_invalid_call(error)
+
+    async def _route_or_replace(self) -> RoutedAnswer:
+        try:
+            await self._require_functions()
             return await self._route()
         except Unanswered as error:
             return await self._replace_device_answer(error)
+
+    async def _require_functions(self) -> None:
+        """Rejects tools, calls and results if the chat template of the device's model would leave them out."""
+        if not self._chat.needs_functions:
+            return
+        try:
+            supported = await self._service.device.renders_functions()
+        except BackendFailed as error:
+            raise _device_error(error) from None
+        if not supported:
+            name = self._service.model.name
+            raise BackendRejected(
+                f"tools: the chat template of {name!r} knows no functions, calls and results; send text only, or serve "
+                "a model whose template knows them (`source.chat_template: chatml-tools`)",
+                param="tools" if self._chat.tools else "messages",
+            )
 
     async def _route(self) -> RoutedAnswer:
         """Routes before generation. If the router needs the device's answer first, generates it, then routes (cascade).
@@ -138,11 +170,12 @@ class Computation:
         If the edge server fails, the device answers.
         """
         router, question, device_body = self._service.router, self._chat.question, None
-        decision = await self._decide(lambda: router.route_question(question, self._conditions))
+        others = self._chat.other_turns
+        decision = await self._decide(lambda: router.route_question(question, self._conditions, others))
         if decision is None:
             device_body = await self._device_completion(for_router=True)
             tokens = logprobs_of(device_body)
-            decision = await self._decide(lambda: router.route_answer(question, tokens, self._conditions))
+            decision = await self._decide(lambda: router.route_answer(question, tokens, self._conditions, others))
         if decision.place == "server":
             try:
                 return await self._from_edge(decision)
@@ -167,13 +200,37 @@ class Computation:
         except BackendFailed:
             raise error from None
 
+    async def _replace_invalid_call(self, error: InvalidCall) -> RoutedAnswer:
+        """The edge server's answer instead of the device's with an invalid call, if the policy allows it; not stored.
+
+        Otherwise the answer as text; Unanswered if `tool_choice` requires a call.
+        """
+        self._count_invalid(error.place)
+        rule = self._service.router.rule(self._chat.question, self._conditions)
+        reason = f"the call of the {error.place} was invalid"
+        if error.place == "device" and not self._edge_failed and self._service.edge is not None and rule != "device":
+            try:
+                return await self._from_edge(RoutingDecision("server", None, reason), store=False)
+            except (BackendFailed, BackendRejected, Overloaded):
+                reason += ", and the edge server gave no answer"
+            except InvalidCall as from_edge:
+                return await self._replace_invalid_call(from_edge)
+        rules = self._chat.call_rules
+        if rules is not None and rules.required:
+            raise Unanswered(f"no valid call was given, although `tool_choice` requires one ({error})")
+        return RoutedAnswer(
+            error.place, RoutingDecision(error.place, None, f"{reason}; it is sent as text"), error.body
+        )
+
     async def _from_edge(self, decision: RoutingDecision, *, store: bool = True) -> RoutedAnswer:
         edge = self._service.edge
         if edge is None:
             raise BackendFailed("is not configured")
+        if self._chat.needs_functions and not await edge.renders_functions():
+            raise BackendFailed("knows no functions")
         request = self._backend_request(edge)
         if self._chat.stream:
-            chunks = self._edge_chunks(edge, request)
+            chunks = self._with_calls("server", self._edge_chunks(edge, request))
             return await _first_chunk("server", decision, self._store_at_end("server", chunks) if store else chunks)
         async with self._edge_slot(edge) as left_s:
             with self.usage.measure_edge():
@@ -182,7 +239,7 @@ class Computation:
         self.usage.down_bytes += len(json.dumps(body))
         if store:
             await self._store("server", body)
-        return RoutedAnswer("server", decision, body)
+        return RoutedAnswer("server", decision, self._read_calls("server", body))
 
     async def _edge_chunks(self, edge: Backend, request: Mapping[str, Any]) -> Chunks:
         async with self._edge_slot(edge) as left_s:
@@ -198,12 +255,28 @@ class Computation:
     ) -> RoutedAnswer:
         """The device's answer: `device_body` if the router has already asked for it."""
         if device_body is None and self._chat.stream:
-            chunks = self._device_chunks()
+            chunks = self._with_calls("device", self._device_chunks())
             return await _first_chunk("device", decision, self._store_at_end("device", chunks) if store else chunks)
         body = device_body or await self._device_completion()
         if store:
             await self._store("device", body)
-        return RoutedAnswer("device", decision, body)
+        return RoutedAnswer("device", decision, self._read_calls("device", body))
+
+    def _read_calls(self, place: Place, body: dict[str, Any]) -> dict[str, Any]:
+        rules = self._chat.call_rules
+        return body if rules is None else read_completion(body, rules, place)
+
+    def _with_calls(self, place: Place, chunks: Chunks) -> Chunks:
+        rules = self._chat.call_rules
+        return chunks if rules is None else self._checked_chunks(place, read_chunks(chunks, rules, place))
+
+    async def _checked_chunks(self, place: Place, chunks: Chunks) -> Chunks:
+        """Counts an invalid call behind text that has been sent."""
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if chunk.pop("invalid_call", None):
+                    self._count_invalid(place)
+                yield chunk
 
     async def _device_completion(self, *, for_router: bool = False) -> dict[str, Any]:
         device, request = self._service.device, self._backend_request(self._service.device, for_router=for_router)
@@ -264,7 +337,13 @@ class Computation:
 
     def _backend_request(self, backend: Backend, *, for_router: bool = False) -> dict[str, Any]:
         system_prompt = self._service.model.system_prompt
-        request = self._chat.for_model(system_prompt, self._limits.max_tokens, backend.model, backend.control_tokens)
+        request = self._chat.for_model(
+            system_prompt,
+            self._limits.max_tokens,
+            backend.model,
+            backend.control_tokens,
+            calls_as_text=backend.llama_cpp,
+        )
         # Log-probabilities only on demand: llama.cpp sorts the whole vocabulary for each token.
         logprobs = TOKEN_LOGPROBS | ({"top_logprobs": self._chat.top_logprobs} if self._chat.top_logprobs else {})
         return request | (logprobs if for_router or self._chat.logprobs else {})

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lilliput.errors import LilliputError
+from lilliput.serve.backends import Backend, BackendFailed
 from lilliput.serve.chat import Chat
 from lilliput.serve.chat_endpoint import (
     BATTERY,
@@ -129,9 +130,18 @@ def _operation_routes(app: App) -> APIRouter:
             "link": info.link,
             "battery_wh": service.costs.battery_wh,
             "cache": service.cache is not None,
+            "functions": await _knows_functions(service.device),
         }
 
     return routes
+
+
+async def _knows_functions(device: Backend) -> bool | None:
+    """Whether the device's model accepts tools; None if its server does not answer."""
+    try:
+        return await device.renders_functions()
+    except BackendFailed:
+        return None
 
 
 def _model_routes(app: App) -> APIRouter:

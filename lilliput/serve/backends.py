@@ -16,6 +16,35 @@ from lilliput.serve.circuit_breaker import Breaker
 from lilliput.serve.transport import HttpTransport, NetworkError, ReadTimeout, Response, Transport
 
 COUNT_TIMEOUT_S = 5.0
+# A conversation whose texts a chat template with functions puts into the prompt: description, call and result.
+_PROBE_MARKS = ("lilliput-description", "lilliput-argument", "lilliput-result")
+_PROBE = {
+    "messages": [
+        {"role": "user", "content": "lilliput-question"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": "lilliput1",
+                    "type": "function",
+                    "function": {"name": "probe", "arguments": json.dumps({"text": _PROBE_MARKS[1]})},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "lilliput1", "content": _PROBE_MARKS[2]},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "probe",
+                "description": _PROBE_MARKS[0],
+                "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+            },
+        }
+    ],
+}
 MOST_BYTES = 4 * 2**20  # largest answer; a longer one is a failure
 
 
@@ -45,7 +74,7 @@ _FAILURES = (
     OverflowError,  # a count of 1e999 tokens
     RecursionError,  # a thousand nested brackets
 )
-_FIRST_ERROR, _INVALID_REQUEST = 400, (400, 413, 422)  # HTTP statuses
+_FIRST_ERROR, _INVALID_REQUEST, _TEMPLATE_FAILS = 400, (400, 413, 422), (400, 500)  # HTTP statuses
 
 
 class BackendFailed(Exception):
@@ -57,7 +86,15 @@ class BackendDown(BackendFailed):
 
 
 class BackendRejected(Exception):
-    """A backend rejected the request as invalid. The client has to change it."""
+    """The request is invalid for a backend's model. The client has to change it.
+
+    Attributes:
+        param: the invalid field, if known.
+    """
+
+    def __init__(self, message: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Backend:
@@ -74,6 +111,7 @@ class Backend:
         clock: returns the CPU-seconds that its process has used; None where they are unknown.
         running: whether its process is running; always true where that is unknown.
         control_tokens: control tokens of its model, which are split in users' text; None where they are unknown.
+        llama_cpp: whether it is llama.cpp's server, which returns function calls as text and ignores `tool_choice`.
     """
 
     def __init__(
@@ -88,13 +126,15 @@ class Backend:
         clock: Callable[[], float | None] | None = None,
         running: Callable[[], bool] = lambda: True,
         control_tokens: ControlTokens | None = None,
+        llama_cpp: bool = False,
     ) -> None:
-        self.model, self.breaker, self.clock = model, breaker, clock
+        self.model, self.breaker, self.clock, self.llama_cpp = model, breaker, clock, llama_cpp
+        self._renders_functions: bool | None = None
         self._running, self.control_tokens = running, control_tokens
         self.timeout_s = timeout_s
-        self._chat, self._count, self._health = (
+        self._chat, self._count, self._template, self._health = (
             yarl.URL(url.rstrip("/") + path)
-            for path in ("/v1/chat/completions", "/v1/chat/completions/input_tokens", "/health")
+            for path in ("/v1/chat/completions", "/v1/chat/completions/input_tokens", "/apply-template", "/health")
         )
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._transport = transport or HttpTransport()
@@ -131,7 +171,7 @@ class Backend:
         with self._monitored():
             async with asyncio.timeout(self.timeout_s if timeout_s is None else timeout_s):
                 async with self._post(dict(request) | {"stream": False}) as response:
-                    return normalize_completion(json.loads(await _read(response)))
+                    return normalize_completion(json.loads(await _read(response)), may_call="tools" in request)
 
     async def stream(self, request: Mapping[str, Any], timeout_s: float | None = None) -> Chunks:
         """Yields the chunks of the answer as they arrive, the last one with its usage. Closing it ends the request.
@@ -168,7 +208,7 @@ class Backend:
                 async with (
                     asyncio.timeout(timeout_s) as deadline,
                     self._post(request) as response,
-                    aclosing(normalize_chunks(_parse_events(response))) as chunks,
+                    aclosing(normalize_chunks(_parse_events(response), may_call="tools" in request)) as chunks,
                 ):
                     async for chunk in chunks:
                         if not begun:
@@ -178,6 +218,33 @@ class Backend:
             received.put_nowait(None)
         except (BackendFailed, BackendRejected) as error:
             received.put_nowait(error)
+
+    async def renders_functions(self) -> bool:
+        """Whether the chat template puts functions, calls and results into the prompt. Asks llama.cpp once.
+
+        Another server is assumed to support functions; it rejects them itself if it does not.
+
+        Raises:
+            BackendDown: the process is not running.
+            BackendFailed: the backend is down or too slow, or its answer is invalid.
+        """
+        if not self.llama_cpp:
+            return True
+        if self._renders_functions is None:
+            with self._monitored():
+                async with asyncio.timeout(self.timeout_s):
+                    self._renders_functions = await self._probe_template()
+        return self._renders_functions
+
+    async def _probe_template(self) -> bool:
+        async with self._send("POST", self._template, self.timeout_s, json.dumps(_PROBE)) as response:
+            try:
+                prompt = str(json.loads(await _read(response))["prompt"])
+            except HTTPStatusError as error:
+                if error.status not in _TEMPLATE_FAILS:
+                    raise
+                return False
+        return all(mark in prompt for mark in _PROBE_MARKS)
 
     async def count_prompt(self, request: Mapping[str, Any]) -> int | None:
         """Prompt tokens of `request`, counted by llama.cpp's server; None if the server does not answer."""

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lilliput.chat.control_tokens import ControlTokens
+from lilliput.offload.conversation_text import turn_text
 from lilliput.serve.schema_limits import check_schema
+from lilliput.serve.tools import (
+    MOST_TOOLS,
+    Call,
+    CallRules,
+    NamedFunction,
+    Tool,
+    ToolChoice,
+    check_tool_turns,
+    replace_texts,
+)
 
-# Fields that ask for more than text.
-_UNSUPPORTED = ("tools", "functions", "tool_choice", "function_call", "audio", "modalities", "prediction")
-# Values of these fields that ask for text only. Without tools, `auto` means `none`.
-_TEXT_ONLY = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
+# Fields that ask for more than text and calls; `functions` and `function_call` are the predecessors of `tools`.
+_UNSUPPORTED = ("functions", "function_call", "audio", "modalities", "prediction")
+# Values of these fields that ask for nothing more.
+_TEXT_ONLY = {"function_call": ("none", "auto"), "modalities": (["text"],)}
 _PLAIN = {"messages", "model", "max_tokens", "max_completion_tokens", "stream", "stream_options", "temperature", "n"}
 # Values without effect on a greedy answer.
 _DEFAULTS = {
@@ -23,6 +34,19 @@ _DEFAULTS = {
     "presence_penalty": 0.0,
     "logprobs": False,
     "response_format": {"type": "text"},
+}
+# Fields that `Chat.for_model` derives or leaves out.
+_NOT_SETTINGS = {
+    "messages",
+    "model",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
 }
 LARGEST_SEED = 2**32 - 2  # llama.cpp draws a seed for the next value
 
@@ -51,17 +75,19 @@ Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class Message(BaseModel):
-    """One turn of a chat. Only an assistant's turn may lack content or contain refusals."""
+    """One turn of a chat. Only an assistant's turn may lack content, contain refusals or call functions."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], Field(min_length=1, max_length=64)] | None = None
     refusal: Text | None = None
+    tool_calls: Annotated[list[Call], Field(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text_only(cls, raw: Any) -> Any:
-        if isinstance(raw, Mapping) and (given := [k for k in ("tool_calls", "function_call", "audio") if raw.get(k)]):
-            raise ValueError(f"{', '.join(given)}: not supported; a turn is text only")
+    def _is_text_and_calls_only(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and (given := [k for k in ("function_call", "audio") if raw.get(k)]):
+            raise ValueError(f"{', '.join(given)}: not supported; a turn has text and `tool_calls` only")
         return raw
 
     @model_validator(mode="after")
@@ -69,6 +95,10 @@ class Message(BaseModel):
         parts = self.content if isinstance(self.content, list) else []
         if self.role != "assistant" and (self.content is None or any(part.type == "refusal" for part in parts)):
             raise ValueError(f"content: a {self.role} turn needs text")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: a {self.role} turn has none; only an assistant's turn has")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("tool_call_id: is missing; a tool turn names the call that it answers")
         return self
 
     @property
@@ -77,6 +107,16 @@ class Message(BaseModel):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or self.refusal or ""
+
+    def for_model(self, neutralize: Callable[[str], str]) -> dict[str, Any]:
+        """The turn for a backend, with `neutralize` applied to all texts."""
+        role = "system" if self.role == "developer" else self.role
+        turn: dict[str, Any] = {"role": role, "content": neutralize(self.text)}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.as_openai(neutralize) for call in self.tool_calls]
+        if self.role == "tool" and self.tool_call_id:
+            turn["tool_call_id"] = neutralize(self.tool_call_id)
+        return turn
 
 
 class StreamOptions(BaseModel):
@@ -123,12 +163,15 @@ class Chat(BaseModel):
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _asks_for_text_only(cls, raw: Any) -> Any:
+    def _asks_for_text_and_calls_only(cls, raw: Any) -> Any:
         if isinstance(raw, Mapping) and (fields := _unsupported_fields(raw)):
-            raise ValueError(f"{', '.join(fields)}: not supported; the answer is text only")
+            raise ValueError(f"{', '.join(fields)}: not supported; the answer is text or calls of `tools`")
         return raw
 
     @field_validator("stop")
@@ -143,10 +186,50 @@ class Chat(BaseModel):
             raise ValueError("top_logprobs: needs logprobs to be true")
         return self
 
+    @model_validator(mode="after")
+    def _has_calls_in_order(self) -> Chat:
+        check_tool_turns(self.messages)
+        return self
+
+    @model_validator(mode="after")
+    def _has_tools_for_its_choice(self) -> Chat:
+        names = [tool["function"]["name"] for tool in self.tools or ()]
+        if doubled := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tools: two functions are named {doubled!r}; each needs its own name")
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedFunction) else None
+        if (self.tool_choice == "required" and not names) or (wanted is not None and wanted not in names):
+            raise ValueError(f"tool_choice: the request has no tool {wanted or ''}".rstrip() + "; add it to `tools`")
+        json_wanted = self.response_format is not None and self.response_format.type != "text"
+        if self.call_rules and json_wanted:
+            raise ValueError("response_format, tools: a JSON answer and a call look alike; send one of the two")
+        return self
+
     @cached_property
     def question(self) -> str:
         """The user's last message."""
         return next((message.text for message in reversed(self.messages) if message.role == "user"), "")
+
+    @cached_property
+    def other_turns(self) -> tuple[str, ...]:
+        """The texts of all turns but the question and the system's, in their order; calls as JSON."""
+        last = max((n for n, message in enumerate(self.messages) if message.role == "user"), default=-1)
+        turns = [turn for n, turn in enumerate(self.messages) if n != last and turn.role not in ("system", "developer")]
+        calls = [[(call.function.name, call.function.arguments) for call in turn.tool_calls or ()] for turn in turns]
+        return tuple(filter(None, map(turn_text, (turn.text for turn in turns), calls)))
+
+    @cached_property
+    def call_rules(self) -> CallRules | None:
+        """The calls that the answer may have; None if it may have none."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedFunction) else None
+        required = name is not None or self.tool_choice == "required"
+        return CallRules(tuple(self.tools), required, name, self.parallel_tool_calls is not False)
+
+    @cached_property
+    def needs_functions(self) -> bool:
+        """Whether the model's chat template must know functions: for tools, calls or results."""
+        return self.call_rules is not None or any(turn.role == "tool" for turn in self.messages)
 
     @cached_property
     def cacheable(self) -> bool:
@@ -163,7 +246,8 @@ class Chat(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _has_special_options(self) -> bool:
-        fields = self.model_dump(exclude_none=True, exclude={"messages"})
+        unused = set() if self.tools else {"tools", "tool_choice", "parallel_tool_calls"}
+        fields = self.model_dump(exclude_none=True, exclude={"messages", *unused})
         return any(name not in _PLAIN and _DEFAULTS.get(name) != value for name, value in fields.items())
 
     def most_tokens(self, limit: int) -> int:
@@ -171,7 +255,13 @@ class Chat(BaseModel):
         return min(self.max_completion_tokens or self.max_tokens or limit, limit)
 
     def for_model(
-        self, system_prompt: str, limit: int, model: str | None, control_tokens: ControlTokens | None = None
+        self,
+        system_prompt: str,
+        limit: int,
+        model: str | None,
+        control_tokens: ControlTokens | None = None,
+        *,
+        calls_as_text: bool = False,
     ) -> dict[str, Any]:
         """The request to a backend: greedy unless the client sets a temperature, with at most `limit` new tokens.
 
@@ -179,28 +269,36 @@ class Chat(BaseModel):
             system_prompt: added if the request has none.
             limit: largest number of new tokens.
             model: the backend's model name; None to send none.
-            control_tokens: split in all turns of the request, so that a text cannot forge a turn.
+            control_tokens: split in all turns and tools of the request, so that a text cannot forge a turn.
+            calls_as_text: whether the backend is llama.cpp, which writes calls into the text.
         """
         neutralize = control_tokens.split if control_tokens else str
-        settings = self.model_dump(
-            exclude_none=True,
-            exclude={"messages", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "n"},
-        )
+        settings = self.model_dump(exclude_none=True, exclude=_NOT_SETTINGS)
         if self.seed is not None:
             settings["seed"] = self.seed % (LARGEST_SEED + 1)
-        turns = [
-            {"role": "system" if message.role == "developer" else message.role, "content": neutralize(message.text)}
-            for message in self.messages
-        ]
+        turns = [message.for_model(neutralize) for message in self.messages]
         if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system_prompt})
         model_field = {"model": model} if model else {}
-        return {"temperature": 0.0, **settings, **model_field, "messages": turns, "max_tokens": self.most_tokens(limit)}
+        request = {"temperature": 0.0, **settings, **model_field, "messages": turns}
+        return request | {"max_tokens": self.most_tokens(limit)} | self._call_fields(neutralize, calls_as_text)
+
+    def _call_fields(self, neutralize: Callable[[str], str], calls_as_text: bool) -> dict[str, Any]:
+        rules = self.call_rules
+        if rules is None:
+            return {}
+        tools = {"tools": replace_texts(list(rules.tools), neutralize)}
+        if calls_as_text:
+            # llama.cpp shows the tools to the model whatever the choice; with `none` it adds no grammar of its own.
+            forced = {"response_format": rules.forced_format()} if rules.required else {}
+            return tools | {"tool_choice": "none"} | forced
+        fields = self.model_dump(exclude_none=True, include={"tool_choice", "parallel_tool_calls"})
+        return tools | fields
 
 
 def _unsupported_fields(raw: Mapping[str, Any]) -> list[str]:
-    """Fields of a request that ask for more than text. Tools count only if they may be called."""
-    unused = ("tools", "functions") if "none" in (raw.get("tool_choice"), raw.get("function_call")) else ()
+    """Fields of a request that ask for more than text and calls. Functions count only if they may be called."""
+    unused = ("functions",) if "none" in (raw.get("tool_choice"), raw.get("function_call")) else ()
     return [
         name
         for name in _UNSUPPORTED

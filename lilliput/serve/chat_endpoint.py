@@ -192,7 +192,7 @@ def _failure_response(error: Overloaded | Unanswered | BackendRejected) -> JSONR
             503, "too many requests wait for the device or the edge server", "overloaded", {"Retry-After": "1"}
         )
     if isinstance(error, BackendRejected):
-        return error_response(400, str(error), "invalid_request_error")
+        return error_response(400, str(error), "invalid_request_error", param=error.param)
     if isinstance(error, Unavailable):
         return error_response(503, str(error), "unavailable", {"Retry-After": str(RESTART_S)})
     return error_response(502, str(error), "unanswered", {"Retry-After": "1"})

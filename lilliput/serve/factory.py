@@ -125,9 +125,8 @@ def _edge_backend(deployment: Deployment, server: LlamaServer | None) -> Backend
 def _local_backend(server: LlamaServer, timeout_s: float, **options: Any) -> Backend:
     """The backend of a process that this process started."""
     tokens = read_control_tokens(Path(server.file))
-    return Backend(
-        server.url, timeout_s, key=server.key, running=lambda: server.running, control_tokens=tokens, **options
-    )
+    running = {"key": server.key, "running": lambda: server.running}
+    return Backend(server.url, timeout_s, control_tokens=tokens, llama_cpp=True, **running, **options)
 
 
 def _edge_name(deployment: Deployment) -> str | None:

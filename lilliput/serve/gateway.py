@@ -11,7 +11,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from lilliput.llama_server.completions import Chunks, finish_of, with_logprobs
+from lilliput.config import Place
+from lilliput.llama_server.completions import Chunks, calls_of, finish_of, with_logprobs
 from lilliput.offload.policy import Conditions, RoutingDecision
 from lilliput.serve.answering import CacheControl, Computation, Limits, Overloaded, Unanswered, Unavailable
 from lilliput.serve.backends import BackendRejected
@@ -35,6 +36,7 @@ class Reply:
         chunks: the chunks of a stream, as they arrive; None for a complete answer.
         cost: None until the answer is complete.
         shared: whether an equal request had already started this computation.
+        calls: number of function calls in the answer so far.
     """
 
     place: str
@@ -43,6 +45,7 @@ class Reply:
     chunks: Chunks | None = None
     cost: Cost | None = None
     shared: bool = False
+    calls: int = 0
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def close(self) -> None:
@@ -86,6 +89,10 @@ class Gateway:
         self._seconds = Histogram("lilliput_answer_seconds", "Seconds to answer", ["place"], registry=self.registry)
         self._joules = Counter(
             "lilliput_device_joules", "Energy of the device, estimated", ["place"], registry=self.registry
+        )
+        self._calls = Counter("lilliput_tool_calls", "Function calls returned", ["place"], registry=self.registry)
+        self._invalid_calls = Counter(
+            "lilliput_invalid_tool_calls", "Answers with an invalid function call", ["place"], registry=self.registry
         )
         waiting = Gauge(
             "lilliput_waiting", "Requests that wait for the device or the edge server", registry=self.registry
@@ -140,7 +147,13 @@ class Gateway:
             rule = service.router.rule(chat.question, conditions)
             # `id` is unique here: a running computation keeps its service alive. A new champion computes anew.
             key = (id(service), chat.question, chat.most_tokens(self.limits.max_tokens), conditions.link, rule)
-        return self._flights.join(key, lambda: Computation(service, chat, conditions, cache_control, self.limits))
+        return self._flights.join(
+            key,
+            lambda: Computation(service, chat, conditions, cache_control, self.limits, self._count_invalid),
+        )
+
+    def _count_invalid(self, place: Place) -> None:
+        self._invalid_calls.labels(place).inc()
 
     async def _reply(self, request: _Request) -> Reply:
         answer = await request.subscription.answer()
@@ -149,6 +162,7 @@ class Gateway:
             reply.chunks = self._client_chunks(reply, request)
         else:
             reply.body = with_logprobs(await request.subscription.body(), request.top_logprobs)
+            reply.calls = len(calls_of(reply.body))
             self._settle(reply, request)
             reply.body["lilliput"] = reply_metadata(reply)
         return reply
@@ -159,6 +173,7 @@ class Gateway:
         async for chunk in request.subscription.chunks():
             if not chunk["choices"] and not wants_usage:
                 continue
+            reply.calls += len(calls_of(chunk))
             sent = with_logprobs({"usage": None} | chunk if wants_usage else chunk, request.top_logprobs)
             if finish_of(chunk):
                 self._settle(reply, request)
@@ -176,6 +191,7 @@ class Gateway:
         """Adds an answer to metrics and log."""
         self._answers.labels(reply.place).inc()
         self._shared.inc(reply.shared)
+        self._calls.labels(reply.place).inc(reply.calls)
         self._seconds.labels(reply.place).observe(cost.seconds)
         self._joules.labels(reply.place).inc(cost.energy_j or 0.0)
         # The log never contains the question.

@@ -10,11 +10,14 @@ import pytest
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from lilliput.chat.tool_calls import read_answer
 from lilliput.config import ObjectiveConfig
+from lilliput.data.conversations import Conversation
 from lilliput.data.questions import Question
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.offload import fit as fitting
 from lilliput.offload.collect import Endpoint, ask_both, draw_questions
+from lilliput.offload.conversation_text import split_turns
 from lilliput.offload.fit import (
     EMBEDDING_SCALE,
     STRENGTH,
@@ -29,6 +32,7 @@ from lilliput.offload.judge import Policy, areas, curve, device_confidence, figu
 from lilliput.offload.learned import ALWAYS, NEVER
 from lilliput.offload.outcomes import CostParts, Outcomes, QuestionCosts
 from lilliput.offload.policy import Conditions, FixedRouter, ThresholdRouter
+from lilliput.serve.chat import Chat
 from lilliput.serve.service import ServedModel
 from tests.embedding.fakes import BagOfWords
 from tests.offload.links import link
@@ -112,6 +116,57 @@ def test_both_endpoints_get_the_same_question_and_verdicts():
     content = json.dumps(endpoints.requests[-1][1]).encode()
     assert rows[1]["server"]["up_bytes"] == len(content)
     assert rows[1]["server"]["cpu_s"] is None  # unknown for a remote process
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"city": "Lima é"}}}
+TOOL = {"function": {"parameters": {"properties": {"city": {}}}, "name": "f", "strict": True}, "type": "function"}
+LOOP = Conversation.model_validate(
+    {
+        "id": "weather/1",
+        "group": "Lima",
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Is it warm?"},
+            {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "18 degrees"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+        "tools": [TOOL],
+    }
+)
+
+
+def test_collected_requests_of_a_conversation_equal_the_gateway_s():
+    script = {("device", "18 degrees"): "Yes.", ("server", "18 degrees"): "Yes."}
+    endpoints = FakeEndpoints(script)
+    places = (Endpoint("device", "http://device", llama_cpp=True), Endpoint("the edge server", "http://server"))
+    embedder = BagOfWords(most_words=6)
+    with httpx.Client(transport=httpx.MockTransport(endpoints)) as http:
+        [recorded] = ask_both([LOOP], *places, embedder, "Briefly.", 9, http)
+    assert recorded["question"] == "18 degrees\nIs it warm?"  # with the call it is too long for the embedder
+    by_gateway = fakes.FakeBackends()
+    turns = [turn.as_openai() for turn in LOOP.prompt]
+    call = {**CALL, "function": CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}}
+    turns[2] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    application = fakes.app(by_gateway, ThresholdRouter(1.0), model=ServedModel("m", "v", "Briefly."))
+    application.gateway.service.device.llama_cpp = True
+    [response] = fakes.ask(application, {"messages": turns, "tools": [TOOL], "max_tokens": 9})
+    assert response.status_code == 200, response.text
+    [to_device], [to_server] = by_gateway.requests["device"], by_gateway.requests["server"]
+    assert endpoints.requests[0][1] == to_device
+    assert endpoints.requests[1][1] == to_server
+    assert list(to_device["tools"][0]["function"]) == ["parameters", "name", "strict"]
+    seen = Chat.model_validate({"messages": turns})
+    assert (seen.question, seen.other_turns) == split_turns(LOOP)
+
+
+def test_native_calls_are_recorded_as_text_with_the_calls():
+    body = fakes.called(("f", '{"city": "Lima"}'))
+    with httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, json=body))) as http:
+        places = (Endpoint("device", "http://device"), Endpoint("the edge server", "http://server"))
+        [recorded] = ask_both([LOOP], *places, BagOfWords(), "Briefly.", 9, http)
+    [call] = read_answer(recorded["server"]["text"]).calls
+    assert (call.name, call.arguments) == ("f", {"city": "Lima"})
 
 
 def test_collected_requests_equal_the_gateway_s():

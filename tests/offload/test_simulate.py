@@ -78,13 +78,13 @@ def test_battery_drains_charges_and_stays_within_limits():
 class Careful:
     """Selects the server while link and battery are good."""
 
-    def route_question(self, question, conditions):
+    def route_question(self, question, conditions, others=()):
         good = conditions.link == "wifi" and conditions.battery_percent > 50
         return RoutingDecision(
             "server" if good else "device", None, f"{conditions.link} {conditions.battery_percent:.0f}"
         )
 
-    def route_answer(self, question, token_logprobs, conditions):
+    def route_answer(self, question, token_logprobs, conditions, others=()):
         raise AssertionError("the decision was before generation")
 
     def rule(self, question, conditions):

@@ -43,13 +43,31 @@ def completion(text, logprob=-0.1, finish="stop"):
     }
 
 
+def called(*functions, text=None, finish="tool_calls"):
+    """A completion with native calls, each a name and its arguments as a text."""
+    calls = [
+        {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for number, (name, arguments) in enumerate(functions)
+    ]
+    body = completion(text or "", finish=finish)
+    body["choices"][0]["message"] = {"role": "assistant", "content": text, "tool_calls": calls}
+    return body
+
+
 def usage(text, finish="stop"):
     tokens = len(text.split()) + (finish == "stop")
     return {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": tokens, "total_tokens": PROMPT_TOKENS + tokens}
 
 
-def events(*texts, ending="data: [DONE]\n\n", finish="stop", usage=None):
-    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+def events(*texts, calls=(), ending="data: [DONE]\n\n", finish="stop", usage=None):
+    """A stream of server-sent events. Each call comes in pieces, as from OpenAI."""
+    deltas = [{"content": text} for text in texts]
+    for number, call in enumerate(calls):
+        function, head = call["function"], {"index": number, "id": call["id"], "type": "function"}
+        deltas.append({"tool_calls": [head | {"function": {"name": function["name"], "arguments": ""}}]})
+        pieces = re.findall(r".{1,7}", function["arguments"], re.DOTALL)
+        deltas += [{"tool_calls": [{"index": number, "function": {"arguments": piece}}]} for piece in pieces]
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
     if usage:
         chunks.append({"choices": [], "usage": usage})
@@ -77,6 +95,7 @@ class FakeBackends:
         self.answers = {"device": device or completion("Lima"), "server": server or completion("Lima, of course")}
         self.requests, self.count_requests = {"device": [], "server": []}, {"device": [], "server": []}
         self.delay_s = {"device": 0.0, "server": 0.0}
+        self.template = "{}"  # the prompt that llama.cpp renders, with the request in it
         self.cancelled = 0
 
     @asynccontextmanager
@@ -101,6 +120,8 @@ class FakeBackends:
         if request.url.path == "/health":
             return httpx.Response(200)
         body = json.loads(request.content)
+        if request.url.path == "/apply-template":
+            return httpx.Response(200, json={"prompt": self.template.format(json.dumps(body))})
         if request.url.path.endswith("/input_tokens"):
             self.count_requests[backend].append(body)
             return httpx.Response(200, json={"input_tokens": len(body["messages"][-1]["content"].split())})
@@ -120,8 +141,9 @@ class FakeBackends:
         if body["stream"]:
             [choice] = answer["choices"]
             counts = body.get("stream_options", {}).get("include_usage") and answer["usage"]
-            words, finish = _words(choice["message"]["content"]), choice["finish_reason"]
-            return httpx.Response(200, text=events(*words, finish=finish, usage=counts))
+            words, finish = _words(choice["message"]["content"] or ""), choice["finish_reason"]
+            calls = choice["message"].get("tool_calls") or ()
+            return httpx.Response(200, text=events(*words, calls=calls, finish=finish, usage=counts))
         return httpx.Response(200, json=answer)
 
 

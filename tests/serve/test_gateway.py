@@ -160,7 +160,7 @@ def test_link_and_battery_reach_the_router():
     seen = []
 
     class Recording(FixedRouter):
-        def route_question(self, question, conditions):
+        def route_question(self, question, conditions, others=()):
             seen.append(conditions)
             return super().route_question(question, conditions)
 
@@ -252,6 +252,7 @@ def test_models_health_status_and_metrics():
     status = ask(application, path="/status")[0].json()
     assert (status["device"], status["model"], status["link"]) == ("phone", "pocket", "wifi")
     assert status["edge"] == {"name": "lora", "up": True}
+    assert status["functions"] is True
     ask(application, ASK)
     assert 'lilliput_answers_total{place="server"} 1.0' in ask(application, path="/metrics")[0].text
 
@@ -268,7 +269,7 @@ def test_models_health_status_and_metrics():
 )
 def test_failures_are_counted_by_reason(error, reason):
     class Failing(FixedRouter):
-        def route_question(self, question, conditions):
+        def route_question(self, question, conditions, others=()):
             raise error
 
     gateway = Gateway(service(FakeBackends(), Failing("device")))

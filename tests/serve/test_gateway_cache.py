@@ -83,7 +83,7 @@ def test_answer_without_token_counts_is_not_stored(tmp_path):
 class ByLink:
     """The server over Wi-Fi, the device otherwise."""
 
-    def route_question(self, question, conditions):
+    def route_question(self, question, conditions, others=()):
         return RoutingDecision(self.rule(question, conditions), None, conditions.link)
 
     def rule(self, question, conditions):
@@ -93,7 +93,7 @@ class ByLink:
 class ByNumber(ByLink):
     """One rule: long questions go to the server."""
 
-    def route_question(self, question, conditions):
+    def route_question(self, question, conditions, others=()):
         return RoutingDecision("server" if len(question) > 30 else "device", None, "length")
 
     def rule(self, question, conditions):

@@ -21,7 +21,7 @@ SECONDS = float(os.environ.get("LILLIPUT_LOAD_SECONDS", "30"))  # 120 for the fu
 class ByParity:
     """Odd questions go to the server."""
 
-    def route_question(self, question, conditions):
+    def route_question(self, question, conditions, others=()):
         return RoutingDecision("server" if int(question.split()[-1]) % 2 else "device", None, "parity")
 
     def rule(self, question, conditions):

@@ -11,6 +11,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from lilliput.serve.api import App
+from lilliput.serve.gateway import Gateway
 from lilliput.serve.page import page_routes
 from tests.browser import (
     DESK,
@@ -26,6 +28,7 @@ from tests.browser import (
     visit,
     wait_for,
 )
+from tests.serve import fakes
 
 pytestmark = pytest.mark.browser
 
@@ -42,6 +45,7 @@ STATUS = {
     "link": "wifi",
     "battery_wh": 15.0,
     "cache": True,
+    "functions": True,
 }
 DEVICE = {
     "place": "device",
@@ -54,6 +58,13 @@ DEVICE = {
 }
 SERVER = {**DEVICE, "place": "server", "reason": "confidence 0.21 < 0.7", "energy_j": 4.0, "energy_source": "rapl"}
 CACHE = {"place": "cache", "reason": "exact hit in the answer cache", "score": None, "seconds": 0.004}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("get_weather", "get_time")]
+CALLS = [
+    {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+    for number, (name, arguments) in enumerate(
+        [("get_weather", '{"city": "Lima", "days": [1, {"a": 2}]}'), ("get_time", "{}")]
+    )
+]
 INJECTED = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
 
@@ -66,7 +77,7 @@ class FakeGateway:
 
     def reset(self):
         self.answers, self.facts, self.token, self.error = ["Li", "ma"], DEVICE, None, None
-        self.streams, self.completes, self.requests = True, True, []
+        self.streams, self.completes, self.requests, self.calls = True, True, [], []
 
     def app(self):
         app = FastAPI()
@@ -91,17 +102,27 @@ class FakeGateway:
         if self.streams:
             return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
         metadata = {f"x-lilliput-{name.replace('_', '-')}": str(value) for name, value in self.facts.items() if value}
-        message = {"role": "assistant", "content": "".join(self.answers)}
+        message = {"role": "assistant", "content": "".join(self.answers), "tool_calls": self.calls}
         return JSONResponse({"choices": [{"index": 0, "message": message}]}, headers=metadata | headers)
 
     async def _events(self):
         for text in self.answers:
             yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': text}}]})}\n\n"
             await asyncio.sleep(0.02)
+        for delta in _pieces(self.calls):
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'tool_calls': [delta]}}]})}\n\n"
         while self.completes is None:  # a stream that does not end
             await asyncio.sleep(0.02)
         if self.completes:
             yield f"data: {json.dumps({'choices': [], 'lilliput': self.facts})}\n\ndata: [DONE]\n\n"
+
+
+def _pieces(calls):
+    """Each call in two pieces, as some servers send them."""
+    for number, call in enumerate(calls):
+        arguments = call["function"]["arguments"]
+        yield {"index": number, **call, "function": {**call["function"], "arguments": arguments[:5]}}
+        yield {"index": number, "function": {"arguments": arguments[5:]}}
 
 
 def _error(status, message, headers=None):
@@ -181,14 +202,14 @@ def test_all_controls_are_reachable_by_tab_in_order_with_visible_focus(page):
         assert focused.is_displayed()
         assert focused.value_of_css_property("outline-style") == "solid", reached[-1]
         press(page, "TAB")
-    assert reached == ["Skip to the question", "link", "battery", "question", "send", "whole", "start-over"]
+    assert reached == ["Skip to the question", "link", "battery", "question", "send", "Functions", "new-conversation"]
 
 
 def test_every_field_and_button_has_a_name(page):
     page.execute_script("document.querySelector('#token-form').hidden = false")
     page.execute_cdp_cmd("Accessibility.enable", {})
     nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    roles = {"textbox", "button", "combobox", "slider", "checkbox", "log", "link"}
+    roles = {"textbox", "button", "combobox", "slider", "DisclosureTriangle", "log", "link"}
     found = [(node["role"]["value"], node["name"]["value"]) for node in nodes if node["role"]["value"] in roles]
     assert {role for role, _ in found} == roles
     assert [role for role, name in found if not name.strip()] == []
@@ -240,16 +261,112 @@ def test_complete_answer_shows_its_metadata(page, fake):
         assert fact in shown
 
 
-def test_question_is_sent_alone_or_with_the_conversation(page, fake):
-    ask(page, "first")
-    answered(page, 1)
-    ask(page, "second")
-    answered(page, 2)
-    page.execute_script("document.querySelector('#whole').click()")
+def test_conversation_is_kept_until_a_new_one_starts(page, fake):
+    for count, question in enumerate(("first", "second"), 1):
+        ask(page, question)
+        answered(page, count)
+    page.execute_script("document.querySelector('#new-conversation').click()")
     ask(page, "third")
-    answered(page, 3)
+    answered(page, 1)
     sent = [[message["content"] for message in body["messages"]] for body, _ in fake.requests]
-    assert sent == [["first"], ["second"], ["first", "Lima", "second", "Lima", "third"]]
+    assert sent == [["first"], ["first", "Lima", "second"], ["third"]]
+
+
+def test_regenerated_answer_replaces_the_cached_one_in_the_conversation(page, fake):
+    fake.facts = CACHE
+    ask(page, "first")
+    answered(page)
+    fake.facts, fake.answers = DEVICE, ["Lima!"]
+    page.execute_script("document.querySelector('.anew').click()")
+    answered(page, 2)
+    ask(page, "second")
+    answered(page, 3)
+    assert [turn["content"] for turn in fake.requests[-1][0]["messages"]] == ["first", "Lima!", "second"]
+
+
+def enter_functions(page):
+    page.execute_script("document.querySelector('summary').focus()")
+    press(page, "ENTER", "TAB", json.dumps(TOOLS))
+    page.execute_script("document.querySelector('#question').focus()")
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_calls_are_shown_and_their_results_continue_the_conversation(page, fake, streams):
+    enter_functions(page)
+    fake.streams, fake.answers, fake.calls = streams, ["Let me look."], CALLS
+    ask(page, "Lima?")
+    shown = answered(page)
+    for fact in ("Let me look.", "Calls get_weather", "city\nLima", 'days\n[1,{"a":2}]', "Calls get_time", "● device"):
+        assert fact in shown
+    assert fake.requests[0][0]["tools"] == TOOLS
+    fake.answers, fake.calls = ["18 degrees"], []
+    wait_for(page, "document.activeElement.closest('.results')")
+    press(page, "sunny", "TAB", "noon", "TAB", "ENTER")
+    assert "Result of get_weather: sunny\nResult of get_time: noon\n\n18 degrees" in answered(page, 2)
+    assert page.switch_to.active_element.get_attribute("id") == "question"
+    ask(page, "Thanks.")
+    answered(page, 3)
+    assert fake.requests[-1][0]["messages"] == [
+        {"role": "user", "content": "Lima?"},
+        {"role": "assistant", "content": "Let me look.", "tool_calls": CALLS},
+        {"role": "tool", "tool_call_id": "call_0", "content": "sunny"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
+        {"role": "assistant", "content": "18 degrees"},
+        {"role": "user", "content": "Thanks."},
+    ]
+
+
+def test_tool_loop_with_the_real_gateway(page):
+    answers = iter([fakes.completion('{"name": "get_weather", "arguments": {}}'), fakes.completion("18 degrees")])
+    gateway = Gateway(fakes.service(fakes.FakeBackends(device=lambda _: next(answers))))
+    with fakes.served(App(gateway, page=page_routes())) as url:
+        visit(page, url)
+        wait_for(page, "!document.querySelector('#functions-part').hidden")
+        enter_functions(page)
+        ask(page)
+        assert "Calls get_weather" in answered(page)
+        wait_for(page, "document.activeElement.closest('.results')")
+        press(page, "warm", "TAB", "ENTER")
+        assert "Result of get_weather: warm\n\n18 degrees" in answered(page, 2)
+        visit(page, "about:blank")
+
+
+def test_question_waits_for_the_results_of_calls(page, fake):
+    enter_functions(page)
+    fake.answers, fake.calls = [], CALLS[1:]
+    ask(page)
+    answered(page)
+    wait_for(page, "document.activeElement.closest('.results')")
+    fake.error = (502, "the device gave no usable answer")
+    for attempt in range(2):
+        page.execute_script("document.querySelector('#question').focus()")
+        press(page, "Next.", "ENTER")
+        wait_for(page, "document.querySelector('#state').textContent.startsWith('Send the results')")
+        if attempt == 0:  # the focus is in the field for the result
+            press(page, "noon", "TAB", "ENTER")
+            answered(page, 2)
+    fake.error, fake.calls = None, []
+    press(page, "ENTER")  # the focus is on "Ask again"
+    wait_for(page, "document.querySelectorAll('.place').length === 2")
+    assert [turn["role"] for turn in fake.requests[-1][0]["messages"]] == ["user", "assistant", "tool"]
+
+
+def test_functions_that_are_not_json_are_not_sent(page, fake):
+    for text in ("[{", "{}"):
+        page.execute_script("document.querySelector('#functions').value = arguments[0]", text)
+        page.execute_script("document.querySelector('#question').focus()")
+        press(page, "Lima?", "ENTER")
+        message = page.execute_script("return document.querySelector('#functions').validationMessage")
+        assert "JSON" in message
+        page.execute_script("document.querySelector('#functions').dispatchEvent(new Event('input'))")
+    assert fake.requests == []
+
+
+def test_page_offers_no_functions_to_a_model_without_them(page, fake, monkeypatch):
+    monkeypatch.setitem(STATUS, "functions", False)
+    visit(page, fake.url)
+    wait_for(page, "document.querySelector('#link').options.length === 2")
+    assert page.execute_script("return document.querySelector('#functions-part').hidden")
 
 
 def test_shift_enter_inserts_a_line_break(page, fake):
@@ -289,7 +406,10 @@ def test_stopped_answer_keeps_its_text_and_the_next_question_works(page, fake, h
     [
         ((503, "too many wait", {"Retry-After": "7"}), "Too many wait. Ask again in 7 s."),
         ((429, "too many questions", {"Retry-After": "2"}), "Too many questions. Ask again in 2 s."),
-        ((413, "at most 65536 bytes are accepted"), "At most 65536 bytes are accepted. Shorten it, or start over."),
+        (
+            (413, "at most 65536 bytes are accepted"),
+            "At most 65536 bytes are accepted. Shorten it, or start a new conversation.",
+        ),
         ((400, "messages: too many"), "Messages: too many. Change the question and send it again"),
         ((502, "the device gave no usable answer"), "Look whether the model's server runs, then ask again."),
     ],
@@ -332,9 +452,12 @@ def test_page_asks_for_the_token_once_and_resends_the_question(page, fake):
 
 def test_model_output_is_never_executed(page, fake):
     fake.answers, fake.facts = [INJECTED], {**DEVICE, "reason": INJECTED, "place": INJECTED.replace('"', "")}
+    function = {"name": INJECTED, "arguments": json.dumps({INJECTED: INJECTED})}
+    fake.calls = [{"id": "a", "type": "function", "function": function}]
     ask(page, INJECTED)
     shown = answered(page)
-    assert shown.count("<img src=x onerror=") == 4  # question, answer, place and reason, unchanged
+    # question, answer, place, reason, name, parameter, argument and label, unchanged
+    assert shown.count("<img src=x onerror=") == 8
     assert page.title == "Lilliput"
     assert page.execute_script("return document.querySelectorAll('article img, article script').length") == 0
 
@@ -362,15 +485,30 @@ def test_page_requests_only_the_gateway_and_logs_no_error(page, fake):
 def test_layout_and_contrast_by_size_and_color_scheme(page, fake, size, light, tmp_path):
     resize(page, size)
     prefer(page, prefers_color_scheme=light, prefers_reduced_motion="reduce")
+    enter_functions(page)
     for count, facts in enumerate((SERVER, CACHE), 1):
         fake.facts, fake.answers = facts, ["Lima, " * 30, "a" * 90]
+        fake.calls = [*CALLS, {**CALLS[1], "function": {"name": "f" * 90, "arguments": '{"a": "' + "b" * 90}}]
+        if count > 1:
+            page.execute_script("document.querySelector('#new-conversation').click()")
         ask(page)
-        answered(page, count)
+        answered(page, 1)
+    check_layout(page, tmp_path / "calls.png")
+    for box in page.find_elements("css selector", ".results textarea"):
+        box.send_keys("sunny")
+    fake.calls = []
+    page.execute_script("document.querySelector('.results button').click()")
+    answered(page, 2)
     fake.error = (503, "too many requests wait for the device", {"Retry-After": "1"})
     ask(page)
     answered(page, 3)
     page.execute_script("document.querySelector('#token-form').hidden = false")
-    photograph(page, tmp_path / "page.png")
+    check_layout(page, tmp_path / "page.png")
+    assert page.execute_script("return document.getAnimations().length") == 0
+
+
+def check_layout(page, picture):
+    photograph(page, picture)
     assert not scrolls_sideways(page)
     assert pale_texts(page) == []
     small = page.execute_script(
@@ -378,4 +516,3 @@ def test_layout_and_contrast_by_size_and_color_scheme(page, fake, size, light, t
         ".filter((it) => it.checkVisibility() && it.getBoundingClientRect().height < 44).map((it) => it.outerHTML)"
     )
     assert small == []  # a finger's width
-    assert page.execute_script("return document.getAnimations().length") == 0

@@ -75,7 +75,7 @@ def gateway_for(server, router, edge=None, **more):
 class PreferDevice(ThresholdRouter):
     """Always selects the device, with a rule that allows the server."""
 
-    def route_question(self, question, conditions):
+    def route_question(self, question, conditions, others=()):
         return RoutingDecision("device", None, "unsure")
 
 
@@ -189,7 +189,7 @@ def test_malformed_backend_answers_become_api_errors(case, stream):
 
 def test_internal_error_is_an_api_error_without_traceback():
     class Broken(FixedRouter):
-        def route_question(self, question, conditions):
+        def route_question(self, question, conditions, others=()):
             raise ZeroDivisionError("secret words")
 
     [response] = ask(App(Gateway(service(FakeBackends(), Broken("device")))), ASK)

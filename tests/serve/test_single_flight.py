@@ -170,7 +170,7 @@ def test_broken_stream_breaks_for_all_requests():
 class ByBattery:
     """Selects the server while the battery is more than half full."""
 
-    def route_question(self, question, conditions):
+    def route_question(self, question, conditions, others=()):
         return RoutingDecision(self.rule(question, conditions), None, "battery")
 
     def rule(self, question, conditions):
