@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lilliput.data.questions import Question, normalise
+from lilliput.data.questions import normalise
+from lilliput.data.rows import Row, answer_text, request_text
 
 # The overlap length of GPT-3 (Brown et al., arXiv 2005.14165, appendix C).
 WORDS = 13
 
 
-def find_contaminated(train: Iterable[Question], questions: Sequence[Question]) -> list[str]:
+def find_contaminated(train: Iterable[Row], questions: Sequence[Row]) -> list[str]:
     """Returns the ids of `questions` that share 13 successive words with a training row.
 
     Shorter questions are compared whole when the corpus is built, and no entity occurs in both splits.
@@ -26,6 +27,6 @@ def find_contaminated(train: Iterable[Question], questions: Sequence[Question]) 
     return [question.id for question in questions if not overlap.isdisjoint(grams[question.id])]
 
 
-def _grams(question: Question) -> set[tuple[str, ...]]:
-    words = normalise(f"{question.question} {question.answer or ''}").split()
+def _grams(row: Row) -> set[tuple[str, ...]]:
+    words = normalise(f"{request_text(row)} {answer_text(row)}").split()
     return {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
