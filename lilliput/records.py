@@ -211,12 +211,12 @@ class CompressCost(Cost):
     """The cost of a candidate and the checks of its files.
 
     Attributes:
-        resumed_from: step of the checkpoint that training continued from; the cost is that of the rest.
+        resumed_from: name of the checkpoint that training continued from; the cost is that of the rest.
         agreement_with_llama_cpp: of a model that was read from a GGUF file.
         reload_max_logit_difference: between the model in memory and its files, reopened in a fresh process.
     """
 
-    resumed_from: int | None = None
+    resumed_from: str | None = None
     agreement_with_llama_cpp: Agreement | None = None
     reload_max_logit_difference: float | None = None
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lilliput.artifacts import file_sha256
+from lilliput.chat.files import BUILT_IN_TEMPLATES, TEMPLATE
 from lilliput.config import SourceConfig
 from lilliput.errors import SourceError
 from lilliput.untrusted import require_harmless, require_no_pickles
@@ -31,6 +32,8 @@ def fetch_source(config: SourceConfig, directory: Path, cache: Path) -> None:
             f"source.model: {config.model} has no .safetensors or .gguf file, and pickled weights are never opened; "
             "convert it to safetensors first"
         )
+    if config.chat_template:
+        shutil.copyfile(BUILT_IN_TEMPLATES / f"{config.chat_template}.jinja", directory / TEMPLATE)
     if config.file and not (directory / Path(config.file).name).exists():
         raise SourceError(f"source.file: {config.file} is not in {config.model}; correct the name or remove it")
     require_harmless(directory)

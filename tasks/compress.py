@@ -31,6 +31,7 @@ from lilliput.params import load_params
 from lilliput.records import CompressCost
 from lilliput.saving import probe_logits, prove_reload, require_finite, save_model
 from lilliput.training.checkpoint import fingerprint
+from lilliput.training.examples import TurnRules
 from tasks import layout
 from tasks.process.accelerate import is_main, launch, launch_command
 from tasks.process.console import ERROR, EXIT_REFUSED
@@ -78,7 +79,7 @@ def _checkpoints(params: Params, candidate: str, parent: Manifest) -> Path:
         params.strategy_config(candidate).model_dump(mode="json"),
         parent.artifact_sha256,
         teacher and read_manifest(layout.model(teacher)).artifact_sha256,
-        params.data.system_prompt,
+        [params.data.system_prompt, params.data.train_on, params.data.longest_row_tokens],
         {path.name: file_sha256(path) for path in sorted(layout.DATA.glob("*.jsonl"))},
     )
     folder = layout.checkpoints(candidate)
@@ -99,6 +100,7 @@ def _context(params: Params, candidate: str, checkpoints: Path) -> Context:
     return Context(
         parent=layout.model(spec.parent),
         system_prompt=params.data.system_prompt,
+        turn_rules=TurnRules(params.data.train_on, params.data.longest_row_tokens),
         open_corpus=lambda: read_corpus(layout.DATA),
         teacher=layout.model(spec.teacher) if spec.teacher else None,
         gguf_file=Path(file).name if file else None,

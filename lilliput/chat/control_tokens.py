@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 WORD_JOINER = "\u2060"
 _LIKE_CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
@@ -31,6 +32,14 @@ class ControlTokens:
         while self._pattern.search(text):  # again, because control tokens may overlap
             text = self._pattern.sub(lambda match: match[0][0] + WORD_JOINER + match[0][1:], text)
         return text
+
+    def split_in(self, value: Any) -> Any:
+        """Returns the JSON value with `split` applied to all its texts, also to keys."""
+        if isinstance(value, str):
+            return self.split(value)
+        if isinstance(value, dict):
+            return {self.split(key): self.split_in(entry) for key, entry in value.items()}
+        return [self.split_in(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def looks_like_control(text: str) -> bool:

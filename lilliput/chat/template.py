@@ -1,18 +1,21 @@
-"""Encodes questions and answers with the model's own chat template."""
+"""Encodes conversations with the model's own chat template."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lilliput.chat.control_tokens import ControlTokens, looks_like_control
+from lilliput.data.conversations import Conversation, Message
+from lilliput.data.rows import Row, prompt_turns
 from lilliput.errors import DataError
 
 # The date that training and evaluation put into templates with "today" in them (docs/decisions/chat-templates.md).
@@ -30,12 +33,14 @@ _PIN_DATE = (
 _DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdeDFGHIjkmMpRsSTuUVwWxXyYzZ"]
 _PROBE_QUESTION, _PROBE_ANSWER = "lilliput-question", "lilliput-answer"
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
+    tools: Tools = (),
     *,
     answer_follows: bool = True,
     date: datetime | None = PINNED_DATE,
@@ -44,7 +49,8 @@ def render(
 
     Args:
         tokenizer: has a chat template.
-        messages: role and content of each turn.
+        messages: each turn in the form of OpenAI's API, but with the arguments of calls as objects.
+        tools: the functions that may be called.
         answer_follows: ends the text with the header of the assistant's turn.
         date: replaces today's date in the template; pinned so that results do not depend on the day. None inserts
             `{{date:FORMAT}}` (strftime) instead.
@@ -56,7 +62,12 @@ def render(
         variables["date_parts"] = [[name, date.strftime(name)] for name in _DIRECTIVES] if date else []
         variables["date_marks"] = ["", ""] if date else ["{{date:", "}}"]
     text = tokenizer.apply_chat_template(
-        list(messages), chat_template=template, tokenize=False, add_generation_prompt=answer_follows, **variables
+        list(messages),
+        tools=[dict(tool) for tool in tools] or None,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=answer_follows,
+        **variables,
     )
     return str(text)
 
@@ -84,26 +95,100 @@ def conversation(system_prompt: str, question: str, answer: str | None = None) -
     return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
 
 
-def prompt_messages(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> list[dict[str, str]]:
-    """Returns the messages of system prompt and `question`, whose control tokens are split.
+def prompt_messages(tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: Row | str) -> list[dict[str, Any]]:
+    """Returns the messages before the answer to `row` (or to a user's text), whose control tokens are split.
 
-    The gateway splits them as well, because a question is untrusted text.
+    The gateway splits them as well, because they are untrusted text.
     """
-    return conversation(system_prompt, _control_tokens(tokenizer).split(question))
+    return as_messages(tokenizer, prompt_turns(row, system_prompt))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, question: str) -> list[int]:
+def as_messages(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> list[dict[str, Any]]:
+    """Returns `turns` in the form of OpenAI's API; their control tokens are split."""
+    return [_control_tokens(tokenizer).split_in(turn.as_openai()) for turn in turns]
+
+
+def row_tools(tokenizer: PreTrainedTokenizerBase, row: Row | str) -> list[dict[str, Any]]:
+    """Returns the functions that may be called in `row`, whose control tokens are split."""
+    return _control_tokens(tokenizer).split_in(row.tools) if isinstance(row, Conversation) else []
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: Row | str) -> list[int]:
     """Returns the token ids of `prompt_messages`, up to the beginning of the assistant's answer.
 
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: the tokenizer has no chat template, or it cannot render the row.
     """
+    return encode_text(tokenizer, render_prompt(tokenizer, system_prompt, row))
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: Row | str) -> str:
+    """Returns the text of `encode_prompt`."""
     if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template, so questions cannot be encoded; "
             "use an instruction-tuned model or add `chat_template` to its tokenizer_config.json"
         )
-    return encode_text(tokenizer, render(tokenizer, prompt_messages(tokenizer, system_prompt, question)))
+    tools = row_tools(tokenizer, row)
+    if tools:
+        require_tools(tokenizer)
+    return render_row(tokenizer, prompt_messages(tokenizer, system_prompt, row), tools)
+
+
+def render_row(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = (), *, answer_follows: bool = True
+) -> str:
+    """Returns `render`; what the template rejects is an error of the data.
+
+    Raises:
+        DataError: the template rejects the messages, such as an order of roles.
+    """
+    try:
+        return render(tokenizer, messages, tools, answer_follows=answer_follows)
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(
+            f"the model's chat template rejects a conversation of the roles {roles} ({error}); correct the row or "
+            "choose a model whose template accepts it"
+        ) from None
+
+
+def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the chat template shows functions, calls and results.
+
+    Raises:
+        DataError: it ignores or rejects one of them.
+    """
+    if missing := _missing_in_template(tokenizer, tokenizer.get_chat_template()):
+        raise DataError(
+            f"the data has functions, but the model's chat template does not show {missing}; set "
+            "`source.chat_template: chatml-tools` (docs/data.md), or choose a model that was trained to call functions"
+        )
+
+
+@lru_cache(maxsize=8)
+def _missing_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """Returns what the chat template does not show of a conversation with functions; None if it shows everything."""
+    del template
+    name, value, result = "probe_function", "probe-value", "probe-result"
+    schema = {"type": "object", "properties": {"probe": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": name, "description": "Probe.", "parameters": schema}}
+    call = {"id": "probe0000", "type": "function", "function": {"name": name, "arguments": {"probe": value}}}
+    question = conversation("", _PROBE_QUESTION)[1:]
+    called = [*question, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    answered = [*called, {"role": "tool", "tool_call_id": "probe0000", "name": name, "content": result}]
+    for missing, text, messages, tools in (
+        ("functions", name, question, [tool]),
+        ("calls of functions", value, called, [tool]),
+        ("results of functions", result, answered, [tool]),
+    ):
+        try:
+            shown = text in render(tokenizer, messages, tools, answer_follows=messages[-1]["role"] != "assistant")
+        except Exception:  # the template's code may raise anything
+            shown = False
+        if not shown:
+            return missing
+    return None
 
 
 @lru_cache(maxsize=8)

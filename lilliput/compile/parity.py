@@ -97,7 +97,7 @@ def _job(
     """Returns the work of the compiled model; `compared` are its choice questions."""
     text = _text(tokenizer, questions, config.tokens)
     options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in compared]
-    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in compared]
+    prompts = [encode_prompt(tokenizer, system_prompt, question) for question in compared]
     score = list(zip(prompts, options, strict=True))
     longest = max((len(prompt) + max(map(len, answers)) for prompt, answers in score), default=0)
     return DeviceJob(

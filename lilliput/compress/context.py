@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from lilliput.data.corpus import Corpus
-from lilliput.data.questions import Question
-from lilliput.training.examples import Example, encode_examples
+from lilliput.data.rows import Row, has_answer
+from lilliput.training.examples import ALL_TURNS, Example, TurnRules, encode_examples
 
 _HELD_OUT_QUESTIONS = 32
 
@@ -22,12 +23,13 @@ class Context:
 
     Attributes:
         parent: folder of the parent's checkpoint; for `load`, of the fetched source.
-        system_prompt: the system message before each question.
+        system_prompt: the system message before each row that has none.
         open_corpus: reads the corpus; strategies use `corpus`.
         teacher: folder of the teacher's checkpoint; None for a candidate without a teacher.
         gguf_file: name of the GGUF file in the source's folder; None for a source in safetensors.
         checkpoints: folder from which a killed training resumes (see `train`); None for no checkpoints.
         teacher_logits: folder for the logits of teachers; required by `distill` with `teacher_logits: stored`.
+        turn_rules: the turns of conversations that are learnt.
     """
 
     parent: Path
@@ -37,6 +39,7 @@ class Context:
     gguf_file: str | None = None
     checkpoints: Path | None = None
     teacher_logits: Path | None = None
+    turn_rules: TurnRules = ALL_TURNS
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -44,23 +47,24 @@ class Context:
         return self.open_corpus()
 
     @property
-    def held_out(self) -> list[Question]:
-        """Answerable questions of the question set, for perplexity before and after quantisation."""
-        return [question for question in self.corpus.questions if question.answerable][:_HELD_OUT_QUESTIONS]
+    def held_out(self) -> list[Row]:
+        """Answerable rows of the question set that have an answer, for perplexity before and after quantisation."""
+        answered = (row for row in self.corpus.questions if row.answerable and has_answer(row))
+        return list(islice(answered, _HELD_OUT_QUESTIONS))
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
-        """Returns the first `count` calibration questions with their answers as token ids."""
-        return encode_examples(tokenizer, self.system_prompt, self.corpus.calibration[:count])
+        """Returns the first `count` calibration rows with their answers as token ids."""
+        return encode_examples(tokenizer, self.system_prompt, self.corpus.calibration[:count], self.turn_rules)
 
-    def for_training(self, name: str, questions: Sequence[Question]) -> Context:
+    def for_training(self, name: str, rows: Sequence[Row]) -> Context:
         """Returns a copy for one of several trainings.
 
         Args:
             name: the subfolder of `checkpoints` that the training uses.
-            questions: its training questions.
+            rows: its training rows.
         """
         return replace(
             self,
-            open_corpus=lambda: replace(self.corpus, train=questions),
+            open_corpus=lambda: replace(self.corpus, train=rows),
             checkpoints=self.checkpoints and self.checkpoints / name,
         )

@@ -50,7 +50,9 @@ def distill(context: Context, config: DistillConfig) -> Result:
     _require_compatible(student, teacher, config)
     model, tokenizer = open_model(student)
     torch.manual_seed(config.seed)
-    training, validation = training_examples(tokenizer, context.system_prompt, context.corpus.train, config)
+    training, validation = training_examples(
+        tokenizer, context.system_prompt, context.corpus.train, config, context.turn_rules
+    )
     if config.on_policy_share and sharded():
         raise StrategyError("on_policy_share: a student sharded by FSDP cannot generate answers; set it to 0")
     if config.teacher_logits == "stored":
@@ -61,7 +63,7 @@ def distill(context: Context, config: DistillConfig) -> Result:
         opened = cast(PreTrainedModel, cast(torch.nn.Module, open_model(teacher)[0]).to(training_device()))
         loss = distillation_loss(opened, tokenizer, config, origins)
     history = train(model.train(), training, pad_id(tokenizer), config, loss, validation, context.checkpoints)
-    return Result(model.eval(), tokenizer, training_facts(history, config) | facts, history)
+    return Result(model.eval(), tokenizer, training_facts(history, config, training) | facts, history)
 
 
 def _require_compatible(student: Path, teacher: Path, config: DistillConfig) -> None:
@@ -86,7 +88,7 @@ def _stored_logits(
     """Returns the teacher's likeliest tokens on all training questions, from the cache if they are there."""
     assert context.teacher_logits is not None, "`teacher_logits: stored` requires a folder for the logits"
     sha256 = read_manifest(teacher).artifact_sha256
-    examples = encode_examples(tokenizer, context.system_prompt, context.corpus.train)
+    examples = encode_examples(tokenizer, context.system_prompt, context.corpus.train, context.turn_rules)
     with main_process_first():
         return stored_logits(
             context.teacher_logits,
@@ -186,8 +188,7 @@ def sample_answers(
     Samples with torch's global random state, which a checkpoint stores, at `config.sample_temperature`, up to an end
     token or `config.sample_tokens`. Leaves the model in training mode.
     """
-    in_prompt = (batch["attention_mask"] == 1) & (batch["labels"] == IGNORED)
-    prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], in_prompt, strict=True)]
+    prompts = [_before_last_answer(*rows) for rows in zip(batch["input_ids"], batch["labels"], strict=True)]
     pad, ends, longest = pad_id(tokenizer), end_ids(tokenizer, model.generation_config), max(map(len, prompts))
     device = batch["input_ids"].device
     model.eval()
@@ -208,6 +209,14 @@ def sample_answers(
     answers = [_up_to_end(ends, row) for row in generated[:, longest:].tolist()]
     examples = [Example(p + a, [IGNORED] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
     return {name: tensor.to(device) for name, tensor in collate(examples, pad).items()}
+
+
+def _before_last_answer(ids: torch.Tensor, labels: torch.Tensor) -> list[int]:
+    """Returns the ids before the last run of labels, which end a text."""
+    learnt = labels != IGNORED
+    stop = int(learnt.nonzero()[-1])
+    before = (~learnt[:stop]).nonzero()
+    return ids[: int(before[-1]) + 1].tolist()
 
 
 def _up_to_end(ends: Sequence[int], ids: list[int]) -> list[int]:

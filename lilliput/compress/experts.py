@@ -256,7 +256,9 @@ def train_routers(
     for name, weight in mixture.named_parameters():
         weight.requires_grad_(name.endswith(".mlp.gate.weight"))
     set_active(mixture, max(2, config.active))
-    training, validation = training_examples(tokenizer, context.system_prompt, context.corpus.train, config)
+    training, validation = training_examples(
+        tokenizer, context.system_prompt, context.corpus.train, config, context.turn_rules
+    )
     folder, settings = context.checkpoints and context.checkpoints / "routers", router_settings(config)
     history = train(mixture.train(), training, pad_id(tokenizer), settings, label_loss, validation, folder)
     mixture.eval()

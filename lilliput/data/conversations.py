@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -172,7 +171,7 @@ class Conversation(Part):
     group: Text
     split: Literal["train", "test"] | None = None
 
-    @cached_property
+    @property
     def prompt(self) -> tuple[Message, ...]:
         """The turns before the reference answer."""
         return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
@@ -182,7 +181,7 @@ class Conversation(Part):
         """The last turn, if it is the assistant's."""
         return self.messages[-1] if self.messages[-1].role == "assistant" else None
 
-    @cached_property
+    @property
     def expectation(self) -> Expectation:
         """`expect`, or what the reference answer implies: its calls, or its text as a reference."""
         if self.expect is not None:
@@ -208,7 +207,7 @@ class Conversation(Part):
         """Whether something other than an abstention is right."""
         return self.expectation.kind != "abstain"
 
-    @cached_property
+    @property
     def user_text(self) -> str:
         """The user's last turn in the prompt."""
         return next((turn.text for turn in reversed(self.prompt) if turn.role == "user"), "")

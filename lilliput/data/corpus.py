@@ -26,12 +26,14 @@ class Corpus:
 
     Attributes:
         source: what became of the source's rows; None for a corpus that was read, and for questions.
+        report: the same for people.
     """
 
     train: Sequence[Row]
     calibration: Sequence[Row]
     questions: Sequence[Row]
     source: dict[str, Any] | None = None
+    report: str | None = None
 
     @property
     def summary(self) -> dict[str, Any]:

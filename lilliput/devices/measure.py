@@ -56,7 +56,7 @@ def measure_on_devices(
     drawn = stratified_sample(questions, config.timed_queries, config.seed)
     random.Random(config.seed).shuffle(drawn)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    prompts = [encode_prompt(tokenizer, params.data.system_prompt, question.question) for question in drawn]
+    prompts = [encode_prompt(tokenizer, params.data.system_prompt, row) for row in drawn]
     runs: dict[str, DeviceRun] = {}
     peak, cpu_s = 0, 0.0
     for name, device in params.devices.items():

@@ -42,7 +42,7 @@ def score_choices(
     The end-of-turn token is not counted, as in lm-evaluation-harness: it would penalise a model that was not tuned to
     stop after a short answer.
     """
-    prompts = [encode_prompt(tokenizer, system_prompt, question.question) for question in questions]
+    prompts = [encode_prompt(tokenizer, system_prompt, question) for question in questions]
     options = [[encode_answer(tokenizer, choice, end=False) for choice in question.choices] for question in questions]
     scores = runtime.score(prompts, options)
     return [

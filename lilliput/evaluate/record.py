@@ -246,7 +246,7 @@ def verdict_row(text: str, question: Question, verdict: Verdict) -> dict[str, An
 
 
 def _prompts(tokenizer: Any, params: Params, questions: Sequence[Question]) -> list[list[int]]:
-    return [encode_prompt(tokenizer, params.data.system_prompt, question.question) for question in questions]
+    return [encode_prompt(tokenizer, params.data.system_prompt, question) for question in questions]
 
 
 def _answer_choices(

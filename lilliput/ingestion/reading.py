@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lilliput.config import HUB_SOURCE
+from lilliput.config import is_hub
 from lilliput.errors import DataError
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -45,7 +45,7 @@ def read_source(source: str, root: Path) -> Iterator[RawRow]:
         DataError: there is no such file, or it is not of a supported type.
         SourceError: the hub's dataset cannot be fetched.
     """
-    if HUB_SOURCE.fullmatch(source):
+    if is_hub(source):
         from lilliput.ingestion.hub import read_hub
 
         yield from read_hub(source)

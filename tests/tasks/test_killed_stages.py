@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lilliput.artifacts import verify
+from lilliput.artifacts import read_record, verify
 from lilliput.params import load_params
+from lilliput.records import CompressCost
+from lilliput.training.answer_loss import label_loss
+from tasks.compress import compress
 from tests.killing import killed_at
 
 KILLS = int(os.environ.get("LILLIPUT_KILLS", "24"))  # of each stage, in the slow test
@@ -76,12 +81,39 @@ def without_reload(monkeypatch):
     monkeypatch.setattr("tasks.compress.prove_reload", lambda *_: 0.0)
 
 
+def interrupted_at(step: int):
+    """Returns the loss of a training that is interrupted at `step`."""
+    steps = itertools.count(1)
+
+    def loss(model, batch):
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        return label_loss(model, batch)
+
+    return loss
+
+
 def test_stages_killed_at_some_of_their_writes_end_with_the_same_bytes(project, monkeypatch, without_reload):
     monkeypatch.chdir(project)
     import peft  # noqa: F401 - once, not in each child
     import transformers  # noqa: F401
 
     assert kill_stages(project, kills=1, reach=12) >= 4
+
+
+def test_the_cost_of_a_resumed_training_names_its_checkpoint(project, tmp_path, monkeypatch, without_reload):
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    params = load_params(Path("params.yaml"))
+    for stage in STAGES[:-1]:
+        getattr(importlib.import_module(f"tasks.{stage[0]}"), stage[1])(params, *stage[2:])
+    with monkeypatch.context() as patch:
+        patch.setattr("lilliput.compress.lora.label_loss", interrupted_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            compress(params, "lora")
+    compress(params, "lora")
+    cost = read_record(CompressCost, Path("costs/lora.json"))
+    assert (cost.resumed_from or "").endswith("checkpoint-2")
 
 
 @pytest.mark.night

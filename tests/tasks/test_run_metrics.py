@@ -19,7 +19,7 @@ RECORD = results.evaluation(
 MANIFEST = Manifest.model_construct(
     strategy="gptq", config={"bits": 4}, facts={"bits": 4, "perplexity_after": 3.0, "kept": ["lm_head"]}
 )
-COST = CompressCost(seconds=1.0, cpu_seconds=2.0, peak_rss_bytes=3, resumed_from=4)
+COST = CompressCost(seconds=1.0, cpu_seconds=2.0, peak_rss_bytes=3, resumed_from="checkpoint-4")
 
 
 def test_candidate_metrics_have_sections_and_omit_values_that_no_chart_needs():
