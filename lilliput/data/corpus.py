@@ -71,8 +71,8 @@ def read_corpus(directory: Path) -> Corpus:
     """
     if missing := [name for name in FILES if not (directory / f"{name}.jsonl").is_file()]:
         raise DataError(f"{directory}: no corpus here ({missing[0]}.jsonl is missing); build it with the data stage")
-    train, *others = (open_rows(directory / f"{name}.jsonl") for name in FILES)
-    return Corpus(train, *(list(rows.each_once()) for rows in others))
+    train, calibration, questions = (open_rows(directory / f"{name}.jsonl") for name in FILES)
+    return Corpus(train, [*calibration.each_once()], [*questions.each_once()])
 
 
 @dataclass

@@ -8,7 +8,7 @@ import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar, cast, overload
+from typing import IO, Any, Generic, TypeVar, cast, overload
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,7 +36,7 @@ class RowFile(Sequence[RowType], Generic[RowType]):
         DataError: the file is missing or empty; on access, the line is not a valid row.
     """
 
-    def __init__(self, path: Path, kind: type[RowType], stream: BinaryIO | None = None) -> None:
+    def __init__(self, path: Path, kind: type[RowType], stream: IO[bytes] | None = None) -> None:
         self._path, self._kind, self._starts, self._numbers = path, kind, array("Q"), array("Q")
         try:
             if stream:
@@ -53,7 +53,7 @@ class RowFile(Sequence[RowType], Generic[RowType]):
         if not self._starts:
             raise DataError(f"{path}: empty question set; give at least one question a line (docs/data.md)")
 
-    def _index(self, stream: BinaryIO) -> None:
+    def _index(self, stream: IO[bytes]) -> None:
         for number, start in index_lines(stream, self._path):
             self._starts.append(start)
             self._numbers.append(number)

@@ -188,7 +188,7 @@ def _invalid_tools(text: str) -> str | None:
     return None
 
 
-def _invalid_schema(schema: Mapping[str, Any]) -> str | None:
+def _invalid_schema(schema: dict[str, Any]) -> str | None:
     """Returns why `schema` is not JSON Schema by itself; references to other documents would be downloaded."""
     import jsonschema_rs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -21,13 +22,17 @@ def read_hub(source: str) -> Iterator[RawRow]:
         SourceError: the dataset cannot be fetched, or a config or split has to be chosen.
     """
     import datasets
+    import huggingface_hub
 
-    # A bar per file would replace the messages of the flow.
+    # Bars and notes about the dataset's card would stand between the messages of the flow.
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     reference, _, query = source.removeprefix("hub:").partition("?")
     options = dict(parse_qsl(query))
     repository, _, commit = reference.partition("@")
     splits = _load(source, repository, commit, options.get("config"))
+    _require_commit(source, splits, commit)
     for name in _chosen(source, options.get("split"), list(splits)):
         batches = (_rows(batch) for batch in splits[name].iter(batch_size=_BATCH_ROWS))
         yield from arrow_rows(batches, f"{reference} {name}", None if "split" in options else split_of_name(name))
@@ -55,6 +60,18 @@ def _load(source: str, repository: str, commit: str, config: str | None) -> Any:
             f"data.source: {source} cannot be read ({_first_line(error)}); choose a config by `?config=<name>`, or "
             "download the files and name their folder"
         ) from None
+
+
+def _require_commit(source: str, splits: Any, commit: str) -> None:
+    """Rejects another commit: if the hub does not answer, `datasets` opens the latest one that is in its cache."""
+    for split in splits.values():
+        for file in split.cache_files:
+            if commit not in Path(file["filename"]).parts:
+                raise SourceError(
+                    f"data.source: {source} cannot be fetched, and the cache has another commit only; check the "
+                    "network, or unset HF_HUB_OFFLINE",
+                    temporary=True,
+                )
 
 
 def _chosen(source: str, split: str | None, names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:  # loading a corpus should not import numpy
     import numpy as np
@@ -29,14 +29,21 @@ _LARGE_RUN = 64  # texts with a rare piece and a band in common that are joined 
 _CACHED_TEXTS = 4096
 
 
-class StoredTexts(Sequence[str]):
+class Texts(Protocol):
+    """Texts by their place."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: int, /) -> str: ...
+
+
+class StoredTexts:
     """Texts in an open file; 8 bytes of memory per text.
 
     Args:
         stream: an empty file, open for writing and reading.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._ends, self._flushed = stream, array("Q", [0]), True
 
     def append(self, text: str) -> None:
@@ -47,7 +54,7 @@ class StoredTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, place: int) -> str:
         start, end = self._ends[place], self._ends[place + 1]
         if not self._flushed:
             self._stream.flush()
@@ -55,11 +62,11 @@ class StoredTexts(Sequence[str]):
         return os.pread(self._stream.fileno(), end - start, start).decode("utf-8", "surrogatepass")
 
 
-def cluster(texts: Sequence[str]) -> tuple[array[int], array[int]]:
+def cluster(texts: Texts) -> tuple[array[int], array[int]]:
     """Returns per text the number of its cluster, which is the place of one of its texts, and the text's digest."""
     import numpy as np
 
-    digests = array("Q", (_digest(text) for text in texts))
+    digests = array("Q", (_digest(texts[place]) for place in range(len(texts))))
     values, firsts, inverse = np.unique(np.array(digests), return_index=True, return_inverse=True)
     del values
     finder = _Finder(texts)
@@ -90,18 +97,20 @@ def _similarity(one: frozenset[str], other: frozenset[str]) -> float:
     return common / (len(one) + len(other) - common)
 
 
-def _bands(texts: Sequence[str], places: np.ndarray) -> np.ndarray:
+def _bands(texts: Texts, places: np.ndarray) -> np.ndarray:
     """Returns a hash per text and band: uint32 (texts, bands)."""
     import numpy as np
     import rensa
+
+    signatures_of = cast("Any", rensa).RMinHash.digests_from_token_sets  # rensa has no types
 
     bands = np.empty((len(places), _BANDS), np.uint32)
     factors = np.array([2 * number + 0x9E3779B97F4A7C15 for number in range(_BAND_ROWS)], np.uint64)
     for start in range(0, len(places), _CHUNK_TEXTS):
         pieces = [list(_pieces(texts[place])) for place in places[start : start + _CHUNK_TEXTS].tolist()]
-        signatures = np.array(
-            rensa.RMinHash.digests_from_token_sets(pieces, _BANDS * _BAND_ROWS, _SEED), np.uint64
-        ).reshape(len(pieces), _BANDS, _BAND_ROWS)
+        signatures = np.array(signatures_of(pieces, _BANDS * _BAND_ROWS, _SEED), np.uint64).reshape(
+            len(pieces), _BANDS, _BAND_ROWS
+        )
         mixed = ((signatures + np.arange(1, _BAND_ROWS + 1, dtype=np.uint64)) * factors).sum(axis=2, dtype=np.uint64)
         bands[start : start + len(pieces)] = (mixed >> np.uint64(32)).astype(np.uint32)
     return bands
@@ -121,7 +130,7 @@ def _equal_runs(values: np.ndarray) -> Iterator[np.ndarray]:
 class _Finder:
     """Clusters of texts, joined pair by pair (union-find)."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Texts) -> None:
         self._parents = array("Q", range(len(texts)))
         self._pieces_of = lru_cache(_CACHED_TEXTS)(lambda place: _pieces(texts[place]))
 
