@@ -72,7 +72,7 @@ def check_length(turns: Sequence[Turn], tools: Sequence[Any]) -> None:
     if sum(len(turn["content"] or "") for turn in turns) > LONGEST_CHARACTERS:
         raise UnusableError(_TOO_LONG)
     calls = [turn["tool_calls"] for turn in turns if "tool_calls" in turn]
-    if len(json.dumps([calls, tools], ensure_ascii=False)) > LONGEST_CHARACTERS:
+    if (calls or tools) and len(json.dumps([calls, tools], ensure_ascii=False)) > LONGEST_CHARACTERS:
         raise UnusableError(_TOO_LONG)
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lilliput.data.conversations import Conversation
 from lilliput.data.questions import Question
 from lilliput.data.row_file import explain
-from lilliput.data.rows import Row
+from lilliput.data.rows import Row, normalised_line
 from lilliput.ingestion import formats
 from lilliput.ingestion.checks import check_calls, check_length, check_tools, check_turns, read_expectation
 from lilliput.ingestion.formats import QUESTION, Format
@@ -42,7 +42,11 @@ class Intake:
         self._splits: dict[str, str] = {}
 
     def rows(self) -> Iterator[Row]:
-        """Yields the usable rows; a row without a group has the group NO_GROUP.
+        """Yields the rows of `lines`."""
+        return (row for row, _ in self.lines())
+
+    def lines(self) -> Iterator[tuple[Row, bytes]]:
+        """Yields the usable rows and their normalised lines; a row without a group has the group NO_GROUP.
 
         Raises:
             DataError: after the last row, with all mistakes; or the source has no usable row or cannot be read.
@@ -52,6 +56,7 @@ class Intake:
             self.report.read += 1
             try:
                 row = self._row(raw)
+                line = _encoded(row)
             except MistakeError as error:
                 self.problems.add(raw.place, str(error))
             except RecursionError:
@@ -60,7 +65,7 @@ class Intake:
                 self.report.skip(raw.place, str(reason))
             else:
                 self.report.used += 1
-                yield row
+                yield row, line
         self._require_rows()
         self.problems.require_none()
 
@@ -156,9 +161,16 @@ def inspect(source: str, root: Path) -> Report:
         SourceError: the hub's dataset cannot be fetched.
     """
     intake = Intake(source, root)
-    for _ in intake.rows():
+    for _ in intake.lines():
         pass
     return intake.report
+
+
+def _encoded(row: Row) -> bytes:
+    try:
+        return normalised_line(row).encode()
+    except UnicodeEncodeError:
+        raise MistakeError("half of a surrogate pair in a text; correct the text's encoding") from None
 
 
 def _name(value: Any, key: str) -> str | None:

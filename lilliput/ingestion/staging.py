@@ -12,7 +12,7 @@ from lilliput.data.conversations import Conversation
 from lilliput.data.lazy import Lazy
 from lilliput.data.questions import Question, normalise
 from lilliput.data.row_file import RowFile
-from lilliput.data.rows import Row, normalised_line, request_text, wording
+from lilliput.data.rows import Row, request_text, wording
 from lilliput.ingestion.intake import NO_GROUP, Intake
 from lilliput.ingestion.near_duplicates import StoredTexts, cluster
 from lilliput.ingestion.outcomes import Report
@@ -47,12 +47,11 @@ def stage(source: str, root: Path) -> Staged:
         tempfile.TemporaryFile(dir=root, buffering=_BUFFER_BYTES) as stream,
     ):
         texts, splits, derived = StoredTexts(stream), bytearray(), bytearray()
-        for row in intake.rows():
-            lines.write(_encoded(row, intake))
+        for row, line in intake.lines():
+            lines.write(line)
             derived.append(row.group == NO_GROUP)
             splits.append({None: 0, "train": _TRAIN, "test": _TEST}[row.split])
             texts.append(group_text(row))
-        intake.problems.require_none()
         lines.seek(0)
         path = root / source
         if intake.report.format == "question":
@@ -67,14 +66,6 @@ def group_text(row: Row) -> str:
     """Returns the text by which rows without a group are grouped; rows of equal wording have equal texts."""
     plain = wording(row)
     return normalise(plain) or plain or request_text(row)
-
-
-def _encoded(row: Row, intake: Intake) -> bytes:
-    try:
-        return normalised_line(row).encode()
-    except UnicodeEncodeError:
-        intake.problems.add(row.id, "half of a surrogate pair in a text; correct the text's encoding")
-        return b""
 
 
 def _with_groups(

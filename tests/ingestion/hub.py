@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "org/chats"
@@ -67,21 +67,16 @@ def _handler(files: dict[str, bytes], requests: list[str]) -> type[BaseHTTPReque
             path = unquote(urlsplit(self.path).path)
             requests.append(f"{self.command} {self.path}")
             api, resolve = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/{COMMIT}/"
-            if path in (api, f"{api}/revision/{COMMIT}"):
+            if path == f"{api}/revision/{COMMIT}":
                 self._reply(information)
             elif path.startswith(f"{api}/tree/{COMMIT}"):
-                children = _children(entries, path.removeprefix(f"{api}/tree/{COMMIT}").strip("/"))
-                self._reply(children, 200) if children else self._reply({}, 404)
-            elif path == f"{api}/paths-info/{COMMIT}":
-                length = int(self.headers.get("Content-Length", 0))
-                wanted = parse_qs(self.rfile.read(length).decode())["paths"]
-                self._reply([entry for entry in entries if entry["path"] in wanted])
+                self._reply(_children(entries, path.removeprefix(f"{api}/tree/{COMMIT}").strip("/")))
             elif path.startswith(resolve) and path.removeprefix(resolve) in files:
                 self._send(files[path.removeprefix(resolve)], "application/octet-stream")
             else:
                 self._reply({}, 404)
 
-        do_HEAD = do_POST = do_GET
+        do_HEAD = do_GET
 
         def _reply(self, value: object, status: int = 200) -> None:
             self._send(json.dumps(value).encode(), "application/json", status)
