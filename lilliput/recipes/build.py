@@ -59,9 +59,8 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
         pick(rows, _draw(train, len(train), config.seed, "order")),
         list(pick(rows, _calibration(answerable, unanswerable, config))),
         list(pick(rows, _draw(questions, len(questions), config.seed, "questions"))),
-        None
-        if report is None
-        else report.summary | {"not_used": _not_used(sides, outline, len(train), len(questions))},
+        report and report.summary | {"not_used": _not_used(sides, outline, len(train), len(questions))},
+        report and report.text,
     )
     _require_disjoint(corpus, path)
     return corpus
