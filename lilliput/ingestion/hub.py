@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from lilliput.errors import SourceError
-from lilliput.ingestion.reading import RawRow, arrow_rows, split_of_name
+from lilliput.ingestion.raw_rows import RawRow, arrow_rows, split_of_name
 
 _BATCH_ROWS = 256
 

@@ -19,7 +19,8 @@ from lilliput.ingestion import formats
 from lilliput.ingestion.checks import check_calls, check_length, check_tools, check_turns, read_expectation
 from lilliput.ingestion.formats import QUESTION, Format
 from lilliput.ingestion.outcomes import MistakeError, Problems, Report, UnusableError
-from lilliput.ingestion.reading import RawRow, read_source
+from lilliput.ingestion.raw_rows import RawRow
+from lilliput.ingestion.reading import read_source
 
 NO_GROUP = "-"  # of rows whose group is derived later
 _TOO_DEEP = "nested too deeply; flatten it"

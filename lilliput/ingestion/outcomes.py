@@ -103,7 +103,7 @@ class Report:
 
     def _skipped(self) -> list[str]:
         return [
-            f"{count:,} rows {reason} skipped (first: {self.first_skipped[reason]})"
+            f"{count:,} row{'s' if count > 1 else ''} {reason} skipped (first: {self.first_skipped[reason]})"
             for reason, count in self.skipped.items()
         ]
 

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lilliput.config import is_hub
 from lilliput.errors import DataError
+from lilliput.ingestion.hub import read_hub
+from lilliput.ingestion.raw_rows import RawRow, Split, arrow_rows, split_of_name
 
 SUFFIXES = (".jsonl", ".parquet")
 _BATCH_ROWS = 256
-_SIDE = re.compile(r"(train|test)(?=[-_.]|$)")
-Split = Literal["train", "test"]
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read.
-
-    Attributes:
-        place: file and line, or file and row.
-        value: the row; a text if it could not be read: the problem and the remedy.
-        split: by the name of the file or of the hub's split.
-    """
-
-    place: str
-    value: dict[str, Any] | str
-    split: Split | None = None
 
 
 def read_source(source: str, root: Path) -> Iterator[RawRow]:
@@ -46,39 +29,19 @@ def read_source(source: str, root: Path) -> Iterator[RawRow]:
         SourceError: the hub's dataset cannot be fetched.
     """
     if is_hub(source):
-        from lilliput.ingestion.hub import read_hub
-
         yield from read_hub(source)
         return
     path = root / source
     if path.is_dir():
         for file in _files(path):
-            match = _SIDE.match(file.name)
-            yield from _read_file(file, f"{source.rstrip('/')}/{file.relative_to(path)}", _split(match))
+            name = f"{source.rstrip('/')}/{file.relative_to(path)}"
+            yield from _read_file(file, name, split_of_name(file.name))
     elif path.suffix in SUFFIXES:
         yield from _read_file(path, source, None)
     elif path.exists():
         raise DataError(f"{source}: not .jsonl or .parquet; convert it and correct `data.source` in params.yaml")
     else:
         raise DataError(f"{source}: no such file; correct `data.source` in params.yaml")
-
-
-def without_nulls(value: Any) -> Any:
-    """Returns `value` without keys that are null: Arrow gives every row the keys of all rows."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def split_of_name(name: str) -> Split | None:
-    """Returns `train` or `test` for names such as `train`, `train-00000` and `test.jsonl`; otherwise None."""
-    return _split(_SIDE.match(name))
-
-
-def _split(match: re.Match[str] | None) -> Split | None:
-    if match is None:
-        return None
-    return "train" if match[1] == "train" else "test"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -131,12 +94,3 @@ def _read_parquet(path: Path, name: str, split: Split | None) -> Iterator[RawRow
             yield from arrow_rows((batch.to_pylist() for batch in file.iter_batches(_BATCH_ROWS)), name, split)
     except pyarrow.ArrowException as error:
         raise DataError(f"{name}: not a Parquet file that can be read ({error}); restore it") from None
-
-
-def arrow_rows(batches: Iterable[list[dict[str, Any]]], name: str, split: Split | None) -> Iterator[RawRow]:
-    """Yields the rows of Arrow batches, without null keys and with their number, from 1."""
-    number = 0
-    for batch in batches:
-        for row in batch:
-            number += 1
-            yield RawRow(f"{name}: row {number}", without_nulls(row), split)

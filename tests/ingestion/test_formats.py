@@ -24,7 +24,7 @@ from lilliput.data.conversations import (
 )
 from lilliput.data.row_file import line_of
 from lilliput.ingestion.intake import Intake
-from lilliput.ingestion.reading import without_nulls
+from lilliput.ingestion.raw_rows import without_nulls
 from lilliput.ingestion.staging import stage
 
 WEATHER = {

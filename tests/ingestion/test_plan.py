@@ -23,6 +23,7 @@ def planned(tmp_path, monkeypatch):
     lineage = SimpleNamespace(changes=lambda name: ["changed"] if name == "data" else [], close=lambda: None)
     monkeypatch.setattr("flows.engine.lineage.Lineage", lambda folder: lineage)
     monkeypatch.setattr("flows.engine.plan.plan", lambda *_: [])
+    monkeypatch.setattr("flows.democratize.print_plan", lambda planned: print("Plan"))
     return tmp_path
 
 
@@ -34,8 +35,7 @@ def test_the_plan_reports_what_is_in_the_source(planned, capsys):
     write(planned, ROW, ROW | {"output": ""})
     democratize._print_plan(planned, [])
     assert (
-        "chats.jsonl: Alpaca rows, 2; 1 rows without an answer skipped (first: chats.jsonl:2)"
-        in capsys.readouterr().out
+        "chats.jsonl: Alpaca rows, 2; 1 row without an answer skipped (first: chats.jsonl:2)" in capsys.readouterr().out
     )
 
 
