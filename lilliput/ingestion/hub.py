@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from lilliput.errors import SourceError
-from lilliput.ingestion.raw_rows import RawRow, arrow_rows, split_of_name
+from lilliput.ingestion.raw_rows import RawRow, arrow_rows, sides
 
 _BATCH_ROWS = 256
 
@@ -33,9 +33,9 @@ def read_hub(source: str) -> Iterator[RawRow]:
     repository, _, commit = reference.partition("@")
     splits = _load(source, repository, commit, options.get("config"))
     _require_commit(source, splits, commit)
-    for name in _chosen(source, options.get("split"), list(splits)):
+    for name, side in sides(_chosen(source, options.get("split"), list(splits))).items():
         batches = (_rows(batch) for batch in splits[name].iter(batch_size=_BATCH_ROWS))
-        yield from arrow_rows(batches, f"{reference} {name}", None if "split" in options else split_of_name(name))
+        yield from arrow_rows(batches, f"{reference} {name}", side)
 
 
 def _load(source: str, repository: str, commit: str, config: str | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,12 +33,15 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def split_of_name(name: str) -> Split | None:
-    """Returns `train` or `test` for names such as `train`, `train-00000` and `test.jsonl`; otherwise None."""
-    match = _SIDE.match(name)
-    if match is None:
-        return None
-    return "train" if match[1] == "train" else "test"
+def sides(names: Sequence[str]) -> dict[str, Split | None]:
+    """Returns the side of the split for names such as `train`, `train-00000` and `test.jsonl`.
+
+    None for all unless there are both sides: most datasets have only one part, `train`, of which some is held out.
+    """
+    found = {name: match[1] if (match := _SIDE.match(name)) else None for name in names}
+    if not {"train", "test"} <= set(found.values()):
+        return dict.fromkeys(names)
+    return {name: "train" if side == "train" else "test" if side else None for name, side in found.items()}
 
 
 def arrow_rows(batches: Iterable[list[dict[str, Any]]], name: str, split: Split | None) -> Iterator[RawRow]:

@@ -11,7 +11,7 @@ from typing import Any
 from lilliput.config import is_hub
 from lilliput.errors import DataError
 from lilliput.ingestion.hub import read_hub
-from lilliput.ingestion.raw_rows import RawRow, Split, arrow_rows, split_of_name
+from lilliput.ingestion.raw_rows import RawRow, Split, arrow_rows, sides
 
 SUFFIXES = (".jsonl", ".parquet")
 _BATCH_ROWS = 256
@@ -33,9 +33,11 @@ def read_source(source: str, root: Path) -> Iterator[RawRow]:
         return
     path = root / source
     if path.is_dir():
-        for file in _files(path):
+        files = _files(path)
+        of_name = sides([file.name for file in files])
+        for file in files:
             name = f"{source.rstrip('/')}/{file.relative_to(path)}"
-            yield from _read_file(file, name, split_of_name(file.name))
+            yield from _read_file(file, name, of_name[file.name])
     elif path.suffix in SUFFIXES:
         yield from _read_file(path, source, None)
     elif path.exists():

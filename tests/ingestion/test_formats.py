@@ -203,7 +203,14 @@ def test_a_folder_is_read_in_order_and_names_of_files_are_sides(tmp_path):
 
 def test_a_row_s_own_split_comes_before_the_name_of_its_file(tmp_path):
     write(tmp_path / "chats/train.jsonl", [chat("first", split="test")])
-    assert [row.split for row in Intake("chats", tmp_path).rows()] == ["test"]
+    write(tmp_path / "chats/test.jsonl", [chat("second", split="train")])
+    assert [row.split for row in Intake("chats", tmp_path).rows()] == ["train", "test"]
+
+
+def test_names_of_files_are_no_sides_if_there_is_only_one_side(tmp_path):
+    write(tmp_path / "chats/train-0.jsonl", [chat("first")])
+    write(tmp_path / "chats/train-1.jsonl", [chat("second")])
+    assert [row.split for row in Intake("chats", tmp_path).rows()] == [None, None]
 
 
 def test_ids_follow_the_content_and_repeated_rows_are_counted(tmp_path):

@@ -70,6 +70,8 @@ def test_an_unknown_dataset_split_and_config_are_named(tmp_path):
     assert "'dev' is none of them" in wrong[1]
     assert validation == ["b None"]
     assert "choose a config by `?config=<name>`" in config[1]
+    with serving({"data/train-00000-of-00001.jsonl": lines("a", "b")}) as (address, _):
+        assert read([hub()], tmp_path / "single", address) == [["a None", "b None"]]  # some of them are held out
     ((kind, message),) = read([hub()], tmp_path / "empty", OFFLINE, HF_HUB_OFFLINE="1")
     assert kind == "temporary"
     assert "unset HF_HUB_OFFLINE" in message
