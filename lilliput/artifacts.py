@@ -185,8 +185,9 @@ def seal(
     parameters: int,
     facts: dict[str, Any],
 ) -> Manifest:
-    """Writes the manifest of the finished files in `directory`, and returns it."""
+    """Writes the manifest of the finished files in `directory`, and returns it; replaces one that was copied there."""
     files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    files.pop(MANIFEST, None)
     manifest = Manifest(
         candidate=candidate,
         strategy=strategy,

@@ -26,6 +26,7 @@ from lilliput.config import (
     SparsifyConfig,
     TrainingConfig,
 )
+from lilliput.config.strategies import is_external_teacher
 from lilliput.errors import ConfigError, StrategyError
 from lilliput.shape import GROUP_SIZES, expert_numbers, fitting_group_sizes, linear_inputs, pruned
 
@@ -113,11 +114,12 @@ def _bad_teachers(params: Params) -> Iterable[str]:
             if spec.teacher is not None:
                 yield f"candidates.{name}.teacher: only `distill` has a teacher; remove it"
         elif spec.teacher is None:
-            yield f"candidates.{name}.teacher: missing; name an ancestor of this candidate to learn from"
-        elif spec.teacher not in ancestors(params, name):
+            yield f"candidates.{name}.teacher: missing; name an ancestor of this candidate, or a pinned model"
+        elif spec.teacher not in ancestors(params, name) and not is_external_teacher(spec.teacher):
             yield (
                 f"candidates.{name}.teacher: `{spec.teacher}` is not an ancestor of `{name}`, so a change of it would "
-                f"go unnoticed; choose one of: {', '.join(ancestors(params, name)) or 'none possible'}"
+                f"go unnoticed; choose one of: {', '.join(ancestors(params, name)) or 'none possible'}, or a pinned "
+                "model (hub:<org>/<model>@<commit of 40 hex digits>, path:<dir>)"
             )
 
 

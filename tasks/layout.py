@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
@@ -29,6 +30,11 @@ def is_workspace(folder: Path) -> bool:
 def model(candidate: str) -> Path:
     """The artefact of `candidate`; `source` is the fetched base model."""
     return Path("models") / candidate
+
+
+def external_teacher(teacher: str) -> Path:
+    """The fetched files of a pinned model outside the graph; not versioned, because `teacher` names it completely."""
+    return Path(".cache/teachers") / hashlib.sha256(teacher.encode()).hexdigest()[:16]
 
 
 def checkpoints(candidate: str) -> Path:

@@ -139,7 +139,7 @@ def test_unpinned_source_is_refused(raw, tmp_path):
     assert "sha256" in refusal(raw, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["examples/tiny.yaml"])
+@pytest.mark.parametrize("name", ["examples/tiny.yaml", "examples/phone-actions.yaml"])
 def test_examples_are_valid(name):
     assert load_params(PROJECT / name).candidates
 

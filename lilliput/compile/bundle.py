@@ -92,7 +92,7 @@ def write_bundle(
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    template, date = prompt_template(tokenizer), _prompt_date(tokenizer)
+    template, date = prompt_template(tokenizer, settings.system_prompt), _prompt_date(tokenizer)
     sampling = {"temperature": 0.0, "max_new_tokens": settings.max_new_tokens}
     write_json(folder / "prompt.json", {"system": settings.system_prompt, "template": template, "sampling": sampling})
     target = manifest.strategy
@@ -116,14 +116,17 @@ def write_bundle(
     )
 
 
-def prompt_template(tokenizer: Any) -> str:
+def prompt_template(tokenizer: Any, system_prompt: str) -> str:
     """Returns the model's whole prompt, special tokens included, with `{{system}}` and `{{question}}` in it.
+
+    Without a system prompt there is no system turn, as in training.
 
     Today's date becomes `{{date:FORMAT}}` (strftime), because a bundle is used on a later day. If the template computes
     with the date, the date of evaluation is inserted instead.
     """
     date = PINNED_DATE if _prompt_date(tokenizer) == "pinned" else None
-    return render(tokenizer, conversation("{{system}}", "{{question}}"), date=date)
+    turns = conversation("{{system}}", "{{question}}")
+    return render(tokenizer, turns if system_prompt else turns[1:], date=date)
 
 
 def _prompt_date(tokenizer: Any) -> Literal["none", "today", "pinned"]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from lilliput.chat.template import (
     encode_text,
     prompt_messages,
     render,
+    row_tools,
     shared_prefix_length,
 )
 from lilliput.config import ParityConfig
 from lilliput.data.questions import Question
+from lilliput.data.rows import Row
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, run_on_device
 from lilliput.errors import CompileError
 from lilliput.models import open_model
@@ -39,15 +42,15 @@ def prove_parity(
     target: str,
     folder: Path,
     checkpoint: Path,
-    questions: Sequence[Question],
+    questions: Sequence[Row],
     choices: Mapping[str, str],
     system_prompt: str,
     config: ParityConfig,
 ) -> ParityRecord:
     """Returns the parity record of the compiled model in `folder`.
 
-    The checkpoint and the compiled model both predict each token of a text of up to `config.tokens` tokens: the
-    answerable questions with their answers. The compiled model also answers `config.questions` choice questions, which
+    The checkpoint and the compiled model both predict each token of a text of up to `config.tokens` tokens: answerable
+    questions with their answers. The compiled model also answers `config.questions` choice questions, which
     are compared with the recorded choices of the checkpoint. For gguf, llama.cpp's chat server, which the gateway uses,
     must encode the prompts as evaluation did.
 
@@ -66,7 +69,9 @@ def prove_parity(
         ArtifactError: the runtime does not open the model, crashes or hangs.
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    compared = [q for q in questions if q.answerable and q.choices and q.id in choices][: config.questions]
+    compared = [
+        row for row in questions if isinstance(row, Question) and row.answerable and row.choices and row.id in choices
+    ][: config.questions]
     job = _job(target, folder, tokenizer, questions, compared, system_prompt, config)
     expected, outcome = _run_both(checkpoint, job, config.deadline_s)
     _require_same_prompts(tokenizer, job, outcome)
@@ -89,7 +94,7 @@ def _job(
     target: str,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
+    questions: Sequence[Row],
     compared: Sequence[Question],
     system_prompt: str,
     config: ParityConfig,
@@ -132,28 +137,30 @@ def _predict(checkpoint: Path, text: Sequence[int]) -> torch.Tensor:
 
 
 def _chats(
-    tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
-) -> list[list[dict[str, str]]]:
-    return [prompt_messages(tokenizer, system_prompt, question.question) for question in questions]
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, rows: Sequence[Row]
+) -> list[dict[str, list[dict[str, Any]]]]:
+    return [
+        {"messages": prompt_messages(tokenizer, system_prompt, row), "tools": row_tools(tokenizer, row)} for row in rows
+    ]
 
 
 def _require_same_prompts(tokenizer: PreTrainedTokenizerBase, job: DeviceJob, outcome: DeviceOutcome) -> None:
     """Raises CompileError if the runtime's chat server encodes a prompt differently from evaluation."""
-    for messages, ids in zip(job.chats, outcome.chats, strict=True):
+    for chat, ids in zip(job.chats, outcome.chats, strict=True):
         # The server inserts today's date where the template asks for it.
-        expected = encode_text(tokenizer, render(tokenizer, messages, date=datetime.now()))
+        expected = encode_text(tokenizer, render(tokenizer, chat["messages"], chat["tools"], date=datetime.now()))
         if ids != expected:
             place = shared_prefix_length([expected, ids])
             raise CompileError(
-                f"{job.folder}: {job.target} encodes the prompt of {messages[-1]['content']!r} differently from token "
-                f"{place} on: {tokenizer.decode(ids[place : place + 8])!r}, where evaluation had "
+                f"{job.folder}: {job.target} encodes the prompt of {chat['messages'][-1]['content']!r} differently "
+                f"from token {place} on: {tokenizer.decode(ids[place : place + 8])!r}, where evaluation had "
                 f"{tokenizer.decode(expected[place : place + 8])!r}; remove this target, or "
                 "choose a model with another tokenizer"
             )
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], tokens: int) -> list[int]:
-    lines = (f"{question.question} {question.answer}" for question in questions if question.answerable)
+def _text(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], tokens: int) -> list[int]:
+    lines = (f"{row.user_text} {row.answer_text}" for row in rows if row.answerable)
     return list(tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"])[:tokens]  # pyright: ignore
 
 

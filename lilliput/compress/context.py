@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lilliput.data.conversations import Conversation
 from lilliput.data.corpus import Corpus
 from lilliput.data.rows import Row, has_answer
 from lilliput.training.examples import ALL_TURNS, Example, TurnRules, encode_examples
@@ -45,6 +46,11 @@ class Context:
     def corpus(self) -> Corpus:
         """The training text, the calibration set and the question set."""
         return self.open_corpus()
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether conversations of the calibration set have functions that may be called."""
+        return any(isinstance(row, Conversation) and row.tools for row in self.corpus.calibration)
 
     @property
     def held_out(self) -> list[Row]:

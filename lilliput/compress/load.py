@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.files import TEMPLATE
+from lilliput.chat.template import require_tools
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
 from lilliput.compress.result import Result
@@ -41,6 +42,7 @@ def load(context: Context, config: LoadConfig) -> Result:
             another model than the file describes, has weights that are not finite in the stored dtype, or its chat
             template cannot take a question.
         ArtifactError: weights are missing, or a file in the folder would execute code.
+        DataError: the rows have functions, and the chat template does not show them.
     """
     source_dir, gguf_file = context.parent, context.gguf_file
     require_harmless(source_dir)
@@ -60,6 +62,8 @@ def load(context: Context, config: LoadConfig) -> Result:
         if not header:
             require_consistent(source_dir, source_config)
         tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)
+        if context.has_functions:
+            require_tools(tokenizer)
         model = _open(source_dir, header, source_config, config, len(tokenizer))
         dtype = getattr(torch, config.dtype)
         _require_finite(model, dtype, source_dir)

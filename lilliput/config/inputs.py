@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, Section, Seed
+from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, PositiveFloat, Section, Seed
+from lilliput.redaction import has_credentials
 
 _NAME = r"[\w.-]+"
 _HUB_SOURCE = re.compile(
@@ -101,3 +102,39 @@ class DataConfig(Section):
                 "end the name of a folder with /"
             )
         return source
+
+
+class SynthesiseConfig(Section):
+    """A teacher behind an OpenAI-compatible API that answers prompts; its answers are rows for training.
+
+    Attributes:
+        prompts: a file or recipe of the forms that `data.source` takes; the rows' own answers are not used.
+        url: of the server, without `/v1`, user, password and query; its key is read from LILLIPUT_TEACHER_KEY.
+        model: its name on that server.
+        system_prompt: the system turn of every prompt that has none; none if it is empty.
+        most_prompts: prompts that are asked, from the first.
+        minutes: after these no further prompt is asked.
+        parallel: requests at a time.
+        timeout_s: time limit of one request.
+    """
+
+    prompts: Annotated[str, Field(min_length=1)]
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")]
+    model: Annotated[str, Field(min_length=1)]
+    system_prompt: str = ""
+    most_prompts: Positive
+    minutes: PositiveFloat
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    seed: Seed = 0
+    parallel: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout_s: PositiveFloat = 120.0
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> SynthesiseConfig:
+        # git, MLflow and the report store params.yaml.
+        if has_credentials(self.url):
+            raise ValueError(
+                "`url` contains a user or a password; remove them and put the key into LILLIPUT_TEACHER_KEY"
+            )
+        return self

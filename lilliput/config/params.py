@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from lilliput.config.devices import DeviceConfig, ParityConfig, PromotionConfig, TargetConfig
 from lilliput.config.evaluation import CachingConfig, EvaluationConfig
-from lilliput.config.inputs import DataConfig, SourceConfig
+from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig
 from lilliput.config.reading import validate
 from lilliput.config.section import LinkName, Name, Section
 from lilliput.config.serving import LinkConfig, ServingConfig
@@ -19,6 +19,7 @@ class Params(Section):
     """All of params.yaml."""
 
     source: SourceConfig
+    synthesise: dict[Name, SynthesiseConfig] = Field(default_factory=dict)
     data: DataConfig
     strategies: StrategiesConfig
     candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]

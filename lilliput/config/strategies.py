@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -358,8 +359,21 @@ else:
     StrategyName = Literal[*StrategiesConfig.model_fields]  # a type checker cannot evaluate this
 
 
+_EXTERNAL_TEACHER = re.compile(r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|path:[^\x00]+")
+
+
+def is_external_teacher(teacher: str) -> bool:
+    """Whether `teacher` names a pinned model outside the graph, not a candidate."""
+    return _EXTERNAL_TEACHER.fullmatch(teacher) is not None
+
+
 class CandidateConfig(Section):
-    """One strategy applied to one parent. `teacher` is an ancestor (distillation only)."""
+    """One strategy applied to one parent.
+
+    Attributes:
+        teacher: an ancestor, or a pinned model outside the graph (`hub:<org>/<model>@<commit>` or `path:<dir>`);
+            distillation only.
+    """
 
     parent: Annotated[str, Field(alias="from")]
     apply: StrategyName

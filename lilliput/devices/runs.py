@@ -39,7 +39,7 @@ class DeviceJob:
         predict: token ids of a text; every token from `predict_from` on is predicted.
         predict_from: index of the first predicted token.
         score: (prompt, continuations) pairs; the likelihood of each continuation is computed.
-        chats: conversations to encode with the target's chat server (gguf only).
+        chats: conversations, each with `messages` and `tools`, to encode with the target's chat server (gguf only).
         prompts: prompts to answer one by one, timed.
         max_tokens: maximum tokens of an answer.
         budget_tokens: no further answer starts once the answers have so many tokens, and `min_answers` are complete.
@@ -53,7 +53,7 @@ class DeviceJob:
     predict: list[int] = field(default_factory=list)
     predict_from: int = 1
     score: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
-    chats: list[list[dict[str, str]]] = field(default_factory=list)
+    chats: list[dict[str, list[dict[str, Any]]]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0
     budget_tokens: int = 0
@@ -176,7 +176,7 @@ def _run_job(job: DeviceJob) -> dict[str, Any]:
         "answers": answers,
         "predictions": list(runtime.predictions(job.predict, job.predict_from)) if job.predict else [],
         "scores": runtime.score([prompt for prompt, _ in job.score], [continuations for _, continuations in job.score]),
-        "chats": [cast("Any", runtime).chat_ids(messages) for messages in job.chats],
+        "chats": [cast("Any", runtime).chat_ids(**chat) for chat in job.chats],
         "details": runtime.stats(),
         "peak_rss_bytes": peak_rss_bytes(),
         "cpu_s": time.process_time(),

@@ -23,7 +23,10 @@ from lilliput.ingestion.outcomes import Report
 from lilliput.ingestion.staging import LARGEST_GROUP, stage
 from lilliput.recipes.asking import invent_questions, make_questions
 from lilliput.recipes.facts import collect_facts
-from lilliput.recipes.recipe import read_recipe
+from lilliput.recipes.recipe import open_recipe
+from lilliput.recipes.request_entities import collect_tables
+from lilliput.recipes.request_recipe import RequestRecipe
+from lilliput.recipes.request_rows import make_requests
 
 Split = Literal["train", "test"]
 Item = TypeVar("Item")
@@ -62,7 +65,7 @@ def build_corpus(config: DataConfig, root: Path, cache: Path) -> Corpus:
         report and report.summary | {"not_used": _not_used(sides, outline, len(train), len(questions))},
         report and report.text,
     )
-    _require_disjoint(corpus, path)
+    _require_disjoint(corpus, path, may_overlap=report is not None and report.format != QUESTION.name)
     return corpus
 
 
@@ -74,7 +77,7 @@ def check_source(config: DataConfig, root: Path) -> str | None:
         SourceError: a dataset on the hub cannot be fetched.
     """
     if config.source.endswith(".yaml"):
-        read_recipe(root / config.source)
+        open_recipe(root / config.source)
         return None
     return inspect(config.source, root).text
 
@@ -103,8 +106,10 @@ def _not_used(
     }
 
 
-def _from_recipe(config: DataConfig, path: Path, cache: Path) -> list[Question]:
-    recipe = read_recipe(path)
+def _from_recipe(config: DataConfig, path: Path, cache: Path) -> list[Question] | list[Conversation]:
+    recipe = open_recipe(path)
+    if isinstance(recipe, RequestRecipe):
+        return make_requests(recipe, collect_tables(recipe, cache), config)
     tables = collect_facts(recipe, cache)
     questions = make_questions(tables.facts, recipe, config.seed)
     # The number of training groups is known only after the split; this is the upper limit.
@@ -230,24 +235,26 @@ def _alike(rows: int, report: Report | None) -> str:
     )
 
 
-def _require_disjoint(corpus: Corpus, path: Path) -> None:
-    """Rejects equal groups and wordings on both sides, except of conversations that the source itself assigned."""
+def _require_disjoint(corpus: Corpus, path: Path, *, may_overlap: bool) -> None:
+    """Rejects equal groups and wordings on both sides.
+
+    Args:
+        corpus: with rows of all files.
+        path: of the source.
+        may_overlap: accepts equal wordings of rows that the source itself assigned to different sides.
+    """
     groups = {row.group: "" for row in corpus.questions}
-    wordings = {(wording(row), _assigned(row)): "" for row in corpus.questions}
+    wordings = {(wording(row), may_overlap and bool(row.split)): "" for row in corpus.questions}
     for row in corpus.train:
         if row.group in groups:
             groups[row.group] = row.id
         text = wording(row)
-        for assigned in (False,) if _assigned(row) else (False, True):
+        for assigned in (False,) if may_overlap and row.split else (False, True):
             if (text, assigned) in wordings:
                 wordings[text, assigned] = row.id
     for row in corpus.questions:
-        if twin := groups[row.group] or wordings[wording(row), _assigned(row)]:
+        if twin := groups[row.group] or wordings[wording(row), may_overlap and bool(row.split)]:
             raise DataError(
                 f"{path}: {row.id!r} is a test question, but {twin!r} of the same group or wording is in "
                 "training; give questions with the same wording the same `group`"
             )
-
-
-def _assigned(row: Row) -> bool:
-    return isinstance(row, Conversation) and row.split is not None

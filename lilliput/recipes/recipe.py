@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from lilliput.config import Section, WheelPin, read_yaml
+from lilliput.config import Model, Section, WheelPin, read_yaml
 from lilliput.errors import DataError
+from lilliput.recipes.request_checks import problems
+from lilliput.recipes.request_recipe import RequestRecipe
 
 RelationName = Literal[
     "capital",
@@ -85,27 +87,61 @@ class Recipe(Section):
 
 
 def recipe_of(source: str) -> Recipe | None:
-    """Returns the recipe that `data.source` names; None for a question file, whose questions have one wording each.
+    """Returns the recipe of facts that `data.source` names; None for other sources, whose rows have one wording each.
 
     Raises:
         DataError: the recipe is missing or invalid.
     """
-    return read_recipe(Path(source)) if source.endswith(".yaml") else None
+    recipe = open_recipe(Path(source)) if source.endswith(".yaml") else None
+    return recipe if isinstance(recipe, Recipe) else None
+
+
+def open_recipe(path: Path) -> Recipe | RequestRecipe:
+    """Reads the recipe at `path`, of facts or, with `kind: requests`, of requests to functions.
+
+    Raises:
+        DataError: it is missing, not YAML, of an unknown kind, or not in the documented format; lists all problems.
+    """
+    raw = _read(path)
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    if kind not in (None, "requests"):
+        raise DataError(f"{path}: kind: {kind!r} is unknown; use `requests`, or no `kind` for a recipe of facts")
+    if kind is None:
+        return _validate(raw, path, Recipe)
+    recipe = _validate(raw, path, RequestRecipe)
+    if lines := [f"{path}: {problem}" for problem in problems(recipe)]:
+        raise _invalid(lines)
+    return recipe
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Reads the recipe at `path`.
+    """Reads the recipe of facts at `path`.
 
     Raises:
         DataError: it is missing, not YAML or not in the documented format; lists all problems.
     """
+    return _validate(_read(path), path, Recipe)
+
+
+def _read(path: Path) -> object:
     try:
-        # Through JSON, because strict validation accepts a JSON list as a tuple.
-        return Recipe.model_validate_json(json.dumps(read_yaml(path)))
+        return read_yaml(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; correct `data.source` in params.yaml") from None
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, p['loc'])) or 'top level'}: {p['msg']}" for p in error.errors()]
-        raise DataError("\n".join(lines) + "\ncorrect it; docs/data.md describes the format") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a recipe of plain values: {error}") from None
+
+
+def _validate(raw: object, path: Path, model: type[Model]) -> Model:
+    try:
+        # Through JSON, because strict validation accepts a JSON list as a tuple.
+        return model.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, p['loc'])) or 'top level'}: {p['msg']}" for p in error.errors()]
+        raise _invalid(lines) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a recipe of plain values: {error}") from None
+
+
+def _invalid(lines: list[str]) -> DataError:
+    return DataError("\n".join(lines) + "\ncorrect it; docs/data.md describes the format")

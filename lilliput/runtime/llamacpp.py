@@ -65,9 +65,10 @@ class LlamaCppRuntime(ScoresByPrediction):
                 )
             yield float(token["logprob"]), int(token["top_logprobs"][0]["id"])
 
-    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Returns the prompt of `messages` as llama.cpp's server encodes it, with the file's own chat template."""
-        text = self._post("/apply-template", {"messages": list(messages)})["prompt"]
+        request = {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
+        text = self._post("/apply-template", request)["prompt"]
         return list(self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:

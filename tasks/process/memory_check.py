@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from lilliput.config import ExpertsConfig, LoadConfig, Params, Section, TrainingConfig
+from lilliput.config.strategies import is_external_teacher
 from lilliput.data.questions import Question
 from lilliput.data.rows import Row, answer_text, open_rows, prompt_turns
 from lilliput.errors import ConfigError
@@ -36,7 +37,7 @@ def estimates(params: Params, candidates: Collection[str], folder: Path = Path()
     for name in candidates:
         spec, config = params.candidates[name], params.strategy_config(name)
         parent = shape_of(params, name if isinstance(config, LoadConfig) else spec.parent, folder)
-        teacher = shape_of(params, spec.teacher, folder) if spec.teacher else None
+        teacher = teacher_shape(params, spec.teacher, folder) if spec.teacher else None
         if parent:
             expected[name] = estimate(config, parent, text, training_machine(config), teacher)
     return expected
@@ -70,6 +71,14 @@ def too_large(params: Params, candidates: Collection[str], folder: Path = Path()
         if excess:
             problems.append(f"candidates.{name}: would take about {' and '.join(excess)}; {_remedy(config)}")
     return problems
+
+
+def teacher_shape(params: Params, teacher: str, folder: Path) -> Shape | None:
+    """Returns the shape of a teacher; None if it does not exist yet."""
+    if not is_external_teacher(teacher):
+        return shape_of(params, teacher, folder)
+    settings = folder / layout.external_teacher(teacher) / "config.json"
+    return Shape.of(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else None
 
 
 def shape_of(params: Params, candidate: str, folder: Path) -> Shape | None:

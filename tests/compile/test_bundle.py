@@ -54,7 +54,7 @@ def test_a_bundle_is_complete_and_verifiable(bundle):
 
 def test_the_prompt_follows_the_model_s_chat_template(bundle, quantised):
     prompt = json.loads((bundle / "prompt.json").read_text())
-    assert prompt["template"] == prompt_template(AutoTokenizer.from_pretrained(quantised()))
+    assert prompt["template"] == prompt_template(AutoTokenizer.from_pretrained(quantised()), SYSTEM)
     assert prompt["template"].count("{{question}}") == prompt["template"].count("{{system}}") == 1
     assert prompt["sampling"] == {"temperature": 0.0, "max_new_tokens": 24}
     modelfile = (bundle / "Modelfile").read_text()
