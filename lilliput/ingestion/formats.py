@@ -62,7 +62,7 @@ def detect(row: Row) -> Format | None:
         return MESSAGES_AS_CONVERSATIONS if roles and "role" in roles[0] else SHAREGPT
     if "question" in row:
         return QUESTION
-    if "prompt" in row and "completion" in row:
+    if "prompt" in row and ("completion" in row or row.keys() <= {"prompt", *COMMON}):
         return PROMPT_COMPLETION
     return ALPACA if "instruction" in row else None
 
@@ -214,7 +214,7 @@ def _from_messages(row: Row) -> list[Turn]:
 def _from_prompt_completion(row: Row) -> list[Turn]:
     turns: list[Turn] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row[key]
+        value = row.get(key)
         turns += value if isinstance(value, list) else [{"role": role, "content": _text(value, key)}]
     return turns
 

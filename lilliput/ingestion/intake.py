@@ -32,11 +32,12 @@ class Intake:
     Args:
         source: as in params.yaml.
         root: folder that a path is relative to.
+        prompts: rows need no answer; one without gets a placeholder, which nobody may learn.
     """
 
-    def __init__(self, source: str, root: Path) -> None:
+    def __init__(self, source: str, root: Path, *, prompts: bool = False) -> None:
         self.report, self.problems = Report(source), Problems()
-        self._source, self._root = source, root
+        self._source, self._root, self._prompts = source, root, prompts
         self._format: Format | None = None
         self._ids: set[str] = set()
         self._repeated: Counter[str] = Counter()
@@ -104,6 +105,8 @@ class Intake:
         check_length(turns, tools)
         check_tools(tools)
         expected = read_expectation(value.get("expect"), tools)
+        if self._prompts:
+            turns = _with_placeholder(turns)
         check_turns(turns, has_expectation=expected is not None)
         identity, group = _name(value.get("id"), "id"), _name(value.get("group"), "group")
         fields: dict[str, Any] = {
@@ -165,6 +168,12 @@ def inspect(source: str, root: Path) -> Report:
     for _ in intake.lines():
         pass
     return intake.report
+
+
+def _with_placeholder(turns: list[formats.Turn]) -> list[formats.Turn]:
+    """Returns the turns with an answer of the assistant at the end."""
+    asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    return [*asked, {"role": "assistant", "content": "…"}]
 
 
 def _encoded(row: Row) -> bytes:

@@ -30,18 +30,19 @@ class Staged:
     report: Report
 
 
-def stage(source: str, root: Path) -> Staged:
+def stage(source: str, root: Path, *, prompts: bool = False) -> Staged:
     """Reads `source` once, row by row, and returns its rows with ids and groups.
 
     Args:
         source: as in params.yaml.
         root: folder that a path is relative to, and for temporary files, which have no name there.
+        prompts: rows need no answer; theirs is replaced by a placeholder.
 
     Raises:
         DataError: the source has mistakes or no usable row.
         SourceError: the hub's dataset cannot be fetched.
     """
-    intake = Intake(source, root)
+    intake = Intake(source, root, prompts=prompts)
     with (
         tempfile.TemporaryFile(dir=root, buffering=_BUFFER_BYTES) as lines,
         tempfile.TemporaryFile(dir=root, buffering=_BUFFER_BYTES) as stream,

@@ -187,6 +187,24 @@ def chat(text: str, answer: str = "Yes.", **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], **more}
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 + 2?"},
+        {"instruction": "2 + 2?"},
+        {"messages": [{"role": "user", "content": "2 + 2?"}]},
+        {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "five"}]},
+    ],
+)
+def test_prompts_need_no_answer_and_lose_their_own(tmp_path, row):
+    write(tmp_path / "rows.jsonl", [row])
+    (prompt,) = stage("rows.jsonl", tmp_path, prompts=True).rows
+    assert isinstance(prompt, Conversation)
+    assert [(turn.role, turn.text) for turn in prompt.prompt] == [("user", "2 + 2?")]
+    assert prompt.reference is not None
+    assert prompt.reference.text == "…"
+
+
 def test_a_folder_is_read_in_order_and_names_of_files_are_sides(tmp_path):
     write(tmp_path / "chats/train-0.jsonl", [chat("first"), chat("second")])
     write(tmp_path / "chats/deep/more.jsonl", [chat("third")])
