@@ -25,6 +25,7 @@ from lilliput.errors import ConfigError, StageError
 from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
 from lilliput.params import load_params
+from lilliput.recipes.build import check_source
 from tasks.process.memory_check import IGNORE, require_memory, too_large
 from tasks.registry.moved import update_paths
 
@@ -71,6 +72,8 @@ def _run_all(folder: Path, only: list[str], runner: Runner) -> dict[str, str]:
     update_paths()
     settings = _settings(folder)
     with closing(Lineage(folder)) as lineage:
+        if lineage.changes("data"):
+            check_source(load_params(folder / "params.yaml").data, folder)
         _require_machine(lineage, folder, only)
         stages = lineage.stages(only)
         states, failed = run_stages(stages, lineage, runner)
@@ -176,8 +179,13 @@ def _print_plan(folder: Path, only: list[str]) -> None:
     from flows.engine.lineage import Lineage
     from flows.engine.plan import plan
 
+    params = load_params(folder / "params.yaml")
     with contextlib.chdir(folder), closing(Lineage(folder)) as lineage:
-        print_plan(plan(lineage, load_params(folder / "params.yaml"), folder, only))
+        planned = plan(lineage, params, folder, only)
+        source = check_source(params.data, folder) if lineage.changes("data") else None
+    if source:
+        print(source)
+    print_plan(planned)
 
 
 if __name__ == "__main__":

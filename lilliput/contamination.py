@@ -1,11 +1,11 @@
-"""Contamination: finds rows of the evaluation whose text overlaps with the training text."""
+"""Contamination: finds evaluation questions whose text overlaps with the training text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lilliput.data.questions import Question, normalise
-from lilliput.data.rows import Row
+from lilliput.data.questions import normalise
+from lilliput.data.rows import Row, answer_text, request_text
 
 # The overlap length of GPT-3 (Brown et al., arXiv 2005.14165, appendix C).
 WORDS = 13
@@ -28,12 +28,5 @@ def find_contaminated(train: Iterable[Row], questions: Sequence[Row]) -> list[st
 
 
 def _grams(row: Row) -> set[tuple[str, ...]]:
-    """Returns the word sequences of the user's last turn and the answer."""
-    words = normalise(f"{row.user_text} {_answer(row)}").split()
+    words = normalise(f"{request_text(row)} {answer_text(row)}").split()
     return {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
-
-
-def _answer(row: Row) -> str:
-    if isinstance(row, Question):
-        return row.answer or ""
-    return row.reference.text if row.reference else ""

@@ -11,6 +11,8 @@ from lilliput.wheels import default_cache
 from tasks import layout
 
 
-def build(params: Params) -> None:
-    """Writes data/."""
-    write_corpus(build_corpus(params.data, Path(), default_cache()), layout.DATA)
+def build(params: Params) -> str | None:
+    """Writes data/; returns what became of the source's rows, for the terminal."""
+    corpus = build_corpus(params.data, Path(), default_cache())
+    write_corpus(corpus, layout.DATA)
+    return corpus.report

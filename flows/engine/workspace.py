@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lilliput.config import is_hub
 from lilliput.errors import ConfigError, DataError
 from lilliput.params import load_params
 from tasks.process.folder_lock import folder_lock
@@ -52,16 +53,17 @@ def open_workspace(params_file: Path, kind: str = "") -> Path:
         DataError: the question file does not exist.
     """
     params = load_params(params_file)
-    source = Path(params.data.source)
-    home = PROJECT if (PROJECT / source).exists() else params_file.parent
-    if not (home / source).exists():
+    source = params.data.source
+    home = PROJECT if is_hub(source) or (PROJECT / source).exists() else params_file.parent
+    if not is_hub(source) and not (home / source).exists():
         raise DataError(f"{params_file}: data.source: no such file: {source}; paths are relative to the project")
     if params_file.resolve() == PROJECT / "params.yaml" and not kind:
+        write_pin(PROJECT, source)
         return PROJECT
     if not params_file.stem.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{params_file}: a workspace is named after this file; use letters, digits, - and _")
     folder = PROJECT / "workspaces" / ".".join(filter(None, [params_file.stem, kind]))
-    return make_workspace(folder, params_file, home / source, source)
+    return make_workspace(folder, params_file, home / source, Path(source))
 
 
 def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> Path:
@@ -77,6 +79,28 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
     return folder
 
 
+def write_pin(folder: Path, source: str) -> None:
+    """Writes a file with the name and content `source` into `folder` if it is a dataset on the hub.
+
+    dvc.yaml depends on `data.source`, and DVC on files: this one changes with the commit.
+    """
+    pin = folder / source
+    if is_hub(source) and not pin.exists():
+        pin.parent.mkdir(exist_ok=True)
+        pin.write_text(f"{source}\n", encoding="utf-8")
+
+
+def _copy_data(source: Path, target: Path) -> None:
+    if not source.exists() or source.resolve() == target.resolve():  # on the hub, or an absolute path
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
 def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> None:
     for name in _CODE:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -85,8 +109,8 @@ def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Pa
         shutil.copyfile(PROJECT / name, folder / name)
     shutil.copyfile(params_file, folder / "params.yaml")
     (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, even if nothing is served
-    (folder / data_name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(data_source, folder / data_name)
+    _copy_data(data_source, folder / data_name)
+    write_pin(folder, str(data_name))
     if not (folder / ".dvc").exists():
         from dvc.repo import Repo
 

@@ -292,8 +292,8 @@ def fitted_threshold(
     if recipe is None:
         return EXACT_ONLY, {"train": {}, "held_out": {}}
     pairs_by_split = {
-        name: labelled_pairs(questions, recipe, config.facts, config.seed)
-        for name, questions in (("train", corpus.train), ("held_out", corpus.questions))
+        name: labelled_pairs([row for row in rows if isinstance(row, Question)], recipe, config.facts, config.seed)
+        for name, rows in (("train", corpus.train), ("held_out", corpus.questions))
     }
     cosines = {name: similarities(pairs, embedder) for name, pairs in pairs_by_split.items()}
     threshold = fit_threshold(pairs_by_split["train"], cosines["train"], config.false_hit_budget)

@@ -37,7 +37,7 @@ from lilliput.compress.mixture import (
 )
 from lilliput.compress.result import Result
 from lilliput.config import ExpertsConfig, LoraConfig, TrainingConfig
-from lilliput.data.questions import Question
+from lilliput.data.rows import Row
 from lilliput.errors import StrategyError
 from lilliput.models import Opened, decoder_layers, open_model
 from lilliput.statistics.perplexity import IGNORED
@@ -46,7 +46,7 @@ from lilliput.training.examples import collate, encode_examples
 from lilliput.training.history import History
 from lilliput.training.loop import train, training_examples, training_facts
 
-Topics = list[list[Question]]
+Topics = list[list[Row]]
 
 RESTARTS = 4  # of the clustering; the best result is used
 ROUNDS = 10  # maximum per restart
@@ -148,9 +148,7 @@ def add_branch(mixture: PreTrainedModel, branch: PreTrainedModel, number: int) -
             weight.lerp_(branch_weights[name], 1 / (number + 1))
 
 
-def split_into_topics(
-    opened: Opened, questions: Sequence[Question], system_prompt: str, config: ExpertsConfig
-) -> Topics:
+def split_into_topics(opened: Opened, questions: Sequence[Row], system_prompt: str, config: ExpertsConfig) -> Topics:
     """Splits `questions` into topics of equal size: questions with similar answers in the model go together.
 
     The vector of a question is the last hidden state before its answer. It encodes the kind of the next token, and
@@ -174,7 +172,7 @@ def split_into_topics(
 
 
 @torch.inference_mode()
-def before_answers(opened: Opened, questions: Sequence[Question], system_prompt: str, batch_size: int) -> torch.Tensor:
+def before_answers(opened: Opened, questions: Sequence[Row], system_prompt: str, batch_size: int) -> torch.Tensor:
     """Returns the last hidden state before the answer to each question, float (questions, hidden size)."""
     model, tokenizer = opened
     examples = encode_examples(tokenizer, system_prompt, questions)

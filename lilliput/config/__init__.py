@@ -18,7 +18,7 @@ from lilliput.config.evaluation import (
     EnergyConfig,
     EvaluationConfig,
 )
-from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig
+from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig, is_hub
 from lilliput.config.params import Params
 from lilliput.config.reading import read_section, read_yaml
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
@@ -116,6 +116,7 @@ __all__ = [
     "TargetConfig",
     "TrainingConfig",
     "WheelPin",
+    "is_hub",
     "read_section",
     "read_yaml",
 ]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, PositiveFloat, Section, Seed
 from lilliput.redaction import has_credentials
+
+_NAME = r"[\w.-]+"
+_HUB_SOURCE = re.compile(
+    rf"hub:{_NAME}/{_NAME}@[0-9a-f]{{40}}(\?(config={_NAME}(&split={_NAME})?|split={_NAME}(&config={_NAME})?))?",
+    re.ASCII,
+)
 
 
 class SourceConfig(Section):
@@ -49,11 +56,17 @@ class SourceConfig(Section):
         return self
 
 
+def is_hub(source: str) -> bool:
+    """Whether `source` of the section `data` is a dataset on the hub rather than a path."""
+    return source.startswith("hub:")
+
+
 class DataConfig(Section):
     """Source and size of training text, calibration set and question set.
 
     Attributes:
-        source: a recipe of fact tables (`.yaml`) or your own questions (`.jsonl`, see docs/data.md).
+        source: a recipe (`.yaml`); questions or conversations (`.jsonl`, `.parquet` or a folder of them); or
+            `hub:<org>/<dataset>@<commit>`, optionally with `?config=<name>&split=<name>` (docs/data.md).
         system_prompt: the system turn of every row that has none, in training and evaluation; none if it is empty.
         train_share: share of the groups (entities) for training; the others are held out.
         unanswerable_share: share of "I don't know" examples in the training text.
@@ -61,7 +74,7 @@ class DataConfig(Section):
         longest_row_tokens: longest training example; from longer ones the oldest exchanges are left out.
     """
 
-    source: Annotated[str, Field(pattern=r"\.(yaml|jsonl)$")]
+    source: str
     seed: Seed
     system_prompt: str
     train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
@@ -71,6 +84,24 @@ class DataConfig(Section):
     calibration_examples: Positive
     choice_questions: Positive
     unanswerable_questions: NotNegative
+
+    @field_validator("source")
+    @classmethod
+    def _is_of_a_known_type(cls, source: str) -> str:
+        if is_hub(source):
+            if not _HUB_SOURCE.fullmatch(source):
+                raise ValueError(
+                    "`source` is not hub:<org>/<dataset>@<commit> with the 40 hex digits of a commit, optionally "
+                    "followed by ?config=<name>&split=<name>"
+                )
+        elif not source.strip() or "\x00" in source:
+            raise ValueError("`source` is empty; name a recipe, a file, a folder or a dataset on the hub")
+        elif PurePosixPath(source).suffix not in ("", ".yaml", ".jsonl", ".parquet") and not source.endswith("/"):
+            raise ValueError(
+                f"`source` is {source}: neither a recipe (.yaml) nor .jsonl, .parquet or a folder; convert it, or "
+                "end the name of a folder with /"
+            )
+        return source
 
 
 class SynthesiseConfig(Section):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from lilliput.artifacts import Manifest
 from lilliput.chat.template import encode_prompt
 from lilliput.config import DeviceConfig, EvaluationConfig, Params
-from lilliput.data.questions import Question
+from lilliput.data.rows import Row
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, TimedAnswer, run_on_device
 from lilliput.evaluate.accessibility import FEWEST_QUERIES, MIB, quantiles
 from lilliput.evaluate.record import stratified_sample
@@ -30,7 +30,7 @@ def measure_on_devices(
     target: str,
     folder: Path,
     checkpoint: Path,
-    questions: Sequence[Question],
+    questions: Sequence[Row],
     params: Params,
     manifest: Manifest,
 ) -> DeviceRecord:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lilliput.config import ExpertsConfig, LoadConfig, Params, Section, TrainingConfig
 from lilliput.config.strategies import is_external_teacher
-from lilliput.data.questions import QuestionFile
+from lilliput.data.questions import Question
+from lilliput.data.rows import Row, answer_text, open_rows, prompt_turns
 from lilliput.errors import ConfigError
 from lilliput.graph import ROOT
 from lilliput.memory import SHORT, ExampleTokens, Machine, MemoryEstimate, Shape, estimate, this_machine
@@ -21,7 +22,7 @@ from tasks.process.accelerate import training_processes
 IGNORE = "LILLIPUT_IGNORE_MEMORY"  # set to 1 by --ignore-memory
 
 _CHARACTERS_PER_TOKEN = 3.0  # of questions in Latin script; a lower value makes the estimate larger
-_SAMPLE_SIZE = 10_000  # training questions that are read to find the longest
+_SAMPLE_SIZE = 10_000  # training rows that are read to find the longest
 _GIB = 2**30
 
 
@@ -32,7 +33,7 @@ def training_machine(config: Section) -> Machine:
 
 def estimates(params: Params, candidates: Collection[str], folder: Path = Path()) -> dict[str, MemoryEstimate]:
     """Returns the expected memory of making each of `candidates`; omits those of unknown shape."""
-    text, expected = _text(folder), {}
+    text, expected = _text(folder, params.data.longest_row_tokens), {}
     for name in candidates:
         spec, config = params.candidates[name], params.strategy_config(name)
         parent = shape_of(params, name if isinstance(config, LoadConfig) else spec.parent, folder)
@@ -101,16 +102,21 @@ def shape_of(params: Params, candidate: str, folder: Path) -> Shape | None:
         candidate = params.candidates[candidate].parent
 
 
-def _text(folder: Path) -> ExampleTokens:
+def _text(folder: Path, limit: int) -> ExampleTokens:
     path = folder / layout.DATA / "train.jsonl"
     if not path.exists():
         return SHORT
-    questions = islice(QuestionFile(path), _SAMPLE_SIZE)
-    question_tokens, answer_tokens = (
-        round(max((len(text or "") for text in texts), default=0) / _CHARACTERS_PER_TOKEN)
-        for texts in zip(*((question.question, question.answer) for question in questions), strict=True)
-    )
-    return ExampleTokens(SHORT.shared, question_tokens + answer_tokens, answer_tokens + 1)
+    lengths = [_lengths(row) for row in islice(open_rows(path), _SAMPLE_SIZE)]
+    asked, answered = (round(max(column) / _CHARACTERS_PER_TOKEN) for column in zip(*lengths, strict=True))
+    return ExampleTokens(SHORT.shared, min(asked + answered, limit), min(answered + 1, limit))
+
+
+def _lengths(row: Row) -> tuple[int, int]:
+    """Returns the characters before the answer, functions included, and those of the answer."""
+    turns = prompt_turns(row, system_prompt="")
+    asked = sum(len(turn.text) + sum(len(str(call.arguments)) for call in turn.tool_calls) for turn in turns)
+    tools = "" if isinstance(row, Question) else json.dumps(row.tools, ensure_ascii=False) if row.tools else ""
+    return asked + len(tools), len(answer_text(row))
 
 
 def _remedy(config: Section) -> str:

@@ -7,7 +7,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from lilliput.data.questions import Question, QuestionFile, normalise, read_questions, write_questions
+from lilliput.data.questions import Question, normalise, read_questions, write_questions
+from lilliput.data.row_file import RowFile
 from lilliput.errors import DataError
 
 GOOD = {"id": "capital/France", "question": "Capital?", "choices": ["Paris", "Lyon"], "answer": "Paris", "group": "fr"}
@@ -111,7 +112,7 @@ def test_the_data_layer_imports_nothing_heavy():
 def test_a_question_file_is_a_sequence_read_on_access(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\ufeff" + "\n\n \u00a0\n".join(row(id=f"{n}") for n in range(5)), encoding="utf-8")
-    file = QuestionFile(path)
+    file = RowFile(path, Question)
     assert [question.id for question in file] == ["0", "1", "2", "3", "4"]
     assert (len(file), file[3].id, file[-1].id, file[-2].id) == (5, "3", "4", "3")
     assert [question.id for question in file[1:4][::2]] == ["1", "3"]

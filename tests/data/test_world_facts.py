@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from lilliput.data.corpus import FILES
 from lilliput.data.questions import normalise
 
 
@@ -43,8 +44,9 @@ def test_no_alias_of_a_country_is_the_name_of_another(real_facts):
 
 
 def test_the_splits_are_those_of_the_datasheet(real_corpus):
-    answerable = {name: Counter(q.relation for q in rows if q.answerable) for name, rows in vars(real_corpus).items()}
-    unanswerable = {name: sum(not q.answerable for q in rows) for name, rows in vars(real_corpus).items()}
+    files = {name: getattr(real_corpus, name) for name in FILES}
+    answerable = {name: Counter(q.relation for q in rows if q.answerable) for name, rows in files.items()}
+    unanswerable = {name: sum(not q.answerable for q in rows) for name, rows in files.items()}
     assert unanswerable == {"train": 158, "calibration": 19, "questions": 60}
     assert answerable["train"].total() == 893
     assert abs(unanswerable["train"] / len(real_corpus.train) - 0.15) < 0.001

@@ -13,6 +13,7 @@ import typer
 from ruamel.yaml import YAML
 
 from lilliput.data.questions import read_questions
+from lilliput.ingestion.intake import inspect
 from lilliput.params import load_params
 from tests.documents.reading import DOCUMENTS, PROJECT, blocks, inline_commands, name_of
 
@@ -121,8 +122,10 @@ def test_accelerate_accepts_the_launcher_settings(tmp_path):
     assert load_config_from_file(str(tmp_path / "accelerate.yaml")).num_processes == 4
 
 
-def test_the_example_questions_are_valid(tmp_path):
-    (block,) = blocks(PROJECT / "docs" / "data.md", "json")
+def test_the_example_rows_are_valid(tmp_path):
+    chat, block = blocks(PROJECT / "docs" / "data.md", "json")
+    (tmp_path / "chats.jsonl").write_text(chat.text, encoding="utf-8")
+    assert inspect("chats.jsonl", tmp_path).used == 1
     path = tmp_path / "questions.jsonl"
     path.write_text(block.text, encoding="utf-8")
     assert [question.id for question in read_questions(path)] == [

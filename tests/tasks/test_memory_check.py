@@ -4,6 +4,9 @@ import re
 import pytest
 import yaml
 
+from lilliput.data.conversations import Conversation
+from lilliput.data.row_file import write_lines
+from lilliput.data.rows import normalised_line
 from lilliput.errors import ConfigError
 from lilliput.memory import Machine
 from tasks.process import accelerate, memory_check
@@ -55,6 +58,23 @@ def test_the_shape_is_that_of_the_nearest_existing_ancestor(project, tiny_params
     (project / "models/pruned").mkdir()
     (project / "models/pruned/config.json").write_text(json.dumps(LARGE | {"num_hidden_layers": 16}))
     assert memory_check.shape_of(tiny_params, "distilled", project).layers == 16
+
+
+def test_the_longest_conversation_counts_with_its_functions_up_to_the_limit_of_a_row(project, tiny_params):
+    def expected(text, **more):
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
+        row = Conversation.model_validate({"id": "1", "group": "g", "messages": turns, **more})
+        write_lines(project / "data/train.jsonl", [normalised_line(row)])
+        return memory_check.estimates(tiny_params, ["lora"], project)["lora"].process_bytes
+
+    (project / "data").mkdir()
+    parameters = {"type": "object", "properties": {f"parameter{n}": {"type": "string"} for n in range(99)}}
+    plain, long = expected("Hi"), expected("Hi " * 500)
+    with_tools = expected("Hi", tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    assert plain < long
+    assert plain < with_tools
+    limit = tiny_params.data.longest_row_tokens
+    assert expected("x" * 3 * limit) == expected("x" * 30 * limit)
 
 
 def accelerate_file(folder, **settings):

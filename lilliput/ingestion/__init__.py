@@ -1,0 +1,1 @@
+"""Turns files and datasets of any supported format into normalised rows."""
