@@ -32,6 +32,7 @@ from tasks.registry.moved import update_paths
 if TYPE_CHECKING:  # brings DVC
     from flows.engine.lineage import Lineage
     from flows.engine.scheduler import Runner
+    from lilliput.config import DataConfig
 
 RUN_NAME = "democratize-{params_file}"
 
@@ -72,8 +73,7 @@ def _run_all(folder: Path, only: list[str], runner: Runner) -> dict[str, str]:
     update_paths()
     settings = _settings(folder)
     with closing(Lineage(folder)) as lineage:
-        if lineage.changes("data"):
-            check_source(load_params(folder / "params.yaml").data, folder)
+        _check_source(load_params(folder / "params.yaml").data, folder, lineage)
         _require_machine(lineage, folder, only)
         stages = lineage.stages(only)
         states, failed = run_stages(stages, lineage, runner)
@@ -175,6 +175,12 @@ def main(
     print_summary(folder, states)
 
 
+def _check_source(config: DataConfig, folder: Path, lineage: Lineage) -> str | None:
+    """Returns `check_source` if the source is new and exists already; the stage `synthesise` may have to make it."""
+    made_later = Path(config.source).parts[0] == "synthetic" and not (folder / config.source).exists()
+    return check_source(config, folder) if lineage.changes("data") and not made_later else None
+
+
 def _print_plan(folder: Path, only: list[str]) -> None:
     from flows.engine.lineage import Lineage
     from flows.engine.plan import plan
@@ -182,7 +188,7 @@ def _print_plan(folder: Path, only: list[str]) -> None:
     params = load_params(folder / "params.yaml")
     with contextlib.chdir(folder), closing(Lineage(folder)) as lineage:
         planned = plan(lineage, params, folder, only)
-        source = check_source(params.data, folder) if lineage.changes("data") else None
+        source = _check_source(params.data, folder, lineage)
     if source:
         print(source)
     print_plan(planned)

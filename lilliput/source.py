@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lilliput.artifacts import file_sha256
-from lilliput.chat.files import BUILT_IN_TEMPLATES, TEMPLATE
+from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES, TEMPLATE
 from lilliput.config import SourceConfig
 from lilliput.errors import SourceError
 from lilliput.untrusted import require_harmless, require_no_pickles

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from lilliput.chat.tool_calls import invalid_call, read_answer
 from lilliput.config import SynthesiseConfig
 from lilliput.data.conversations import Conversation, Message, ToolCall
 from lilliput.data.jsonl import read_rows
 from lilliput.data.rows import Row, prompt_turns
 from lilliput.errors import SourceError
+from lilliput.tool_calls import invalid_call, read_answer
 
 if TYPE_CHECKING:
     import openai

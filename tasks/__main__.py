@@ -34,9 +34,17 @@ from tasks.registry.moved import update_paths
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Candidate = Annotated[str, typer.Argument(help="a name under `candidates` in params.yaml")]
 Compiled = Annotated[str, typer.Argument(help="a name under `compile` in params.yaml, such as `pocket-gguf`")]
+Synthesised = Annotated[str, typer.Argument(help="a name under `synthesise` in params.yaml")]
 Served = Annotated[str, typer.Argument(help="a device under `serving` in params.yaml")]
 # The section of params.yaml that defines a stage's argument, if it is not `candidates`.
-_SECTIONS = {"compile": "compile", "devices": "compile", "offload": "serving", "log": "serving", "simulate": "serving"}
+_SECTIONS = {
+    "synthesise": "synthesise",
+    "compile": "compile",
+    "devices": "compile",
+    "offload": "serving",
+    "log": "serving",
+    "simulate": "serving",
+}
 
 
 @app.command()
@@ -49,6 +57,12 @@ def source() -> None:
 def data() -> None:
     """Build the training text, the calibration set and the question set into data/."""
     _run("data", "build")
+
+
+@app.command()
+def synthesise(name: Synthesised) -> None:
+    """Let a teacher behind an API answer prompts, into synthetic/<name>."""
+    _run("synthesise", "ask_teacher", name)
 
 
 @app.command()

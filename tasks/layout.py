@@ -37,6 +37,16 @@ def external_teacher(teacher: str) -> Path:
     return Path(".cache/teachers") / hashlib.sha256(teacher.encode()).hexdigest()[:16]
 
 
+def synthetic(name: str) -> Path:
+    """Rows with the answers of a teacher behind an API, and their summary."""
+    return Path("synthetic") / name
+
+
+def synthesis_progress(name: str) -> Path:
+    """Answers received so far; removed once the rows are complete."""
+    return Path(".cache/synthesis") / name
+
+
 def checkpoints(candidate: str) -> Path:
     """Training state of `candidate` to resume from; removed once the artefact is complete."""
     return Path("models/.checkpoints") / candidate

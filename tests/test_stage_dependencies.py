@@ -38,6 +38,7 @@ EXEMPT = {
     "tasks.layout": "paths",
     "tasks.process": "locks, deadlines and messages of a process",
     "tasks.records": "reads what other stages wrote",
+    "tasks.teachers": "fetches a pinned teacher, which the candidate's setting names",
     "tasks.registry": "MLflow: stages that write there are run again whenever a record changed",
 }
 # Modules in an exempt package that decide what a stage writes.

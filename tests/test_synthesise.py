@@ -13,7 +13,7 @@ from lilliput.config import SynthesiseConfig
 from lilliput.data.conversations import Conversation, Message
 from lilliput.errors import SourceError
 from lilliput.synthesise import open_client, synthesise, teacher
-from tests.chat.test_tool_calls import CALL, TOOL
+from tests.test_tool_calls import CALL, TOOL
 
 CONFIG = SynthesiseConfig(prompts="prompts.jsonl", url="http://127.0.0.1:1", model="big", most_prompts=10, minutes=1.0)
 SECRET = "key-of-the-teacher"

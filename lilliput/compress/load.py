@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.chat.files import TEMPLATE
 from lilliput.chat.template import require_tools
+from lilliput.chat_templates.built_in import TEMPLATE
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
 from lilliput.compress.result import Result

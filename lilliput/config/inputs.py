@@ -88,27 +88,30 @@ class DataConfig(Section):
     @field_validator("source")
     @classmethod
     def _is_of_a_known_type(cls, source: str) -> str:
-        if is_hub(source):
-            if not _HUB_SOURCE.fullmatch(source):
-                raise ValueError(
-                    "`source` is not hub:<org>/<dataset>@<commit> with the 40 hex digits of a commit, optionally "
-                    "followed by ?config=<name>&split=<name>"
-                )
-        elif not source.strip() or "\x00" in source:
-            raise ValueError("`source` is empty; name a recipe, a file, a folder or a dataset on the hub")
-        elif PurePosixPath(source).suffix not in ("", ".yaml", ".jsonl", ".parquet") and not source.endswith("/"):
+        return _known_source(source, "source", (".yaml", ".jsonl", ".parquet"))
+
+
+def _known_source(source: str, key: str, suffixes: tuple[str, ...]) -> str:
+    """Returns `source`, the value of `key`, if it is a hub dataset, a folder or a file with one of `suffixes`."""
+    if is_hub(source):
+        if not _HUB_SOURCE.fullmatch(source):
             raise ValueError(
-                f"`source` is {source}: neither a recipe (.yaml) nor .jsonl, .parquet or a folder; convert it, or "
-                "end the name of a folder with /"
+                f"`{key}` is not hub:<org>/<dataset>@<commit> with the 40 hex digits of a commit, optionally "
+                "followed by ?config=<name>&split=<name>"
             )
-        return source
+    elif not source.strip() or "\x00" in source:
+        raise ValueError(f"`{key}` is empty; name a recipe, a file, a folder or a dataset on the hub")
+    elif PurePosixPath(source).suffix not in ("", *suffixes) and not source.endswith("/"):
+        kinds = "neither a recipe (.yaml) nor .jsonl, .parquet" if ".yaml" in suffixes else "neither .jsonl, .parquet"
+        raise ValueError(f"`{key}` is {source}: {kinds} or a folder; convert it, or end the name of a folder with /")
+    return source
 
 
 class SynthesiseConfig(Section):
     """A teacher behind an OpenAI-compatible API that answers prompts; its answers are rows for training.
 
     Attributes:
-        prompts: a file or recipe of the forms that `data.source` takes; the rows' own answers are not used.
+        prompts: rows in a form that `data.source` takes, except a recipe; their own answers are not used.
         url: of the server, without `/v1`, user, password and query; its key is read from LILLIPUT_TEACHER_KEY.
         model: its name on that server.
         system_prompt: the system turn of every prompt that has none; none if it is empty.
@@ -118,7 +121,7 @@ class SynthesiseConfig(Section):
         timeout_s: time limit of one request.
     """
 
-    prompts: Annotated[str, Field(min_length=1)]
+    prompts: str
     url: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")]
     model: Annotated[str, Field(min_length=1)]
     system_prompt: str = ""
@@ -129,6 +132,11 @@ class SynthesiseConfig(Section):
     seed: Seed = 0
     parallel: Annotated[int, Field(ge=1, le=64)] = 4
     timeout_s: PositiveFloat = 120.0
+
+    @field_validator("prompts")
+    @classmethod
+    def _is_of_a_known_type(cls, prompts: str) -> str:
+        return _known_source(prompts, "prompts", (".jsonl", ".parquet"))
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> SynthesiseConfig:

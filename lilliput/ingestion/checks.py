@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lilliput.chat.tool_calls import invalid_call
 from lilliput.data.conversations import (
     Conversation,
     ExpectedAbstention,
@@ -23,6 +22,7 @@ from lilliput.data.conversations import (
 from lilliput.data.row_file import explain
 from lilliput.ingestion.formats import Turn, json_value
 from lilliput.ingestion.outcomes import MistakeError, UnusableError
+from lilliput.tool_calls import invalid_call
 
 LONGEST_CHARACTERS = 400_000  # of a row: about 100,000 tokens
 _TOO_LONG = f"longer than {LONGEST_CHARACTERS:,} characters"

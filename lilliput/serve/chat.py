@@ -266,7 +266,7 @@ class Chat(BaseModel):
         """The request to a backend: greedy unless the client sets a temperature, with at most `limit` new tokens.
 
         Args:
-            system_prompt: added if the request has none.
+            system_prompt: added if the request has none; nothing is added if it is empty.
             limit: largest number of new tokens.
             model: the backend's model name; None to send none.
             control_tokens: split in all turns and tools of the request, so that a text cannot forge a turn.
@@ -277,7 +277,7 @@ class Chat(BaseModel):
         if self.seed is not None:
             settings["seed"] = self.seed % (LARGEST_SEED + 1)
         turns = [message.for_model(neutralize) for message in self.messages]
-        if turns[0]["role"] != "system":
+        if system_prompt and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system_prompt})
         model_field = {"model": model} if model else {}
         request = {"temperature": 0.0, **settings, **model_field, "messages": turns}

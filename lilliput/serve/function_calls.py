@@ -15,7 +15,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lilliput.chat.tool_calls import OPENINGS, Answer, invalid_call, read_answer
 from lilliput.config import Place
 from lilliput.data.conversations import ToolCall
 from lilliput.llama_server.completions import (
@@ -32,6 +31,7 @@ from lilliput.llama_server.completions import (
 )
 from lilliput.serve.schema_limits import deeper_than_limit
 from lilliput.serve.tools import CallRules
+from lilliput.tool_calls import OPENINGS, Answer, invalid_call, read_answer
 
 # Openings that begin a call anywhere in an answer. The other ones count only at its beginning.
 _MARKERS = ("<tool_call>", "[TOOL_CALLS]")

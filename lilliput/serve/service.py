@@ -19,7 +19,7 @@ class ServedModel:
     Attributes:
         name: its name in `/v1/models`.
         version: its sha256.
-        system_prompt: the system line of its tuning; added to requests that have none.
+        system_prompt: the system line of its tuning; added to requests that have none, unless it is empty.
     """
 
     name: str

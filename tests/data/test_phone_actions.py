@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from lilliput.chat.tool_calls import invalid_call
 from lilliput.data.conversations import Conversation, ExpectedCall, ExpectedCalls, ToolCall
 from lilliput.data.questions import normalise
 from lilliput.errors import SourceError
@@ -19,6 +18,7 @@ from lilliput.recipes.recipe import open_recipe
 from lilliput.recipes.request_entities import Tables, collect_tables
 from lilliput.recipes.request_recipe import RequestRecipe, Wordings
 from lilliput.recipes.request_rows import make_requests
+from lilliput.tool_calls import invalid_call
 from lilliput.wheels import default_cache
 
 DATA = load_params(Path("examples/phone-actions.yaml")).data

@@ -8,7 +8,6 @@ import jsonschema_rs
 import pytest
 
 from lilliput import chat
-from lilliput.chat.tool_calls import read_answer
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError, DataError, SourceError
 from lilliput.evaluate import bfcl
@@ -16,6 +15,7 @@ from lilliput.evaluate.benchmarks import require_benchmarks, require_template, r
 from lilliput.evaluate.judges.judge import judge_answer
 from lilliput.models import open_model
 from lilliput.runtime.torch import TorchRuntime
+from lilliput.tool_calls import read_answer
 from lilliput.wheels import default_cache
 
 WITH_CALLS = [task for task in bfcl.CATEGORIES if task != "bfcl_irrelevance"]

@@ -10,7 +10,6 @@ import pytest
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from lilliput.chat.tool_calls import read_answer
 from lilliput.config import ObjectiveConfig
 from lilliput.data.conversations import Conversation
 from lilliput.data.questions import Question
@@ -34,6 +33,7 @@ from lilliput.offload.outcomes import CostParts, Outcomes, QuestionCosts
 from lilliput.offload.policy import Conditions, FixedRouter, ThresholdRouter
 from lilliput.serve.chat import Chat
 from lilliput.serve.service import ServedModel
+from lilliput.tool_calls import read_answer
 from tests.embedding.fakes import BagOfWords
 from tests.offload.links import link
 from tests.serve import fakes

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 
-from lilliput.chat.files import BUILT_IN_TEMPLATES
 from lilliput.chat.template import encode_prompt, encode_text, require_tools
+from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES
 from lilliput.data.conversations import Conversation
 from lilliput.data.lazy import pick
 from lilliput.errors import DataError
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.examples import Examples, TurnRules, encode_examples, encode_row
-from tests.chat.test_tool_calls import TOOL
+from tests.test_tool_calls import TOOL
 
 WEATHER = {
     "type": "function",

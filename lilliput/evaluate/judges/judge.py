@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lilliput.chat.tool_calls import Answer, invalid_call, read_answer
 from lilliput.data.conversations import (
     Conversation,
     ExpectedAbstention,
@@ -29,6 +28,7 @@ from lilliput.evaluate.judges.json_answer import NotJson, is_expected_json, read
 from lilliput.evaluate.judges.judgement import CallDetails, Judgement, decided
 from lilliput.evaluate.judges.number import is_number
 from lilliput.evaluate.judges.overlap import rouge_l, token_f1
+from lilliput.tool_calls import Answer, invalid_call, read_answer
 
 
 def judge_answer(text: str, row: Row) -> Judgement:

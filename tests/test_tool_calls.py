@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lilliput.chat.tool_calls import invalid_call, read_answer
 from lilliput.data.conversations import ToolCall
+from lilliput.tool_calls import invalid_call, read_answer
 
 CALL = {"name": "set_alarm", "arguments": {"time": "07:30", "days": ["mon"]}}
 JSON = json.dumps(CALL)
