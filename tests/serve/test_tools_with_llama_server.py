@@ -9,7 +9,7 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from lilliput.chat import tool_calls
+from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
 from lilliput.llama_server.process import LlamaServer, ServerSettings
@@ -22,7 +22,7 @@ from tests.serve.fakes import ASK, FakeBackends, app, ask
 from tests.serve.test_gateway_tools import answer
 from tests.serve.test_tools import LOOP, WEATHER
 
-TEMPLATE = Path(tool_calls.__file__).parent / "templates/chatml-tools.jinja"
+TEMPLATE = BUILT_IN_TEMPLATES / "chatml-tools.jinja"
 SWITCH = {
     "type": "function",
     "function": {
