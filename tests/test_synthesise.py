@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lilliput.config import SynthesiseConfig
+from lilliput.compile.gguf import compile_gguf
+from lilliput.config import GgufTarget, SynthesiseConfig
 from lilliput.data.conversations import Conversation, Message
 from lilliput.errors import SourceError
+from lilliput.llama_server.process import LlamaServer, ServerSettings
 from lilliput.synthesise import open_client, synthesise, teacher
 from tests.test_tool_calls import CALL, TOOL
 
@@ -67,10 +69,16 @@ def server(respond):
         listening.server_close()
 
 
+def run(prompts, config, key, progress):
+    """Lets the server of `config` answer `prompts`."""
+    with open_client(config, key) as client:
+        return synthesise(prompts, config, teacher(config, client), progress)
+
+
 def ask_over_http(respond, tmp_path, prompts=PROMPTS, **settings):
     with server(respond) as (url, received):
         config = CONFIG.model_copy(update={"url": url} | settings)
-        done = synthesise(prompts, config, teacher(config, open_client(config, SECRET)), tmp_path / "progress.jsonl")
+        done = run(prompts, config, SECRET, tmp_path / "progress.jsonl")
     return done, received
 
 
@@ -175,10 +183,24 @@ def test_a_busy_server_is_asked_again_and_a_rejected_prompt_is_counted(tmp_path)
 def test_an_absent_server_is_a_temporary_error(tmp_path, monkeypatch):
     monkeypatch.setattr("lilliput.synthesise._RETRIES", 0)
     with pytest.raises(SourceError, match="does not answer") as raised:
-        synthesise(PROMPTS, CONFIG, teacher(CONFIG, open_client(CONFIG, None)), tmp_path / "progress.jsonl")
+        run(PROMPTS, CONFIG, None, tmp_path / "progress.jsonl")
     assert raised.value.temporary
 
 
 def test_an_address_with_a_password_is_rejected():
     with pytest.raises(ValueError, match="put the key into LILLIPUT_TEACHER_KEY"):
         SynthesiseConfig(prompts="a.jsonl", url="https://me:secret@host", model="m", most_prompts=1, minutes=1.0)
+
+
+def test_llama_cpp_s_server_is_a_teacher_that_needs_its_key(checkpoint, tmp_path):
+    compile_gguf(checkpoint, tmp_path, GgufTarget(candidate="small", target="gguf", floats="f32", embeddings="f32"))
+    rows = [prompt(number) for number in range(2)]
+    with LlamaServer(ServerSettings(str(tmp_path / "model.gguf"), threads=1, context_tokens=512)) as served:
+        config = CONFIG.model_copy(update={"url": served.url, "max_new_tokens": 4, "system_prompt": "Be brief."})
+        progress = tmp_path / "progress.jsonl"
+        with pytest.raises(SourceError, match="rejects the key"):
+            run(rows, config, "wrong", progress)
+        # Random weights end no answer.
+        with pytest.raises(SourceError, match=r"gave no valid answer \(2 too long\)"):
+            run(rows, config, served.key, progress)
+    assert [json.loads(line)["answer"] for line in progress.read_text().splitlines()] == ["too long"] * 2

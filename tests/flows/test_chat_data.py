@@ -81,21 +81,21 @@ def test_data_of_each_kind_run_from_the_source_to_a_served_answer(kind, tokenize
     try:
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
         status = json.loads(clone.run("python", "-m", "flows.deploy", "phone-4gb", "--status").stdout)
-        client = openai.OpenAI(base_url=f"{status['url']}/v1", api_key="none", max_retries=0)
-        model = client.models.list().data[0].id
-        question = [{"role": "user", "content": "Is it sunny in Lima?"}]
-        answer = client.chat.completions.create(model=model, messages=question, max_tokens=8)
-        assert answer.choices[0].finish_reason in ("stop", "length")
-        assert answer.usage and answer.usage.completion_tokens > 0
-        if kind == "functions":
-            forced = client.chat.completions.create(
-                model=model, messages=question, tools=[WEATHER], tool_choice="required", max_tokens=200
-            )
-            (call,) = forced.choices[0].message.tool_calls or []
-            assert call.function.name == "get_weather"
-            assert json.loads(call.function.arguments)["city"] in ("Lima", "Quito")
-        else:  # the model's own template shows no functions
-            with pytest.raises(openai.BadRequestError, match="function"):
-                client.chat.completions.create(model=model, messages=question, tools=[WEATHER], max_tokens=8)
+        with openai.OpenAI(base_url=f"{status['url']}/v1", api_key="none", max_retries=0) as client:
+            model = client.models.list().data[0].id
+            question = [{"role": "user", "content": "Is it sunny in Lima?"}]
+            answer = client.chat.completions.create(model=model, messages=question, max_tokens=8)
+            assert answer.choices[0].finish_reason in ("stop", "length")
+            assert answer.usage and answer.usage.completion_tokens > 0
+            if kind == "functions":
+                forced = client.chat.completions.create(
+                    model=model, messages=question, tools=[WEATHER], tool_choice="required", max_tokens=200
+                )
+                (call,) = forced.choices[0].message.tool_calls or []
+                assert call.function.name == "get_weather"
+                assert json.loads(call.function.arguments)["city"] in ("Lima", "Quito")
+            else:  # the model's own template shows no functions
+                with pytest.raises(openai.BadRequestError, match="function"):
+                    client.chat.completions.create(model=model, messages=question, tools=[WEATHER], max_tokens=8)
     finally:
         clone.run("python", "-m", "flows.deploy", "phone-4gb", "--stop")
