@@ -29,7 +29,19 @@ from ruamel.yaml import YAML
 from benchmarks.record import ROOT, Row, SideFailed, own_versions, python_of, side, spread, versions_of
 
 CODE = ("flows", "lilliput", "tasks", "corpora")
-MADE = ("models", "compiled", "bundles", "offload", "data", "answers", "metrics", "costs", "logged", "report")
+MADE = (
+    "models",
+    "compiled",
+    "bundles",
+    "offload",
+    "synthetic",
+    "data",
+    "answers",
+    "metrics",
+    "costs",
+    "logged",
+    "report",
+)
 FILES = ("dvc.yaml", "dvc.lock", "params.yaml", "registry.json", "promotion.json", "prefect.toml", ".dvcignore")
 FLOW = (sys.executable, "-m", "flows.democratize")
 DVC = (sys.executable, "-m", "dvc", "repro")

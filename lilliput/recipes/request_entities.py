@@ -201,7 +201,7 @@ def _named(name: str, wanted: Sequence[str], tables: Mapping[str, tuple[str, ...
 
 def _numbers(numbers: Numbers) -> Iterator[int | float]:
     for place in range(numbers.count):
-        number = round(numbers.start + place * numbers.step, 6)
+        number = round(numbers.low + place * numbers.step, 6)
         yield int(number) if number == int(number) else number
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lilliput.config import NotNegative, Positive, Section, Share, WheelPin
+from lilliput.config import NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
+from lilliput.config.section import LARGEST_FLOAT
 
 SLOT = re.compile(r"\{(\w+)\}")
 Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
@@ -28,21 +29,21 @@ class Wheels(Section):
 
 
 class Numbers(Section):
-    """The numbers from `start` to `stop`, both included."""
+    """The numbers from `low` to `high`, both included."""
 
-    start: Annotated[int | float, Field(alias="from")]
-    stop: Annotated[int | float, Field(alias="to")]
-    step: Annotated[float, Field(gt=0.0)] = 1.0
+    low: Annotated[int | float, Field(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)]
+    high: Annotated[int | float, Field(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)]
+    step: PositiveFloat = 1.0
 
     @property
     def count(self) -> int:
         """How many numbers there are."""
-        return int((self.stop - self.start) / self.step) + 1
+        return int((self.high - self.low) / self.step) + 1
 
     @model_validator(mode="after")
     def _is_a_short_range(self) -> Numbers:
-        if not (self.start <= self.stop and self.count <= MOST_NUMBERS):
-            raise ValueError(f"`from` must not be above `to`, and at most {MOST_NUMBERS:,} numbers are between them")
+        if not (self.low <= self.high and self.count <= MOST_NUMBERS):
+            raise ValueError(f"`low` must not be above `high`, and at most {MOST_NUMBERS:,} numbers are between them")
         return self
 
 

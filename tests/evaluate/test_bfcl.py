@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jsonschema_rs
 import pytest
 
-from lilliput import chat
+from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError, DataError, SourceError
 from lilliput.evaluate import bfcl
@@ -129,7 +128,7 @@ def with_tools(checkpoint, tmp_path):
     """The tiny checkpoint with the built-in template for functions."""
     folder = tmp_path / "with-tools"
     shutil.copytree(checkpoint, folder)
-    shutil.copy(Path(chat.__file__).parent / "templates" / "chatml-tools.jinja", folder / "chat_template.jinja")
+    shutil.copy(BUILT_IN_TEMPLATES / "chatml-tools.jinja", folder / "chat_template.jinja")
     return folder
 
 

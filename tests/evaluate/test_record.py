@@ -2,16 +2,15 @@ import json
 import math
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from lilliput import chat
 from lilliput.artifacts import parse_record
 from lilliput.chat.template import encode_answer, encode_prompt
+from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES
 from lilliput.data.conversations import Conversation
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
@@ -96,7 +95,7 @@ def chat_checkpoint(checkpoint, tmp_path_factory):
     """The tiny checkpoint with the built-in template for functions."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(checkpoint, folder)
-    template = Path(chat.__file__).parent / "templates" / "chatml-tools.jinja"
+    template = BUILT_IN_TEMPLATES / "chatml-tools.jinja"
     shutil.copy(template, folder / "chat_template.jinja")
     return folder
 

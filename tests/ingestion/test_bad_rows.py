@@ -85,7 +85,7 @@ MISTAKES = {
         "expect: `number`: Input should be a valid number",
     ),
     "expected unknown function": (expecting({"tool_calls": [{"name": "g"}]}), "the function 'g' is not in `tools`"),
-    "expected invalid schema": (expecting({"schema": {"type": "str"}}), "expect.schema: invalid schema: type"),
+    "expected invalid schema": (expecting({"schema": {"type": "str"}}), "expect: `schema` is not a valid JSON schema"),
     "another split": (turns(USER, ASSISTANT, split="dev"), "`split`: Input should be 'train' or 'test'"),
     "id that is a list": (turns(USER, ASSISTANT, id=[1]), "`id`: [1] is not a text"),
     "preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference (`chosen`, `rejected`); write"),
