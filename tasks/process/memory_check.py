@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any
 
 from lilliput.config import ExpertsConfig, LoadConfig, Params, Section, TrainingConfig
 from lilliput.config.strategies import is_external_teacher
-from lilliput.data.questions import Question
+from lilliput.data.conversations import Conversation
 from lilliput.data.rows import Row, answer_text, open_rows, prompt_turns
 from lilliput.errors import ConfigError
 from lilliput.graph import ROOT
@@ -106,17 +107,31 @@ def _text(folder: Path, limit: int) -> ExampleTokens:
     path = folder / layout.DATA / "train.jsonl"
     if not path.exists():
         return SHORT
-    lengths = [_lengths(row) for row in islice(open_rows(path), _SAMPLE_SIZE)]
+    rows = list(islice(open_rows(path), _SAMPLE_SIZE))
+    shared = _shared_functions(rows)
+    lengths = [_lengths(row, len(shared)) for row in rows]
     asked, answered = (round(max(column) / _CHARACTERS_PER_TOKEN) for column in zip(*lengths, strict=True))
-    return ExampleTokens(SHORT.shared, min(asked + answered, limit), min(answered + 1, limit))
+    functions = round(_characters(shared) / _CHARACTERS_PER_TOKEN)
+    return ExampleTokens(min(SHORT.shared + functions, limit), min(asked + answered, limit), min(answered + 1, limit))
 
 
-def _lengths(row: Row) -> tuple[int, int]:
-    """Returns the characters before the answer, functions included, and those of the answer."""
+def _shared_functions(rows: Sequence[Row]) -> Sequence[Mapping[str, Any]]:
+    """Returns the functions that all lists of functions begin with: a batch runs them once."""
+    lists = [row.tools for row in rows if isinstance(row, Conversation) and row.tools]
+    columns = takewhile(lambda column: all(tool == column[0] for tool in column), zip(*lists, strict=False))
+    return [column[0] for column in columns]
+
+
+def _lengths(row: Row, shared_functions: int) -> tuple[int, int]:
+    """Returns the characters before the answer, except those of shared functions, and those of the answer."""
     turns = prompt_turns(row, system_prompt="")
     asked = sum(len(turn.text) + sum(len(str(call.arguments)) for call in turn.tool_calls) for turn in turns)
-    tools = "" if isinstance(row, Question) else json.dumps(row.tools, ensure_ascii=False) if row.tools else ""
-    return asked + len(tools), len(answer_text(row))
+    tools = row.tools[shared_functions:] if isinstance(row, Conversation) else ()
+    return asked + _characters(tools), len(answer_text(row))
+
+
+def _characters(tools: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
 
 
 def _remedy(config: Section) -> str:

@@ -115,3 +115,29 @@ def test_a_missing_accelerate_file_is_rejected(tmp_path, tiny_params, monkeypatc
     monkeypatch.setenv(accelerate.SETTING, str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match="unset it to train in one process"):
         accelerate.launch_command(tiny_params, "lora")
+
+
+def test_functions_that_all_rows_share_count_once_and_not_in_every_row(tmp_path):
+    def conversation(number, functions):
+        tools = [
+            {"type": "function", "function": {"name": name, "description": "d" * 3000, "parameters": {}}}
+            for name in functions
+        ]
+        messages = [{"role": "user", "content": "q" * 30}, {"role": "assistant", "content": "a" * 9}]
+        raw = {"id": f"{number}", "group": f"{number}", "messages": messages, "tools": tools}
+        return normalised_line(Conversation.model_validate(raw))
+
+    (tmp_path / "data").mkdir()
+
+    def tokens(*lists):
+        lines = (conversation(number, functions) for number, functions in enumerate(lists))
+        write_lines(tmp_path / "data/train.jsonl", lines)
+        return memory_check._text(tmp_path, 4096)
+
+    shared = tokens("ab", "ab")
+    assert (shared.rest, shared.answer) == (13, 4)
+    assert 2000 < shared.shared < 2150
+    one_more = tokens("ab", "abc", "abd")
+    assert one_more.shared == shared.shared
+    assert 1000 < one_more.rest < 1080
+    assert tokens("ab", "ba").rest > 2000  # in another order nothing is shared
