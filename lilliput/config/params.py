@@ -19,7 +19,7 @@ class Params(Section):
     """All of params.yaml."""
 
     source: SourceConfig
-    synthesise: dict[Name, SynthesiseConfig] = Field(default_factory=dict)
+    synthesise: dict[Name, SynthesiseConfig]
     data: DataConfig
     strategies: StrategiesConfig
     candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]
