@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from lilliput.data.conversations import (
 from lilliput.data.row_file import explain
 from lilliput.ingestion.formats import Turn, json_value
 from lilliput.ingestion.outcomes import MistakeError, UnusableError
+from lilliput.schema_references import check_references, entries
 from lilliput.tool_calls import invalid_call
 
 LONGEST_CHARACTERS = 400_000  # of a row: about 100,000 tokens
@@ -37,6 +38,7 @@ _EXPECTATIONS: dict[str, type[BaseModel]] = {
     "abstain": ExpectedAbstention,
     "reference": ExpectedReference,
 }
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _DRAFTS = frozenset(
     f"{scheme}://json-schema.org/{draft}"
     for scheme in ("http", "https")
@@ -128,11 +130,10 @@ def _misplaced(turn: Turn, before: Turn | None) -> str | None:
             return "a system turn that is not the first turn; move it to the beginning or join it with the first"
         case "user" if previous == "user":
             return "two user turns in a row; join them"
+        case "assistant" if previous == "assistant":
+            return "two assistant turns in a row; join them"
         case "assistant" if previous not in ("user", "tool"):
-            what = (
-                "two assistant turns in a row; join them" if previous == "assistant" else "the assistant speaks first"
-            )
-            return what if previous == "assistant" else f"{what}; begin with a user turn"
+            return "the assistant speaks first; begin with a user turn"
         case "tool" if previous not in ("assistant", "tool"):
             return "a tool result without a call; put the assistant's turn with `tool_calls` before it"
     return None
@@ -189,13 +190,17 @@ def _invalid_tools(text: str) -> str | None:
 
 
 def _invalid_schema(schema: dict[str, Any]) -> str | None:
-    """Returns why `schema` is not JSON Schema by itself; references to other documents would be downloaded."""
+    """Returns why `schema` is not JSON Schema by itself, or takes long to apply.
+
+    References to other documents would be downloaded. For the others the gateway's rules apply.
+    """
     import jsonschema_rs
 
     draft = schema.get("$schema")
     if draft is not None and (not isinstance(draft, str) or draft.removesuffix("#") not in _DRAFTS):
         return f"`$schema` {draft!r} is unknown; remove it"
-    if outside := [name for name in _references(schema) if not name.startswith("#")]:
+    references = [value for key, value in entries(schema) if key in _REFERENCES and isinstance(value, str)]
+    if outside := [name for name in references if not name.startswith("#")]:
         return f"a reference to another document, {outside[0]!r}; copy the definition into the schema"
     try:
         jsonschema_rs.meta.validate(schema)
@@ -205,15 +210,9 @@ def _invalid_schema(schema: dict[str, Any]) -> str | None:
         return f"invalid schema: {place or 'top level'}: {error.message[:200]}; correct it"
     except (ValueError, jsonschema_rs.ReferencingError) as error:
         return f"invalid schema: {str(error)[:200]}; correct it"
+    try:
+        if references:
+            check_references(schema)
+    except ValueError as error:
+        return str(error)
     return None
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, Mapping):
-        for key, value in schema.items():
-            if key in ("$ref", "$dynamicRef", "$recursiveRef") and isinstance(value, str):
-                yield value
-            yield from _references(value)
-    elif isinstance(schema, Sequence) and not isinstance(schema, str):
-        for item in schema:
-            yield from _references(item)

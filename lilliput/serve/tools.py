@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lilliput.serve.schema_limits import MOST_DEPTH, check_references, check_schema, deeper_than_limit
+from lilliput.schema_references import check_references
+from lilliput.serve.schema_limits import MOST_DEPTH, check_schema, deeper_than_limit
 from lilliput.tool_calls import argument_validator
 
 MOST_TOOLS = 64

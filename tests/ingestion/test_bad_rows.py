@@ -22,6 +22,13 @@ CALLING = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": 
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "done"}
 GOOD = {"messages": [USER, ASSISTANT]}
 
+# 30 definitions, each with two references to the next one: 2**30 checks of one value.
+DOUBLING = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/d0"}},
+    "$defs": {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(30)} | {"d30": {"type": "null"}},
+}
+
 
 def turns(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": [*messages], **more}
@@ -74,6 +81,8 @@ MISTAKES = {
     "schema elsewhere": (tool({"type": "object", "$ref": "http://x/y"}), "a reference to another document"),
     "unknown draft": (tool({"$schema": "http://x/y"}), "`$schema` 'http://x/y' is unknown; remove it"),
     "dangling reference": (tool({"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}}), "invalid schema"),
+    "references that double": (tool(DOUBLING), "tools.0 (f): $ref: the references expand to too many schemas"),
+    "expected schema with references that double": (expecting({"schema": DOUBLING}), "expect.schema: $ref: the ref"),
     "nameless function": (tool({}, name=None), "tools.0: no name; add it"),
     "function twice": (turns(USER, ASSISTANT, tools=[{"name": "f"}, {"name": "f"}]), "a second function 'f'"),
     "tools that are not JSON": (turns(USER, ASSISTANT, tools="get_weather"), "tools: 'get_weather' is not JSON"),
