@@ -20,7 +20,7 @@ from lilliput.data.conversations import (
     ExpectedText,
 )
 from lilliput.data.row_file import explain
-from lilliput.ingestion.formats import Turn, json_value
+from lilliput.ingestion.formats import Turn, json_text, json_value
 from lilliput.ingestion.outcomes import MistakeError, UnusableError
 from lilliput.schema_references import check_references, entries
 from lilliput.tool_calls import invalid_call
@@ -70,11 +70,16 @@ def check_turns(turns: Sequence[Turn], *, has_expectation: bool) -> None:
 
 
 def check_length(turns: Sequence[Turn], tools: Sequence[Any]) -> None:
-    """Raises UnusableError for a row that is too long for any model here."""
+    """Checks that the row is not too long for any model here.
+
+    Raises:
+        MistakeError: a call or function has a value that JSON does not have.
+        UnusableError: it is too long.
+    """
     if sum(len(turn["content"] or "") for turn in turns) > LONGEST_CHARACTERS:
         raise UnusableError(_TOO_LONG)
     calls = [turn["tool_calls"] for turn in turns if "tool_calls" in turn]
-    if (calls or tools) and len(json.dumps([calls, tools], ensure_ascii=False)) > LONGEST_CHARACTERS:
+    if (calls or tools) and len(json_text([calls, tools], "tools and calls", ascii_only=False)) > LONGEST_CHARACTERS:
         raise UnusableError(_TOO_LONG)
 
 
@@ -103,6 +108,7 @@ def read_expectation(raw: Any, tools: Sequence[Mapping[str, Any]]) -> BaseModel 
     raw = json_value(raw, "expect")
     if raw is None:
         return None
+    json_text(raw, "expect")
     keys = [key for key in _EXPECTATIONS if isinstance(raw, Mapping) and key in raw]
     if len({_EXPECTATIONS[key] for key in keys}) != 1:
         found = ", ".join(map(repr, raw)) if isinstance(raw, Mapping) else type(raw).__name__

@@ -71,7 +71,7 @@ def remedy(row: Row) -> str:
     """Returns what is wrong with a row of no supported format."""
     if "chosen" in row and "rejected" in row:
         return "a preference (`chosen`, `rejected`); write the chosen answer as `completion` or as a last turn"
-    keys = ", ".join(f"`{key}`" for key in list(row)[:8]) or "none"
+    keys = ", ".join(f"`{_shown(key)}`" for key in list(row)[:8]) or "none"
     return (
         f"no known format (keys: {keys}); write `messages`, `prompt` and `completion`, `instruction` and `output`, "
         "`conversations`, or `question`"
@@ -112,13 +112,14 @@ def tools_of(row: Row) -> list[Any]:
 
 
 def ignored_keys(row: Row, form: Format) -> set[str]:
-    """Returns the keys of `row` and its turns that the format does not have."""
-    ignored = {key for key, value in row.items() if value is not None and key not in form.keys | COMMON}
+    """Returns the keys of `row` and its turns that the format does not have, as they are shown."""
+    ignored = {_shown(key) for key, value in row.items() if value is not None and key not in form.keys | COMMON}
     for key in form.keys:
         turns = row.get(key)
         for turn in turns if isinstance(turns, list) else []:
             if isinstance(turn, Mapping):
-                ignored |= {f"{key}[].{name}" for name, value in turn.items() if value and name not in _TURN_KEYS}
+                names = [name for name, value in turn.items() if value is not None and name not in _TURN_KEYS]
+                ignored |= {f"{key}[].{_shown(name)}" for name in names}
     return ignored
 
 
@@ -136,12 +137,29 @@ def json_value(value: Any, name: str) -> Any:
         raise MistakeError(f"{name}: {value[:100]!r} is not JSON ({error}); correct it") from None
 
 
+def json_text(value: Any, name: str, *, ascii_only: bool = True) -> str:
+    """Returns `value` as JSON.
+
+    Raises:
+        MistakeError: JSON has no such value: NaN, an infinite number, or a date or bytes from Parquet.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise MistakeError(f"{name}: a value that JSON does not have ({error}); write text or a finite number") from None
+
+
+def _shown(key: str) -> str:
+    """Returns `key` for messages, without control characters and halves of surrogate pairs."""
+    return repr(key[:100])[1:-1]
+
+
 def _turn(turn: Any, number: int) -> Turn:
     name = f"messages.{number}"
     if not isinstance(turn, Mapping):
         raise MistakeError(f"{name}: a {type(turn).__name__}, not an object with `role` and `content`; correct it")
     role = turn.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise MistakeError(f"{name}: unknown role {role!r}; use system, user, assistant or tool")
     converted: Turn = {"role": _ROLES[role], "content": _content(turn.get("content"), f"{name}.content")}
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
@@ -241,7 +259,7 @@ def _from_sharegpt(row: Row) -> list[Turn]:
     for number, said in enumerate(_list(row["conversations"], "conversations")):
         if not isinstance(said, Mapping) or "from" not in said or "value" not in said:
             raise MistakeError(f"conversations.{number}: not an object with `from` and `value`; correct it")
-        if (role := _SHAREGPT_ROLES.get(said["from"])) is None:
+        if (role := _SHAREGPT_ROLES.get(str(said["from"]))) is None:
             known = ", ".join(_SHAREGPT_ROLES)
             raise MistakeError(f"conversations.{number}: unknown speaker {said['from']!r}; use one of {known}")
         if role != "call":

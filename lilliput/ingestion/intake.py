@@ -95,7 +95,7 @@ class Intake:
 
     def _question(self, value: dict[str, Any]) -> Question:
         try:
-            return Question.model_validate_json(json.dumps(value))
+            return Question.model_validate_json(formats.json_text(value, "row"))
         except ValidationError as error:
             raise MistakeError(explain(error)) from None
 

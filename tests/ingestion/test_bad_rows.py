@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ MISTAKES = {
         "messages.1: a system turn that is not",
     ),
     "unknown role": (turns({"role": "robot", "content": "x"}), "messages.0: unknown role 'robot'; use system"),
+    "role that is a list": (turns({"role": ["user"], "content": "x"}), "messages.0: unknown role ['user']"),
     "no role": (turns({"content": "x"}), "messages.0: unknown role None"),
     "result without a call": (turns(USER, RESULT, ASSISTANT), "messages.1: a tool result without a call; put"),
     "result after text": (turns(USER, ASSISTANT, RESULT, ASSISTANT), "messages.2: a tool result without a call; add"),
@@ -70,6 +72,8 @@ MISTAKES = {
     "user that calls": (turns(USER | {"tool_calls": CALLING["tool_calls"]}), "only the assistant calls functions"),
     "arguments that are not JSON": (turns(USER, calling("{city: Oslo}")), "'{city: Oslo}' is not JSON"),
     "arguments that are a list": (turns(USER, calling("[1]")), "arguments: a list; write an object, by parameter"),
+    "arguments that are no number": (turns(USER, calling('{"a": NaN}')), "tools and calls: a value that JSON does not"),
+    "infinite number": (turns(USER, expect='{"number": 1e999}'), "expect: a value that JSON does not have"),
     "call without a name": (turns(USER, {"role": "assistant", "tool_calls": [{}]}), "no name of a function; add it"),
     "image": (turns(part("image_url"), ASSISTANT), "messages.0.content: a part of type 'image_url'; only text"),
     "audio": (turns(part("input_audio"), ASSISTANT), "a part of type 'input_audio'; only text is supported"),
@@ -99,6 +103,7 @@ MISTAKES = {
     "id that is a list": (turns(USER, ASSISTANT, id=[1]), "`id`: [1] is not a text"),
     "preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference (`chosen`, `rejected`); write"),
     "no format": ({"text": "once upon a time"}, "no known format (keys: `text`); write `messages`"),
+    "no format, unprintable": ({"\x1b[2J\ud800": 1}, r"no known format (keys: `\x1b[2J\ud800`); write"),
     "mixed formats": ({"instruction": "a", "output": "b"}, "a Alpaca row after messages rows; use one format"),
     "half a surrogate pair": (turns({"role": "user", "content": "\ud800"}, ASSISTANT), "surrogate"),
 }
@@ -144,6 +149,11 @@ def test_a_deeply_nested_schema_is_a_mistake_and_no_crash(tmp_path):
         inspect(source(tmp_path, GOOD, tool(schema)), tmp_path)
     except DataError as error:
         assert "mine.jsonl:2: " in str(error)
+
+
+def test_an_unknown_speaker_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"mine\.jsonl:1: conversations\.0: unknown speaker \['gpt'\]"):
+        inspect(source(tmp_path, {"conversations": [{"from": ["gpt"], "value": "x"}]}), tmp_path)
 
 
 def test_all_mistakes_are_counted_and_the_first_twenty_shown(tmp_path):
@@ -193,6 +203,15 @@ def test_a_folder_without_data_and_a_damaged_file_are_named(tmp_path):
     (tmp_path / "chats/a.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(DataError, match=r"chats/a\.parquet: not a Parquet file that can be read"):
         inspect("chats", tmp_path)
+
+
+def test_a_value_of_parquet_that_json_does_not_have_is_a_mistake(tmp_path):
+    when = datetime.datetime(2024, 1, 1)
+    question = {"id": "1", "question": "Why?", "answer": "So.", "group": "g", "made": when}
+    for row in (question, turns(USER, calling({"at": when}))):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+        with pytest.raises(DataError, match=r"rows\.parquet: row 1: .*a value that JSON does not have.*datetime"):
+            inspect("rows.parquet", tmp_path)
 
 
 def test_formats_may_not_be_mixed_in_a_folder_either(tmp_path):

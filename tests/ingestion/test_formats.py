@@ -266,11 +266,12 @@ def test_the_report_counts_skipped_rows_by_reason_and_ignored_keys(tmp_path):
 
 def test_ignored_keys_of_turns_are_counted(tmp_path):
     row = chat("a")
-    row["messages"][1]["weight"] = 1
+    row["messages"][1]["weight"] = 0  # OpenAI's: do not learn this turn
+    row["\x1b[2J"] = 1
     write(tmp_path / "rows.jsonl", [row])
     intake = Intake("rows.jsonl", tmp_path)
     assert len([*intake.rows()]) == 1
-    assert intake.report.ignored_keys == {"messages[].weight": 1}
+    assert intake.report.ignored_keys == {"messages[].weight": 1, r"\x1b[2J": 1}
 
 
 @pytest.mark.parametrize(
