@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lilliput.data.questions import normalise
-from lilliput.data.rows import Row, answer_text, request_text
+from lilliput.data.rows import Row, request_text
 
 # The overlap length of GPT-3 (Brown et al., arXiv 2005.14165, appendix C).
 WORDS = 13
@@ -28,5 +28,5 @@ def find_contaminated(train: Iterable[Row], questions: Sequence[Row]) -> list[st
 
 
 def _grams(row: Row) -> set[tuple[str, ...]]:
-    words = normalise(f"{request_text(row)} {answer_text(row)}").split()
+    words = normalise(f"{request_text(row)} {row.answer_text}").split()
     return {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from pathlib import Path
 
@@ -53,16 +52,6 @@ def request_text(row: Row) -> str:
     if isinstance(row, Question):
         return row.question
     return "\n".join(turn.text for turn in row.prompt if turn.role == "user")
-
-
-def answer_text(row: Row) -> str:
-    """Returns the right answer as text, calls of functions as JSON; empty if there is none."""
-    if isinstance(row, Question):
-        return row.answer or ""
-    if row.reference is None:
-        return ""
-    calls = (json.dumps({"name": call.name, "arguments": call.arguments}) for call in row.reference.tool_calls)
-    return "\n".join(filter(None, [row.reference.text, *calls]))
 
 
 def wording(row: Row) -> str:

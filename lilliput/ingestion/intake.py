@@ -76,7 +76,9 @@ class Intake:
         if isinstance(value, str):
             raise MistakeError(value)
         form = self._known_format(value)
-        row = self._question(value) if form is QUESTION else self._conversation(value, form, raw.split)
+        if raw.split and value.get("split") is None:
+            value = value | {"split": raw.split}
+        row = self._question(value) if form is QUESTION else self._conversation(value, form)
         self._check_identity(row)
         return row
 
@@ -99,7 +101,7 @@ class Intake:
         except ValidationError as error:
             raise MistakeError(explain(error)) from None
 
-    def _conversation(self, value: dict[str, Any], form: Format, split: str | None) -> Conversation:
+    def _conversation(self, value: dict[str, Any], form: Format) -> Conversation:
         self.report.ignored_keys.update(formats.ignored_keys(value, form))
         turns, tools = formats.convert(form.turns(value)), formats.tools_of(value)
         check_length(turns, tools)
@@ -115,7 +117,7 @@ class Intake:
             "tools": tools,
             "expect": expected,
             "group": group or NO_GROUP,
-            "split": value.get("split") or split,
+            "split": value.get("split"),
         }
         try:
             row = Conversation.model_validate(fields)

@@ -12,7 +12,7 @@ from lilliput.data.conversations import Conversation
 from lilliput.data.lazy import Lazy
 from lilliput.data.questions import Question, normalise
 from lilliput.data.row_file import RowFile
-from lilliput.data.rows import Row, request_text, wording
+from lilliput.data.rows import Row, wording
 from lilliput.ingestion.intake import NO_GROUP, Intake
 from lilliput.ingestion.near_duplicates import StoredTexts, cluster
 from lilliput.ingestion.outcomes import Report
@@ -66,7 +66,7 @@ def stage(source: str, root: Path, *, prompts: bool = False) -> Staged:
 def group_text(row: Row) -> str:
     """Returns the text by which rows without a group are grouped; rows of equal wording have equal texts."""
     plain = wording(row)
-    return normalise(plain) or plain or request_text(row)
+    return normalise(plain) or plain
 
 
 def _with_groups(

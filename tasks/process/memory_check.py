@@ -13,7 +13,7 @@ from typing import Any
 from lilliput.config import ExpertsConfig, LoadConfig, Params, Section, TrainingConfig
 from lilliput.config.strategies import is_external_teacher
 from lilliput.data.conversations import Conversation
-from lilliput.data.rows import Row, answer_text, open_rows, prompt_turns
+from lilliput.data.rows import Row, open_rows, prompt_turns
 from lilliput.errors import ConfigError
 from lilliput.graph import ROOT
 from lilliput.memory import SHORT, ExampleTokens, Machine, MemoryEstimate, Shape, estimate, this_machine
@@ -127,7 +127,7 @@ def _lengths(row: Row, shared_functions: int) -> tuple[int, int]:
     turns = prompt_turns(row, system_prompt="")
     asked = sum(len(turn.text) + sum(len(str(call.arguments)) for call in turn.tool_calls) for turn in turns)
     tools = row.tools[shared_functions:] if isinstance(row, Conversation) else ()
-    return asked + _characters(tools), len(answer_text(row))
+    return asked + _characters(tools), len(row.answer_text)
 
 
 def _characters(tools: Sequence[Mapping[str, Any]]) -> int:

@@ -127,6 +127,13 @@ def test_near_duplicates_across_a_split_by_hand_are_counted_and_no_error(tmp_pat
     assert not {row.group for row in corpus.train} & {row.group for row in corpus.questions}
 
 
+def test_requests_of_marks_alone_share_a_group(tmp_path):
+    rows = [chat(text, "yes") for text in [*different(8), *"?!…", "?!"]]
+    corpus = build(tmp_path, rows, choice_questions=99)
+    sides = [[row.user_text for row in side if len(row.user_text) < 3] for side in (corpus.train, corpus.questions)]
+    assert sorted(map(len, sides)) == [0, 4]
+
+
 def test_a_near_duplicate_of_a_row_with_a_group_joins_it(tmp_path):
     texts = different(10)
     rows = [chat(text, "yes", group=f"g{n}", id=f"given{n}") for n, text in enumerate(texts)]

@@ -225,6 +225,13 @@ def test_a_row_s_own_split_comes_before_the_name_of_its_file(tmp_path):
     assert [row.split for row in Intake("chats", tmp_path).rows()] == ["train", "test"]
 
 
+def test_names_of_files_are_sides_of_questions_too(tmp_path):
+    for side in ("train", "test"):
+        row = {"id": side, "question": "Why?", "answer": "So.", "group": side}
+        write(tmp_path / f"chats/{side}.jsonl", [row])
+    assert [(row.id, row.split) for row in Intake("chats", tmp_path).rows()] == [("test", "test"), ("train", "train")]
+
+
 def test_names_of_files_are_no_sides_if_there_is_only_one_side(tmp_path):
     write(tmp_path / "chats/train-0.jsonl", [chat("first")])
     write(tmp_path / "chats/train-1.jsonl", [chat("second")])
