@@ -19,7 +19,7 @@ from flows.engine.run_context import flow_run_id, show_markdown, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.stopping import rejected_input
 from flows.engine.waiting import retry_while_busy, wait_for_folder
-from flows.engine.workspace import PROJECT, open_workspace
+from flows.engine.workspace import PROJECT, is_synthetic, open_workspace
 from lilliput.artifacts import require_room
 from lilliput.errors import ConfigError, StageError
 from lilliput.evaluate.benchmarks import require_benchmarks
@@ -32,7 +32,7 @@ from tasks.registry.moved import update_paths
 if TYPE_CHECKING:  # brings DVC
     from flows.engine.lineage import Lineage
     from flows.engine.scheduler import Runner
-    from lilliput.config import DataConfig
+    from lilliput.config import Params
 
 RUN_NAME = "democratize-{params_file}"
 
@@ -73,7 +73,7 @@ def _run_all(folder: Path, only: list[str], runner: Runner) -> dict[str, str]:
     update_paths()
     settings = _settings(folder)
     with closing(Lineage(folder)) as lineage:
-        _check_source(load_params(folder / "params.yaml").data, folder, lineage)
+        _check_source(load_params(folder / "params.yaml"), folder, lineage)
         _require_machine(lineage, folder, only)
         stages = lineage.stages(only)
         states, failed = run_stages(stages, lineage, runner)
@@ -175,10 +175,11 @@ def main(
     print_summary(folder, states)
 
 
-def _check_source(config: DataConfig, folder: Path, lineage: Lineage) -> str | None:
+def _check_source(params: Params, folder: Path, lineage: Lineage) -> str | None:
     """Returns `check_source` if the source is new and exists already; the stage `synthesise` may have to make it."""
-    made_later = Path(config.source).parts[0] == "synthetic" and not (folder / config.source).exists()
-    return check_source(config, folder) if lineage.changes("data") and not made_later else None
+    source = params.data.source
+    made_later = is_synthetic(source, params) and not (folder / source).exists()
+    return check_source(params.data, folder) if lineage.changes("data") and not made_later else None
 
 
 def _print_plan(folder: Path, only: list[str]) -> None:
@@ -188,7 +189,7 @@ def _print_plan(folder: Path, only: list[str]) -> None:
     params = load_params(folder / "params.yaml")
     with contextlib.chdir(folder), closing(Lineage(folder)) as lineage:
         planned = plan(lineage, params, folder, only)
-        source = _check_source(params.data, folder, lineage)
+        source = _check_source(params, folder, lineage)
     if source:
         print(source)
     print_plan(planned)

@@ -49,8 +49,8 @@ def _workspace(folder: Path, count: int) -> None:
     params = folder / "given.yaml"
     with params.open("w", encoding="utf-8") as stream:
         yaml.dump(raw, stream)
-    source = Path(raw["data"]["source"])
-    make_workspace(folder / "workspace", params, PROJECT / source, source)
+    source = raw["data"]["source"]
+    make_workspace(folder / "workspace", params, {source: PROJECT / source})
     (folder / "workspace/.dvc/config").write_text(
         "[core]\n    analytics = false\n    no_scm = true\n", encoding="utf-8"
     )

@@ -7,14 +7,16 @@ inputs. `dvc repro` works in both.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lilliput.config import is_hub
+from lilliput.config import Params, is_hub
 from lilliput.errors import ConfigError, DataError
 from lilliput.params import load_params
+from tasks import layout
 from tasks.process.folder_lock import folder_lock
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -50,24 +52,28 @@ def open_workspace(params_file: Path, kind: str = "") -> Path:
 
     Raises:
         ConfigError: the parameters are invalid, or a run uses the workspace (BusyError).
-        DataError: the question file does not exist.
+        DataError: an input does not exist.
     """
-    params = load_params(params_file)
-    source = params.data.source
-    home = PROJECT if is_hub(source) or (PROJECT / source).exists() else params_file.parent
-    if not is_hub(source) and not (home / source).exists():
-        raise DataError(f"{params_file}: data.source: no such file: {source}; paths are relative to the project")
+    inputs = _inputs(load_params(params_file), params_file)
     if params_file.resolve() == PROJECT / "params.yaml" and not kind:
-        write_pin(PROJECT, source)
+        for name in inputs:
+            write_pin(PROJECT, name)
         return PROJECT
     if not params_file.stem.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{params_file}: a workspace is named after this file; use letters, digits, - and _")
     folder = PROJECT / "workspaces" / ".".join(filter(None, [params_file.stem, kind]))
-    return make_workspace(folder, params_file, home / source, Path(source))
+    for name in inputs:
+        _require_inside(name, params_file)
+    return make_workspace(folder, params_file, inputs)
 
 
-def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> Path:
-    """Copies code and parameters into `folder` and returns it; models and results there stay as they are.
+def make_workspace(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> Path:
+    """Copies code, parameters and inputs into `folder` and returns it; models and results there stay as they are.
+
+    Args:
+        folder: of the workspace.
+        params_file: becomes its params.yaml.
+        inputs: files and folders by their names in params.yaml; a dataset on the hub becomes a pin.
 
     Raises:
         BusyError: a run or a `dvc` command uses the folder.
@@ -75,14 +81,14 @@ def make_workspace(folder: Path, params_file: Path, data_source: Path, data_name
     folder.mkdir(parents=True, exist_ok=True)
     lock = exclusive if (folder / ".dvc").exists() else folder_lock  # a new workspace has no DVC to lock
     with lock(folder):
-        _copy_into(folder, params_file, data_source, data_name)
+        _copy_into(folder, params_file, inputs)
     return folder
 
 
 def write_pin(folder: Path, source: str) -> None:
     """Writes a file with the name and content `source` into `folder` if it is a dataset on the hub.
 
-    dvc.yaml depends on `data.source`, and DVC on files: this one changes with the commit.
+    dvc.yaml depends on `data.source` and `prompts`, and DVC on files: this one changes with the commit.
     """
     pin = folder / source
     if is_hub(source) and not pin.exists():
@@ -90,8 +96,33 @@ def write_pin(folder: Path, source: str) -> None:
         pin.write_text(f"{source}\n", encoding="utf-8")
 
 
+def is_synthetic(name: str, params: Params) -> bool:
+    """Whether the stage `synthesise` makes the input `name`."""
+    return any(Path(name).is_relative_to(layout.synthetic(teacher)) for teacher in params.synthesise)
+
+
+def _inputs(params: Params, params_file: Path) -> dict[str, Path]:
+    """Returns the inputs that no stage makes: their places by their names in params.yaml."""
+    keys = {f"synthesise.{teacher}.prompts": config.prompts for teacher, config in params.synthesise.items()}
+    inputs: dict[str, Path] = {}
+    for key, name in ({"data.source": params.data.source} | keys).items():
+        if is_synthetic(name, params):
+            continue
+        home = PROJECT if is_hub(name) or (PROJECT / name).exists() else params_file.parent
+        inputs[name] = home / name
+        if not is_hub(name) and not inputs[name].exists():
+            raise DataError(f"{params_file}: {key}: no such file: {name}; paths are relative to the project")
+    return inputs
+
+
+def _require_inside(name: str, params_file: Path) -> None:
+    """Rejects `../chats`: a workspace has its copy under the same name, which would replace something else there."""
+    if os.path.normpath(name).split(os.sep)[0] in (os.pardir, os.curdir):
+        raise ConfigError(f"{params_file}: {name} is outside of the project; write its absolute path")
+
+
 def _copy_data(source: Path, target: Path) -> None:
-    if not source.exists() or source.resolve() == target.resolve():  # on the hub, or an absolute path
+    if source.resolve() == target.resolve():  # an absolute path
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
@@ -101,7 +132,7 @@ def _copy_data(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Path) -> None:
+def _copy_into(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> None:
     for name in _CODE:
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -109,8 +140,11 @@ def _copy_into(folder: Path, params_file: Path, data_source: Path, data_name: Pa
         shutil.copyfile(PROJECT / name, folder / name)
     shutil.copyfile(params_file, folder / "params.yaml")
     (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, even if nothing is served
-    _copy_data(data_source, folder / data_name)
-    write_pin(folder, str(data_name))
+    for name, place in inputs.items():
+        if is_hub(name):
+            write_pin(folder, name)
+        else:
+            _copy_data(place, folder / name)
     if not (folder / ".dvc").exists():
         from dvc.repo import Repo
 

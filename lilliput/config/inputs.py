@@ -99,7 +99,7 @@ def _known_source(source: str, key: str, suffixes: tuple[str, ...]) -> str:
                 f"`{key}` is not hub:<org>/<dataset>@<commit> with the 40 hex digits of a commit, optionally "
                 "followed by ?config=<name>&split=<name>"
             )
-    elif not source.strip() or "\x00" in source:
+    elif not source.strip() or "\x00" in source or not PurePosixPath(source).parts:
         raise ValueError(f"`{key}` is empty; name a recipe, a file, a folder or a dataset on the hub")
     elif PurePosixPath(source).suffix not in ("", *suffixes) and not source.endswith("/"):
         kinds = "neither a recipe (.yaml) nor .jsonl, .parquet" if ".yaml" in suffixes else "neither .jsonl, .parquet"

@@ -337,7 +337,7 @@ def test_possible_sequences_depend_on_the_allowed_settings(tiny_params):
 @pytest.mark.slow
 def test_dvc_finds_shared_prefixes_up_to_date(tiny_params, tmp_path, monkeypatch):
     """The workspace, its graph and DVC are real; the outputs of stages are fake."""
-    folder = make_workspace(tmp_path / "search", TINY, PROJECT / tiny_params.data.source, Path(tiny_params.data.source))
+    folder = make_workspace(tmp_path / "search", TINY, {tiny_params.data.source: PROJECT / tiny_params.data.source})
     monkeypatch.chdir(folder)
     executed = []
 

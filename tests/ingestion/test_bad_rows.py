@@ -228,6 +228,7 @@ def test_formats_may_not_be_mixed_in_a_folder_either(tmp_path):
     [
         ("mine.csv", "neither a recipe"),
         ("", "`source` is empty"),
+        (".", "`source` is empty"),
         ("hub:org/chats", "40 hex digits of a commit"),
         ("hub:org/chats@main", "40 hex digits of a commit"),
         (f"hub:org/chats@{'0' * 40}?part=a", "40 hex digits of a commit"),

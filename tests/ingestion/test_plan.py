@@ -9,7 +9,7 @@ import pytest
 
 from flows import democratize
 from flows.engine import workspace
-from lilliput.errors import DataError
+from lilliput.errors import ConfigError, DataError
 from tests.ingestion.hub import COMMIT
 
 ROW = {"instruction": "Add 2 and 2.", "output": "4"}
@@ -54,23 +54,61 @@ def test_a_run_rejects_mistakes_before_its_first_stage(planned, monkeypatch):
         democratize._run_all(planned, [], SimpleNamespace())
 
 
-def test_a_workspace_gets_folders_whole_and_a_file_for_a_dataset_of_the_hub(tmp_path, monkeypatch):
-    project, chats = tmp_path / "project", tmp_path / "mine/chats"
+@pytest.fixture
+def params_with(tmp_path, monkeypatch):
+    """Returns a function that writes params.yaml with replacements, for a project in which nothing ran."""
+    text, project = (workspace.PROJECT / "examples/tiny.yaml").read_text(), tmp_path / "project"
     for name in ("lilliput", "tasks", "corpora"):
         (project / name).mkdir(parents=True)
     for name in ("dvc.yaml", ".dvcignore"):
         (project / name).write_text("")
+    monkeypatch.setattr(workspace, "PROJECT", project)
+
+    def write(source, **replacements):
+        path = tmp_path / "mine/tiny.yaml"
+        path.parent.mkdir(exist_ok=True)
+        changed = text.replace("corpora/world-facts.yaml", source)
+        for key, value in replacements.items():
+            changed = changed.replace(f"{key}: {{}}", f"{key}: {value}")
+        path.write_text(changed)
+        return path
+
+    return write
+
+
+def test_a_workspace_gets_folders_whole_and_a_file_for_a_dataset_of_the_hub(params_with, tmp_path):
+    chats = tmp_path / "mine/chats"
     chats.mkdir(parents=True)
     (chats / "a.jsonl").write_text(json.dumps(ROW) + "\n")
-    monkeypatch.setattr(workspace, "PROJECT", project)
-    text = (tmp_path / "mine/tiny.yaml", (workspace.Path(__file__).parents[2] / "examples/tiny.yaml").read_text())
-    text[0].write_text(text[1].replace("corpora/world-facts.yaml", "chats"))
-    folder = workspace.open_workspace(text[0])
+    folder = workspace.open_workspace(params_with("chats"))
     assert (folder / "chats/a.jsonl").read_text() == json.dumps(ROW) + "\n"
     (chats / "a.jsonl").rename(chats / "b.jsonl")
-    workspace.open_workspace(text[0])
+    workspace.open_workspace(params_with("chats"))
     assert [path.name for path in (folder / "chats").iterdir()] == ["b.jsonl"]
     source = f"hub:org/chats@{COMMIT}?split=train"
-    text[0].write_text(text[1].replace("corpora/world-facts.yaml", source))
-    workspace.open_workspace(text[0])
+    workspace.open_workspace(params_with(source))
     assert (folder / source).read_text() == f"{source}\n"
+
+
+def test_a_workspace_gets_the_prompts_of_a_teacher_before_its_answers_exist(params_with, tmp_path):
+    teachers = '{answers: {prompts: asked.jsonl, url: "http://x", model: m, most_prompts: 1, minutes: 1.0}}'
+    params = params_with("synthetic/answers/rows.jsonl", synthesise=teachers)
+    with pytest.raises(DataError, match=r"synthesise\.answers\.prompts: no such file: asked\.jsonl"):
+        workspace.open_workspace(params)
+    (tmp_path / "mine/asked.jsonl").write_text('{"prompt": "Hi"}\n')
+    folder = workspace.open_workspace(params)
+    assert (folder / "asked.jsonl").read_text() == '{"prompt": "Hi"}\n'
+    assert not (folder / "synthetic").exists()
+    with pytest.raises(DataError, match=r"data\.source: no such file: synthetic/others/rows\.jsonl"):
+        workspace.open_workspace(params_with("synthetic/others/rows.jsonl", synthesise=teachers))
+
+
+@pytest.mark.parametrize("source", ["../chats", "chats/.."])
+def test_a_workspace_never_replaces_what_is_outside_of_it(params_with, tmp_path, source):
+    for folder in ("chats", "mine/chats", "project/workspaces/chats"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jsonl").write_text(json.dumps(ROW) + "\n")
+    before = sorted(tmp_path.rglob("*.jsonl"))
+    with pytest.raises(ConfigError, match="is outside of the project; write its absolute path"):
+        workspace.open_workspace(params_with(source))
+    assert sorted(tmp_path.rglob("*.jsonl")) == before
