@@ -12,7 +12,6 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import combinations
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
@@ -24,9 +23,9 @@ PIECE_LETTERS = 5
 _BANDS, _BAND_ROWS = 32, 6
 _SEED = 1  # any fixed number: equal texts give equal clusters everywhere
 _CHUNK_TEXTS = 2048
+_PIECES = 1 << 18  # in memory at a time, for signatures and for comparisons: 100 bytes each
 _SMALL_BUCKET = 16  # texts that are all compared with each other
 _LARGE_RUN = 64  # texts with a rare piece and a band in common that are joined without a comparison
-_CACHED_TEXTS = 4096
 
 
 class Texts(Protocol):
@@ -106,14 +105,29 @@ def _bands(texts: Texts, places: np.ndarray) -> np.ndarray:
 
     bands = np.empty((len(places), _BANDS), np.uint32)
     factors = np.array([2 * number + 0x9E3779B97F4A7C15 for number in range(_BAND_ROWS)], np.uint64)
-    for start in range(0, len(places), _CHUNK_TEXTS):
-        pieces = [list(_pieces(texts[place])) for place in places[start : start + _CHUNK_TEXTS].tolist()]
+    start = 0
+    for pieces in _chunks(texts, places):
         signatures = np.array(signatures_of(pieces, _BANDS * _BAND_ROWS, _SEED), np.uint64).reshape(
             len(pieces), _BANDS, _BAND_ROWS
         )
         mixed = ((signatures + np.arange(1, _BAND_ROWS + 1, dtype=np.uint64)) * factors).sum(axis=2, dtype=np.uint64)
         bands[start : start + len(pieces)] = (mixed >> np.uint64(32)).astype(np.uint32)
+        start += len(pieces)
     return bands
+
+
+def _chunks(texts: Texts, places: np.ndarray) -> Iterator[list[list[str]]]:
+    """Yields the pieces of the texts, in lists of limited size."""
+    chunk, size = list[list[str]](), 0
+    for place in places.tolist():
+        pieces = list(_pieces(texts[place]))
+        if chunk and (size + len(pieces) > _PIECES or len(chunk) == _CHUNK_TEXTS):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(pieces)
+        size += len(pieces)
+    if chunk:
+        yield chunk
 
 
 def _equal_runs(values: np.ndarray) -> Iterator[np.ndarray]:
@@ -131,8 +145,9 @@ class _Finder:
     """Clusters of texts, joined pair by pair (union-find)."""
 
     def __init__(self, texts: Texts) -> None:
-        self._parents = array("Q", range(len(texts)))
-        self._pieces_of = lru_cache(_CACHED_TEXTS)(lambda place: _pieces(texts[place]))
+        self._texts, self._parents = texts, array("Q", range(len(texts)))
+        self._cached: dict[int, frozenset[str]] = {}
+        self._cached_pieces = 0
 
     def root(self, place: int) -> int:
         parents = self._parents
@@ -160,6 +175,16 @@ class _Finder:
                 and _similarity(self._pieces_of(one), self._pieces_of(other)) >= SIMILARITY
             ):
                 self._union(one, other)
+
+    def _pieces_of(self, place: int) -> frozenset[str]:
+        if place not in self._cached:
+            pieces = _pieces(self._texts[place])
+            self._cached_pieces += len(pieces)
+            if self._cached_pieces > _PIECES:
+                self._cached.clear()
+                self._cached_pieces = len(pieces)
+            self._cached[place] = pieces
+        return self._cached[place]
 
     def _union(self, one: int, other: int) -> None:
         one, other = sorted((self.root(one), self.root(other)))

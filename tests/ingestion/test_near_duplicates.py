@@ -99,6 +99,19 @@ def test_stored_texts_are_read_from_their_file():
         assert (len(texts), texts[3], texts[0]) == (4, "later", "Zürich")
 
 
+def test_long_texts_need_little_memory():
+    draw = random.Random(1)
+    texts = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=10_000)) for _ in range(40)]
+    texts += [f"{text}!" for text in texts]
+    cluster(["a"])  # imports numpy and rensa
+    tracemalloc.start()
+    found = clusters(texts)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == [*range(40)] * 2
+    assert peak < 48 * 2**20
+
+
 def test_many_texts_need_little_memory():
     draw = random.Random(1)
     count = 20_000
