@@ -117,6 +117,8 @@ class Entities:
         item = rng.choice(self._values[name, side])
         if entity.kind == "patterns":
             return self._compose(item, side, rng)
+        if entity.kind == "families":
+            return _plain(rng.choice(item))
         return _value(entity, item, rng)
 
     def draw_several(self, name: str, count: int, side: Side, rng: random.Random) -> list[Value]:

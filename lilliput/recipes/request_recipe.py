@@ -38,7 +38,7 @@ class Numbers(Section):
     @property
     def count(self) -> int:
         """How many numbers there are."""
-        return int((self.high - self.low) / self.step) + 1
+        return int((self.high - self.low) / self.step + 1e-9) + 1  # 0.3 / 0.1 is 2.9999999999999996
 
     @model_validator(mode="after")
     def _is_a_short_range(self) -> Numbers:

@@ -22,6 +22,7 @@ from lilliput.data.conversations import (
 from lilliput.errors import DataError
 from lilliput.recipes.request_entities import Entities, Side, Tables, Value
 from lilliput.recipes.request_recipe import SLOT, Function, RequestRecipe, Wording, Wordings
+from lilliput.tool_calls import invalid_call
 
 # Sizes of lists in requests ("milk, eggs and bread"); most have one item.
 _LIST_SIZES = (1, 1, 1, 1, 2, 2, 3)
@@ -58,7 +59,8 @@ def make_requests(recipe: RequestRecipe, tables: Tables, config: DataConfig) -> 
     """Returns the rows of both sides, with `split` and `group` set; deterministic for recipe, tables and `config`.
 
     Raises:
-        DataError: the recipe gives fewer different requests than its `rows` ask for.
+        DataError: the recipe gives fewer different requests than its `rows` ask for, or a value that the schema of its
+            parameter forbids.
     """
     maker = _Maker(recipe, Entities(recipe, tables, config.train_share, config.seed), config)
     train, test, share = recipe.rows.train, recipe.rows.test, config.unanswerable_share
@@ -297,6 +299,8 @@ def _answer(family: Family, wording: Wording, values: dict[str, list[Value]]) ->
         elif parameter in values:
             accepted[parameter] = _accepted(values[parameter], is_array=_is_array(family, parameter))
     call = ToolCall(name=name, arguments={parameter: forms[0] for parameter, forms in accepted.items()})
+    if problem := invalid_call(call, [function.as_tool(name)]):
+        raise DataError(f"{wording.text!r} gives arguments that do not fit: {problem}; correct the recipe")
     expected = ExpectedCall(name=name, arguments=accepted)
     return Message(role="assistant", tool_calls=(call,)), ExpectedCalls(tool_calls=(expected,))
 

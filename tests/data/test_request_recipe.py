@@ -256,6 +256,26 @@ def test_values_of_both_sides_differ_except_closed_ones(raw, tmp_path, cache):
     assert "Fay" not in drawn("name", "train") | drawn("name", "test")
 
 
+def test_the_last_number_of_a_range_is_included(raw, tmp_path, cache):
+    raw["entities"]["number"] = {"numbers": {"low": 0, "high": 0.3, "step": 0.1}}
+    recipe = opened(raw, tmp_path)
+    entities = Entities(recipe, collect_tables(recipe, cache), 0.5, 3)
+    drawn = {
+        entities.draw("number", side, random.Random(seed)).argument for side in ("train", "test") for seed in range(50)
+    }
+    assert drawn == {0, 0.1, 0.2, 0.3}
+
+
+def test_an_entry_of_a_family_in_a_pattern_means_what_is_said(raw, tmp_path, cache):
+    raw["entities"]["item"] = {"patterns": ["{unit}"]}
+    recipe = opened(raw, tmp_path)
+    entities = Entities(recipe, collect_tables(recipe, cache), 0.6, 5)
+    drawn = {entities.draw("item", "train", random.Random(seed)) for seed in range(50)}
+    assert {(value.said, value.argument) for value in drawn} == {
+        (unit, unit) for unit in ("miles", "feet", "grams", "pounds")
+    }
+
+
 def test_what_is_said_and_what_is_meant(raw, tmp_path, cache):
     recipe = opened(raw, tmp_path)
     entities = Entities(recipe, collect_tables(recipe, cache), 0.6, 5)
@@ -332,6 +352,21 @@ def test_too_few_values_for_one_request_are_refused(raw, tmp_path, cache, config
     raw["entities"]["unit"] = {"same": ["miles"]}
     recipe = opened(raw, tmp_path)
     with pytest.raises(DataError, match=r"entities.unit: fewer than 2 different values for one request"):
+        make_requests(recipe, collect_tables(recipe, cache), config)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "problem"),
+    [
+        ("draw", "name", r"light: percent: \"\w+\" is not of type \"integer\""),
+        ("draw", "half", r"light: percent: \d\.5 is not of type \"integer\""),
+    ],
+)
+def test_values_that_do_not_fit_their_parameter_are_refused(raw, tmp_path, cache, config, parameter, value, problem):
+    raw["entities"]["half"] = {"numbers": {"low": 0.5, "high": 9.5}}
+    raw["functions"]["light"]["parameters"]["percent"][parameter] = value
+    recipe = opened(raw, tmp_path)
+    with pytest.raises(DataError, match=f"gives arguments that do not fit: {problem}; correct the recipe"):
         make_requests(recipe, collect_tables(recipe, cache), config)
 
 
