@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from lilliput.data.conversations import ToolCall
 
 if TYPE_CHECKING:
@@ -110,7 +108,7 @@ def _json_calls(body: str) -> list[ToolCall]:
         try:
             value, place = decoder.raw_decode(body, place)
             calls += [_call(item) for item in (value if isinstance(value, list) else [value])]
-        except (ValueError, RecursionError, ValidationError):
+        except (TypeError, ValueError, RecursionError):
             return []
         while place < len(body) and body[place] in " \t\r\n;,":
             place += 1
@@ -123,7 +121,19 @@ def _call(raw: Any) -> ToolCall:
     flat = raw["function"] if isinstance(raw.get("function"), Mapping) else raw
     name = flat.get("name") or flat.get("function")
     arguments = flat.get("arguments", flat.get("parameters", {}))
-    return ToolCall.model_validate({"name": name, "arguments": {} if arguments is None else arguments})
+    return _checked(ToolCall.model_validate({"name": name, "arguments": {} if arguments is None else arguments}))
+
+
+def _checked(call: ToolCall) -> ToolCall:
+    """Returns `call` with its arguments as JSON has them: lists instead of tuples, texts as keys.
+
+    Raises:
+        TypeError: an argument is a value that JSON lacks, such as a set.
+        ValueError: an argument is NaN, infinite, or not Unicode.
+    """
+    text = json.dumps(call.arguments, allow_nan=False, ensure_ascii=False)
+    text.encode()
+    return call.model_copy(update={"arguments": json.loads(text)})
 
 
 def _python_calls(body: str) -> tuple[ToolCall, ...]:
@@ -132,7 +142,7 @@ def _python_calls(body: str) -> tuple[ToolCall, ...]:
         tree = ast.parse(body, mode="eval").body
         assert isinstance(tree, ast.List)
         return tuple(_python_call(node) for node in tree.elts)
-    except (SyntaxError, ValueError, AssertionError, RecursionError, MemoryError, ValidationError):
+    except (SyntaxError, TypeError, ValueError, AssertionError, RecursionError, MemoryError):
         return ()
 
 
@@ -140,4 +150,4 @@ def _python_call(node: ast.expr) -> ToolCall:
     if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
         raise ValueError("not a call with named arguments")
     arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
-    return ToolCall(name=ast.unparse(node.func), arguments=arguments)
+    return _checked(ToolCall(name=ast.unparse(node.func), arguments=arguments))

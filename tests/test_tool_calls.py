@@ -48,6 +48,11 @@ def test_a_call_is_read_in_every_form(text):
     assert (answer.text, answer.calls, answer.malformed) == ("", EXPECTED, False)
 
 
+def test_arguments_of_the_python_form_are_those_of_json():
+    (call,) = read_answer("[f(point=(1, 2.5), names={1: None})]").calls
+    assert call.arguments == {"point": [1, 2.5], "names": {"1": None}}
+
+
 def test_several_calls_keep_their_order_and_text_before_them_is_kept():
     other = json.dumps({"name": "stop", "arguments": {}})
     for text in (
@@ -77,6 +82,11 @@ def test_other_answers_are_text(text):
         '{"name": "f", "arguments": "not JSON"}',
         "[set_alarm('07:30')]",
         "[f(x=g())]",
+        "[f(x={1})]",
+        "[f(x=b'1')]",
+        "[f(x=1e999)]",
+        '{"name": "f", "arguments": {"x": NaN}}',
+        '{"name": "f", "arguments": {"x": "\\ud800"}}',
         "[TOOL_CALLS] none",
     ],
 )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from lilliput.data.questions import Text
 
@@ -93,8 +93,8 @@ class ExpectedNumber(Part):
     """The answer's last number is `number`, within the absolute `tolerance`."""
 
     kind: Literal["number"] = "number"
-    number: float
-    tolerance: Annotated[float, Field(ge=0.0)] = 0.0
+    number: FiniteFloat
+    tolerance: Annotated[FiniteFloat, Field(ge=0.0)] = 0.0
 
 
 class ExpectedJson(Part):

@@ -8,27 +8,16 @@ import pytest
 
 from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES
 from lilliput.config import BenchmarkConfig
-from lilliput.errors import ConfigError, DataError, SourceError
+from lilliput.errors import ConfigError, DataError
 from lilliput.evaluate import bfcl
 from lilliput.evaluate.benchmarks import require_benchmarks, require_template, run_benchmarks
 from lilliput.evaluate.judges.judge import judge_answer
 from lilliput.models import open_model
 from lilliput.runtime.torch import TorchRuntime
 from lilliput.tool_calls import read_answer
-from lilliput.wheels import default_cache
 
 WITH_CALLS = [task for task in bfcl.CATEGORIES if task != "bfcl_irrelevance"]
 SIZES = {"bfcl_simple": 400, "bfcl_multiple": 200, "bfcl_parallel": 200, "bfcl_parallel_multiple": 200}
-
-
-@pytest.fixture(scope="module")
-def wheel():
-    try:
-        return bfcl.fetch_tasks(default_cache())
-    except SourceError as error:
-        if not error.temporary:
-            raise
-        pytest.skip(f"BFCL's wheel is neither cached nor downloadable: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +163,8 @@ def test_a_file_and_a_wrong_name_are_refused(tmp_path):
 def test_bfcl_needs_no_harness(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     require_benchmarks([BenchmarkConfig(task="bfcl_simple")], tmp_path)
+    with pytest.raises(ConfigError, match="not installed"):
+        require_benchmarks([BenchmarkConfig(task=task) for task in ("bfcl_simple", "arc_easy")], tmp_path)
 
 
 def test_the_python_form_of_the_answer_is_read_as_well(tasks):

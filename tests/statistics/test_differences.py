@@ -17,7 +17,7 @@ def shares(gained, lost, same):
     return compare_shares([False] * gained + [True] * (lost + same), [True] * gained + [False] * lost + [True] * same)
 
 
-def require_agreement(found):
+def assert_agreement(found):
     estimate = found.difference
     holds_zero = estimate.low <= 0.0 <= estimate.high
     assert estimate.low <= estimate.value <= estimate.high
@@ -35,7 +35,7 @@ def require_agreement(found):
 def test_verdict_p_and_interval_of_shares_agree(gained, lost, same):
     if gained + lost + same:
         found = shares(gained, lost, same)
-        require_agreement(found)
+        assert_agreement(found)
         assert found.difference.low >= -1.0 and found.difference.high <= 1.0
         mirrored = shares(lost, gained, same)
         assert mirrored.difference.low == pytest.approx(-found.difference.high, abs=1e-6)
@@ -44,8 +44,8 @@ def test_verdict_p_and_interval_of_shares_agree(gained, lost, same):
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40), st.floats(-1e3, 1e3))
 def test_verdict_p_and_interval_of_means_agree(values, shift):
-    require_agreement(compare_means([0.0] * len(values), values))
-    require_agreement(compare_means(values, [value + shift for value in values]))
+    assert_agreement(compare_means([0.0] * len(values), values))
+    assert_agreement(compare_means(values, [value + shift for value in values]))
 
 
 @given(st.integers(1, 5), st.data())

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lilliput.data.conversations import ExpectedCall, ToolCall
+from lilliput.evaluate.judges.json_values import identical, same_json, same_number
 from lilliput.evaluate.judges.judgement import Slots
 
 OPTIONAL = ""  # this accepted value says that a parameter may be left out
@@ -67,11 +68,11 @@ def accepts(value: Any, accepted: Sequence[Any], schema: Schema) -> bool:
     """Returns whether `value` is one of `accepted`.
 
     A value of the schema's type is compared without case, spaces and `,./-_*^` in its strings. A value of another type
-    must equal an accepted one in type and content: BFCL's rule for variables.
+    must equal an accepted one in type and content, also inside lists and objects: BFCL's rule for variables.
     """
     if has_type(value, schema):
-        return any(_same(value, option) for option in accepted)
-    return any(type(value) is type(option) and value == option for option in accepted if option != OPTIONAL)
+        return any(same_json(value, option, _same_text) for option in accepted)
+    return any(same_json(value, option, identical) for option in accepted if option != OPTIONAL)
 
 
 def has_type(value: Any, schema: Schema) -> bool:
@@ -92,7 +93,7 @@ def is_listed(argument: str, function: str, tools: Tools) -> bool:
     parameters = _parameters(function, tools)
     return (
         function not in function_names(tools)
-        or bool(parameters.get("additionalProperties"))
+        or parameters.get("additionalProperties", False) is not False
         or argument in (parameters.get("properties") or {})
     )
 
@@ -168,20 +169,16 @@ def _is_of(kind: str, value: Any, schema: Schema) -> bool:
         case "array":
             items = schema.get("items")
             typed = items if isinstance(items, Mapping) else {}
-            return isinstance(value, list | tuple) and all(has_type(item, typed) for item in value)
+            return isinstance(value, list) and all(has_type(item, typed) for item in value)
         case _:
             return False
 
 
-def _same(value: Any, option: Any) -> bool:
-    """Returns whether two values are equal after normalising their strings; booleans are no numbers."""
+def _same_text(value: Any, option: Any) -> bool:
+    """Returns whether two scalars are equal, texts after normalising them."""
     if isinstance(value, str) and isinstance(option, str):
         return _normalised(value) == _normalised(option)
-    if isinstance(value, list | tuple) and isinstance(option, list | tuple):
-        return len(value) == len(option) and all(map(_same, value, option))
-    if isinstance(value, dict) and isinstance(option, dict):
-        return value.keys() == option.keys() and all(_same(value[key], option[key]) for key in value)
-    return isinstance(value, bool) == isinstance(option, bool) and value == option
+    return same_number(value, option)
 
 
 def _normalised(text: str) -> str:

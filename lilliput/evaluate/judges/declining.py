@@ -22,7 +22,7 @@ _REFUSES = re.compile(
     r"|\b(?:is|are)(?: not|n['’]t) (?:possible|supported|something i can)\b",
     re.IGNORECASE,
 )
-_LAST_SENTENCE = re.compile(r"[^.!?？؟。]*[.!?？؟。]*\W*$")
+_SENTENCE_END = re.compile(r"[.!?？؟。]")
 # An offer, or a question that asserts: "Anything else?", "Paris, right?".
 _OFFERS = re.compile(
     r"\b(?:else|more help|further help|other questions|right|isn['’]t it|okay|ok)\W*$|\banything\b", re.I
@@ -46,5 +46,10 @@ def declines_or_asks(text: str) -> bool:
         return False
     if abstained(text) or _REFUSES.search(text):
         return True
-    last = _LAST_SENTENCE.search(text.strip())
-    return _ASKS.search(text.strip()) is not None and not (last and _OFFERS.search(last[0]))
+    return _ASKS.search(text) is not None and not _OFFERS.search(_last_sentence(text))
+
+
+def _last_sentence(text: str) -> str:
+    """Returns the last sentence that has words; empty if there is none."""
+    sentences = reversed(_SENTENCE_END.split(text))
+    return next((sentence for sentence in sentences if re.search(r"\w", sentence)), "")

@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 import jsonschema_rs
 
-_FENCE = re.compile(r"\A```\w*\s*(.*?)\s*```\Z", re.DOTALL)
+from lilliput.evaluate.judges.json_values import same_json
+
+_FENCE = re.compile(r"\A```\w*+(.*)```\Z", re.DOTALL)
 
 
 class NotJson(ValueError):
@@ -31,7 +33,7 @@ def read_json(text: str) -> Any:
 
 def is_expected_json(value: Any, schema: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
     """Returns whether `value` is valid under `schema` and has the values of `fields`."""
-    if schema and not jsonschema_rs.validator_for(dict(schema), offline=True).is_valid(value):
+    if schema and not _is_valid(value, schema):
         return False
     if not fields:
         return True
@@ -40,13 +42,11 @@ def is_expected_json(value: Any, schema: Mapping[str, Any], fields: Mapping[str,
     )
 
 
-def same_json(a: Any, b: Any) -> bool:
-    """Returns whether two JSON values are equal: 1 and 1.0 are, 1 and true are not."""
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_json, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
+def _is_valid(value: Any, schema: Mapping[str, Any]) -> bool:
+    try:
+        return jsonschema_rs.validator_for(dict(schema), offline=True).is_valid(value)
+    except ValueError:  # a text that is not Unicode, such as a lone surrogate
+        return False
 
 
 def _reject(constant: str) -> NoReturn:

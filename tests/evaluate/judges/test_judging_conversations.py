@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -171,6 +172,7 @@ PERSON = {
         ('Here: {"name": "Ann", "age": 3}', FALSE),
         ('{"name": "Ann", "age": 3', FALSE),
         ("[1," * 50_000, FALSE),
+        ('{"name": "\\ud800", "age": 3}', FALSE),  # a lone surrogate is no Unicode
         ("I don't know.", ABSTAINED),
     ],
 )
@@ -190,6 +192,13 @@ def test_an_invalid_schema_is_refused_when_the_row_is_read():
     for schema in ({"type": "strin"}, {"pattern": "("}, {"$ref": "file:///etc/hostname"}):
         with pytest.raises(ValidationError, match="not a valid JSON schema"):
             row({"kind": "json", "schema": schema})
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_an_expected_number_is_finite(number):
+    for expect in ({"number": number}, {"number": 1, "tolerance": number}):
+        with pytest.raises(ValidationError, match="finite"):
+            row({"kind": "number"} | expect)
 
 
 def test_a_reference_gives_a_score_and_no_verdict():
@@ -265,6 +274,15 @@ It is 21 degrees in Paris.
 I have booked a table for two. Is there something else?
 Paris is the capital, right?
 Playing jazz."""
+
+
+@pytest.mark.parametrize("filler", [",", " ", "?", ". ", "```", "please "])
+@pytest.mark.parametrize("expect", EXPECTATIONS, ids=lambda expect: next(iter(expect)))
+def test_long_degenerate_answers_are_judged_fast(filler, expect):
+    began = time.process_time()
+    judge(f"x{filler * 1500}.x", expect)
+    judge(f"```{filler * 1500}x", expect)
+    assert time.process_time() - began < 2.0
 
 
 @pytest.mark.parametrize("text", ASKING.splitlines())

@@ -14,6 +14,7 @@ PROPERTIES = {
     "share": {"type": "number"},
     "exact": {"type": "boolean"},
     "tags": {"type": "array", "items": {"type": "string"}},
+    "counts": {"type": "array", "items": {"type": "integer"}},
     "area": {"type": "object"},
     "anything": {},
 }
@@ -51,6 +52,7 @@ def is_right(arguments, accepted, required=()):
         ([], [[]], "tags"),
         ({"w": 1, "n": "A B"}, [{"n": "ab", "w": 1}], "area"),
         ("variable", ["variable"], "days"),  # BFCL's variables: of the accepted value's type
+        (["variable"], [["variable"]], "counts"),
         (None, [None], "anything"),
     ],
 )
@@ -78,6 +80,9 @@ def test_accepted_values(value, accepted, kind):
         (None, ["", 5], "days"),
         ("", [5, ""], "days"),
         ("Variable", ["variable"], "days"),
+        ([5.0], [[5]], "counts"),
+        ([True], [[1]], "counts"),
+        ([{"w": 5.0}], [[{"w": 5}]], "counts"),
     ],
 )
 def test_values_that_are_not_accepted(value, accepted, kind):
@@ -131,6 +136,13 @@ def test_slots_by_hand():
     assert match([], [("f", accepted)], tools).slots == Slots(right=0, given=0, expected=2)
     twice = match(given * 2, [("f", accepted)], tools)
     assert twice.slots == Slots(right=1, given=6, expected=2) and not twice.functions
+
+
+@pytest.mark.parametrize(("others", "right"), [(None, False), (False, False), (True, True), ({}, True)])
+def test_other_parameters_are_accepted_where_the_schema_allows_them(others, right):
+    parameters = {"properties": {}} | ({} if others is None else {"additionalProperties": others})
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    assert match([("f", {"x": 1})], [("f", {"x": [1]})], tools).complete is right
 
 
 def test_without_tools_only_values_count():
