@@ -268,15 +268,7 @@ class Computation:
 
     def _with_calls(self, place: Place, chunks: Chunks) -> Chunks:
         rules = self._chat.call_rules
-        return chunks if rules is None else self._checked_chunks(place, read_chunks(chunks, rules, place))
-
-    async def _checked_chunks(self, place: Place, chunks: Chunks) -> Chunks:
-        """Counts an invalid call behind text that has been sent."""
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                if chunk.pop("invalid_call", None):
-                    self._count_invalid(place)
-                yield chunk
+        return chunks if rules is None else read_chunks(chunks, rules, place, self._count_invalid)
 
     async def _device_completion(self, *, for_router: bool = False) -> dict[str, Any]:
         device, request = self._service.device, self._backend_request(self._service.device, for_router=for_router)
