@@ -18,13 +18,19 @@ from lilliput.data.conversations import ToolCall
 if TYPE_CHECKING:
     import jsonschema_rs
 
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-_MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)\Z", re.DOTALL)
-_FENCE = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
+# Spaces are stripped afterwards: beside `.*?`, each `\s*` multiplies the time by the length of a run of spaces.
+_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_MISTRAL = re.compile(r"\[TOOL_CALLS\](.*)\Z", re.DOTALL)
+_FENCE = re.compile(r"\A```(?:json)?(.*)```\Z", re.DOTALL)
 _JSON_START = re.compile(r'\A\[?\s*\{\s*"(?:name|function|type|arguments|parameters)"')
 _PYTHON = re.compile(r"\A\[\s*[A-Za-z_][\w.]*\(.*\)\s*\]\Z", re.DOTALL)
-# Beginnings of a call, for readers of a stream: text that starts otherwise is shown at once.
-OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "```", "{", "[")
+# Markers that begin a call anywhere in an answer. The other forms count only at its beginning.
+MARKERS = ("<tool_call>", "[TOOL_CALLS]")
+# The beginning of a call without a marker, without spaces. A function's name may be cut.
+_BEGINNING = re.compile(
+    r'(?:```(?:json)?)?(?:\[?\{"(?:name|function|type|arguments|parameters)"|\[[A-Za-z_][\w.]*(?:\(|\Z))'
+)
+_LONGEST_BEGINNING = len('```json[{"parameters"')
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Answer:
     """An assistant's answer.
 
     Attributes:
-        text: the answer without its calls; the whole answer if the calls are malformed.
+        text: the text before the calls; the whole answer if there are none, or if they are malformed.
         calls: in their order.
         malformed: whether the answer begins like a call but cannot be read as one.
     """
@@ -49,13 +55,24 @@ def read_answer(text: str) -> Answer:
         return _answer(text, text[: text.index("<tool_call>")], tagged)
     if match := _MISTRAL.search(text):
         return _answer(text, text[: match.start()], [match[1]])
-    body = match[1] if (match := _FENCE.match(text)) else text
+    body = match[1].strip() if (match := _FENCE.match(text)) else text
     if _JSON_START.match(body):
         return _answer(text, "", [body])
     if _PYTHON.match(body):
         calls = _python_calls(body)
         return Answer("", calls) if calls else Answer(text, malformed=True)
     return Answer(text)
+
+
+def begins_call(text: str) -> bool | None:
+    """Returns whether an answer that begins with `text` is read as a call without a marker; None if more text decides.
+
+    For readers of a stream. An answer for which it returns false may still have a marker.
+    """
+    packed = "".join(text.split())
+    if len(packed) >= _LONGEST_BEGINNING:
+        return _BEGINNING.match(packed) is not None
+    return None if packed.startswith(("{", "[")) or "```".startswith(packed[:3]) else False
 
 
 def invalid_call(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str | None:
@@ -94,7 +111,7 @@ def argument_validator(parameters: Mapping[str, Any]) -> jsonschema_rs.Validator
 def _answer(whole: str, before: str, bodies: Sequence[str]) -> Answer:
     calls: list[ToolCall] = []
     for body in bodies:
-        read = _json_calls(body)
+        read = _json_calls(body.strip())
         if not read:
             return Answer(whole, malformed=True)
         calls += read

@@ -1,13 +1,14 @@
 """Calls of functions in the forms that open models write, and their validity."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lilliput.data.conversations import ToolCall
-from lilliput.tool_calls import invalid_call, read_answer
+from lilliput.tool_calls import begins_call, invalid_call, read_answer
 
 CALL = {"name": "set_alarm", "arguments": {"time": "07:30", "days": ["mon"]}}
 JSON = json.dumps(CALL)
@@ -99,6 +100,27 @@ def test_what_begins_like_a_call_but_cannot_be_read_is_malformed_and_kept_as_tex
 def test_no_text_is_an_error(text, opening):
     answer = read_answer(opening + text)
     assert answer.calls or answer.text == (opening + text).strip()
+
+
+@pytest.mark.parametrize("opening", ["```", "```json", "<tool_call>", "[TOOL_CALLS]", "{", "["])
+def test_long_runs_of_spaces_are_read_fast(opening):
+    began = time.process_time()
+    read_answer(f"{opening}{' ' * 4000}x{' ' * 4000}x")
+    assert time.process_time() - began < 1.0
+
+
+@given(
+    st.sampled_from([JSON, f"[ {JSON}]", '[ set_alarm(time="7")]', '{"city": "Lima"}', "[see above]", "a = 1", "f(x)"]),
+    st.sampled_from(["", "```", "```json\n", "```python\n", "``"]),
+    st.integers(0, 60),
+)
+def test_a_call_is_expected_wherever_one_is_read(text, fence, length):
+    whole = f"{fence}{text}{fence and chr(10) + '```'}"
+    answer = read_answer(whole)
+    if answer.calls or answer.malformed:
+        assert begins_call(whole[:length]) is not False
+    if begins_call(whole[:length]) is False:
+        assert begins_call(whole) is False
 
 
 @pytest.mark.parametrize(

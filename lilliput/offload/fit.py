@@ -51,23 +51,26 @@ def fit(x: np.ndarray, outcomes: Outcomes, dimensions: int) -> WorthModel:
     Raises:
         Warning: scikit-learn warned, for example that a fit did not converge (ConvergenceWarning).
     """
-    targets = {
-        f"{place}_{kind}": getattr(outcomes, kind)[place]
-        for place in ("device", "server")
-        for kind in ("right", "hallucinated")
-    }
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale = np.where(scale > 1e-9, scale, 1.0)
     scale[:dimensions] = EMBEDDING_SCALE
+    standardised = (x - mean) / scale
     weights, bias = np.zeros((len(TARGETS), x.shape[1])), np.zeros(len(TARGETS))
-    for number, name in enumerate(TARGETS):
-        happened = targets[name] > 0.0
-        if happened.all() or not happened.any():
-            bias[number] = np.log((happened.sum() + 0.5) / ((~happened).sum() + 0.5))
+    for number, target in enumerate(TARGETS):
+        place, kind = target.split("_")
+        counted = outcomes.judged if kind == "hallucinated" else np.ones(len(x), dtype=bool)
+        values = getattr(outcomes, kind)[place][counted]
+        if (values == 1.0).all() or (values == 0.0).all():
+            bias[number] = np.log((values.sum() + 0.5) / ((1.0 - values).sum() + 0.5))
             continue
+        # A score between 0 and 1 counts as both outcomes, weighted by its share of each.
+        pairs, happened = np.repeat(standardised[counted], 2, axis=0), np.tile([True, False], len(values))
+        shares = np.stack([values, 1.0 - values], axis=1).ravel()
+        kept = shares > 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model = LogisticRegression(C=STRENGTH, max_iter=ITERATIONS).fit((x - mean) / scale, happened)
+            model = LogisticRegression(C=STRENGTH, max_iter=ITERATIONS)
+            model.fit(pairs[kept], happened[kept], shares[kept])
         weights[number], bias[number] = model.coef_[0], model.intercept_[0]
     return WorthModel(mean, scale, weights, bias)
 

@@ -120,23 +120,24 @@ def figures(policy: Policy, outcomes: Outcomes, parts: CostParts, params: Params
         return intervals.mean(values, config.seed, config.resamples)
 
     def share(values: np.ndarray) -> Figure:
-        return Figure.of(intervals.rate([bool(value) for value in values]) if deterministic else mean(values))
+        counts = deterministic and np.isin(values, (0.0, 1.0)).all()  # not scores of rows with only a reference
+        return Figure.of(intervals.rate([bool(value) for value in values]) if counts else mean(values))
 
     energy = mean(expected_value(policy.sent, costs.device_j, costs.server_j))
     percent = energy and replace(
         energy, **{key: battery_percent(vars(energy)[key], serving.battery_wh) for key in ("value", "low", "high")}
     )
     more = policy.sent - policy.sent.mean()
-    gains = {"accuracy": outcomes.right_gain[outcomes.answerable], "hallucination_rate": -outcomes.hallucination_gain}
-    counted = {"accuracy": outcomes.answerable, "hallucination_rate": np.ones(len(policy.sent), dtype=bool)}
+    counted = {"accuracy": outcomes.answerable, "hallucination_rate": outcomes.judged}
+    gains = {"accuracy": outcomes.right_gain, "hallucination_rate": -outcomes.hallucination_gain}
     return PolicyFigures(
         offloaded=float(policy.sent.mean()),
         accuracy=share(expected_value(policy.sent, **outcomes.right)[outcomes.answerable]),
-        hallucination_rate=share(expected_value(policy.sent, **outcomes.hallucinated)),
+        hallucination_rate=share(expected_value(policy.sent, **outcomes.hallucinated)[outcomes.judged]),
         latency_ms=_latency(1e3 * costs.device_s, 1e3 * costs.server_s, policy.sent),
         energy_per_query_j=Energy.of(energy, **DECLARED),
         battery_percent_per_query=Energy.of(percent, **DECLARED),
-        over_random={metric: Figure.of(mean(more[counted[metric]] * gain)) for metric, gain in gains.items()},
+        over_random={metric: Figure.of(mean((more * gain)[counted[metric]])) for metric, gain in gains.items()},
     )
 
 
@@ -168,11 +169,10 @@ def areas(
         resamples: of the bootstrap.
         against: another score; the areas are then paired differences from its areas.
     """
-    answerable, everything = outcomes.answerable, np.ones(len(score), dtype=bool)
     gains = {
-        "accuracy": (outcomes.right_gain, answerable),
-        "hallucination_rate": (outcomes.hallucination_gain, everything),
-        "both": (outcomes.gain, everything),
+        "accuracy": (outcomes.right_gain, outcomes.answerable),
+        "hallucination_rate": (outcomes.hallucination_gain, outcomes.judged),
+        "both": (outcomes.gain, np.ones(len(score), dtype=bool)),
     }
 
     def area(draw: np.ndarray) -> np.ndarray:

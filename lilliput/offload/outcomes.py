@@ -18,22 +18,26 @@ class Outcomes:
 
     Attributes:
         answerable: whether the question has an answer.
-        right: by place, 1.0 for a right answer.
+        judged: whether hallucinations are defined: not for rows with only a reference.
+        right: by place, 1.0 for a right answer; the score (token F1) for rows with only a reference.
         hallucinated: by place, 1.0 for a hallucination.
     """
 
     answerable: np.ndarray
+    judged: np.ndarray
     right: dict[str, np.ndarray]
     hallucinated: dict[str, np.ndarray]
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Outcomes:
         """From the rows of `ask_both`."""
-        outcomes = {
-            key: {place: np.array([float(bool(row[place][key])) for row in rows]) for place in ("device", "server")}
-            for key in ("right", "hallucinated")
-        }
-        return cls(np.array([bool(row["answerable"]) for row in rows]), outcomes["right"], outcomes["hallucinated"])
+        right, hallucinated = (
+            {place: np.array([value(row[place]) for row in rows]) for place in ("device", "server")}
+            for value in (quality, lambda answer: float(bool(answer["hallucinated"])))
+        )
+        answerable = np.array([bool(row["answerable"]) for row in rows])
+        judged = np.array([row["device"]["hallucinated"] is not None for row in rows])
+        return cls(answerable, judged, right, hallucinated)
 
     @property
     def gain(self) -> np.ndarray:
@@ -55,16 +59,25 @@ class Outcomes:
         right, hallucinated = (
             {place: values[mask] for place, values in by_place.items()} for by_place in (self.right, self.hallucinated)
         )
-        return Outcomes(self.answerable[mask], right, hallucinated)
+        return Outcomes(self.answerable[mask], self.judged[mask], right, hallucinated)
 
     def accuracy(self, sent: np.ndarray) -> float:
-        """Share of right answers among answerable questions, each sent with probability `sent`; 0.0 without any."""
-        right = expected_value(sent, **self.right)[self.answerable]
-        return float(right.mean()) if len(right) else 0.0
+        """Mean of `right` over the answerable questions, each sent with probability `sent`; 0.0 without any."""
+        return _mean(expected_value(sent, **self.right)[self.answerable])
 
     def hallucination_rate(self, sent: np.ndarray) -> float:
-        """Share of hallucinations among all questions, each sent with probability `sent`."""
-        return float(expected_value(sent, **self.hallucinated).mean())
+        """Share of hallucinations among the judged questions, each sent with probability `sent`; 0.0 without any."""
+        return _mean(expected_value(sent, **self.hallucinated)[self.judged])
+
+
+def quality(answer: Mapping[str, Any]) -> float:
+    """1.0 for a right answer, otherwise 0.0; where right and wrong are undefined, the score, if there is one."""
+    right = answer["right"]
+    return float((answer.get("score") or 0.0) if right is None else right)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 @dataclass(frozen=True)

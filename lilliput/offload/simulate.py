@@ -22,7 +22,7 @@ from lilliput.config import LinkConfig, Section
 from lilliput.config.section import LinkName, NotNegativeFloat
 from lilliput.errors import DataError
 from lilliput.offload.links import active_j, latency_s, tail_j
-from lilliput.offload.outcomes import request_of
+from lilliput.offload.outcomes import quality, request_of
 from lilliput.offload.policy import Conditions, Router, RoutingDecision
 
 DAY_S = 86_400.0
@@ -235,7 +235,8 @@ def summarise(served: Sequence[ServedRequest], rows: Sequence[Mapping[str, Any]]
     by_id = {row["id"]: row for row in rows}
     answers = [by_id[s.event.id][s.decision.place] for s in served]
     answerable = [by_id[s.event.id]["answerable"] for s in served]
-    right = [bool(answer["right"]) for answer, can in zip(answers, answerable, strict=True) if can]
+    right = [quality(answer) for answer, can in zip(answers, answerable, strict=True) if can]
+    hallucinated = [answer["hallucinated"] for answer in answers if answer["hallucinated"] is not None]
     latencies_ms = [1e3 * s.latency_s for s in served]
     days = sorted({int(s.event.at_s // DAY_S) for s in served})
     last = {day: [s for s in served if s.event.at_s // DAY_S == day][-1] for day in days}
@@ -246,7 +247,7 @@ def summarise(served: Sequence[ServedRequest], rows: Sequence[Mapping[str, Any]]
         "least_battery_percent": min(s.battery_percent for s in served),
         "offloaded": {link: _offloaded([s for s in served if s.event.link == link]) for link in links},
         "accuracy": sum(right) / len(right) if right else None,
-        "hallucination_rate": sum(bool(answer["hallucinated"]) for answer in answers) / len(answers),
+        "hallucination_rate": sum(hallucinated) / len(hallucinated) if hallucinated else None,
         "latency_ms": dict(zip(("p50", "p90"), map(float, np.quantile(latencies_ms, [0.5, 0.9])), strict=True)),
         "energy_j": sum(s.energy_j for s in served),
         "measured": False,

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from lilliput.cache.answers import AnswerCache, CachedAnswer, CacheHit, CacheQuery
+from lilliput.cache.answers import CacheHit
 from lilliput.config import Place
-from lilliput.errors import ArtifactError
 from lilliput.llama_server.completions import (
-    COMPLETE,
     TOKEN_LOGPROBS,
     Chunks,
     Usage,
-    finish_of,
-    join_chunks,
     logprobs_of,
     new_completion,
-    text_of,
-    usage_of,
 )
 from lilliput.offload.policy import Conditions, RoutingDecision
 from lilliput.serve.backends import Backend, BackendDown, BackendFailed, BackendRejected
 from lilliput.serve.chat import Chat
 from lilliput.serve.costs import ResourceUsage
 from lilliput.serve.function_calls import InvalidCall, read_chunks, read_completion
+from lilliput.serve.request_cache import CacheControl, RequestCache
 from lilliput.serve.service import Service
 
 Result = TypeVar("Result")
-log = logging.getLogger("lilliput.gateway")
-_CACHE_ERRORS = (ArtifactError, sqlite3.Error, OSError)  # damaged file, lock timeout, full disk
 
 
 @dataclass(frozen=True)
@@ -56,19 +47,6 @@ class Limits:
     waiting: int = 64
     requests_per_minute: int = 6000
     write_s: float = 60.0
-
-
-@dataclass(frozen=True)
-class CacheControl:
-    """The use of the answer cache that a request allows.
-
-    Attributes:
-        lookup: whether the answer may come from the cache.
-        store: whether the answer may be stored.
-    """
-
-    lookup: bool = True
-    store: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,13 +95,12 @@ class Computation:
         limits: Limits,
         count_invalid: Callable[[Place], None] = lambda _: None,
     ) -> None:
-        self._service, self._chat, self._conditions = service, chat, conditions
-        self._cache_control, self._limits = cache_control, limits
-        self._cache = service.cache if chat.cacheable else None
-        self._query: CacheQuery | None = None
+        self._service, self._chat, self._conditions, self._limits = service, chat, conditions, limits
         self._edge_failed = False
         self._count_invalid = count_invalid
         self.usage = ResourceUsage()
+        max_tokens = chat.most_tokens(limits.max_tokens)
+        self._cache = RequestCache(service, chat, conditions, cache_control, max_tokens, self.usage)
 
     async def run(self) -> RoutedAnswer:
         """The answer; a stream if the request asks for one and a model answers without cascade.
@@ -231,14 +208,16 @@ class Computation:
         request = self._backend_request(edge)
         if self._chat.stream:
             chunks = self._with_calls("server", self._edge_chunks(edge, request))
-            return await _first_chunk("server", decision, self._store_at_end("server", chunks) if store else chunks)
+            if store:
+                chunks = self._cache.store_at_end("server", chunks)
+            return await _first_chunk("server", decision, chunks)
         async with self._edge_slot(edge) as left_s:
             with self.usage.measure_edge():
                 self.usage.up_bytes += len(json.dumps(request))
                 body = await edge.ask(request, left_s) | {"model": str(self._service.info.edge)}
         self.usage.down_bytes += len(json.dumps(body))
         if store:
-            await self._store("server", body)
+            await self._cache.store("server", body)
         return RoutedAnswer("server", decision, self._read_calls("server", body))
 
     async def _edge_chunks(self, edge: Backend, request: Mapping[str, Any]) -> Chunks:
@@ -256,10 +235,12 @@ class Computation:
         """The device's answer: `device_body` if the router has already asked for it."""
         if device_body is None and self._chat.stream:
             chunks = self._with_calls("device", self._device_chunks())
-            return await _first_chunk("device", decision, self._store_at_end("device", chunks) if store else chunks)
+            if store:
+                chunks = self._cache.store_at_end("device", chunks)
+            return await _first_chunk("device", decision, chunks)
         body = device_body or await self._device_completion()
         if store:
-            await self._store("device", body)
+            await self._cache.store("device", body)
         return RoutedAnswer("device", decision, self._read_calls("device", body))
 
     def _read_calls(self, place: Place, body: dict[str, Any]) -> dict[str, Any]:
@@ -268,15 +249,7 @@ class Computation:
 
     def _with_calls(self, place: Place, chunks: Chunks) -> Chunks:
         rules = self._chat.call_rules
-        return chunks if rules is None else self._checked_chunks(place, read_chunks(chunks, rules, place))
-
-    async def _checked_chunks(self, place: Place, chunks: Chunks) -> Chunks:
-        """Counts an invalid call behind text that has been sent."""
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                if chunk.pop("invalid_call", None):
-                    self._count_invalid(place)
-                yield chunk
+        return chunks if rules is None else read_chunks(chunks, rules, place, self._count_invalid)
 
     async def _device_completion(self, *, for_router: bool = False) -> dict[str, Any]:
         device, request = self._service.device, self._backend_request(self._service.device, for_router=for_router)
@@ -348,35 +321,14 @@ class Computation:
         logprobs = TOKEN_LOGPROBS | ({"top_logprobs": self._chat.top_logprobs} if self._chat.top_logprobs else {})
         return request | (logprobs if for_router or self._chat.logprobs else {})
 
-    def _cache_query(self, cache: AnswerCache) -> CacheQuery:
-        """The same query for lookup and storing, so that the question is embedded once."""
-        if self._query is None:
-            question = self._chat.question
-            self._query = cache.query(question, self._service.router.rule(question, self._conditions))
-        return self._query
-
     async def _cached_answer(self) -> RoutedAnswer | None:
-        cache = self._cache
-        if cache is None or not self._cache_control.lookup:
-            return None
-        try:
-            hit = await self.usage.run_in_thread(lambda: self._find(cache))
-        except _CACHE_ERRORS as error:
-            return log.error("the answer cache cannot be read; the model answers instead: %s", error)
+        hit = await self._cache.find()
         if hit is None:
             return None
         reason = f"{hit.kind} hit in the answer cache, from the {hit.answer.place}"
         usage = await self._hit_usage(hit)
         completion = new_completion(hit.answer.text, hit.answer.model, usage)
         return RoutedAnswer("cache", RoutingDecision("device", hit.similarity, reason), completion)
-
-    def _find(self, cache: AnswerCache) -> CacheHit | None:
-        hit = cache.find(self._cache_query(cache), self._chat.most_tokens(self._limits.max_tokens))
-        if hit is None or hit.kind == "exact":
-            return hit
-        # The same rule may route another wording to another backend; then the hit does not count.
-        decision = self._service.router.route_question(self._chat.question, self._conditions)
-        return hit if decision is None or decision.place == hit.answer.place else None
 
     async def _hit_usage(self, hit: CacheHit) -> Usage | None:
         """Token counts of a cached answer; the device's model counts the prompt of another wording."""
@@ -385,28 +337,6 @@ class Computation:
             device = self._service.device
             prompt_tokens = await device.count_prompt(self._backend_request(device))
         return None if prompt_tokens is None else Usage(prompt_tokens, hit.answer.completion_tokens)
-
-    async def _store_at_end(self, place: Place, chunks: Chunks) -> Chunks:
-        """Yields `chunks`, then stores the complete answer."""
-        sent = []
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                sent.append(chunk)
-                yield chunk
-        await self._store(place, join_chunks(sent))
-
-    async def _store(self, place: Place, body: Mapping[str, Any]) -> None:
-        """Stores an answer that is complete, not empty, and has token counts."""
-        cache, usage, text = self._cache, usage_of(body), text_of(body)
-        if cache is None or usage is None or not self._cache_control.store:
-            return
-        if finish_of(body) != COMPLETE or not text.strip():
-            return
-        answer = CachedAnswer(text, place, body["model"], usage.prompt_tokens, usage.completion_tokens)
-        try:
-            await asyncio.to_thread(lambda: cache.store(self._cache_query(cache), answer))
-        except _CACHE_ERRORS as error:
-            log.error("the answer cache cannot be written; the answer is not stored: %s", error)
 
 
 def _device_error(error: BackendFailed) -> Unanswered:

@@ -15,11 +15,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lilliput.offload.policy import Conditions
-from lilliput.serve.answering import CacheControl, Overloaded, Unanswered, Unavailable
+from lilliput.serve.answering import Overloaded, Unanswered, Unavailable
 from lilliput.serve.backends import BackendRejected
 from lilliput.serve.chat import Chat
 from lilliput.serve.gateway import Gateway, Reply, reply_metadata
 from lilliput.serve.middleware import error_body
+from lilliput.serve.request_cache import CacheControl
 
 Result = TypeVar("Result")
 log = logging.getLogger("lilliput.gateway")

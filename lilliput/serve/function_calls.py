@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -24,24 +24,21 @@ from lilliput.llama_server.completions import (
     calls_of,
     delta_of,
     finish_of,
-    join_calls,
     join_chunks,
     text_of,
     with_calls,
 )
 from lilliput.serve.schema_limits import deeper_than_limit
 from lilliput.serve.tools import CallRules
-from lilliput.tool_calls import OPENINGS, Answer, invalid_call, read_answer
+from lilliput.tool_calls import MARKERS, Answer, begins_call, invalid_call, read_answer
 
-# Openings that begin a call anywhere in an answer. The other ones count only at its beginning.
-_MARKERS = ("<tool_call>", "[TOOL_CALLS]")
 # Mistral's chat template accepts only ids of nine letters and digits.
 _ID_LETTERS, _ID_LENGTH = string.ascii_letters + string.digits, 9
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer says.
+    """An answer with its calls checked.
 
     Attributes:
         text: the text before the calls; the whole answer if it has no valid calls.
@@ -58,7 +55,7 @@ class InvalidCall(Exception):
     """An answer has an invalid call, or lacks the required one. Nothing of it has been sent.
 
     Attributes:
-        place: what answered.
+        place: where the answer comes from.
         body: the completion, with the answer as text.
     """
 
@@ -75,19 +72,27 @@ def read_completion(body: Mapping[str, Any], rules: CallRules, place: Place) -> 
         InvalidCall: a call is invalid or malformed, or a required one is missing.
     """
     reading = _read(text_of(body), calls_of(body), rules)
+    if reading.calls:
+        return with_calls(body, reading.text, [_as_openai(call) for call in reading.calls], CALLED)
+    whole = with_calls(body, reading.text, (), _text_finish(body))
     if reading.problem:
-        raise InvalidCall(reading.problem, place, with_calls(body, reading.text, (), _text_finish(body)))
-    if not reading.calls:
-        return with_calls(body, reading.text, (), _text_finish(body))
-    return with_calls(body, reading.text, [_as_openai(call) for call in reading.calls], CALLED)
+        raise InvalidCall(reading.problem, place, whole)
+    return whole
 
 
-async def read_chunks(chunks: Chunks, rules: CallRules, place: Place) -> Chunks:
+async def read_chunks(
+    chunks: Chunks, rules: CallRules, place: Place, count_invalid: Callable[[Place], None] = lambda _: None
+) -> Chunks:
     """Yields text at once, and calls when the answer is complete.
 
+    Args:
+        chunks: a backend's answer.
+        rules: the calls that the request permits.
+        place: where the answer comes from.
+        count_invalid: called with `place` for an invalid call behind text that has been yielded; the call is then text.
+
     Raises:
-        InvalidCall: as `read_completion`, if no chunk has been yielded yet. Otherwise the invalid call is yielded as
-            text, and the last chunk has the key `invalid_call`, which the caller must remove.
+        InvalidCall: as `read_completion`, if no chunk has been yielded yet.
     """
     filtered, received, logprobs, sent = _TextFilter(hold=rules.required), [], [], ""
     async with aclosing(chunks):
@@ -100,9 +105,11 @@ async def read_chunks(chunks: Chunks, rules: CallRules, place: Place) -> Chunks:
                 yield _delta(chunk, {"content": ready} | ({} if sent else {"role": "assistant"}), logprobs)
                 sent, logprobs = sent + ready, []
     body = join_chunks(received)
-    reading = _read(text_of(body), join_calls(received), rules)
+    reading = _read(text_of(body), calls_of(body), rules)
     if reading.problem and not sent:
         raise InvalidCall(reading.problem, place, _as_text(body, reading, logprobs))
+    if reading.problem:
+        count_invalid(place)
     for chunk in _ending(received, reading, logprobs, sent):
         yield chunk
 
@@ -122,8 +129,6 @@ def _ending(
     reason = CALLED if calls else _text_finish(last)
     chunks = [_delta(first, delta, logprobs)] if delta else []
     end = _delta(first, {}, [] if delta else logprobs, reason)
-    if reading.problem:
-        end["invalid_call"] = reading.problem
     return [*chunks, end, *(dict(chunk) for chunk in received if not chunk["choices"])]
 
 
@@ -144,9 +149,9 @@ class _TextFilter:
         self._pending += piece
         if not self._begun:
             self._pending = self._pending.lstrip()
-            self._held = self._pending.startswith(OPENINGS)
-            self._begun = not any(opening.startswith(self._pending) for opening in OPENINGS)
-            if self._held or not self._begun:
+            begins = begins_call(self._pending)
+            self._held, self._begun = bool(begins), begins is False
+            if not self._begun:
                 return ""
         ready = self._pending[: self._call_start()].rstrip()
         self._pending = self._pending[len(ready) :]
@@ -154,13 +159,13 @@ class _TextFilter:
 
     def _call_start(self) -> int:
         """Where a call may begin in the pending text; its length if nowhere."""
-        found = [self._pending.find(marker) for marker in _MARKERS if marker in self._pending]
+        found = [self._pending.find(marker) for marker in MARKERS if marker in self._pending]
         if found:
             self._held = True
             return min(found)
         beginnings = (
             length
-            for marker in _MARKERS
+            for marker in MARKERS
             for length in range(len(marker) - 1, 0, -1)
             if self._pending.endswith(marker[:length])
         )

@@ -14,10 +14,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from lilliput.config import Place
 from lilliput.llama_server.completions import Chunks, calls_of, finish_of, with_logprobs
 from lilliput.offload.policy import Conditions, RoutingDecision
-from lilliput.serve.answering import CacheControl, Computation, Limits, Overloaded, Unanswered, Unavailable
+from lilliput.serve.answering import Computation, Limits, Overloaded, Unanswered, Unavailable
 from lilliput.serve.backends import BackendRejected
 from lilliput.serve.chat import Chat
 from lilliput.serve.costs import Cost
+from lilliput.serve.request_cache import CacheControl
 from lilliput.serve.service import Service
 from lilliput.serve.single_flight import SingleFlight, Subscription
 

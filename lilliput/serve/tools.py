@@ -95,8 +95,10 @@ class CalledFunction(_Part):
             arguments = json.loads(text or "{}")
             if not isinstance(arguments, dict) or deeper_than_limit(arguments):
                 raise ValueError("not a JSON object, or nested too deep")
-            return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        except (JSONDecodeError, RecursionError):
+            normalized = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            normalized.encode()  # the router's tokenizer fails on a lone surrogate
+            return normalized
+        except (JSONDecodeError, RecursionError, UnicodeEncodeError):
             raise ValueError("not JSON; send the arguments as a text with a JSON object") from None
 
 

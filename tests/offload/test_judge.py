@@ -232,6 +232,39 @@ def test_fit_equals_scikit_learn_on_scaled_features():
     assert found.probabilities(known)[:, 3] == pytest.approx(0.5 / 61)
 
 
+def with_reference(number, device, server):
+    """A row with only a reference, whose answers have these scores."""
+    made = row(number, "W", "W")
+    for place, score in (("device", device), ("server", server)):
+        made[place] |= {"right": None, "hallucinated": None, "score": score}
+    return made
+
+
+def test_rows_with_only_a_reference_count_with_their_score_and_no_hallucination(params):
+    rows = [*FOUR, with_reference(4, 0.25, 1.0), with_reference(5, 0.5, 0.25)]
+    outcomes = Outcomes.from_rows(rows)
+    assert outcomes.right_gain.tolist() == [1.0, 0.0, -1.0, 0.0, 0.75, -0.25]
+    device = figures(Policy(np.zeros(6)), outcomes, parts_of(rows, params), params, "phone-4gb")
+    assert (device.accuracy.value, device.accuracy.n) == (pytest.approx((2 + 0.75) / 5), 5)
+    assert (device.hallucination_rate.value, device.hallucination_rate.n) == (0.5, 4)
+    server = figures(Policy(np.ones(6)), outcomes, parts_of(rows, params), params, "phone-4gb")
+    assert (server.accuracy.value, server.hallucination_rate.value) == (pytest.approx((2 + 1.25) / 5), 0.25)
+    found = areas(outcomes.gain, outcomes, 0, 100)
+    assert (found["hallucination_rate"].n, found["accuracy"].n, found["both"].n) == (4, 5, 6)
+
+
+def test_router_learns_from_the_scores_of_rows_with_only_a_reference(params):
+    rows = [  # the device's wording is far from the reference where the question is obscure
+        with_reference(n, 0.2 if n % 3 == 0 else 0.8, 0.8) | {"question": r["question"]}
+        for n, r in enumerate(predictable_rows(60))
+    ]
+    vectors = BagOfWords().embed([r["question"] for r in rows])
+    judgement = judge_policies(rows, vectors, params, "phone-4gb")
+    learned = judgement.results.links["wifi"]["learned_before"]
+    assert (learned.accuracy.value, learned.offloaded) == (pytest.approx(0.8), pytest.approx(1 / 3))
+    assert (learned.hallucination_rate.value, learned.hallucination_rate.n) == (None, 0)
+
+
 def test_an_unconverged_fit_raises(monkeypatch):
     monkeypatch.setattr(fitting, "ITERATIONS", 1)
     rng = np.random.default_rng(0)

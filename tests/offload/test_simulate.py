@@ -106,6 +106,14 @@ def test_summary_by_hand():
     assert found["latency_ms"]["p50"] == pytest.approx(1e3 * (0.5 + SENDING_S + 1.0) / 2)
 
 
+def test_summary_of_rows_with_only_a_reference_has_scores_and_no_hallucination_rate():
+    only_reference = {"right": None, "hallucinated": None, "score": 0.25}
+    rows = [row | {place: row[place] | only_reference for place in ("device", "server")} for row in ROWS]
+    served = play([event(0, 0), event(600, 1, "poor")], Careful(), Phone(battery_wh=1.0, watts_per_core=0.0))
+    found = summarise(served, rows)
+    assert (found["accuracy"], found["hallucination_rate"]) == (0.25, None)
+
+
 def test_random_trace_follows_the_daily_rhythm_and_round_trips(tmp_path):
     trace = draw_trace(["q/0", "q/1"], ["wifi", "poor"], "wifi", 3, 400, 7)
     assert trace == draw_trace(["q/0", "q/1"], ["wifi", "poor"], "wifi", 3, 400, 7)

@@ -33,6 +33,14 @@ ANSWERS = {
     "code": ("```\nprint(1)\n```", "```\nprint(1)\n```", 0),
     "almost": ("a < b, a <tool, [TOOL], `x`, <tool_cal", "a < b, a <tool, [TOOL], `x`, <tool_cal", 0),
     "list of words": ("[1] first", "[1] first", 0),
+    **{
+        f"long {name}": (text, text, 0)
+        for name, text in {
+            "code": "```python\nprint('a', 'b', 'c')\nprint('d')\n```\nThat prints it.",
+            "other JSON": '```json\n{"city": "Lima", "country": "Peru", "continent": "South America"}\n```',
+            "list of words": "[Note: this city is on the coast] It is Lima (Peru).",
+        }.items()
+    },
 }
 INVALID = {
     "malformed": '{"name": "get_weather", "arguments": {"city": "Li',
@@ -72,8 +80,8 @@ async def _collect(chunks):
     return [chunk async for chunk in chunks]
 
 
-def streamed(pieces, rules=RULES, **more):
-    return asyncio.run(_collect(read_chunks(chunked(pieces, **more), rules, "device")))
+def streamed(pieces, rules=RULES, count_invalid=lambda _: None, **more):
+    return asyncio.run(_collect(read_chunks(chunked(pieces, **more), rules, "device", count_invalid)))
 
 
 def complete(text, rules=RULES, finish="stop"):
@@ -142,9 +150,10 @@ def test_invalid_call_is_never_a_call(name):
         complete(text)
     body = raised.value.body
     assert body["choices"][0]["message"] == {"role": "assistant", "content": text, "refusal": None}
-    parts = streamed(["Well: ", "<tool_call>", text, "</tool_call>"])
+    counted = []
+    parts = streamed(["Well: ", "<tool_call>", text, "</tool_call>"], count_invalid=counted.append)
     assert outcome(parts) == (f"Well: <tool_call>{text}</tool_call>", [], "stop")
-    assert [part["invalid_call"] for part in parts if "invalid_call" in part]
+    assert counted == ["device"]
 
 
 def test_text_is_sent_at_once_and_a_call_in_one_piece():
@@ -153,6 +162,14 @@ def test_text_is_sent_at_once_and_a_call_in_one_piece():
     [with_call] = [part for part in parts if calls_of(part)]
     [delta] = calls_of(with_call)
     assert (delta["index"], json.loads(delta["function"]["arguments"])) == (0, {"city": "Lima"})
+
+
+@pytest.mark.parametrize("name", ["long code", "long other JSON", "long list of words"])
+def test_text_that_begins_like_a_call_is_sent_once_it_cannot_be_one(name):
+    text = ANSWERS[name][0]
+    [first, *rest] = [delta_of(part) for part in streamed(list(text)) if delta_of(part)]
+    assert len("".join(first.split())) <= len('```json[{"parameters"')
+    assert len(rest) > 15
 
 
 def test_an_answer_that_ends_at_its_token_limit_keeps_its_reason():

@@ -1,19 +1,10 @@
-"""The page in Chromium, before a gateway of fake: by keyboard, on a phone, in the dark."""
+"""The page in Chromium, in front of a fake gateway: by keyboard, on a phone, in the dark."""
 
-import asyncio
 import json
-import socket
-import threading
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
 
-from lilliput.serve.api import App
-from lilliput.serve.gateway import Gateway
-from lilliput.serve.page import page_routes
 from tests.browser import (
     DESK,
     PHONE,
@@ -25,145 +16,13 @@ from tests.browser import (
     press,
     resize,
     scrolls_sideways,
-    visit,
     wait_for,
 )
-from tests.serve import fakes
+from tests.serve.page_gateway import CACHE, CALLS, DEVICE, SERVER, answered, ask, enter_functions
 
 pytestmark = pytest.mark.browser
 
-STATUS = {
-    "device": "phone-4gb",
-    "model": "pocket",
-    "version": "0123456789abcdef" * 4,
-    "policy": "learned",
-    "edge": {"name": "lora", "up": True},
-    "links": {
-        "wifi": {"round_trip_ms": 10.0, "up_mbit_per_s": 50.0},
-        "poor": {"round_trip_ms": 400.0, "up_mbit_per_s": 0.3},
-    },
-    "link": "wifi",
-    "battery_wh": 15.0,
-    "cache": True,
-    "functions": True,
-}
-DEVICE = {
-    "place": "device",
-    "reason": "confidence 0.913 ≥ 0.7",
-    "score": 0.913,
-    "seconds": 0.42,
-    "energy_j": 0.123,
-    "energy_source": "estimate",
-    "battery_percent": 0.00023,
-}
-SERVER = {**DEVICE, "place": "server", "reason": "confidence 0.21 < 0.7", "energy_j": 4.0, "energy_source": "rapl"}
-CACHE = {"place": "cache", "reason": "exact hit in the answer cache", "score": None, "seconds": 0.004}
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("get_weather", "get_time")]
-CALLS = [
-    {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
-    for number, (name, arguments) in enumerate(
-        [("get_weather", '{"city": "Lima", "days": [1, {"a": 2}]}'), ("get_time", "{}")]
-    )
-]
 INJECTED = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
-
-
-class FakeGateway:
-    """Sends scripted answers and records the requests. `completes`: whether streams end; None to let them wait."""
-
-    def __init__(self):
-        self.url = ""
-        self.reset()
-
-    def reset(self):
-        self.answers, self.facts, self.token, self.error = ["Li", "ma"], DEVICE, None, None
-        self.streams, self.completes, self.requests, self.calls = True, True, [], []
-
-    def app(self):
-        app = FastAPI()
-        app.include_router(page_routes())
-        app.add_api_route("/status", self._status)
-        app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
-        return app
-
-    def _unknown(self, request):
-        return self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}"
-
-    async def _status(self, request: Request):
-        return _error(401, "a bearer token is required") if self._unknown(request) else JSONResponse(STATUS)
-
-    async def _chat(self, request: Request):
-        if self._unknown(request):
-            return _error(401, "a bearer token is required")
-        self.requests.append((await request.json(), dict(request.headers)))
-        if self.error:
-            return _error(*self.error)
-        headers = {"x-lilliput-place": self.facts["place"], "x-lilliput-reason": quote(self.facts["reason"])}
-        if self.streams:
-            return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
-        metadata = {f"x-lilliput-{name.replace('_', '-')}": str(value) for name, value in self.facts.items() if value}
-        message = {"role": "assistant", "content": "".join(self.answers), "tool_calls": self.calls}
-        return JSONResponse({"choices": [{"index": 0, "message": message}]}, headers=metadata | headers)
-
-    async def _events(self):
-        for text in self.answers:
-            yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': text}}]})}\n\n"
-            await asyncio.sleep(0.02)
-        for delta in _pieces(self.calls):
-            yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'tool_calls': [delta]}}]})}\n\n"
-        while self.completes is None:  # a stream that does not end
-            await asyncio.sleep(0.02)
-        if self.completes:
-            yield f"data: {json.dumps({'choices': [], 'lilliput': self.facts})}\n\ndata: [DONE]\n\n"
-
-
-def _pieces(calls):
-    """Each call in two pieces, as some servers send them."""
-    for number, call in enumerate(calls):
-        arguments = call["function"]["arguments"]
-        yield {"index": number, **call, "function": {**call["function"], "arguments": arguments[:5]}}
-        yield {"index": number, "function": {"arguments": arguments[5:]}}
-
-
-def _error(status, message, headers=None):
-    body = {"error": {"message": message, "type": "refused", "code": None}}
-    return JSONResponse(body, status, headers=headers)
-
-
-@pytest.fixture(scope="module")
-def fake():
-    fake = FakeGateway()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        server = uvicorn.Server(uvicorn.Config(fake.app(), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield fake
-        fake.completes = True
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture
-def page(browser, fake):
-    """The page, freshly loaded in desktop size and light mode."""
-    fake.reset()
-    prefer(browser, prefers_color_scheme="light")
-    resize(browser, DESK)
-    visit(browser, fake.url)
-    wait_for(browser, "document.querySelector('#link').options.length === 2")
-    return browser
-
-
-def ask(page, question="What is the capital of Peru?"):
-    wait_for(page, "document.activeElement.id === 'question'")
-    press(page, question, "ENTER")
-
-
-def answered(page, count=1):
-    """The text of the last of `count` finished answers."""
-    wait_for(page, "document.querySelectorAll('article:not(.waiting)').length === arguments[0]", count)
-    return page.execute_script("return [...document.querySelectorAll('article')].at(-1).innerText")
 
 
 def total(page, title):
@@ -259,114 +118,6 @@ def test_complete_answer_shows_its_metadata(page, fake):
     shown = answered(page)
     for fact in ("Lima", "● device", "0.42 s", "~0.12 J, estimated", "Why: confidence 0.913 ≥ 0.7"):
         assert fact in shown
-
-
-def test_conversation_is_kept_until_a_new_one_starts(page, fake):
-    for count, question in enumerate(("first", "second"), 1):
-        ask(page, question)
-        answered(page, count)
-    page.execute_script("document.querySelector('#new-conversation').click()")
-    ask(page, "third")
-    answered(page, 1)
-    sent = [[message["content"] for message in body["messages"]] for body, _ in fake.requests]
-    assert sent == [["first"], ["first", "Lima", "second"], ["third"]]
-
-
-def test_regenerated_answer_replaces_the_cached_one_in_the_conversation(page, fake):
-    fake.facts = CACHE
-    ask(page, "first")
-    answered(page)
-    fake.facts, fake.answers = DEVICE, ["Lima!"]
-    page.execute_script("document.querySelector('.anew').click()")
-    answered(page, 2)
-    ask(page, "second")
-    answered(page, 3)
-    assert [turn["content"] for turn in fake.requests[-1][0]["messages"]] == ["first", "Lima!", "second"]
-
-
-def enter_functions(page):
-    page.execute_script("document.querySelector('summary').focus()")
-    press(page, "ENTER", "TAB", json.dumps(TOOLS))
-    page.execute_script("document.querySelector('#question').focus()")
-
-
-@pytest.mark.parametrize("streams", [True, False])
-def test_calls_are_shown_and_their_results_continue_the_conversation(page, fake, streams):
-    enter_functions(page)
-    fake.streams, fake.answers, fake.calls = streams, ["Let me look."], CALLS
-    ask(page, "Lima?")
-    shown = answered(page)
-    for fact in ("Let me look.", "Calls get_weather", "city\nLima", 'days\n[1,{"a":2}]', "Calls get_time", "● device"):
-        assert fact in shown
-    assert fake.requests[0][0]["tools"] == TOOLS
-    fake.answers, fake.calls = ["18 degrees"], []
-    wait_for(page, "document.activeElement.closest('.results')")
-    press(page, "sunny", "TAB", "noon", "TAB", "ENTER")
-    assert "Result of get_weather: sunny\nResult of get_time: noon\n\n18 degrees" in answered(page, 2)
-    assert page.switch_to.active_element.get_attribute("id") == "question"
-    ask(page, "Thanks.")
-    answered(page, 3)
-    assert fake.requests[-1][0]["messages"] == [
-        {"role": "user", "content": "Lima?"},
-        {"role": "assistant", "content": "Let me look.", "tool_calls": CALLS},
-        {"role": "tool", "tool_call_id": "call_0", "content": "sunny"},
-        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
-        {"role": "assistant", "content": "18 degrees"},
-        {"role": "user", "content": "Thanks."},
-    ]
-
-
-def test_tool_loop_with_the_real_gateway(page):
-    answers = iter([fakes.completion('{"name": "get_weather", "arguments": {}}'), fakes.completion("18 degrees")])
-    gateway = Gateway(fakes.service(fakes.FakeBackends(device=lambda _: next(answers))))
-    with fakes.served(App(gateway, page=page_routes())) as url:
-        visit(page, url)
-        wait_for(page, "!document.querySelector('#functions-part').hidden")
-        enter_functions(page)
-        ask(page)
-        assert "Calls get_weather" in answered(page)
-        wait_for(page, "document.activeElement.closest('.results')")
-        press(page, "warm", "TAB", "ENTER")
-        assert "Result of get_weather: warm\n\n18 degrees" in answered(page, 2)
-        visit(page, "about:blank")
-
-
-def test_question_waits_for_the_results_of_calls(page, fake):
-    enter_functions(page)
-    fake.answers, fake.calls = [], CALLS[1:]
-    ask(page)
-    answered(page)
-    wait_for(page, "document.activeElement.closest('.results')")
-    fake.error = (502, "the device gave no usable answer")
-    for attempt in range(2):
-        page.execute_script("document.querySelector('#question').focus()")
-        press(page, "Next.", "ENTER")
-        wait_for(page, "document.querySelector('#state').textContent.startsWith('Send the results')")
-        if attempt == 0:  # the focus is in the field for the result
-            press(page, "noon", "TAB", "ENTER")
-            answered(page, 2)
-    fake.error, fake.calls = None, []
-    press(page, "ENTER")  # the focus is on "Ask again"
-    wait_for(page, "document.querySelectorAll('.place').length === 2")
-    assert [turn["role"] for turn in fake.requests[-1][0]["messages"]] == ["user", "assistant", "tool"]
-
-
-def test_functions_that_are_not_json_are_not_sent(page, fake):
-    for text in ("[{", "{}"):
-        page.execute_script("document.querySelector('#functions').value = arguments[0]", text)
-        page.execute_script("document.querySelector('#question').focus()")
-        press(page, "Lima?", "ENTER")
-        message = page.execute_script("return document.querySelector('#functions').validationMessage")
-        assert "JSON" in message
-        page.execute_script("document.querySelector('#functions').dispatchEvent(new Event('input'))")
-    assert fake.requests == []
-
-
-def test_page_offers_no_functions_to_a_model_without_them(page, fake, monkeypatch):
-    monkeypatch.setitem(STATUS, "functions", False)
-    visit(page, fake.url)
-    wait_for(page, "document.querySelector('#link').options.length === 2")
-    assert page.execute_script("return document.querySelector('#functions-part').hidden")
 
 
 def test_shift_enter_inserts_a_line_break(page, fake):

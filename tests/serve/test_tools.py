@@ -115,6 +115,7 @@ REJECTED = {
     "user's call": (turns({**calls("a"), "role": "user", "content": "x"}), "messages", "only an assistant's turn"),
     "arguments": (turns(calls("a", arguments="{"), result("a")), "messages", "not JSON"),
     "not a number": (turns(calls("a", arguments='{"a": NaN}'), result("a")), "messages", "not JSON"),
+    "surrogate in arguments": (turns(calls("a", arguments='{"a": "\\ud800"}'), result("a")), "messages", "not JSON"),
     "list of arguments": (turns(calls("a", arguments="[]"), result("a")), "messages", "not a JSON object"),
     "deep arguments": (
         turns(calls("a", arguments='{"a":' * 4_000 + "1" + "}" * 4_000), result("a")),
@@ -174,7 +175,8 @@ def test_64_tools_with_schemas_at_the_limit_are_checked_fast():
     ids=["list", "two trees", "root", "draft 7", "few references"],
 )
 def test_schemas_with_references_are_accepted(parameters):
-    Chat.model_validate(ASK | {"tools": [tool(parameters)]})
+    chat = Chat.model_validate(ASK | {"tools": [tool(parameters)]})
+    assert chat.for_model("", 8, None)["tools"] == [tool(parameters)]
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "get_time"}}])
