@@ -26,6 +26,7 @@ from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
 from lilliput.params import load_params
 from lilliput.recipes.build import check_source
+from tasks import layout
 from tasks.process.memory_check import IGNORE, require_memory, too_large
 from tasks.registry.moved import update_paths
 
@@ -177,7 +178,7 @@ def main(
 
 def _check_source(config: DataConfig, folder: Path, lineage: Lineage) -> str | None:
     """Returns `check_source` if the source is new and exists already; the stage `synthesise` may have to make it."""
-    made_later = Path(config.source).parts[0] == "synthetic" and not (folder / config.source).exists()
+    made_later = Path(config.source).parts[0] == layout.SYNTHETIC.name and not (folder / config.source).exists()
     return check_source(config, folder) if lineage.changes("data") and not made_later else None
 
 
