@@ -130,26 +130,30 @@ def open_client(config: SynthesiseConfig, key: str | None) -> openai.OpenAI:
 
 
 def _answers(rows: Sequence[Row], config: SynthesiseConfig, ask: Ask) -> Iterator[tuple[str, Message | str]]:
-    """Yields the answers as they arrive; starts no request after `config.minutes`."""
+    """Yields the answers as they arrive; starts no request after `config.minutes` or an error."""
     deadline = time.monotonic() + 60.0 * config.minutes
     pending: dict[Future[Message | str], str] = {}
-    left = iter(rows)
+    left, error = iter(rows), None
     with (
         ThreadPoolExecutor(config.parallel) as pool,
         tqdm(total=len(rows), desc="teacher", unit="prompt", delay=1.0) as bar,
     ):
-        try:
-            while True:
-                while len(pending) < config.parallel and time.monotonic() < deadline and (row := next(left, None)):
-                    pending[pool.submit(ask, row)] = row.id
-                if not pending:
-                    return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    identity = pending.pop(future)
+        while True:
+            while not error and len(pending) < config.parallel and time.monotonic() < deadline:
+                if (row := next(left, None)) is None:
+                    break
+                pending[pool.submit(ask, row)] = row.id
+            if not pending:
+                break
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                identity = pending.pop(future)
+                if failed := future.exception():
+                    error = error or failed  # raised after the answers to the other requests, which may cost money
+                else:
                     yield identity, future.result()
                     bar.update()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    if error:
+        raise error
 
 
 def _read(completion: Any, tools: Sequence[dict[str, Any]]) -> Message | str:

@@ -38,7 +38,7 @@ from tasks.process.accelerate import is_main, launch, launch_command
 from tasks.process.console import ERROR, EXIT_REFUSED
 from tasks.process.cost import measured_cost
 from tasks.process.memory_check import require_memory
-from tasks.teachers import teacher_folder
+from tasks.teachers import fetch_teacher, teacher_folder
 
 RELOAD_TOLERANCE = 1e-3  # largest allowed difference of a logit; both models sum in the same order
 
@@ -46,7 +46,8 @@ RELOAD_TOLERANCE = 1e-3  # largest allowed difference of a logit; both models su
 def compress(params: Params, candidate: str) -> None:
     """Writes models/<candidate>, after a check that it reopens in a fresh process, and costs/<candidate>.json."""
     require_gpu(params, [candidate])
-    teacher_folder(params.candidates[candidate].teacher)  # fetched here, before several processes need it
+    if teacher := params.candidates[candidate].teacher:
+        fetch_teacher(teacher)  # before several processes need it
     require_memory(params, [candidate])
     if command := launch_command(params, candidate):
         launch(command, candidate)
@@ -77,11 +78,11 @@ def make(params: Params, candidate: str) -> None:
 
 def _checkpoints(params: Params, candidate: str, parent: Manifest) -> Path:
     """Returns the checkpoint folder, named by a fingerprint of all inputs; removes the folders of other inputs."""
-    teacher = teacher_folder(params.candidates[candidate].teacher)
+    teacher = params.candidates[candidate].teacher
     key = fingerprint(
         params.strategy_config(candidate).model_dump(mode="json"),
         parent.artifact_sha256,
-        teacher and read_manifest(teacher).artifact_sha256,
+        teacher and read_manifest(teacher_folder(teacher)).artifact_sha256,
         [params.data.system_prompt, params.data.train_on, params.data.longest_row_tokens],
         {path.name: file_sha256(path) for path in sorted(layout.DATA.glob("*.jsonl"))},
     )
@@ -105,7 +106,7 @@ def _context(params: Params, candidate: str, checkpoints: Path) -> Context:
         system_prompt=params.data.system_prompt,
         turn_rules=TurnRules(params.data.train_on, params.data.longest_row_tokens),
         open_corpus=lambda: read_corpus(layout.DATA),
-        teacher=teacher_folder(spec.teacher),
+        teacher=teacher_folder(spec.teacher) if spec.teacher else None,
         gguf_file=Path(file).name if file else None,
         checkpoints=checkpoints,
         teacher_logits=layout.TEACHER_LOGITS,
@@ -129,8 +130,7 @@ def _seal(params: Params, candidate: str, parent: Manifest, result: Result, dire
     facts = dict(result.facts)
     teacher = params.candidates[candidate].teacher
     if teacher and is_external_teacher(teacher):
-        folder = teacher_folder(teacher)
-        facts |= {"teacher": teacher, "teacher_sha256": folder and read_manifest(folder).artifact_sha256}
+        facts |= {"teacher": teacher, "teacher_sha256": read_manifest(teacher_folder(teacher)).artifact_sha256}
     parameters = facts.pop("parameters", None) or parameter_count(result.model)
     seal(
         directory,

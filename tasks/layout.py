@@ -15,6 +15,7 @@ REPORT = Path("report")
 BUNDLES = Path("bundles")
 OFFLOAD = Path("offload")  # not under metrics/: promotion depends on metrics/, and offloading on promotion
 MLRUNS = Path("mlruns")
+SYNTHETIC = Path("synthetic")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
 OUTBOX = MLRUNS / "champions.jsonl"
 SEARCH = Path("search.json")  # this and the next two exist only in the workspace of a search
@@ -33,13 +34,13 @@ def model(candidate: str) -> Path:
 
 
 def external_teacher(teacher: str) -> Path:
-    """The fetched files of a pinned model outside the graph; not versioned, because `teacher` names it completely."""
+    """The fetched files of a pinned model outside the graph; not versioned, because `teacher` names them."""
     return Path(".cache/teachers") / hashlib.sha256(teacher.encode()).hexdigest()[:16]
 
 
 def synthetic(name: str) -> Path:
     """Rows with the answers of a teacher behind an API, and their summary."""
-    return Path("synthetic") / name
+    return SYNTHETIC / name
 
 
 def synthesis_progress(name: str) -> Path:

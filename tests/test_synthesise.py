@@ -149,6 +149,21 @@ def test_an_interrupted_run_continues_and_asks_no_prompt_twice(tmp_path):
     assert synthesise(PROMPTS, one_at_a_time, None, progress).rows == done.rows  # nothing is left to ask
 
 
+def test_an_error_loses_no_answer_that_is_under_way(tmp_path):
+    both_started = threading.Barrier(2, timeout=30)
+
+    def ask(row):
+        both_started.wait()
+        if row.id == "p/0":
+            raise SourceError("gone", temporary=True)
+        return Message(role="assistant", content="yes")
+
+    progress = tmp_path / "progress.jsonl"
+    with pytest.raises(SourceError, match="gone"):
+        synthesise(PROMPTS, CONFIG.model_copy(update={"parallel": 2}), ask, progress)
+    assert [json.loads(line)["id"] for line in progress.read_text().splitlines()] == ["p/1"]
+
+
 def test_number_and_time_are_limited(tmp_path):
     ask = lambda row: Message(role="assistant", content="yes")  # noqa: E731
     few = synthesise(PROMPTS, CONFIG.model_copy(update={"most_prompts": 2}), ask, tmp_path / "few.jsonl")

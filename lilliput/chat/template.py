@@ -132,10 +132,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: R
     tools = row_tools(tokenizer, row)
     if tools:
         require_tools(tokenizer)
-    return render_row(tokenizer, prompt_messages(tokenizer, system_prompt, row), tools)
+    return render_messages(tokenizer, prompt_messages(tokenizer, system_prompt, row), tools)
 
 
-def render_row(
+def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = (), *, answer_follows: bool = True
 ) -> str:
     """Returns `render`; what the template rejects is an error of the data.
@@ -159,16 +159,21 @@ def require_tools(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         DataError: it ignores or rejects one of them.
     """
-    if missing := _missing_in_template(tokenizer, tokenizer.get_chat_template()):
+    if missing := missing_in_template(tokenizer):
         raise DataError(
             f"the data has functions, but the model's chat template does not show {missing}; set "
             "`source.chat_template: chatml-tools` (docs/data.md), or choose a model that was trained to call functions"
         )
 
 
+def missing_in_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns what the chat template does not show of a conversation with functions; None if it shows everything."""
+    return _missing_in_template(tokenizer, tokenizer.get_chat_template())
+
+
 @lru_cache(maxsize=8)
 def _missing_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """Returns what the chat template does not show of a conversation with functions; None if it shows everything."""
+    """Computes `missing_in_template` once per template."""
     del template
     name, value, result = "probe_function", "probe-value", "probe-result"
     schema = {"type": "object", "properties": {"probe": {"type": "string"}}}

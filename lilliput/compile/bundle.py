@@ -17,6 +17,7 @@ from lilliput.chat.template import (
     conversation,
     date_can_be_inserted_later,
     end_ids,
+    missing_in_template,
     read_generation_config,
     render,
     uses_date,
@@ -41,6 +42,10 @@ _OLLAMA = {
     False: "; for Ollama: `ollama create {name} -f Modelfile`",
     True: "; not for Ollama, whose templates cannot format today's date as this model's chat template does",
 }
+_FUNCTIONS = (
+    "6. Functions: llama.cpp's server writes the `tools` of a chat request into the prompt, with the chat template in "
+    "model.gguf. A call is text in the answer, in the form of that template.\n"
+)
 _DATE_NOTES = {
     "none": "",
     "today": "; `{{date:FORMAT}}` in it is today in that strftime format",
@@ -99,7 +104,8 @@ def write_bundle(
     if target == "gguf" and date != "today":
         ends = end_ids(tokenizer, read_generation_config(checkpoint))
         write_text(folder / "Modelfile", _modelfile(template, tokenizer.convert_ids_to_tokens(ends), settings))
-    write_text(folder / "README.md", _readme(manifest, settings, date))
+    functions = target == "gguf" and missing_in_template(tokenizer) is None
+    write_text(folder / "README.md", _readme(manifest, settings, date, functions))
     return seal(
         folder,
         candidate=manifest.candidate,
@@ -147,7 +153,9 @@ def _modelfile(template: str, stops: Sequence[str], settings: BundleSettings) ->
     return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in parameters)]) + "\n"
 
 
-def _readme(manifest: Manifest, settings: BundleSettings, date: Literal["none", "today", "pinned"]) -> str:
+def _readme(
+    manifest: Manifest, settings: BundleSettings, date: Literal["none", "today", "pinned"], functions: bool
+) -> str:
     target = manifest.strategy
     needs = (_NEEDS[target] + (_OLLAMA[date == "today"] if target == "gguf" else "")).format(
         name=manifest.config["candidate"]
@@ -164,5 +172,5 @@ def _readme(manifest: Manifest, settings: BundleSettings, date: Literal["none", 
         f"4. Answers were measured greedy, with up to {settings.max_new_tokens} new tokens; "
         "parity.json says how near it is to its checkpoint.\n"
         f"5. Licence of the model: {licence}. "
-        "lilliput.json has the sha256 of every file.\n"
+        "lilliput.json has the sha256 of every file.\n" + (_FUNCTIONS if functions else "")
     )

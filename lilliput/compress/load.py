@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.template import require_tools
-from lilliput.chat_templates.built_in import TEMPLATE
+from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES, TEMPLATE
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
 from lilliput.compress.result import Result
@@ -58,6 +59,7 @@ def load(context: Context, config: LoadConfig) -> Result:
         )
         if header and (template := source_dir / TEMPLATE).is_file():  # transformers reads it beside safetensors only
             tokenizer.chat_template = template.read_text(encoding="utf-8")
+        _require_tokens_of_template(tokenizer, source_dir)
         require_causal_lm(source_config, str(source_dir))
         if not header:
             require_consistent(source_dir, source_config)
@@ -74,6 +76,20 @@ def load(context: Context, config: LoadConfig) -> Result:
             checks["agreement_with_llama_cpp"] = _agreement(header, model, tokenizer)
     facts = {"rehearsal": config.rehearsal is not None} | chat_facts(tokenizer)
     return Result(model.eval(), tokenizer, facts=facts, checks=checks)
+
+
+def _require_tokens_of_template(tokenizer: PreTrainedTokenizerBase, source_dir: Path) -> None:
+    """Raises SourceError if a built-in template writes control tokens that the model does not have."""
+    for template in BUILT_IN_TEMPLATES.glob("*.jinja"):
+        text = template.read_text(encoding="utf-8")
+        tokens = sorted(set(re.findall(r"<\|\w+\|>", text)))
+        missing = [token for token in tokens if token not in tokenizer.get_vocab()]
+        if missing and str(tokenizer.chat_template).strip() == text.strip():
+            raise SourceError(
+                f"{source_dir}: source.chat_template: {template.stem} needs the tokens {', '.join(tokens)}; this model "
+                f"has no {', '.join(missing)}. Choose a model of the ChatML kind, or one whose own template shows "
+                "functions"
+            )
 
 
 def _open(

@@ -18,7 +18,7 @@ from lilliput.config.evaluation import (
     EnergyConfig,
     EvaluationConfig,
 )
-from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig, is_hub
+from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig, TrainOn, is_hub
 from lilliput.config.params import Params
 from lilliput.config.reading import read_section, read_yaml
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
@@ -114,6 +114,7 @@ __all__ = [
     "StrategyName",
     "SynthesiseConfig",
     "TargetConfig",
+    "TrainOn",
     "TrainingConfig",
     "WheelPin",
     "is_hub",

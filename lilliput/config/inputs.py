@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lilliput.config.section import SMALLEST_FLOAT, NotNegative, Positive, PositiveFloat, Section, Seed
+from lilliput.config.section import PINNED_MODEL, SMALLEST_FLOAT, NotNegative, Positive, PositiveFloat, Section, Seed
 from lilliput.redaction import has_credentials
 
 _NAME = r"[\w.-]+"
@@ -16,6 +16,9 @@ _HUB_SOURCE = re.compile(
     rf"hub:{_NAME}/{_NAME}@[0-9a-f]{{40}}(\?(config={_NAME}(&split={_NAME})?|split={_NAME}(&config={_NAME})?))?",
     re.ASCII,
 )
+
+
+TrainOn = Literal["all_turns", "last_turn"]
 
 
 class SourceConfig(Section):
@@ -32,9 +35,7 @@ class SourceConfig(Section):
 
     model: Annotated[
         str,
-        Field(
-            pattern=r"^(wheel:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+|hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|path:[^\x00]+)$"
-        ),
+        Field(pattern=rf"^(wheel:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+|{PINNED_MODEL})$"),
     ]
     file: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
@@ -79,7 +80,7 @@ class DataConfig(Section):
     system_prompt: str
     train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
     unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)]
-    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    train_on: TrainOn = "all_turns"
     longest_row_tokens: Positive = 2048
     calibration_examples: Positive
     choice_questions: Positive

@@ -13,6 +13,8 @@ LARGEST_INT, SMALLEST_FLOAT, LARGEST_FLOAT = 2**31 - 1, 1e-12, 1e12
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST_INT)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+# A model outside wheels, named completely, except that files of a path may change.
+PINNED_MODEL = r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|path:[^\x00]+"
 PositiveFloat = Annotated[float, Field(ge=SMALLEST_FLOAT, le=LARGEST_FLOAT)]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # range accepted by NumPy, scikit-learn and torch

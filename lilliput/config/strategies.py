@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from lilliput.config.section import (
     LARGEST_FLOAT,
     LARGEST_INT,
+    PINNED_MODEL,
     SMALLEST_FLOAT,
     NotNegative,
     NotNegativeFloat,
@@ -359,12 +360,9 @@ else:
     StrategyName = Literal[*StrategiesConfig.model_fields]  # a type checker cannot evaluate this
 
 
-_EXTERNAL_TEACHER = re.compile(r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|path:[^\x00]+")
-
-
 def is_external_teacher(teacher: str) -> bool:
     """Whether `teacher` names a pinned model outside the graph, not a candidate."""
-    return _EXTERNAL_TEACHER.fullmatch(teacher) is not None
+    return re.fullmatch(PINNED_MODEL, teacher) is not None
 
 
 class CandidateConfig(Section):

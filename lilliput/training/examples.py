@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +15,11 @@ from lilliput.chat.template import (
     encode_prompt,
     encode_text,
     end_id,
+    render_messages,
     render_prompt,
-    render_row,
     row_tools,
 )
+from lilliput.config import TrainOn
 from lilliput.data.conversations import Conversation
 from lilliput.data.questions import ABSTENTION, Question
 from lilliput.data.rows import Row, with_system_prompt
@@ -46,7 +47,7 @@ class TurnRules:
             turn. A row whose last exchange alone is longer is skipped: the next row that fits replaces it.
     """
 
-    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    train_on: TrainOn = "all_turns"
     longest_row_tokens: int = 2048
 
 
@@ -109,10 +110,7 @@ def encode_examples(
 
 
 def encode_row(
-    tokenizer: PreTrainedTokenizerBase,
-    system_prompt: str,
-    row: Row,
-    train_on: Literal["all_turns", "last_turn"] = "all_turns",
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: Row, train_on: TrainOn = "all_turns"
 ) -> Example:
     """Returns a question with its answer, or a conversation with its turns, in the chat template.
 
@@ -151,45 +149,39 @@ class _Rendered:
 
 
 def _encode_conversation(
-    tokenizer: PreTrainedTokenizerBase,
-    system_prompt: str,
-    row: Conversation,
-    train_on: Literal["all_turns", "last_turn"],
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: Conversation, train_on: TrainOn
 ) -> Example:
     rendered = _render(tokenizer, system_prompt, row, train_on)
     ids: list[int] = []
     labels: list[int] = []
-    end = 0
+    place, end = 0, end_id(tokenizer)
     for start, stop in rendered.answers:
         # An answer is encoded apart from the prompt before it, as it is when the model generates it.
-        before = encode_text(tokenizer, rendered.text[end:start])
+        before = encode_text(tokenizer, rendered.text[place:start])
         answer = encode_text(tokenizer, rendered.text[start:stop])
-        learnt = _up_to_end(answer, end_id(tokenizer))
+        if stop == len(rendered.text) and end not in answer:  # a template that leaves the end to the EOS token
+            answer = encode_answer(tokenizer, rendered.text[start:stop].rstrip())
+        learnt = answer.index(end) + 1 if end in answer else len(answer)
         ids += before + answer
         labels += [IGNORED] * len(before) + answer[:learnt] + [IGNORED] * (len(answer) - learnt)
-        end = stop
-    last = max(place for place, label in enumerate(labels) if label != IGNORED)
+        place = stop
+    last = max(index for index, label in enumerate(labels) if label != IGNORED)
     return Example(ids[: last + 1], labels[: last + 1])
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    system_prompt: str,
-    row: Conversation,
-    train_on: Literal["all_turns", "last_turn"],
-) -> _Rendered:
+def _render(tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: Conversation, train_on: TrainOn) -> _Rendered:
     messages, tools = _messages(tokenizer, system_prompt, row), row_tools(tokenizer, row)
     prompt = render_prompt(tokenizer, system_prompt, row)
-    text = render_row(tokenizer, messages, tools, answer_follows=False)
-    if not text.startswith(prompt):
-        text = prompt + _plain_answer(tokenizer, row)
+    text = render_messages(tokenizer, messages, tools, answer_follows=False)
+    if not text.startswith(prompt):  # the template shows an answer differently from a prompt
+        text = prompt + _plain_answer(messages[-1]) + str(tokenizer.convert_ids_to_tokens(end_id(tokenizer)))
     answers = [(len(prompt), len(text))]
     if train_on == "last_turn":
         return _Rendered(text, answers)
     earlier = [place for place, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
     for place in reversed(earlier):
-        before = render_row(tokenizer, messages[:place], tools)
-        answered = render_row(tokenizer, messages[: place + 1], tools, answer_follows=False)
+        before = render_messages(tokenizer, messages[:place], tools)
+        answered = render_messages(tokenizer, messages[: place + 1], tools, answer_follows=False)
         # Some templates show an earlier answer differently from the last one, so it would not be what is generated.
         if text.startswith(before) and text.startswith(answered) and answered.startswith(before):
             answers.insert(0, (len(before), len(answered)))
@@ -203,20 +195,13 @@ def _messages(tokenizer: PreTrainedTokenizerBase, system_prompt: str, row: Conve
     return as_messages(tokenizer, with_system_prompt(row.messages, system_prompt))
 
 
-def _plain_answer(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> str:
-    """Returns the last turn's text with its end, for a template that shows an answer differently from a prompt."""
-    assert row.reference is not None
-    if row.reference.tool_calls:
+def _plain_answer(message: Mapping[str, Any]) -> str:
+    if "tool_calls" in message:
         raise DataError(
             "the model's chat template shows a call differently after its own prompt, so a call cannot be learnt; set "
             "`source.chat_template: chatml-tools` (docs/data.md)"
         )
-    return row.reference.text + str(tokenizer.convert_ids_to_tokens(end_id(tokenizer)))
-
-
-def _up_to_end(ids: Sequence[int], end: int) -> int:
-    """Returns the number of `ids` up to and including the first token `end`; all if it does not occur."""
-    return next((place + 1 for place, token in enumerate(ids) if token == end), len(ids))
+    return message["content"]
 
 
 def _without_oldest_exchange(row: Row) -> Row | None:

@@ -19,6 +19,7 @@ from lilliput.graph import ROOT
 from lilliput.memory import SHORT, ExampleTokens, Machine, MemoryEstimate, Shape, estimate, this_machine
 from tasks import layout
 from tasks.process.accelerate import training_processes
+from tasks.teachers import teacher_folder
 
 IGNORE = "LILLIPUT_IGNORE_MEMORY"  # set to 1 by --ignore-memory
 
@@ -78,7 +79,7 @@ def teacher_shape(params: Params, teacher: str, folder: Path) -> Shape | None:
     """Returns the shape of a teacher; None if it does not exist yet."""
     if not is_external_teacher(teacher):
         return shape_of(params, teacher, folder)
-    settings = folder / layout.external_teacher(teacher) / "config.json"
+    settings = folder / teacher_folder(teacher) / "config.json"
     return Shape.of(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else None
 
 

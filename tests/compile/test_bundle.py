@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import read_manifest, seal, verify
+from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES, TEMPLATE
 from lilliput.compile.bundle import BundleSettings, prompt_template, write_bundle
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
@@ -15,16 +16,14 @@ SETTINGS = BundleSettings("phone", 2, 512, 'Say "I don\'t know" if so.', 24, "Ap
 
 
 @pytest.fixture(scope="module")
-def bundle(quantised, tmp_path_factory):
-    place = tmp_path_factory.mktemp("bundle")
-    compiled, folder = place / "compiled", place / "phone"
-    compiled.mkdir()
-    folder.mkdir()
+def compiled(quantised, tmp_path_factory):
+    """The folder of a compiled model, and its manifest."""
+    folder = tmp_path_factory.mktemp("compiled")
     config = GgufTarget(candidate="small", target="gguf")
-    facts = compile_gguf(quantised(), compiled, config)
-    (compiled / "parity.json").write_text("{}")
+    facts = compile_gguf(quantised(), folder, config)
+    (folder / "parity.json").write_text("{}")
     manifest = seal(
-        compiled,
+        folder,
         candidate="small-gguf",
         strategy="gguf",
         config=config.model_dump(mode="json"),
@@ -32,7 +31,13 @@ def bundle(quantised, tmp_path_factory):
         parameters=1,
         facts=facts,
     )
-    write_bundle(folder, compiled, quantised(), manifest, SETTINGS)
+    return folder, manifest
+
+
+@pytest.fixture(scope="module")
+def bundle(compiled, quantised, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundle")
+    write_bundle(folder, compiled[0], quantised(), compiled[1], SETTINGS)
     return folder
 
 
@@ -87,3 +92,12 @@ def test_the_readme_explains_the_start_in_five_steps(bundle):
     steps = [line for line in (bundle / "README.md").read_text().splitlines() if line[:1].isdigit()]
     assert len(steps) == 5
     assert "llama-server -m model.gguf --jinja -c 512 -t 2" in steps[1]
+
+
+def test_the_readme_says_how_functions_are_sent_if_the_template_shows_them(bundle, compiled, quantised, tmp_path):
+    checkpoint, folder = shutil.copytree(quantised(), tmp_path / "checkpoint"), tmp_path / "bundle"
+    folder.mkdir()
+    shutil.copyfile(BUILT_IN_TEMPLATES / "chatml-tools.jinja", checkpoint / TEMPLATE)
+    write_bundle(folder, compiled[0], checkpoint, compiled[1], SETTINGS)
+    assert "6. Functions: llama.cpp's server writes the `tools`" in (folder / "README.md").read_text()
+    assert "Functions" not in (bundle / "README.md").read_text()

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lilliput.artifacts import seal
+from lilliput.chat.template import encode_prompt
 from lilliput.compress import distill as distill_module
 from lilliput.compress.distill import (
     distill,
@@ -19,6 +20,7 @@ from lilliput.compress.distill import (
 )
 from lilliput.compress.prune import remove_layers
 from lilliput.config import DistillConfig
+from lilliput.data.conversations import Conversation
 from lilliput.errors import StrategyError
 from lilliput.models import open_model
 from lilliput.saving import save_model
@@ -337,3 +339,16 @@ def test_second_student_learns_the_same_without_the_teachers_weights(
     batch = collate(encode_examples(opened[1], SYSTEM, facts), 2)
     distance = distillation_loss(teacher, opened[1], config(kl_weight=1.0))
     assert distance(first.model, batch).item() < 0.8 * distance(opened[0], batch).item()
+
+
+def test_of_a_conversation_only_the_last_answer_is_sampled_again(opened):
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Is it sunny?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = Conversation.model_validate({"id": "a", "group": "a", "messages": messages})
+    model, tokenizer = opened
+    batch = collate(encode_examples(tokenizer, SYSTEM, [row]), 2)
+    drawn = sample_answers(model, tokenizer, batch, config(sample_tokens=3))
+    prompt = encode_prompt(tokenizer, SYSTEM, row)
+    assert drawn["input_ids"][0, : len(prompt)].tolist() == prompt
+    assert (drawn["labels"][0, : len(prompt)] == IGNORED).all()
+    assert 0 < (drawn["labels"][0] != IGNORED).sum() <= 3

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from lilliput.compress.load import load
 from lilliput.compress.rtn import rtn
-from lilliput.config import LoadConfig, RtnConfig
+from lilliput.config import LoadConfig, RtnConfig, SourceConfig
 from lilliput.errors import ArtifactError, LilliputError, SourceError
 from lilliput.models import open_model, translate_errors
 from lilliput.saving import probe_logits, prove_reload, require_finite, save_model
+from lilliput.source import fetch_source
 from tests.contexts import context
 from tests.gguf_source.conftest import perturbed, write_gguf
 
@@ -190,3 +191,18 @@ REMEDIES = {
 def test_the_remedy_fits_the_cause(remedy, tmp_path):
     with pytest.raises(LilliputError, match=remedy), translate_errors(tmp_path, SourceError):
         raise REMEDIES[remedy]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_built_in_chat_template_replaces_the_models_own_if_it_has_the_tokens(known, checkpoint, tmp_path):
+    model, fetched = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "fetched"
+    if not known:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (model / file).write_text((model / file).read_text().replace("<|im_end|>", "<|turn_end|>"))
+    fetched.mkdir()
+    fetch_source(SourceConfig(model=f"path:{model}", chat_template="chatml-tools"), fetched, tmp_path)
+    if known:
+        assert "Functions:" in load(context(fetched), FLOAT32).tokenizer.chat_template
+        return
+    with pytest.raises(SourceError, match=r"chatml-tools needs the tokens .*; this model has no <\|im_end\|>"):
+        load(context(fetched), FLOAT32)

@@ -151,6 +151,15 @@ def test_examples_are_encoded_on_access_and_slices_are_lists(calling):
     assert len(pick(examples, [1, 2])) == 2
 
 
+def test_a_template_that_ends_no_turn_is_learnt_with_the_eos_token_at_the_end(calling):
+    calling.chat_template = calling.chat_template.replace("<|im_end|>", "")
+    calling.eos_token = "<|endoftext|>"
+    example = encode_row(calling, "", row([*TURNS[:3], {"role": "assistant", "content": "Yes."}], tools=()))
+    assert learnt(calling, example)[-1] == "Yes.<|endoftext|>"
+    alone = encode_row(calling, "", row(TURNS[:2], tools=()))
+    assert learnt(calling, alone) == ["Hello.<|endoftext|>"]
+
+
 def test_a_row_without_an_answer_cannot_be_learnt(calling):
     expected = {"tool_calls": [{"name": "set_alarm", "arguments": {"time": ["7"]}}]}
     with pytest.raises(DataError, match="has no assistant's last turn"):
