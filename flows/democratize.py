@@ -26,7 +26,6 @@ from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import needing_gpu, require_gpu
 from lilliput.params import load_params
 from lilliput.recipes.build import check_source
-from tasks import layout
 from tasks.process.memory_check import IGNORE, require_memory, too_large
 from tasks.registry.moved import update_paths
 

@@ -15,7 +15,7 @@ REPORT = Path("report")
 BUNDLES = Path("bundles")
 OFFLOAD = Path("offload")  # not under metrics/: promotion depends on metrics/, and offloading on promotion
 MLRUNS = Path("mlruns")
-SYNTHETIC = Path("synthetic")
+_SYNTHETIC = Path("synthetic")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
 OUTBOX = MLRUNS / "champions.jsonl"
 SEARCH = Path("search.json")  # this and the next two exist only in the workspace of a search
@@ -40,7 +40,7 @@ def external_teacher(teacher: str) -> Path:
 
 def synthetic(name: str) -> Path:
     """Rows with the answers of a teacher behind an API, and their summary."""
-    return SYNTHETIC / name
+    return _SYNTHETIC / name
 
 
 def synthesis_progress(name: str) -> Path:

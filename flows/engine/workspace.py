@@ -117,7 +117,7 @@ def _inputs(params: Params, params_file: Path) -> dict[str, Path]:
 
 def _require_inside(name: str, params_file: Path) -> None:
     """Rejects `../chats`: a workspace has its copy under the same name, which would replace something else there."""
-    if os.path.normpath(name).split(os.sep)[0] in (os.pardir, os.curdir):
+    if Path(os.path.normpath(name)).parts[:1] in ((), (os.pardir,)):
         raise ConfigError(f"{params_file}: {name} is outside of the project; write its absolute path")
 
 

@@ -28,7 +28,7 @@ from lilliput.chat.template import (
 )
 from lilliput.config import ParityConfig
 from lilliput.data.questions import Question
-from lilliput.data.rows import Row, answer_text
+from lilliput.data.rows import Row
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, run_on_device
 from lilliput.errors import CompileError
 from lilliput.models import open_model
@@ -160,7 +160,7 @@ def _require_same_prompts(tokenizer: PreTrainedTokenizerBase, job: DeviceJob, ou
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], tokens: int) -> list[int]:
-    lines = (f"{row.user_text} {answer_text(row)}" for row in rows if row.answerable)
+    lines = (f"{row.user_text} {row.answer_text}" for row in rows if row.answerable)
     return list(tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"])[:tokens]  # pyright: ignore
 
 

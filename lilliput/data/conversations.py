@@ -223,6 +223,15 @@ class Conversation(Part):
         """The user's last turn in the prompt."""
         return next((turn.text for turn in reversed(self.prompt) if turn.role == "user"), "")
 
+    @property
+    def answer_text(self) -> str:
+        """The reference answer: its text, then its calls as JSON; empty if there is none."""
+        turn = self.reference
+        calls = (
+            [json.dumps({"name": call.name, "arguments": call.arguments}) for call in turn.tool_calls] if turn else []
+        )
+        return "\n".join(part for part in (turn.text if turn else "", *calls) if part)
+
     @model_validator(mode="after")
     def _can_be_judged(self) -> Conversation:
         if self.expect is None and (self.reference is None or not (self.reference.text or self.reference.tool_calls)):

@@ -50,6 +50,11 @@ class Question(BaseModel):
         """The question."""
         return self.question
 
+    @property
+    def answer_text(self) -> str:
+        """The right answer; empty if there is none."""
+        return self.answer or ""
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Question:
         if self.answerable and self.answer is None:

@@ -146,7 +146,7 @@ def json_text(value: Any, name: str, *, ascii_only: bool = True) -> str:
     try:
         return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise MistakeError(f"{name}: a value that JSON does not have ({error}); write text or a finite number") from None
+        raise MistakeError(f"{name}: JSON has no such value ({error}); write text or a finite number") from None
 
 
 def _shown(key: str) -> str:

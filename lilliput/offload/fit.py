@@ -69,8 +69,7 @@ def fit(x: np.ndarray, outcomes: Outcomes, dimensions: int) -> WorthModel:
         kept = shares > 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model = LogisticRegression(C=STRENGTH, max_iter=ITERATIONS)
-            model.fit(pairs[kept], happened[kept], shares[kept])
+            model = LogisticRegression(C=STRENGTH, max_iter=ITERATIONS).fit(pairs[kept], happened[kept], shares[kept])
         weights[number], bias[number] = model.coef_[0], model.intercept_[0]
     return WorthModel(mean, scale, weights, bias)
 

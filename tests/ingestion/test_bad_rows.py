@@ -73,7 +73,7 @@ MISTAKES = {
     "arguments that are not JSON": (turns(USER, calling("{city: Oslo}")), "'{city: Oslo}' is not JSON"),
     "arguments that are a list": (turns(USER, calling("[1]")), "arguments: a list; write an object, by parameter"),
     "arguments that are no number": (turns(USER, calling('{"a": NaN}')), "tools and calls: a value that JSON does not"),
-    "infinite number": (turns(USER, expect='{"number": 1e999}'), "expect: a value that JSON does not have"),
+    "infinite number": (turns(USER, expect='{"number": 1e999}'), "expect: JSON has no such value"),
     "call without a name": (turns(USER, {"role": "assistant", "tool_calls": [{}]}), "no name of a function; add it"),
     "image": (turns(part("image_url"), ASSISTANT), "messages.0.content: a part of type 'image_url'; only text"),
     "audio": (turns(part("input_audio"), ASSISTANT), "a part of type 'input_audio'; only text is supported"),
@@ -210,7 +210,7 @@ def test_a_value_of_parquet_that_json_does_not_have_is_a_mistake(tmp_path):
     question = {"id": "1", "question": "Why?", "answer": "So.", "group": "g", "made": when}
     for row in (question, turns(USER, calling({"at": when}))):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
-        with pytest.raises(DataError, match=r"rows\.parquet: row 1: .*a value that JSON does not have.*datetime"):
+        with pytest.raises(DataError, match=r"rows\.parquet: row 1: .*JSON has no such value.*datetime"):
             inspect("rows.parquet", tmp_path)
 
 
