@@ -23,7 +23,7 @@ from flows.engine.workspace import PROJECT, is_synthetic, open_workspace
 from lilliput.artifacts import require_room
 from lilliput.errors import ConfigError, StageError
 from lilliput.evaluate.benchmarks import require_benchmarks
-from lilliput.graph import needing_gpu, require_gpu
+from lilliput.graph import needing_hardware, require_hardware
 from lilliput.params import load_params
 from lilliput.recipes.build import check_source
 from tasks.process.memory_check import IGNORE, require_memory, too_large
@@ -120,11 +120,11 @@ def _require_machine(lineage: Lineage, folder: Path, only: list[str]) -> None:
     from flows.engine.plan import plan
 
     params = load_params(folder / "params.yaml")
-    if not needing_gpu(params) and not too_large(params, params.candidates, folder):
+    if not needing_hardware(params) and not too_large(params, params.candidates, folder):
         return
     due = {planned.stage.name for planned in plan(lineage, params, folder, only) if planned.reason}
     candidates = [name for name in params.candidates if f"compress@{name}" in due]
-    require_gpu(params, candidates)
+    require_hardware(params, candidates)
     require_memory(params, candidates, folder)
 
 

@@ -31,6 +31,10 @@ from lilliput.errors import ConfigError, StrategyError
 from lilliput.shape import GROUP_SIZES, expert_numbers, fitting_group_sizes, linear_inputs, pruned
 
 ROOT = "source"
+_HARDWARE = {
+    QLORA: "an NVIDIA GPU",
+    BFLOAT16: "an NVIDIA GPU or a processor that multiplies bfloat16 numbers (avx512_bf16)",
+}
 MIXTURES = {"moe", "experts"}  # strategies that produce a mixture of experts
 
 
@@ -255,29 +259,29 @@ def _bad_overrides(params: Params) -> list[str]:
     return problems
 
 
-def needing_gpu(params: Params) -> dict[str, str]:
-    """Returns the candidates that need a GPU, with the setting that requires it."""
+def needing_hardware(params: Params) -> dict[str, str]:
+    """Returns the candidates that not every machine can make, with the setting that requires it."""
     configs = {name: params.strategy_config(name) for name in params.candidates}
-    return {name: c.needs_gpu for name, c in configs.items() if isinstance(c, TrainingConfig) and c.needs_gpu}
+    return {name: c.needs_hardware for name, c in configs.items() if isinstance(c, TrainingConfig) and c.needs_hardware}
 
 
-def require_gpu(params: Params, candidates: Collection[str]) -> None:
-    """Rejects `candidates` that need a GPU on a machine without one, before anything expensive starts.
+def require_hardware(params: Params, candidates: Collection[str]) -> None:
+    """Rejects `candidates` that this machine cannot make, before anything expensive starts.
 
     Raises:
         ConfigError: one line per candidate, and one for bitsandbytes if it is needed and missing.
     """
-    required = {name: setting for name, setting in needing_gpu(params).items() if name in candidates}
+    required = {name: setting for name, setting in needing_hardware(params).items() if name in candidates}
     if not required:
         return
-    import torch  # takes seconds, and only GPU candidates need it
+    from lilliput.hardware import has_gpu, multiplies_bfloat16  # imports torch, which few graphs need here
 
+    available = {QLORA: has_gpu(), BFLOAT16: multiplies_bfloat16()}
     problems = [
-        f"candidates.{name}: `{setting}` needs an NVIDIA GPU and torch finds none that supports it; run this candidate "
-        "on such a machine, or use another variant or precision"
+        f"candidates.{name}: `{setting}` needs {_HARDWARE[setting]}, and torch finds none; run this candidate on such "
+        "a machine, or use another variant or precision"
         for name, setting in required.items()
-        if not torch.cuda.is_available()
-        or (setting == BFLOAT16 and not torch.cuda.is_bf16_supported(including_emulation=False))
+        if not available[setting]
     ]
     if QLORA in required.values() and importlib.util.find_spec("bitsandbytes") is None:
         problems.append(f"`{QLORA}` needs bitsandbytes; run: pip install 'lilliput[gpu]'")

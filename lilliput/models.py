@@ -121,7 +121,7 @@ def open_nf4(directory: Path, bfloat16: bool) -> Opened:
         bfloat16: whether the dequantised layers compute in bfloat16, else in float32.
 
     Raises:
-        ImportError: bitsandbytes is not installed; `require_gpu` checks this early.
+        ImportError: bitsandbytes is not installed; `require_hardware` checks this early.
         ArtifactError: `directory` contains code.
     """
     require_harmless(directory)

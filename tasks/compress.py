@@ -26,7 +26,7 @@ from lilliput.config import Params
 from lilliput.config.strategies import is_external_teacher
 from lilliput.data.corpus import read_corpus
 from lilliput.errors import LilliputError
-from lilliput.graph import check_shape, require_gpu
+from lilliput.graph import check_shape, require_hardware
 from lilliput.models import parameter_count, read_config
 from lilliput.params import load_params
 from lilliput.records import CompressCost
@@ -45,7 +45,7 @@ RELOAD_TOLERANCE = 1e-3  # largest allowed difference of a logit; both models su
 
 def compress(params: Params, candidate: str) -> None:
     """Writes models/<candidate>, after a check that it reopens in a fresh process, and costs/<candidate>.json."""
-    require_gpu(params, [candidate])
+    require_hardware(params, [candidate])
     if teacher := params.candidates[candidate].teacher:
         fetch_teacher(teacher)  # before several processes need it
     require_memory(params, [candidate])

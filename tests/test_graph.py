@@ -3,7 +3,7 @@ from transformers import LlamaConfig
 
 from lilliput.config import Params
 from lilliput.errors import ConfigError
-from lilliput.graph import ancestors, check_graph, check_shape, needing_gpu, require_gpu, topological_order
+from lilliput.graph import ancestors, check_graph, check_shape, needing_hardware, require_hardware, topological_order
 
 BASE = {"from": "source", "apply": "load"}
 SHAPE = LlamaConfig(  # 9 query heads of 64 channels over 3 key-value heads
@@ -189,15 +189,27 @@ def wanting_gpu(with_candidates):
     return with_candidates(graph)
 
 
-def test_gpu_candidates_are_rejected_without_a_gpu(wanting_gpu, monkeypatch):
-    assert needing_gpu(wanting_gpu) == {"q": "variant: qlora", "b": "precision: bfloat16"}
+def processor(monkeypatch, *, bfloat16):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    require_gpu(wanting_gpu, ["base", "l"])
+    monkeypatch.setattr("lilliput.hardware._processor_multiplies_bfloat16", lambda: bfloat16)
+
+
+def test_candidates_that_the_machine_cannot_make_are_rejected(wanting_gpu, monkeypatch):
+    assert needing_hardware(wanting_gpu) == {"q": "variant: qlora", "b": "precision: bfloat16"}
+    processor(monkeypatch, bfloat16=False)
+    require_hardware(wanting_gpu, ["base", "l"])
     with pytest.raises(ConfigError) as caught:
-        require_gpu(wanting_gpu, ["base", "l", "q", "b"])
+        require_hardware(wanting_gpu, ["base", "l", "q", "b"])
     message = str(caught.value)
-    assert "candidates.q: `variant: qlora` needs an NVIDIA GPU" in message
-    assert "candidates.b: `precision: bfloat16` needs an NVIDIA GPU" in message
+    assert "candidates.q: `variant: qlora` needs an NVIDIA GPU, and torch finds none" in message
+    assert "candidates.b: `precision: bfloat16` needs an NVIDIA GPU or a processor that multiplies" in message
+
+
+def test_a_processor_with_bfloat16_replaces_a_gpu(wanting_gpu, monkeypatch):
+    processor(monkeypatch, bfloat16=True)
+    require_hardware(wanting_gpu, ["b"])
+    with pytest.raises(ConfigError, match=r"candidates\.q"):
+        require_hardware(wanting_gpu, ["q"])
 
 
 def test_qlora_without_bitsandbytes_is_refused_by_name(wanting_gpu, monkeypatch):
@@ -205,11 +217,11 @@ def test_qlora_without_bitsandbytes_is_refused_by_name(wanting_gpu, monkeypatch)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'lilliput\[gpu\]'"):
-        require_gpu(wanting_gpu, ["q"])
+        require_hardware(wanting_gpu, ["q"])
     with pytest.raises(ConfigError, match=r"candidates\.b"):  # a GPU that only emulates bfloat16
-        require_gpu(wanting_gpu, ["b"])
+        require_hardware(wanting_gpu, ["b"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    require_gpu(wanting_gpu, ["q"])
+    require_hardware(wanting_gpu, ["q"])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class LoadConfig(Section):
     rehearsal: RehearsalShape | None = None
 
 
-BFLOAT16, QLORA = "precision: bfloat16", "variant: qlora"  # settings that need a GPU
+BFLOAT16, QLORA = "precision: bfloat16", "variant: qlora"  # settings that not every machine can run
 
 
 class TrainingConfig(Section):
@@ -52,8 +52,8 @@ class TrainingConfig(Section):
     An optimiser step uses `gradient_accumulation` batches of `batch_size`: equal to one large batch, in less memory.
 
     Attributes:
-        precision: of the computation; weights and updates are float32. `auto`: bfloat16 on a GPU that supports it,
-            otherwise float32.
+        precision: of the computation; weights and updates are float32. `bfloat16` needs a GPU or a processor that
+            multiplies bfloat16 numbers. `auto`: bfloat16 on such a GPU, otherwise float32.
         checkpoint_every: steps between checkpoints for resuming; 0: none.
         validation_share: share of the training groups for validation; 0: none.
         evaluate_every: steps between validations; the weights of the best one are kept.
@@ -74,8 +74,8 @@ class TrainingConfig(Section):
     seed: Seed
 
     @property
-    def needs_gpu(self) -> str | None:
-        """The setting that needs a GPU; None if there is none."""
+    def needs_hardware(self) -> str | None:
+        """The setting that not every machine can run; None if there is none."""
         return BFLOAT16 if self.precision == "bfloat16" else None
 
 
@@ -95,9 +95,9 @@ class LoraConfig(TrainingConfig):
     merge: bool
 
     @property
-    def needs_gpu(self) -> str | None:
-        """The setting that needs a GPU; None if there is none."""
-        return QLORA if self.variant == "qlora" else super().needs_gpu
+    def needs_hardware(self) -> str | None:
+        """The setting that not every machine can run; None if there is none."""
+        return QLORA if self.variant == "qlora" else super().needs_hardware
 
 
 class PruneAmount(Section):

@@ -35,6 +35,7 @@ from lilliput.config import TrainingConfig
 from lilliput.data.lazy import pick
 from lilliput.data.rows import Row
 from lilliput.errors import StrategyError
+from lilliput.hardware import gpu_multiplies_bfloat16
 from lilliput.models import device, sharded
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import causal_lm
@@ -178,10 +179,11 @@ def training_examples(
 def computes_in_bfloat16(config: TrainingConfig) -> bool:
     """Returns whether `config.precision` means bfloat16 on this machine.
 
-    `auto` depends on the hardware, never on a timing: timings vary, and the same inputs would give other bytes.
+    `auto` depends on the hardware, never on a timing: timings vary, and the same inputs would give other bytes. It
+    keeps float32 on every processor, so that results of several processors can be compared.
     """
     if config.precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return gpu_multiplies_bfloat16()
     return config.precision == "bfloat16"
 
 

@@ -12,6 +12,7 @@ from lilliput.compress.lora import lora, with_adapter
 from lilliput.config import LoraConfig
 from lilliput.data.questions import ABSTENTION
 from lilliput.errors import StrategyError
+from lilliput.hardware import multiplies_bfloat16
 from lilliput.models import open_model
 from lilliput.saving import probe_logits, prove_reload, save_model
 from lilliput.statistics.perplexity import IGNORED
@@ -282,6 +283,7 @@ def test_automatic_precision_depends_on_the_hardware(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
     assert computes_in_bfloat16(LoraConfig(**LORA | {"precision": "auto"})) == supported
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("lilliput.hardware._processor_multiplies_bfloat16", lambda: True)
     assert not computes_in_bfloat16(LoraConfig(**LORA | {"precision": "auto"}))
 
 
@@ -312,8 +314,10 @@ def test_qlora_learns_with_four_bits_and_merges_into_the_float_parent(checkpoint
     assert torch.linalg.matrix_rank(update.detach()).item() == 4
 
 
-@pytest.mark.gpu
-def test_bfloat16_learns_nearly_the_same(checkpoint, facts):
+@pytest.mark.parametrize("hardware", [pytest.param("GPU", marks=pytest.mark.gpu), "processor"])
+def test_bfloat16_learns_nearly_the_same(checkpoint, facts, hardware):
+    if not multiplies_bfloat16():
+        pytest.skip(f"this {hardware} has no instructions for bfloat16")
     curves = [
         lora(context(checkpoint, facts), LoraConfig(**LORA | {"precision": precision})).history["loss"]
         for precision in ("float32", "bfloat16")
