@@ -297,6 +297,7 @@ def open_codes(directory: Path) -> PreTrainedModel:
     """
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     del config.quantization_config
+    floats_dtype = config.dtype or torch.float32
     weights = {f"{name}.weight": torch.from_numpy(codes.weight()) for name, codes in read_codes(directory)}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -308,6 +309,7 @@ def open_codes(directory: Path) -> PreTrainedModel:
     )
     _require_all_weights(directory, type(model).__name__, loading)
     model.config.name_or_path = str(directory)
+    model.stored_dtype = floats_dtype
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
