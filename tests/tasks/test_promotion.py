@@ -132,7 +132,7 @@ def test_champion_and_challenger_get_aliases_and_reasons(project, device):
     promote(project.params(device))
     assert aliases(device) == (versions["b"], versions["a"], None)
     assert "best accuracy (0.700)" in reason_of(versions["b"], "promoted", device)
-    assert "prefers accuracy, where b is ahead" in reason_of(versions["a"], "refused", device)
+    assert "b is ahead in accuracy, which decides" in reason_of(versions["a"], "refused", device)
     assert promotion_of(device)["challenger"] == "a"
     promote(project.params("laptop"))
     assert aliases(device) == (None, None, None)  # of a device that params.yaml no longer has
