@@ -68,7 +68,9 @@ def test_the_keyboard_skips_to_the_results_and_scrolls_a_table_whose_first_colum
     press(page, "ENTER")
     assert page.switch_to.active_element.get_attribute("id") == "main"
     press(page, "TAB")
-    assert page.switch_to.active_element.get_attribute("aria-label") == "The same requests, answered by several candidates"
+    assert (
+        page.switch_to.active_element.get_attribute("aria-label") == "The same requests, answered by several candidates"
+    )
     metrics = page.find_element("css selector", "[aria-label='Four metrics of every candidate']")
     page.execute_script("arguments[0].focus()", metrics)
     press(page, *["ARROW_RIGHT"] * 5)

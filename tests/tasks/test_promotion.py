@@ -68,6 +68,9 @@ class Project:
     def set_questions(self, questions):
         layout.DATA.mkdir(exist_ok=True)
         layout.QUESTIONS.write_text(questions)
+        for name in ("train", "calibration"):
+            (layout.DATA / f"{name}.jsonl").write_text(name)
+        (layout.DATA / "summary.json").write_text(json.dumps({"questions": {"rows": QUESTIONS}}))
 
     def evaluate(self, right, energy_j=5.0, sizes=SIZES):
         """Writes evaluations in which the first `right[name]` questions are answered correctly, and registers them."""
