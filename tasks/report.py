@@ -42,6 +42,7 @@ def report(params: Params) -> None:
     answers = {name: read_rows(layout.answers(name)) for name in names}
     differences = list(_differences(params, answers))
     candidates = [_candidate(params, name, records[name], names, promotion) for name in names]
+    first_screen = _shipped(candidates, compiled)
     page = render(
         candidates=candidates,
         differences=differences,
@@ -52,13 +53,15 @@ def report(params: Params) -> None:
         promotion=promotion,
         answered=answered_side_by_side(candidates, answers, open_rows(layout.DATA / "questions.jsonl")),
         costs=_costs(names, list(caching), list(params.compile), list(offloading)),
-        charts=_charts(params, records, histories, differences) | {"shipped": _shipped(candidates, compiled)},
+        charts=_charts(params, records, histories, differences) | {"shipped": first_screen},
         origin=_origin(params),
         search=_search(),
     )
     with writing(layout.REPORT) as directory:
         write_text(directory / "index.html", page)
         _write_plots(directory / "plots", records, histories)
+        for chart in first_screen:
+            write_text(directory / "plots" / "accuracy-and-size.svg", charts.on_white(chart.svg))
         _write_csv(directory / "plots" / "offloading.csv", _offloading_rows(offloading) or [_NO_OFFLOADING])
 
 

@@ -93,6 +93,12 @@ def shipped(candidates: Sequence[Shipped], metric: str) -> Chart:
     return Chart(f"{label(metric).capitalize()} over the size that ships, with 95 % intervals", _svg(figure), words)
 
 
+def on_white(svg: str) -> str:
+    """Returns a chart as a file of its own, which must be legible on a page of any colour."""
+    tag, end, rest = svg.partition(">")
+    return f'{tag}{end}\n <rect width="100%" height="100%" fill="white"/>{rest}'
+
+
 def _point(result: Result, metric: str) -> tuple[float, list[list[float]] | None]:
     """Returns the value and the distances to its interval's bounds; sizes in MiB. Rejects unavailable results."""
     value = number_of(result)
