@@ -24,7 +24,7 @@ from lilliput.compress.context import Context
 from lilliput.compress.result import Result
 from lilliput.config import DistillConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, read_config, sharded
+from lilliput.models import open_frozen, open_model, read_config, sharded
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_logits, answer_states, answer_vocabulary
 from lilliput.training.examples import Batch, Example, collate, encode_examples
@@ -60,7 +60,7 @@ def distill(context: Context, config: DistillConfig) -> Result:
     else:
         origins = layer_origins(student, teacher) if config.hidden_weight else []
         facts = {"matched_teacher_layers": origins} if origins else {}
-        opened = cast(PreTrainedModel, cast(torch.nn.Module, open_model(teacher)[0]).to(training_device()))
+        opened = cast(PreTrainedModel, cast(torch.nn.Module, open_frozen(teacher)[0]).to(training_device()))
         loss = distillation_loss(opened, tokenizer, config, origins)
     history = train(model.train(), training, pad_id(tokenizer), config, loss, validation, context.checkpoints)
     return Result(model.eval(), tokenizer, training_facts(history, config, training) | facts, history)
@@ -93,7 +93,7 @@ def _stored_logits(
         return stored_logits(
             context.teacher_logits,
             sha256,
-            lambda: open_model(teacher)[0],
+            lambda: open_frozen(teacher)[0],
             examples,
             pad_id(tokenizer),
             config.temperature,
