@@ -2,9 +2,10 @@
 
 python -m benchmarks.memory --shape 1B --stage lora --stage gptq
 
-Each stage is the real command (`python -m tasks …`) in a temporary folder. Its peak is the largest sum over its process
-and all below it, so the reload proof and the runtimes of the parity proof count. Memory does not depend on the values of
-the weights, on the number of steps or on other work on the machine. Shapes larger than the disk: see `--layers`.
+Each stage is the real command (`python -m tasks …`), forked as a flow forks it, in a temporary folder. Its peak is the
+largest sum over its process and its children, so the reload proof and the runtimes of the parity proof count. Memory
+does not depend on the values of the weights, the number of steps or other work on the machine. `--layers` makes shapes
+smaller that do not fit on the disk.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="keeps the workspace here, and continues in it")] = None,
 ) -> None:
     """Runs stages and writes their peak memory to benchmarks/results/memory.json."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     for name in shape:
         with tempfile.TemporaryDirectory() as scratch, ForkServer(folder or Path(scratch), _environment()) as server:
             workspace = folder or Path(scratch)
@@ -72,7 +75,8 @@ def _prepare(server: ForkServer, workspace: Path, name: str, layers: int | None)
         return
     (workspace / "params.yaml").write_text(yaml.safe_dump(_params(), sort_keys=False), encoding="utf-8")
     shutil.copytree(PROJECT / "corpora", workspace / "corpora")
-    server.start("tasks", ["data"], workspace, _environment()).wait()
+    with server.start("tasks", ["data"], workspace, _environment()) as data:
+        data.wait()
     source, base = workspace / "models" / "source", workspace / "models" / "base"
     source.mkdir(parents=True)
     parameters = _draw(source, name, layers)
@@ -165,6 +169,8 @@ def _record(server: ForkServer, row: dict[str, Any], workspace: Path) -> None:
         peak, anonymous = _watch(stage)
         if stage.wait():
             raise SystemExit(f"{row['stage']} failed, see {workspace}/logs")
+    for unused in ("lora", "pruned"):  # no other stage reads them
+        shutil.rmtree(workspace / "models" / unused, ignore_errors=True)
     config = json.loads((workspace / "models" / "base" / "config.json").read_text(encoding="utf-8"))
     found = row | {
         "million_parameters": _million_parameters(config),

@@ -51,7 +51,6 @@ class StoredTensor:
         mapped = mmap.mmap(self.file.descriptor, length, access=mmap.ACCESS_COPY, offset=start)
         return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=self.offset - start).view(self.shape)
 
-
     def as_tensor(self) -> torch.Tensor:
         """Maps the tensor for as long as the result lives; `tensor_of` reads it without keeping its pages."""
         tensor: Any = self.read()
@@ -95,7 +94,7 @@ class _Product(torch.autograd.Function):
 class StoredLinear(_Stored, torch.nn.Linear):
     """A frozen linear layer whose weight is kept as stored."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns the outputs, float32 (…, outputs), or in autocast's dtype."""
         return cast("torch.Tensor", _Product.apply(input, self))
 
@@ -103,7 +102,7 @@ class StoredLinear(_Stored, torch.nn.Linear):
 class StoredEmbedding(_Stored, torch.nn.Embedding):
     """A frozen embedding whose table is kept as stored."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns the rows of the ids `input`, float32 (…, size)."""
         return embedding(input, self.as_stored()).float()
 

@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lilliput.code_layers import hold_codes
 from lilliput.compress.autogptq_format import packed_tensors, quantisation_settings, write_checkpoint
 from lilliput.compress.context import Context
 from lilliput.compress.grid import STORED, Grid, QuantisedWeight, to_nearest
 from lilliput.compress.result import Result
 from lilliput.config import QuantisationConfig
 from lilliput.errors import StrategyError
-from lilliput.code_layers import hold_codes
 from lilliput.models import Opened, decoder_layers, open_frozen, parameter_count, stored_dtype
 from lilliput.shape import fitting_group_sizes
 from lilliput.statistics.perplexity import counted, perplexity
