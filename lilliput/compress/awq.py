@@ -23,7 +23,7 @@ from lilliput.compress.packing import open_parent, quantised_result, round_to_ne
 from lilliput.compress.result import Result
 from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers
+from lilliput.models import decoder_layers, open_model
 from lilliput.saving import probe_logits
 
 _GRAM_BYTES = 2**30  # input statistics in memory at once; larger models need several passes
@@ -45,7 +45,7 @@ def awq(context: Context, config: AwqConfig) -> Result:
         StrategyError: the group size does not divide the inputs of a layer, or scales cannot be folded into the
             architecture.
     """
-    model, parent = open_parent(context, config)
+    model, parent = open_parent(context, config, open_model)
     examples = context.calibration(parent.tokenizer, config.calibration_examples)
     texts = [example.input_ids for example in examples]
     expected = probe_logits(model, parent.tokenizer)

@@ -28,7 +28,7 @@ from lilliput.compress.result import Result
 from lilliput.compress.through_rounding import round_in_forward_pass, with_trained_codes
 from lilliput.config import DistillConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, read_config, sharded
+from lilliput.models import open_frozen, open_model, read_config, sharded
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_logits, answer_states, answer_vocabulary
 from lilliput.training.examples import Batch, Example, collate, encode_examples
@@ -67,13 +67,13 @@ def distill(context: Context, config: DistillConfig) -> Result:
     else:
         origins = layer_origins(student, teacher) if config.hidden_weight else []
         facts = {"matched_teacher_layers": origins} if origins else {}
-        opened = cast(PreTrainedModel, cast(torch.nn.Module, open_model(teacher)[0]).to(training_device()))
+        opened = cast(PreTrainedModel, cast(torch.nn.Module, open_frozen(teacher)[0]).to(training_device()))
         loss = distillation_loss(opened, tokenizer, config, origins)
     if settings is None:
         history = train(model.train(), training, pad_id(tokenizer), config, loss, validation, context.checkpoints)
         return Result(model.eval(), tokenizer, training_facts(history, config, training) | facts, history)
     parent = describe_parent(model, tokenizer, context)
-    round_in_forward_pass(model, read_codes(student), _linear_weights(teacher))
+    round_in_forward_pass(model, read_codes(student), linears(open_frozen(teacher)[0]))
     history = train(model.train(), training, pad_id(tokenizer), config, loss, validation, context.checkpoints)
     facts |= training_facts(history, config, training)
     return quantised_result(with_trained_codes(model.eval()), parent, settings, facts, history)
@@ -84,11 +84,6 @@ def _require_shardable(config: DistillConfig, *, quantised: bool) -> None:
         raise StrategyError("on_policy_share: a student sharded by FSDP cannot generate answers; set it to 0")
     if quantised:
         raise StrategyError("distill: FSDP cannot shard a quantised student; train it in one process, or with DDP")
-
-
-def _linear_weights(teacher: Path) -> dict[str, torch.Tensor]:
-    """Returns the teacher's weights by name of the layer."""
-    return {name: linear.weight.detach() for name, linear in linears(open_model(teacher)[0]).items()}
 
 
 def _require_compatible(student: Path, teacher: Path, config: DistillConfig) -> None:
@@ -118,7 +113,7 @@ def _stored_logits(
         return stored_logits(
             context.teacher_logits,
             sha256,
-            lambda: open_model(teacher)[0],
+            lambda: open_frozen(teacher)[0],
             examples,
             pad_id(tokenizer),
             config.temperature,

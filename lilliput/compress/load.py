@@ -23,13 +23,14 @@ from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids,
 from lilliput.models import (
     is_quantised,
     open_dequantised,
-    open_safetensors,
+    open_safetensors_as_stored,
     random_model,
     require_causal_lm,
     translate_errors,
 )
 from lilliput.records import Agreement
 from lilliput.saving import require_finite
+from lilliput.stored_weights import shares_weight
 from lilliput.untrusted import require_harmless
 
 
@@ -99,9 +100,9 @@ def _open(
         return random_model(_reshape(source_config, config.rehearsal, vocabulary), config.seed)
     if header:
         return open_gguf(header, source_config)
-    model = open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors(source_dir)
+    model = open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors_as_stored(source_dir)
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if output is not None and output.weight is not table.weight:
+    if output is not None and not shares_weight(output, table):
         model.config.tie_word_embeddings = False  # as the weights do; runtimes read the flag
     return model
 

@@ -23,21 +23,21 @@ _FARTHEST = 0.49
 
 
 def round_in_forward_pass(
-    model: PreTrainedModel, layers: Iterable[tuple[str, Codes]], near: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, layers: Iterable[tuple[str, Codes]], near: Mapping[str, torch.nn.Linear]
 ) -> None:
     """Lets the layers of `model` compute with rounded weights, and only the float weights behind them be trained.
 
     Args:
         model: a dequantised model, changed in place.
         layers: its quantised layers by name, and their codes.
-        near: float weights by name of the layer, for example the teacher's. Each weight starts at the nearest number
-            that rounds to its code; without an entry of equal shape, at the code itself.
+        near: layers with float weights by name, for example the teacher's. Each weight starts at the number nearest to
+            theirs that rounds to its code; without a layer of equal shape, at the code itself.
     """
     model.requires_grad_(False)
     for name, codes in layers:
         linear = cast("torch.nn.Linear", model.get_submodule(name))
         rounding = _Rounding(codes).to(linear.weight.device)
-        goal = near.get(name)
+        goal = near[name].weight.detach() if name in near else None
         start = linear.weight if goal is None or goal.shape != linear.weight.shape else rounding.nearest(goal)
         linear.weight = torch.nn.Parameter(start.detach().clone())
         register_parametrization(linear, "weight", rounding, unsafe=True)  # safe: it keeps shape and dtype

@@ -49,7 +49,7 @@ class TorchRuntime:
     A batch that exceeds free memory, by estimate or in fact, is halved. The results are equal except for rounding.
 
     Args:
-        model: a causal language model; set to evaluation mode.
+        model: a causal language model that computes in float32; set to evaluation mode.
         tokenizer: its tokenizer.
         batch_size: maximum number of prompts per batch.
         prefix: the usual beginning of prompts; run once, its keys and values are reused by every `stream`.
@@ -68,8 +68,7 @@ class TorchRuntime:
 
     def stats(self) -> dict[str, str]:
         """Returns engine, dtype and threads."""
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return {"engine": f"torch {torch.__version__}", "dtype": dtype, "threads": str(torch.get_num_threads())}
+        return {"engine": f"torch {torch.__version__}", "dtype": "float32", "threads": str(torch.get_num_threads())}
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
@@ -217,7 +216,7 @@ class TorchRuntime:
         )
         hidden = self.model.model(
             input_ids=ids[None],
-            attention_mask=pack.mask(self.model.dtype, self.device),
+            attention_mask=pack.mask(torch.float32, self.device),
             position_ids=positions[None],
             past_key_values=copy.deepcopy(prefix) if pack.shared else None,
             use_cache=bool(pack.shared),

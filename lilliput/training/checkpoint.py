@@ -37,6 +37,7 @@ _CODE = (
     *(f"{folder}/*.py" for folder in _FOLDERS),
     *(f"compress/{name}.py" for name in _STRATEGIES),
     "models.py",
+    "stored_weights.py",
     "statistics/perplexity.py",
 )  # determines examples, losses and steps
 
