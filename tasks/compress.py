@@ -11,6 +11,7 @@ import torch
 
 from lilliput.artifacts import (
     Manifest,
+    copy_licence,
     file_sha256,
     read_manifest,
     remove,
@@ -71,6 +72,7 @@ def make(params: Params, candidate: str) -> None:
         cost.update(result.checks)
         with writing(layout.model(candidate)) as directory:
             cost["reload_max_logit_difference"] = _write(result, directory)
+            copy_licence(layout.model(spec.parent), directory)
             check_shape(params, candidate, read_config(directory))
             _seal(params, candidate, parent, result, directory)
     remove(checkpoints.parent)
@@ -108,6 +110,7 @@ def _context(params: Params, candidate: str, checkpoints: Path) -> Context:
         open_corpus=lambda: read_corpus(layout.DATA),
         teacher=teacher_folder(spec.teacher) if spec.teacher else None,
         gguf_file=Path(file).name if file else None,
+        chose_template=params.source.chat_template is not None,
         checkpoints=checkpoints,
         teacher_logits=layout.TEACHER_LOGITS,
     )
