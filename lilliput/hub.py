@@ -128,7 +128,7 @@ def _problem(error: Exception, name: str) -> tuple[str, bool] | None:
 
     if any(isinstance(cause, OSError) and disk_is_full(cause) for cause in chain):
         return None  # every stage reports a full disk in the same words
-    if has(errors.GatedRepoError) or "gated" in _first_line(error):
+    if has(errors.GatedRepoError):
         return (
             "is gated: its publisher gives it only to accounts that accepted its terms. Accept them on its page "
             f"{_page(name)}, and set HF_TOKEN to a token of that account",
