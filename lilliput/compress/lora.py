@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.artifacts import ADAPTER
 from lilliput.chat.template import pad_id
 from lilliput.compress.context import Context
+from lilliput.compress.new_tokens import trained_rows
 from lilliput.compress.result import Result
 from lilliput.config import LoraConfig
 from lilliput.models import open_frozen, open_model, open_nf4, sharded
@@ -64,7 +65,10 @@ def lora(context: Context, config: LoraConfig) -> Result:
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Returns `model` with a new adapter, the only trainable part; its weights are drawn from `config.seed`."""
+    """Returns `model` with a new adapter, the only trainable part; its weights are drawn from `config.seed`.
+
+    The adapter includes the rows of tokens that `load` added, which are replaced when it is merged.
+    """
     torch.manual_seed(config.seed)
     adapter = PeftLoraConfig(
         r=config.rank,
@@ -74,6 +78,7 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
         task_type="CAUSAL_LM",
+        trainable_token_indices=trained_rows(model),
     )
     return cast("PeftModel", get_peft_model(model, adapter))
 
