@@ -14,7 +14,7 @@ from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES, TEMPLATE
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
 from lilliput.compress.result import Result
-from lilliput.compress.source_checks import require_consistent, require_known_format
+from lilliput.compress.source_checks import require_attention_decoder, require_consistent, require_known_format
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import Header, parsed_once, read_header
@@ -39,7 +39,7 @@ def load(context: Context, config: LoadConfig) -> Result:
     A GGUF source is compared with llama.cpp on the same file; the result's `checks` hold the agreement.
 
     Raises:
-        SourceError: the source is not a causal language model, cannot be opened, has an unsupported format, opens as
+        SourceError: the source is not a causal language model of a supported kind, cannot be opened, has an unsupported format, opens as
             another model than the file describes, has weights that are not finite in the stored dtype, or its chat
             template cannot take a question.
         ArtifactError: weights are missing, or a file in the folder would execute code.
@@ -61,6 +61,7 @@ def load(context: Context, config: LoadConfig) -> Result:
             tokenizer.chat_template = template.read_text(encoding="utf-8")
         _require_tokens_of_template(tokenizer, source_dir)
         require_causal_lm(source_config, str(source_dir))
+        require_attention_decoder(source_dir, source_config)
         if not header:
             require_consistent(source_dir, source_config)
         tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)

@@ -1,16 +1,22 @@
-"""Checks of a source's config.json before its weights are opened: supported format, no contradictions."""
+"""Checks of a source's config.json before its weights are opened: supported kind and format, no contradictions."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from transformers import PretrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.errors import SourceError
+from lilliput.models import attention_reach, has_decoder_layers
 
+_SUPPORTED = (
+    "Llama, SmolLM, Qwen2.5, Qwen3, Gemma 2 or 3, Phi-3 or 4, Mistral, OLMo 2, Granite, StableLM, Falcon 3, GLM-4 or "
+    "Cohere (docs/models.md)"
+)
 _ROPES = sorted(ROPE_INIT_FUNCTIONS)
 _FORMATS = (
     "safetensors in float32, bfloat16 or float16, safetensors in AutoGPTQ's format (quant_method `gptq`), and GGUF "
@@ -66,3 +72,26 @@ def require_consistent(directory: Path, config: PretrainedConfig) -> None:
                     f"{file}: {key} is {value!r} in the old form (rope_theta, rope_scaling) and "
                     f"{parameters.get(key)!r} in rope_parameters; remove the form that is wrong"
                 )
+
+
+def require_attention_decoder(directory: Path, config: PretrainedConfig) -> None:
+    """Rejects models that no strategy can change: hybrids, and decoders that are built unlike Llama.
+
+    Raises:
+        SourceError: a layer is recurrent or convolutional, or the model has no list of decoder layers.
+    """
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # opening it explains more
+        return
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    if not attention_reach(config):
+        raise SourceError(
+            f"{directory}: {name} (model type `{config.model_type}`) has recurrent or convolutional layers, which "
+            f"Lilliput does not compress; choose a decoder whose layers all have attention: {_SUPPORTED}"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if not has_decoder_layers(model):
+        raise SourceError(
+            f"{directory}: {name} (model type `{config.model_type}`) is built unlike Llama: it has no list of decoder "
+            f"layers at `model.layers`, which all strategies work on; choose another family: {_SUPPORTED}"
+        )
