@@ -33,6 +33,14 @@ GEMMA = (
 DROPS_SYSTEM = CHATML.replace(
     "%}<|im_start|>", "%}{% if message['role'] == 'system' %}{% continue %}{% endif %}<|im_start|>", 1
 )
+# Shows the system prompt before a question, but only if no answer follows, as Mistral does.
+BEFORE_LAST = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}<|im_start|>{{ message['role'] }}\n"
+    "{{ (system if loop.last and message['role'] == 'user' else '') + message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # Inserts today's date, as Granite (by function) and Llama 3.1 (by variable) do.
 DATED = "<|im_start|>system\nToday's Date: {{ strftime_now('%B %d, %Y') }}.<|im_end|>\n" + CHATML
 DATED_BY_VARIABLE = (

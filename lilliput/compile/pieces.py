@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gguf
 from transformers import AutoTokenizer
@@ -29,7 +29,7 @@ class Pieces:
         texts: with `▁` for spaces.
         scores: higher ones are merged first.
         kinds: control token, byte, user-defined, normal.
-        space_first: whether a space is put before each text.
+        space_first: whether a space is put before a text, which in a prompt follows a control token.
     """
 
     texts: Sequence[str]
@@ -42,14 +42,14 @@ class Pieces:
 
         Args:
             writer: of the GGUF file.
-            rows: of the embedding table; those without a token are written as unused.
+            rows: of the embedding table; those without a token are written as unused, and tokens without a row left out.
         """
         unused = [f"[PAD{number}]" for number in range(len(self.texts), rows)]
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_list([*self.texts, *unused])
-        writer.add_token_scores([*self.scores, *(min(self.scores) for _ in unused)])
-        writer.add_token_types([*self.kinds, *(gguf.TokenType.UNUSED for _ in unused)])
+        writer.add_token_list([*self.texts[:rows], *unused])
+        writer.add_token_scores([*self.scores[:rows], *(min(self.scores) for _ in unused)])
+        writer.add_token_types([*self.kinds[:rows], *(gguf.TokenType.UNUSED for _ in unused)])
         writer.add_add_space_prefix(self.space_first)
 
 
@@ -69,10 +69,12 @@ def read_pieces(directory: Path) -> Pieces | None:
     ranks = _ranks(model["merges"])
     scores = [-float(ranks.get(text, len(ranks))) for text in texts]
     kinds = [_kind(text, added.get(number), number in by_id) for number, text in enumerate(texts)]
-    kinds[model["vocab"][model["unk_token"]]] = gguf.TokenType.UNKNOWN
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    first = cast("Any", tokenizer).convert_ids_to_tokens(encode_text(tokenizer, "a"))[0]
-    return Pieces(texts, scores, kinds, first.startswith(_SPACE))
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    if tokenizer.unk_token_id is not None:
+        kinds[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
+    control = next((token["content"] for token in added.values() if token["special"]), "")
+    after_control = tokenizer.convert_ids_to_tokens(encode_text(tokenizer, f"{control}a"))[1 if control else 0]
+    return Pieces(texts, scores, kinds, after_control.startswith(_SPACE))
 
 
 def _ranks(merges: Sequence[str | Sequence[str]]) -> dict[str, int]:

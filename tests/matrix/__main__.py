@@ -14,7 +14,8 @@ from pathlib import Path  # noqa: E402
 from lilliput.params import load_params  # noqa: E402
 from tests.matrix.cells import COLUMNS  # noqa: E402
 from tests.matrix.families import FAMILIES  # noqa: E402
-from tests.matrix.running import run_family, save  # noqa: E402
+from tests.matrix.page import PAGE, render  # noqa: E402
+from tests.matrix.running import read, run_family, save  # noqa: E402
 
 _TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny.yaml"
 
@@ -36,6 +37,7 @@ def main() -> None:
             for note in cell.notes:
                 print(f"{'':18} note: {note}", flush=True)
         save(family, cells)
+        PAGE.write_text(render(read()), encoding="utf-8")
 
 
 if __name__ == "__main__":

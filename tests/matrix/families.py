@@ -69,6 +69,9 @@ class Family:
     padding: int = 0
     shape: Mapping[str, Any] = field(default_factory=lambda: _SHAPE)
 
+    def __str__(self) -> str:
+        return self.slug
+
     @property
     def slug(self) -> str:
         """A file name."""
@@ -79,7 +82,7 @@ _LLAMA_3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>"
 _CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _SP_TOKENS = ("<s>", "</s>")
 _SP_NAMED = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
-_GEMMA_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+_GEMMA_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
 _GEMMA_NAMED = {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>"}
 _QWEN_NAMED = {"eos": "<|im_end|>", "pad": "<|endoftext|>"}
 _LONGROPE = {
@@ -218,7 +221,7 @@ FAMILIES = (
         "QK norm, a window in five of six layers, two RoPEs, padded vocabulary",
         prefix=True,
         ends=("<end_of_turn>",),
-        padding=64,
+        padding=4,
     ),
     Family(
         "Phi-3",
