@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 # Tokens of SmolLM2's vocabulary that llama.cpp does not recognise by name as end tokens.
 BOS, TURN_END, OTHER_END = "<jupyter_start>", "<issue_closed>", "<jupyter_code>"
 
@@ -65,6 +63,8 @@ def make_source(
         edit: changes the tokenizer in place.
         generation: keys of generation_config.json.
     """
+    from transformers import AutoTokenizer
+
     shutil.copytree(checkpoint, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)

@@ -42,7 +42,8 @@ class Pieces:
 
         Args:
             writer: of the GGUF file.
-            rows: of the embedding table; those without a token are written as unused, and tokens without a row left out.
+            rows: of the embedding table; those without a token are written as unused. Tokens without a row are left
+                out.
         """
         unused = [f"[PAD{number}]" for number in range(len(self.texts), rows)]
         writer.add_tokenizer_model("llama")

@@ -8,14 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import argparse  # noqa: E402 - the libraries read the environment when they are imported
-from pathlib import Path  # noqa: E402
+import argparse
+from pathlib import Path
 
-from lilliput.params import load_params  # noqa: E402
-from tests.matrix.cells import COLUMNS  # noqa: E402
-from tests.matrix.families import FAMILIES  # noqa: E402
-from tests.matrix.page import PAGE, render  # noqa: E402
-from tests.matrix.running import read, run_family, save  # noqa: E402
+from lilliput.params import load_params
+from tests.matrix.cells import COLUMNS
+from tests.matrix.families import FAMILIES
+from tests.matrix.outcomes import read, save  # noqa: E402
+from tests.matrix.page import PAGE, render
+from tests.matrix.running import run_family
 
 _TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny.yaml"
 

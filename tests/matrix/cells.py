@@ -7,9 +7,10 @@ another model, or the user would see a traceback.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,8 @@ def prunes(method: str) -> Callable[[Row], None]:
         from lilliput.compress.prune import prune
         from lilliput.config import PruneConfig
 
-        amount = {"by": "removed_count", "value": 32 if method in ("neurons", "hidden") else 1}
+        removed = {"neurons": 32, "hidden": 32, "kv_groups": open_model(row.base)[0].config.num_key_value_heads // 2}
+        amount = {"by": "removed_count", "value": removed.get(method, 1)}
         settings = PruneConfig(method=method, amount=amount, multiple=32, calibration_examples=4)
         result = prune(row.context(), settings)
         reopened = require_reopens(row, result, method)
@@ -299,7 +301,13 @@ def serves(row: Row) -> None:
     compiled, folder = gguf_of(row, row.base), row.scratch / "bundle"
     require_parity(row, "gguf", compiled, row.base)
     manifest = seal(
-        compiled, candidate="base-gguf", strategy="gguf", config={"candidate": "base"}, parent=None, parameters=1, facts={}
+        compiled,
+        candidate="base-gguf",
+        strategy="gguf",
+        config={"candidate": "base"},
+        parent=None,
+        parameters=1,
+        facts={},
     )
     folder.mkdir()
     settings = BundleSettings(
@@ -307,7 +315,8 @@ def serves(row: Row) -> None:
     )
     write_bundle(folder, compiled, row.base, manifest, settings)
     assert "{{question}}" in json.loads((folder / "prompt.json").read_text())["template"]
-    question = row.questions[0]
+    runtime = TorchRuntime(*open_model(row.base), 1)
+    question, expected = next(_answers_to_compare(row, runtime))
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question.question}]
     with LlamaServer(ServerSettings(str(folder / GGUF), 1, 256)) as server:
         answer = httpx.post(
@@ -317,12 +326,21 @@ def serves(row: Row) -> None:
             timeout=60.0,
         )
     assert answer.status_code == 200, answer.text
-    prompt = encode_prompt(row.tokenizer, SYSTEM, question)
-    expected = list(TorchRuntime(*open_model(row.base), 1).stream(prompt, 6))
     answered = [token["id"] for token in answer.json()["choices"][0]["logprobs"]["content"]]
-    ended = end_ids(row.tokenizer, open_model(row.base)[0].generation_config)
-    answered, expected = ([token for token in ids if token not in ended] for ids in (answered, expected))
-    assert answered == expected, f"answered {answered}, expected {expected}"
+    assert answered and answered == expected[: len(answered)], f"answered {answered}, expected {expected}"
+
+
+def _answers_to_compare(row: Row, runtime: TorchRuntime) -> Iterator[tuple[Question, list[int]]]:
+    """Yields questions whose answers begin with a whole character, and the answers up to a control token.
+
+    llama.cpp's server withholds parts of characters, and stops at each control token that ends texts in some family.
+    """
+    control = row.tokenizer.added_tokens_decoder
+    for question in row.questions:
+        answer = list(runtime.stream(encode_prompt(row.tokenizer, SYSTEM, question), 6))
+        answer = list(takewhile(lambda token: token not in control, answer))
+        if answer and "\ufffd" not in str(row.tokenizer.decode(answer[:1])):
+            yield question, answer
 
 
 def gguf_of(row: Row, checkpoint: Path) -> Path:
@@ -341,7 +359,7 @@ def gguf_of(row: Row, checkpoint: Path) -> Path:
 
 
 def require_parity(row: Row, target: str, folder: Path, checkpoint: Path, *, codes: bool = False) -> None:
-    """Runs the product's parity check; with codes, engines round activations to 8 bits, so less agreement is expected."""
+    """Runs the product's parity check; with codes, engines round activations to 8 bits, so it is less strict."""
     from lilliput.compile.parity import prove_parity
 
     strict = {"same_argmax": 0.97, "same_argmax_clear": 1.0, "mean_difference_nats": 0.01}

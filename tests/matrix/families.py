@@ -6,15 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-from lilliput.models import random_model
-from tests.matrix import templates, vocabularies
 from tests.families import CHATML
+from tests.matrix import templates, vocabularies
+
+if TYPE_CHECKING:  # the page needs the names of the families only, and these imports take seconds
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, NEURONS = 4, 4, 2, 16, 64, 128
 WINDOW, CONTEXT = 512, 2048
@@ -245,7 +243,9 @@ FAMILIES = (
             "pad_token_id": None,
             "partial_rotary_factor": 0.75,
             "original_max_position_embeddings": 1024,
-            "rope_parameters": rope("longrope", **{k: v[:6] if isinstance(v, list) else v for k, v in _LONGROPE.items()})
+            "rope_parameters": rope(
+                "longrope", **{k: v[:6] if isinstance(v, list) else v for k, v in _LONGROPE.items()}
+            )
             | {"partial_rotary_factor": 0.75},
         },
         ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
@@ -308,7 +308,7 @@ FAMILIES = (
             "partial_rotary_factor": 0.25,
             "rope_parameters": rope(partial_rotary_factor=0.25),
         },
-        _CHATML_TOKENS + ("<|user|>", "<|assistant|>", "<|system|>"),
+        (*_CHATML_TOKENS, "<|user|>", "<|assistant|>", "<|system|>"),
         {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>", "pad": "<|endoftext|>"},
         templates.STABLE_LM,
         "qwen2",
@@ -353,8 +353,15 @@ FAMILIES = (
         "Cohere Command R",
         "CohereConfig",
         {"tie_word_embeddings": True, "logit_scale": 0.25, "pad_token_id": 0},
-        ("<PAD>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
-        + ("<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+        (
+            "<PAD>",
+            "<BOS_TOKEN>",
+            "<|START_OF_TURN_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+            "<|USER_TOKEN|>",
+            "<|CHATBOT_TOKEN|>",
+            "<|SYSTEM_TOKEN|>",
+        ),
         {"bos": "<BOS_TOKEN>", "eos": "<|END_OF_TURN_TOKEN|>", "pad": "<PAD>"},
         templates.COHERE,
         "smollm",
@@ -469,12 +476,16 @@ def config_of(family: Family, vocabulary: int = 512, **changes: Any) -> Pretrain
         vocabulary: rows of the embedding table.
         changes: other settings.
     """
+    import transformers
+
     kind = getattr(transformers, family.config)
     return kind(**{**family.shape, **family.settings, "vocab_size": vocabulary, **changes})
 
 
 def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
     """Returns the tokenizer, which is trained in a moment, with the chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     prefix = family.tokens["bos"] if family.prefix else None
     made = vocabularies.tokenizer(family.kind, family.special, prefix)
     named = {f"{name}_token": text for name, text in family.tokens.items()}
@@ -485,6 +496,10 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
 
 def model_of(family: Family, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
     """Returns a random model whose norms and biases differ from their initial values too."""
+    import torch
+
+    from lilliput.models import random_model
+
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     given = {key: value for key, value in ids.items() if key not in family.settings}
     config = config_of(family, len(tokenizer) + family.padding, **given)
@@ -508,6 +523,8 @@ def write_source(family: Family, folder: Path, **saving: Any) -> Path:
         folder: a new folder.
         saving: arguments of `save_pretrained`, such as the size of a shard.
     """
+    import torch
+
     tokenizer = tokenizer_of(family)
     dtype = saving.pop("dtype", torch.float32)
     model_of(family, tokenizer).to(dtype).save_pretrained(folder, **saving)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.families import CHATML
+from tests import families
 
 _EACH = "{% for message in messages %}"
 
@@ -18,7 +18,8 @@ def _by_role(start: str, system: str, user: str, assistant: str, answer: str = "
 
 # The system prompt is inside the first user turn; each question begins with BOS and each answer ends with EOS.
 LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
     "{% for message in turns %}{% if message['role'] == 'user' %}"
     "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
@@ -46,16 +47,7 @@ GRANITE = (
     "<|end_of_role|>{{ message['content'] }}<|end_of_text|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
 )
-# Rejects a system turn; its name of the assistant is `model`.
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + _EACH
-    + "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
+GEMMA = families.GEMMA.replace("<|im_start|>", "<start_of_turn>").replace(families.TURN_END, "<end_of_turn>")
 PHI_3 = (
     _EACH + "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
@@ -93,7 +85,7 @@ COHERE = _by_role(
 # A system prompt of its own where the conversation has none, as in Qwen 2.5.
 QWEN_2_5 = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    + CHATML
+    + families.CHATML
 )
 # Plain text without control tokens but EOS: these two families have no template of their own.
 PLAIN = (

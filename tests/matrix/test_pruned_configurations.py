@@ -1,4 +1,4 @@
-"""Each value of a configuration that counts something follows a pruning of it; the test fails at values it does not know."""
+"""Each value of a configuration that counts something follows its pruning; values of unknown meaning are reported."""
 
 from __future__ import annotations
 
