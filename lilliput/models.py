@@ -223,13 +223,17 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     Raises:
         ArtifactError: the model has no `model.layers`.
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
+    if not has_decoder_layers(model):
         raise ArtifactError(
             f"{type(model).__name__} has no list of decoder layers at `model.layers`; "
             "this strategy supports decoders of the Llama kind (Llama, Mistral, Qwen, Gemma, …)"
         )
-    return layers
+    return cast("torch.nn.ModuleList", model.model.layers)
+
+
+def has_decoder_layers(model: PreTrainedModel) -> bool:
+    """Whether the model has a list of decoder layers where Llama has it."""
+    return isinstance(getattr(getattr(model, "model", None), "layers", None), torch.nn.ModuleList)
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

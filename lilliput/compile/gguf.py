@@ -6,7 +6,6 @@ the codes to floats; this module keeps them.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from transformers import AutoTokenizer
 from lilliput.artifacts import GGUF
 from lilliput.chat.template import end_id, end_ids, read_generation_config
 from lilliput.codes import PARTS, Codes, read_codes
+from lilliput.compile.pieces import read_pieces
 from lilliput.config import GgufTarget
 from lilliput.errors import CompileError
 from lilliput.untrusted import require_harmless
@@ -202,6 +202,8 @@ class _KeepsCodes(_Converter):
 
     def _add(self, name: str, kind: Type, data: np.ndarray) -> None:
         self.types[name] = kind
+        if name == "token_embd.weight":
+            self.rows = len(data)
         place = self.converted.tell()
         data.tofile(self.converted)
         mapped = np.memmap(self.converted, data.dtype, "r", place, data.shape)  # the writer drops it once it is copied
@@ -209,28 +211,18 @@ class _KeepsCodes(_Converter):
 
     def set_vocab(self) -> None:
         """Writes the tokenizer. A mixture keeps its parent's, which the converter's reader for GLM would reject."""
-        vocabulary = (self.dir_model / "tokenizer.json").read_text(encoding="utf-8")
-        if self.hf_arch == "Glm4MoeForCausalLM" and "[gMASK]" not in vocabulary:
+        pieces = read_pieces(self.dir_model)
+        if pieces:
+            pieces.write(self.gguf_writer, self.rows)
+            gguf.SpecialVocab(self.dir_model, n_vocab=self.rows).add_to_gguf(self.gguf_writer)
+        elif self.hf_arch == "Glm4MoeForCausalLM" and not self._has_token("[gMASK]"):
             self._set_vocab_gpt2()
         else:
             super().set_vocab()
         self._name_special_tokens()
-        self._rank_tokens()
 
-    def _rank_tokens(self) -> None:
-        """Writes token scores by merge order for a SentencePiece vocabulary; the converter gives all of them one score.
-
-        llama.cpp merges pieces by the score of the merged piece, so equal scores would tokenise differently.
-        """
-        fields = {name: field.value for values in self.gguf_writer.kv_data for name, field in values.items()}
-        if len(set(fields.get("tokenizer.ggml.scores", ()))) != 1:
-            return
-        model = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        ranks: dict[str, int] = {}
-        for rank, merge in enumerate(model["merges"]):
-            ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
-        texts = [text.decode() if isinstance(text, bytes) else text for text in fields["tokenizer.ggml.tokens"]]
-        self.gguf_writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in texts])
+    def _has_token(self, text: str) -> bool:
+        return text in (self.dir_model / "tokenizer.json").read_text(encoding="utf-8")
 
     def _name_special_tokens(self) -> None:
         """Writes which tokens end an answer, and that no special token is added to a prompt.

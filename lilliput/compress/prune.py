@@ -24,7 +24,7 @@ from lilliput.compress.result import Result
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, open_frozen, stored_dtype
-from lilliput.shape import head_dim, parameters, pruned, size, weights_read_per_token
+from lilliput.shape import head_dim, keep_layers, parameters, pruned, size, weights_read_per_token
 from lilliput.statistics.perplexity import perplexity
 from lilliput.stored_weights import as_stored, shares_weight
 from lilliput.training.examples import Example
@@ -131,17 +131,20 @@ def _skipped_layers(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[
 
 
 def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> None:
-    """Removes the decoder layers `removed` from `model` and from its configuration, in place."""
+    """Removes the decoder layers `removed` from `model` and from its configuration, in place.
+
+    Raises:
+        StrategyError: a list in the configuration has one entry for each layer and is unknown.
+    """
     layers = decoder_layers(model)
     kept = [index for index in range(len(layers)) if index not in set(removed)]
+    keep_layers(cast("Any", model.config), kept)
     decoder = cast("Any", model.model)
     decoder.layers = torch.nn.ModuleList(layers[index] for index in kept)
     for position, layer in enumerate(cast("Any", decoder.layers)):
-        layer.self_attn.layer_idx = position  # the KV cache is indexed by it
-    config = cast("Any", model.config)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):  # one entry per layer (Qwen, Gemma)
-        config.layer_types = [config.layer_types[index] for index in kept]
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the KV cache is indexed by it
+                module.layer_idx = position
 
 
 @torch.no_grad()  # not inference_mode: the weights are trained later
