@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lilliput.data.rows import Row
-from lilliput.promote import objective, refused_by_reason
+from lilliput.promote import objective
 from lilliput.records import Decision
 from lilliput.report.rows import CandidateRow, CompiledRow
 
@@ -106,7 +106,7 @@ def headline(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]
 
 def promotion_matrix(names: Sequence[str], promotion: Mapping[str, Decision]) -> PromotionMatrix:
     """Returns the state of each candidate on each device."""
-    reasons = {device: refused_by_reason(decision) for device, decision in promotion.items()}
+    reasons = {device: decision.refused_by_reason() for device, decision in promotion.items()}
     notes = list(dict.fromkeys(reason for grouped in reasons.values() for reason in grouped))
     numbers = {
         (device, name): notes.index(reason) + 1
