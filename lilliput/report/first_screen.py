@@ -156,7 +156,7 @@ def answered_side_by_side(
 
 def _judged(row: Row, answer: Mapping[str, Any]) -> JudgedAnswer:
     text, right = answer["text"], answer["right"]
-    if right is None:
+    if right is None and row.answerable:  # right and wrong are undefined
         return JudgedAnswer(text, f"score {answer['score']:.2f}", good=None)
     if right or (answer["abstained"] and not row.answerable):
         return JudgedAnswer(text, "right", good=True)

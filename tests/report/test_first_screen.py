@@ -111,6 +111,14 @@ def test_only_devices_that_run_the_file_have_a_time(rows):
     assert shipped(candidate("pocket"), rows).tpot_ms == {"phone-4gb": 16.5}
 
 
+def test_an_answer_where_nothing_can_be_known_is_wrong():
+    invented = {"id": "q/001", "text": "Zorvath", "right": None, "abstained": False}
+    (row,) = answered_side_by_side(
+        CANDIDATES, {"base": [invented], "pocket": [invented | {"abstained": True}]}, [question(1, answerable=False)]
+    )
+    assert [answer.judgement for answer in row.answers.values()] == ["wrong", "right"]
+
+
 def test_a_row_with_only_a_reference_has_a_score_instead_of_right_or_wrong():
     scored = {"id": "q/001", "text": "nearly", "right": None, "abstained": False, "score": 0.426}
     (row,) = answered_side_by_side(CANDIDATES, {"base": [scored], "pocket": [scored]}, [question(1)])
