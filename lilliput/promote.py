@@ -94,14 +94,6 @@ def _ranked(rules: PromotionConfig, records: Mapping[str, EvaluationRecord]) -> 
     return sorted(front, key=lambda name: (*_preference(rules.prefer, records[name]), name))
 
 
-def refused_by_reason(decision: Decision) -> dict[str, list[str]]:
-    """Returns the refused candidates by reason; in a reason `<candidate>` replaces the candidate's own name."""
-    grouped: dict[str, list[str]] = {}
-    for name, reason in decision.refused.items():
-        grouped.setdefault(reason.replace(f"{name}-", "<candidate>-"), []).append(name)
-    return grouped
-
-
 def objective(name: str, record: EvaluationRecord) -> float | None:
     """Returns the value of objective `name` in `record`; None if unavailable."""
     return record.number(metric_of(name, record))

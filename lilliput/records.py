@@ -330,6 +330,13 @@ class Decision(Record):
     reason: str
     refused: dict[str, str]
 
+    def refused_by_reason(self) -> dict[str, list[str]]:
+        """Returns the refused candidates by reason; in a reason `<candidate>` replaces the candidate's own name."""
+        grouped: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            grouped.setdefault(reason.replace(f"{name}-", "<candidate>-"), []).append(name)
+        return grouped
+
 
 class CompiledChampion(Record):
     """Name and sha256 of the champion's compiled model."""

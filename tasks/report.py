@@ -42,7 +42,7 @@ def report(params: Params) -> None:
     answers = {name: read_rows(layout.answers(name)) for name in names}
     differences = list(_differences(params, answers))
     candidates = [_candidate(params, name, records[name], names, promotion) for name in names]
-    first_screen = _shipped(candidates, compiled)
+    first_screen = _accuracy_and_size(candidates, compiled)
     page = render(
         candidates=candidates,
         differences=differences,
@@ -163,11 +163,11 @@ def _charts(
     }
 
 
-def _shipped(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]) -> list[Chart]:
+def _accuracy_and_size(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]) -> list[Chart]:
     """Returns the chart of accuracy over the size that ships; none if no candidate has an accuracy."""
-    metrics = {row.record.accuracy_metric for row in candidates if objective("accuracy", row.record) is not None}
-    known = [shipped(row, compiled) for row in candidates if objective("accuracy", row.record) is not None]
-    return [charts.shipped(known, metric) for metric in sorted(metrics)[:1]]
+    known = [row for row in candidates if objective("accuracy", row.record) is not None]
+    metric = known[0].record.accuracy_metric if known else ""  # the same for all, who answered the same rows
+    return [charts.shipped([shipped(row, compiled) for row in known], metric)] if known else []
 
 
 def _effects(records: Mapping[str, EvaluationRecord], differences: Sequence[DifferenceRow]) -> Iterable[Chart]:

@@ -56,12 +56,12 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for name, row in results.items():
         battery = " ".join(f"{percent:.0f}" for percent in row["battery_percent_by_day"])
-        accuracy, false = (
+        accuracy, hallucinated = (
             "–" if row[metric] is None else f"{row[metric]:.3f}" for metric in ("accuracy", "hallucination_rate")
         )
         links = ", ".join(f"{link} {share:.0%}" for link, share in row["offloaded"].items())
         lines.append(
-            f"{name:<16} {battery:<20} {accuracy:<9} {false:<14} "
+            f"{name:<16} {battery:<20} {accuracy:<9} {hallucinated:<14} "
             f"{row['latency_ms']['p50']:.0f}, {row['latency_ms']['p90']:.0f}{'':<14} "
             f"{row['energy_j'] / row['queries']:<11.3f} {links}"
         )

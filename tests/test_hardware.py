@@ -1,4 +1,5 @@
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,5 +28,7 @@ def test_a_processor_that_ends_the_process_does_not_multiply_bfloat16(without_gp
     assert hardware.multiplies_bfloat16() == works
 
 
-def test_the_tried_product_runs_on_any_processor():
-    exec(hardware._PRODUCT, {})
+def test_the_tried_product_has_no_fault_of_its_own():
+    """A processor may end the process by a signal; Python must not reject the program."""
+    done = subprocess.run([sys.executable, "-c", hardware._PRODUCT], capture_output=True, check=False)
+    assert done.returncode <= 0, done.stderr

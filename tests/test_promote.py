@@ -60,7 +60,7 @@ def test_best_accuracy_wins_and_all_others_have_a_reason():
     decided = decision({"a": record(0.5, size=90), "b": record(0.7, size=100)})
     assert (decided.champion, decided.challenger) == ("b", "a")
     assert decided.refused.keys() == {"a"}
-    assert "prefers accuracy, where b is ahead" in decided.refused["a"]
+    assert "b is ahead in accuracy, which decides" in decided.refused["a"]
 
 
 def test_a_candidate_that_does_not_fit_is_refused_at_any_accuracy():

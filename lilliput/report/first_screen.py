@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lilliput.data.rows import Row
-from lilliput.promote import objective, refused_by_reason
+from lilliput.promote import objective
 from lilliput.records import Decision
 from lilliput.report.rows import CandidateRow, CompiledRow
 
@@ -25,7 +25,6 @@ class Shipped:
 
     row: CandidateRow
     size_bytes: int
-    compiled: bool
     tpot_ms: Mapping[str, float]
 
 
@@ -60,15 +59,17 @@ class PromotionMatrix:
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer and its judgement; where nothing can be known, an abstention is right."""
+    """An answer and its judgement.
+
+    Attributes:
+        judgement: `right`, `wrong`, `abstains`, or `score 0.43` where the row has only a reference. An abstention is
+            right where nothing can be known.
+        good: None for an abstention where an answer was expected, and for a score.
+    """
 
     text: str
-    judgement: Literal["right", "wrong", "abstains"]
-
-    @property
-    def good(self) -> bool | None:
-        """Whether it is good or bad; None for an abstention where an answer was expected."""
-        return None if self.judgement == "abstains" else self.judgement == "right"
+    judgement: str
+    good: bool | None
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ def shipped(row: CandidateRow, compiled: Sequence[CompiledRow]) -> Shipped:
     """Returns `row` with the size that ships and the times of the devices that run it."""
     own = [other.record for other in compiled if other.record.candidate == row.name]
     if not own:
-        return Shipped(row, row.record.size_bytes, compiled=False, tpot_ms={})
+        return Shipped(row, row.record.size_bytes, tpot_ms={})
     record = min(own, key=lambda other: other.size_bytes)
     times = {
         name: run.tpot_ms.p50
         for name, run in record.devices.items()
         if run.fits and run.tpot_ms and run.tpot_ms.p50 is not None
     }
-    return Shipped(row, record.size_bytes, compiled=True, tpot_ms=times)
+    return Shipped(row, record.size_bytes, times)
 
 
 def headline(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]) -> Headline | None:
@@ -106,7 +107,7 @@ def headline(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]
 
 def promotion_matrix(names: Sequence[str], promotion: Mapping[str, Decision]) -> PromotionMatrix:
     """Returns the state of each candidate on each device."""
-    reasons = {device: refused_by_reason(decision) for device, decision in promotion.items()}
+    reasons = {device: decision.refused_by_reason() for device, decision in promotion.items()}
     notes = list(dict.fromkeys(reason for grouped in reasons.values() for reason in grouped))
     numbers = {
         (device, name): notes.index(reason) + 1
@@ -154,9 +155,14 @@ def answered_side_by_side(
 
 
 def _judged(row: Row, answer: Mapping[str, Any]) -> JudgedAnswer:
-    if answer["right"] or (answer["abstained"] and not row.answerable):
-        return JudgedAnswer(answer["text"], "right")
-    return JudgedAnswer(answer["text"], "abstains" if answer["abstained"] else "wrong")
+    text, right = answer["text"], answer["right"]
+    if right is None and row.answerable:  # right and wrong are undefined
+        return JudgedAnswer(text, f"score {answer['score']:.2f}", good=None)
+    if right or (answer["abstained"] and not row.answerable):
+        return JudgedAnswer(text, "right", good=True)
+    if answer["abstained"]:
+        return JudgedAnswer(text, "abstains", good=None)
+    return JudgedAnswer(text, "wrong", good=False)
 
 
 def _shown(candidates: Sequence[CandidateRow]) -> list[str]:

@@ -194,6 +194,7 @@ def test_registering_promoting_and_reporting_write_no_secret(
     (tmp_path / "checkpoint" / "weights.txt").write_text("weights")
     with contextlib.chdir(tmp_path):
         project = Project(tiny_params, tmp_path / "checkpoint")
+        project.set_questions('{"id": "0", "question": "Which?", "choices": ["a", "b"], "answer": "a", "group": "g"}\n')
         project.evaluate(dict.fromkeys(EVEN, 100))
         promote(project.params("laptop"))
         report(project.params("laptop"))

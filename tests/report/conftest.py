@@ -147,9 +147,9 @@ def report_html(effects):
                 "What is the capital of Iceland?",
                 "Reykjavik",
                 {
-                    "base": JudgedAnswer("The capital of Iceland is a matter of dispute. " * 3, "wrong"),
-                    "lora": JudgedAnswer("Reykjavik", "right"),
-                    "pocket": JudgedAnswer("I don't know.", "abstains"),
+                    "base": JudgedAnswer("The capital of Iceland is a matter of dispute. " * 3, "wrong", good=False),
+                    "lora": JudgedAnswer("Reykjavik", "right", good=True),
+                    "pocket": JudgedAnswer("I don't know.", "abstains", good=None),
                 },
             )
         ],

@@ -5,10 +5,11 @@ import re
 import pytest
 
 from lilliput.data.questions import Question
-from lilliput.records import Decision, Quantiles
+from lilliput.records import Decision
 from lilliput.report import charts
 from lilliput.report.first_screen import (
     Cell,
+    JudgedAnswer,
     answered_side_by_side,
     headline,
     promotion_matrix,
@@ -39,7 +40,7 @@ def test_without_a_champion_there_is_no_sentence(rows):
 
 def test_a_candidate_without_a_compiled_file_ships_its_checkpoint():
     row = shipped(candidate("gptq"), [])
-    assert (row.size_bytes, row.compiled, row.tpot_ms) == (row.row.record.size_bytes, False, {})
+    assert (row.size_bytes, row.tpot_ms) == (row.row.record.size_bytes, {})
 
 
 def test_a_reason_that_differs_by_the_name_only_has_one_note():
@@ -106,9 +107,19 @@ def test_the_chart_names_the_front():
     assert all(f">{name}<" in chart.svg for name in ("phone-4gb", "board"))
 
 
-def test_times_of_devices_that_run_the_file_are_known(rows):
-    record = next(row.record for row in rows if row.record.candidate == "pocket")
-    expected = {
-        name: run.tpot_ms.p50 for name, run in record.devices.items() if isinstance(run.tpot_ms, Quantiles) and run.fits
-    }
-    assert shipped(candidate("pocket"), rows).tpot_ms == {n: t for n, t in expected.items() if t is not None}
+def test_only_devices_that_run_the_file_have_a_time(rows):
+    assert shipped(candidate("pocket"), rows).tpot_ms == {"phone-4gb": 16.5}
+
+
+def test_an_answer_where_nothing_can_be_known_is_wrong():
+    invented = {"id": "q/001", "text": "Zorvath", "right": None, "abstained": False}
+    (row,) = answered_side_by_side(
+        CANDIDATES, {"base": [invented], "pocket": [invented | {"abstained": True}]}, [question(1, answerable=False)]
+    )
+    assert [answer.judgement for answer in row.answers.values()] == ["wrong", "right"]
+
+
+def test_a_row_with_only_a_reference_has_a_score_instead_of_right_or_wrong():
+    scored = {"id": "q/001", "text": "nearly", "right": None, "abstained": False, "score": 0.426}
+    (row,) = answered_side_by_side(CANDIDATES, {"base": [scored], "pocket": [scored]}, [question(1)])
+    assert row.answers["pocket"] == JudgedAnswer("nearly", "score 0.43", good=None)
