@@ -91,7 +91,7 @@ class _Product(torch.autograd.Function):
         return (gradient @ weight).to(ctx.dtype), None
 
 
-class StoredLinear(_Stored, torch.nn.Linear):
+class StoredLinear(_Stored, torch.nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride] - a copy, see above
     """A frozen linear layer whose weight is kept as stored."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class StoredLinear(_Stored, torch.nn.Linear):
         return cast("torch.Tensor", _Product.apply(input, self))
 
 
-class StoredEmbedding(_Stored, torch.nn.Embedding):
+class StoredEmbedding(_Stored, torch.nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride] - likewise
     """A frozen embedding whose table is kept as stored."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def keep_as_stored(model: torch.nn.Module) -> None:
         weight = module._parameters.get("weight")
         if type(module) in _KINDS and weight is not None and weight.dtype != torch.float32:
             module.__class__ = _KINDS[type(module)]
-            weight.requires_grad_(requires_grad=False)
+            weight.requires_grad = False
     kept = {id(module._parameters["weight"]) for module in model.modules() if type(module) in _PLAIN}
     for parameter in model.parameters():  # not the buffers, see saving.save_model
         if id(parameter) not in kept:
