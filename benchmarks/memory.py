@@ -50,6 +50,10 @@ _INTERVAL_S = 0.05
 _SHARD_BYTES = 2 * 2**30
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)} (repeatable)")],
     stage: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(STAGES)}, in this order (repeatable)")] = None,
@@ -233,4 +237,4 @@ def _environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -397,12 +397,14 @@ def _open_weights(directory: Path, weights: Mapping[str, torch.Tensor]) -> PreTr
     """
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     del config.quantization_config
+    floats_dtype = config.dtype or torch.float32  # opening replaces it
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the auto class needs a folder of weights
     model, loading = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
     _require_all_weights(directory, type(model).__name__, loading)
     model.config.name_or_path = str(directory)
+    model.stored_dtype = floats_dtype
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model

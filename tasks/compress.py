@@ -13,6 +13,7 @@ import torch
 
 from lilliput.artifacts import (
     Manifest,
+    copy_licence,
     file_sha256,
     read_manifest,
     remove,
@@ -75,6 +76,7 @@ def make(params: Params, candidate: str) -> None:
         cost.update(result.checks)
         with writing(layout.model(candidate)) as directory:
             cost["reload_max_logit_difference"] = _write(result, directory)
+            copy_licence(layout.model(spec.parent), directory)
             check_shape(params, candidate, read_config(directory))
             _seal(params, candidate, parent, result.facts | {"parameters": parameters}, directory)
     remove(checkpoints.parent)
@@ -112,6 +114,7 @@ def _context(params: Params, candidate: str, checkpoints: Path) -> Context:
         open_corpus=lambda: read_corpus(layout.DATA),
         teacher=teacher_folder(spec.teacher) if spec.teacher else None,
         gguf_file=Path(file).name if file else None,
+        chose_template=params.source.chat_template is not None,
         checkpoints=checkpoints,
         teacher_logits=layout.TEACHER_LOGITS,
     )

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lilliput.compress.autogptq_format import quantisation_settings
 from lilliput.compress.context import Context
 from lilliput.compress.grid import Grid, rounded
 from lilliput.compress.hooks import registered_hooks, run_texts
@@ -60,7 +61,7 @@ def awq(context: Context, config: AwqConfig) -> Result:
         "error_against_rounding": sum(best / plain if plain else 1.0 for plain, best in errors) / len(errors),
     }
     history = {"awq_layer_error": [(index, best) for index, (_, best) in enumerate(errors)]}
-    return quantised_result(round_to_nearest(model, config), parent, config, facts, history)
+    return quantised_result(round_to_nearest(model, config), parent, quantisation_settings(config), facts, history)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.template import require_tools
-from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES, TEMPLATE
+from lilliput.chat_templates.built_in import TEMPLATE
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
+from lilliput.compress.new_tokens import add_rows, adopt_template, with_rows_for
 from lilliput.compress.result import Result
-from lilliput.compress.source_checks import require_consistent, require_known_format
+from lilliput.compress.source_checks import require_chat_template, require_consistent
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import Header, parsed_once, read_header
@@ -31,6 +31,7 @@ from lilliput.models import (
 from lilliput.records import Agreement
 from lilliput.saving import require_finite
 from lilliput.stored_weights import shares_weight
+from lilliput.supported_sources import require_known_family, require_supported
 from lilliput.untrusted import require_harmless
 
 
@@ -50,47 +51,46 @@ def load(context: Context, config: LoadConfig) -> Result:
     require_harmless(source_dir)
     with translate_errors(source_dir, SourceError), parsed_once():
         if not gguf_file:
-            require_known_format(source_dir)
+            require_supported(source_dir)
         header = read_header(source_dir / gguf_file) if gguf_file else None
-        tokenizer = AutoTokenizer.from_pretrained(
-            source_dir, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
-        )
+        require_chat_template(source_dir, header)
         source_config = (
             gguf_config(header) if header else AutoConfig.from_pretrained(source_dir, trust_remote_code=False)
         )
-        if header and (template := source_dir / TEMPLATE).is_file():  # transformers reads it beside safetensors only
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
-        _require_tokens_of_template(tokenizer, source_dir)
+        require_known_family(source_config.model_type, source_config.architectures or [], source_dir)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source_dir, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
+        )
+        new_ids = _adopt_template(tokenizer, context)
         require_causal_lm(source_config, str(source_dir))
         if not header:
             require_consistent(source_dir, source_config)
-        tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)
+        tokenizer = checked_tokenizer(tokenizer, with_rows_for(source_config, new_ids), source_dir)
         if context.has_functions:
             require_tools(tokenizer)
         model = _open(source_dir, header, source_config, config, len(tokenizer))
         dtype = getattr(torch, config.dtype)
         _require_finite(model, dtype, source_dir)
         model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
-        model = name_end_tokens(model, tokenizer)
         checks: dict[str, Any] = {}
         if header and not config.rehearsal:
             checks["agreement_with_llama_cpp"] = _agreement(header, model, tokenizer)
+        add_rows(model, new_ids)
+        model = name_end_tokens(model, tokenizer)
     facts = {"rehearsal": config.rehearsal is not None} | chat_facts(tokenizer)
+    if new_ids:
+        facts["added_tokens"] = tokenizer.convert_ids_to_tokens(new_ids)
     return Result(model.eval(), tokenizer, facts=facts, checks=checks)
 
 
-def _require_tokens_of_template(tokenizer: PreTrainedTokenizerBase, source_dir: Path) -> None:
-    """Raises SourceError if a built-in template writes control tokens that the model does not have."""
-    for template in BUILT_IN_TEMPLATES.glob("*.jinja"):
-        text = template.read_text(encoding="utf-8")
-        tokens = sorted(set(re.findall(r"<\|\w+\|>", text)))
-        missing = [token for token in tokens if token not in tokenizer.get_vocab()]
-        if missing and str(tokenizer.chat_template).strip() == text.strip():
-            raise SourceError(
-                f"{source_dir}: source.chat_template: {template.stem} needs the tokens {', '.join(tokens)}; this model "
-                f"has no {', '.join(missing)}. Choose a model of the ChatML kind, or one whose own template shows "
-                "functions"
-            )
+def _adopt_template(tokenizer: PreTrainedTokenizerBase, context: Context) -> list[int]:
+    """Gives `tokenizer` the template in the source's folder; returns the ids of tokens that were added for it."""
+    file = context.parent / TEMPLATE
+    if context.chose_template:
+        return adopt_template(tokenizer, file.read_text(encoding="utf-8"))
+    if context.gguf_file and file.is_file():  # transformers reads it beside safetensors only
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return []
 
 
 def _open(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.artifacts import ADAPTER
 from lilliput.chat.template import pad_id
 from lilliput.compress.context import Context
+from lilliput.compress.new_tokens import trained_rows
 from lilliput.compress.result import Result
 from lilliput.config import LoraConfig
 from lilliput.models import Opened, open_frozen, open_model, open_nf4, sharded
@@ -70,7 +71,10 @@ def lora(context: Context, config: LoraConfig, opens: Callable[[Path], Opened] =
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Returns `model` with a new adapter, the only trainable part; its weights are drawn from `config.seed`."""
+    """Returns `model` with a new adapter, the only trainable part; its weights are drawn from `config.seed`.
+
+    The adapter includes the rows of tokens that `load` added, which are replaced when it is merged.
+    """
     torch.manual_seed(config.seed)
     adapter = PeftLoraConfig(
         r=config.rank,
@@ -80,6 +84,7 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
         task_type="CAUSAL_LM",
+        trainable_token_indices=trained_rows(model),
     )
     return cast("PeftModel", get_peft_model(model, adapter))
 

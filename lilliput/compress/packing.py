@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.code_layers import hold_codes
-from lilliput.compress.autogptq_format import packed_tensors, quantisation_settings, write_checkpoint
+from lilliput.compress.autogptq_format import packed_tensors, write_checkpoint
 from lilliput.compress.context import Context
 from lilliput.compress.grid import STORED, Grid, QuantisedWeight, to_nearest
 from lilliput.compress.result import Result
@@ -57,9 +57,13 @@ def open_parent(
     """
     model, tokenizer = opens(context.parent)
     require_packable(model, config)
+    return model, describe_parent(model, tokenizer, context)
+
+
+def describe_parent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Parent:
+    """Returns the facts about `model`, the parent in memory, to compare its child with."""
     texts = encode_examples(tokenizer, context.system_prompt, context.held_out, context.turn_rules)
-    parent = Parent(tokenizer, stored_dtype(model), parameter_count(model), texts, perplexity(model, texts))
-    return model, parent
+    return Parent(tokenizer, stored_dtype(model), parameter_count(model), texts, perplexity(model, texts))
 
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -145,36 +149,16 @@ def too_large(name: str, error: OverflowError) -> StrategyError:
 
 
 def quantised_result(
-    quantised: Quantised,
-    parent: Parent,
-    config: QuantisationConfig,
-    facts: Mapping[str, Any],
-    history: History,
-    *,
-    bits: int | None = None,
-    rules: Mapping[str, Any] | None = None,
-    act_order: bool = False,
-    meta: Mapping[str, Any] | None = None,
+    quantised: Quantised, parent: Parent, settings: Mapping[str, Any], facts: Mapping[str, Any], history: History
 ) -> Result:
     """Returns the result of a strategy that has quantised all linear layers.
 
     Args:
         quantised: the model and its codes.
         parent: to compare with.
-        config: the strategy's settings.
+        settings: of the grid, see `quantisation_settings`.
         facts, history: of the strategy, besides the common facts.
-        bits, rules: the width of most layers, and settings of the others by name; the default is `config.bits`.
-        act_order: whether the layers' groups are mixed.
-        meta: how the codes were found.
     """
-    settings = quantisation_settings(
-        bits or config.bits,
-        config.group_size,
-        symmetric=config.symmetric,
-        act_order=act_order,
-        rules=rules or {},
-        meta=meta or {},
-    )
     save = partial(
         write_checkpoint,
         model=quantised.model,
@@ -184,8 +168,8 @@ def quantised_result(
         dtype=parent.dtype,
     )
     common = {
-        "bits": config.bits,
-        "group_size": config.group_size,
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
         "perplexity_before": parent.perplexity,
         "perplexity_after": perplexity(quantised.model, parent.texts),
         "perplexity_tokens": counted(parent.texts),

@@ -32,6 +32,7 @@ _STRATEGIES = (
     "context",
     "result",
     "hooks",
+    "new_tokens",
 )  # those that train, and their parts
 _CODE = (
     *(f"{folder}/*.py" for folder in _FOLDERS),
