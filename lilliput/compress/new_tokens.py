@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat_templates.built_in import built_in_templates
+from lilliput.stored_weights import shares_weight, widened
 
 _CONTROL = re.compile(r"<\|[\w.-]+\|>")
 _WITH_BOS = "{{- bos_token -}}"
@@ -57,12 +58,13 @@ def add_rows(model: PreTrainedModel, ids: list[int]) -> None:
     if not ids:
         return
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    means = [_means(table, min(ids)) for table in tables]
-    if max(ids) >= tables[0].weight.shape[0]:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    for table, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
-        for name, value in mean.items():
-            getattr(table, name)[ids] = value
+    with widened(tables):
+        means = [_means(table, min(ids)) for table in tables]
+        if max(ids) >= tables[0].weight.shape[0]:
+            model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        for table, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
+            for name, value in mean.items():
+                getattr(table, name)[ids] = value
     model.config.added_token_ids = ids
 
 
@@ -77,6 +79,6 @@ def trained_rows(model: PreTrainedModel) -> dict[str, list[int]] | None:
     if not ids:
         return None
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    distinct = tables if tables[1] is not None and tables[1].weight is not tables[0].weight else tables[:1]
+    distinct = tables if tables[1] is not None and not shares_weight(*tables) else tables[:1]
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(table)].rpartition(".")[2]: list(ids) for table in distinct}
