@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat_templates.built_in import built_in_templates
-from lilliput.stored_weights import shares_weight, widened
+from lilliput.stored_weights import shares_weight
 
 _CONTROL = re.compile(r"<\|[\w.-]+\|>")
 _WITH_BOS = "{{- bos_token -}}"
@@ -50,7 +50,7 @@ def with_rows_for(config: PretrainedConfig, ids: list[int]) -> PretrainedConfig:
 
 @torch.no_grad()
 def add_rows(model: PreTrainedModel, ids: list[int]) -> None:
-    """Adds rows for `ids` to the tables of `model`, in place: the mean of the rows of all older tokens.
+    """Adds rows for `ids` to the tables of `model`, float32, in place: the mean of the rows of all older tokens.
 
     With the mean, a new token gets about the average logit and takes little probability from the others (Hewitt,
     "Initializing New Word Embeddings for Pretrained Language Models", 2021).
@@ -58,13 +58,12 @@ def add_rows(model: PreTrainedModel, ids: list[int]) -> None:
     if not ids:
         return
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    with widened(tables):
-        means = [_means(table, min(ids)) for table in tables]
-        if max(ids) >= tables[0].weight.shape[0]:
-            model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        for table, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
-            for name, value in mean.items():
-                getattr(table, name)[ids] = value
+    means = [_means(table, min(ids)) for table in tables]
+    if max(ids) >= tables[0].weight.shape[0]:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    for table, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
+        for name, value in mean.items():
+            getattr(table, name)[ids] = value
     model.config.added_token_ids = ids
 
 
