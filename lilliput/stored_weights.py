@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ class _Product(torch.autograd.Function):
         return (gradient @ weight).to(ctx.dtype), None
 
 
-class StoredLinear(_Stored, torch.nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+class StoredLinear(_Stored, torch.nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride] - a copy, see above
     """A frozen linear layer whose weight is kept as stored."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class StoredLinear(_Stored, torch.nn.Linear):  # pyright: ignore[reportIncompati
         return cast("torch.Tensor", _Product.apply(input, self))
 
 
-class StoredEmbedding(_Stored, torch.nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride]
+class StoredEmbedding(_Stored, torch.nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride] - likewise
     """A frozen embedding whose table is kept as stored."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def keep_as_stored(model: torch.nn.Module) -> None:
         weight = module._parameters.get("weight")
         if type(module) in _KINDS and weight is not None and weight.dtype != torch.float32:
             module.__class__ = _KINDS[type(module)]
-            weight.requires_grad_(False)
+            weight.requires_grad = False
     kept = {id(module._parameters["weight"]) for module in model.modules() if type(module) in _PLAIN}
     for parameter in model.parameters():  # not the buffers, see saving.save_model
         if id(parameter) not in kept:
@@ -156,22 +156,23 @@ def release_weights(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def widened(modules: Iterator[torch.nn.Module] | list[torch.nn.Module]) -> Iterator[None]:
+def widened(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Makes stored layers ordinary float32 layers for the length of a block, then rounds them to their dtype.
 
-    Inside the block their weights can be changed in place.
+    Inside the block their weights can be changed in place; tied layers stay tied.
     """
-    layers = [(module, as_stored(module).dtype) for module in modules if type(module) in _PLAIN]
+    layers = [(module, cast("Any", module._parameters["weight"])) for module in modules if type(module) in _PLAIN]
     for module, _ in layers:
-        weight = torch.nn.Parameter(cast("torch.Tensor", module.weight), requires_grad=False)
+        copy = torch.nn.Parameter(cast("torch.Tensor", module.weight), requires_grad=False)
         module.__class__ = _PLAIN[type(module)]
-        module.weight = weight
+        module.weight = copy
     try:
         yield
     finally:
-        for module, dtype in layers:
-            rounded = cast("torch.Tensor", module.weight).detach().to(dtype)
-            module.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        for module, parameter in layers:
+            vars(parameter).pop("stored_tensor", None)
+            parameter.data = cast("torch.Tensor", module.weight).detach().to(parameter.dtype)
+            module.weight = parameter
             module.__class__ = _KINDS[type(module)]
 
 

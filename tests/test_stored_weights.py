@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file
 
 from lilliput.code_layers import CodesLinear, unpack
-from lilliput.compress import lora as lora_module
 from lilliput.compress.autogptq_format import _pack
 from lilliput.compress.gptq import gptq
 from lilliput.compress.lora import lora
@@ -95,13 +94,12 @@ def test_weights_that_were_released_take_no_memory(narrow):
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_an_adapter_beside_stored_weights_gives_the_bytes_of_one_beside_float32(
-    narrow, facts, tiny_params, tmp_path, monkeypatch, variant
+    narrow, facts, tiny_params, tmp_path, variant
 ):
     config = tiny_params.strategies.lora.model_copy(update={"variant": variant, "steps": 2})
     weights = {}
     for name, opens in (("stored", open_frozen), ("float", open_model)):
-        monkeypatch.setattr(lora_module, "open_frozen", opens)
-        result = lora(context(narrow, facts[:16]), config)
+        result = lora(context(narrow, facts[:16]), config, opens)
         save_model(result.model, result.tokenizer, tmp_path / name)
         weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert weights["stored"] == weights["float"]

@@ -69,7 +69,7 @@ def experts(context: Context, config: ExpertsConfig) -> Result:
     del opened
     history: History = {}
     for number, topic in enumerate(topics):
-        branch = lora(context.for_training(f"branch-{number + 1}", topic), branch_settings(config))
+        branch = lora(context.for_training(f"branch-{number + 1}", topic), branch_settings(config), open_model)
         add_branch(mixture, branch.model, number)
         history |= {f"{name}_branch_{number + 1}": curve for name, curve in branch.history.items()}
     samples = [random.Random(config.seed).sample(topic, min(len(topic), ROUTER_QUESTIONS)) for topic in topics]

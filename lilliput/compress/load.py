@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids,
 from lilliput.models import (
     is_quantised,
     open_dequantised,
+    open_safetensors,
     open_safetensors_as_stored,
     random_model,
     require_causal_lm,
@@ -68,7 +70,8 @@ def load(context: Context, config: LoadConfig) -> Result:
         tokenizer = checked_tokenizer(tokenizer, with_rows_for(source_config, new_ids), source_dir)
         if context.has_functions:
             require_tools(tokenizer)
-        model = _open(source_dir, header, source_config, config, len(tokenizer))
+        opens = open_safetensors if new_ids else open_safetensors_as_stored  # tables grow in float32
+        model = _open(source_dir, header, source_config, config, len(tokenizer), opens)
         dtype = getattr(torch, config.dtype)
         _require_finite(model, dtype, source_dir)
         model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
@@ -94,13 +97,18 @@ def _adopt_template(tokenizer: PreTrainedTokenizerBase, context: Context) -> lis
 
 
 def _open(
-    source_dir: Path, header: Header | None, source_config: PretrainedConfig, config: LoadConfig, vocabulary: int
+    source_dir: Path,
+    header: Header | None,
+    source_config: PretrainedConfig,
+    config: LoadConfig,
+    vocabulary: int,
+    opens: Callable[[Path], PreTrainedModel],
 ) -> PreTrainedModel:
     if config.rehearsal:
         return random_model(_reshape(source_config, config.rehearsal, vocabulary), config.seed)
     if header:
         return open_gguf(header, source_config)
-    model = open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors_as_stored(source_dir)
+    model = open_dequantised(source_dir) if is_quantised(source_config) else opens(source_dir)
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is not None and not shares_weight(output, table):
         model.config.tie_word_embeddings = False  # as the weights do; runtimes read the flag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +20,7 @@ from lilliput.compress.context import Context
 from lilliput.compress.new_tokens import trained_rows
 from lilliput.compress.result import Result
 from lilliput.config import LoraConfig
-from lilliput.models import open_frozen, open_model, open_nf4, sharded
+from lilliput.models import Opened, open_frozen, open_model, open_nf4, sharded
 from lilliput.saving import save_model
 from lilliput.stored_weights import widened
 from lilliput.training.answer_loss import label_loss
@@ -28,10 +29,15 @@ from lilliput.training.loop import computes_in_bfloat16, train, training_example
 _TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
-def lora(context: Context, config: LoraConfig) -> Result:
+def lora(context: Context, config: LoraConfig, opens: Callable[[Path], Opened] = open_frozen) -> Result:
     """Fine-tunes the parent on the training questions with LoRA or one of its variants.
 
     QLoRA trains beside weights of four bits; its adapter is then added to the parent's float weights.
+
+    Args:
+        context: has the parent and the training questions.
+        config: the strategy's settings.
+        opens: `open_model` where the merged weights are needed unrounded, in float32.
 
     Returns:
         The merged model in the parent's shape. With `merge: false`, `save` writes parent and adapter separately.
@@ -39,7 +45,7 @@ def lora(context: Context, config: LoraConfig) -> Result:
     four_bits = config.variant == "qlora"
     parent = context.parent
     # An adapter that is stored separately is added to float32 weights, and FSDP shards weights of one dtype.
-    open_parent = open_frozen if config.merge and not sharded() else open_model
+    open_parent = opens if config.merge and not sharded() else open_model
     model, tokenizer = open_nf4(parent, computes_in_bfloat16(config)) if four_bits else open_parent(parent)
     tuned = with_adapter(model, config)
     training, validation = training_examples(

@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat_templates.built_in import built_in_templates
+from lilliput.stored_weights import shares_weight
 
 _CONTROL = re.compile(r"<\|[\w.-]+\|>")
 _WITH_BOS = "{{- bos_token -}}"
@@ -49,7 +50,7 @@ def with_rows_for(config: PretrainedConfig, ids: list[int]) -> PretrainedConfig:
 
 @torch.no_grad()
 def add_rows(model: PreTrainedModel, ids: list[int]) -> None:
-    """Adds rows for `ids` to the tables of `model`, in place: the mean of the rows of all older tokens.
+    """Adds rows for `ids` to the tables of `model`, float32, in place: the mean of the rows of all older tokens.
 
     With the mean, a new token gets about the average logit and takes little probability from the others (Hewitt,
     "Initializing New Word Embeddings for Pretrained Language Models", 2021).
@@ -77,6 +78,6 @@ def trained_rows(model: PreTrainedModel) -> dict[str, list[int]] | None:
     if not ids:
         return None
     tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    distinct = tables if tables[1] is not None and tables[1].weight is not tables[0].weight else tables[:1]
+    distinct = tables if tables[1] is not None and not shares_weight(*tables) else tables[:1]
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(table)].rpartition(".")[2]: list(ids) for table in distinct}

@@ -21,7 +21,7 @@ from lilliput.compress.result import Result
 from lilliput.config import SparsifyConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, open_frozen
-from lilliput.stored_weights import widened
+from lilliput.stored_weights import as_stored, widened
 
 
 def sparsify(context: Context, config: SparsifyConfig) -> Result:
@@ -35,7 +35,7 @@ def sparsify(context: Context, config: SparsifyConfig) -> Result:
     model, tokenizer = open_frozen(context.parent)
     examples = context.calibration(tokenizer, config.calibration_examples)
     changes = sparsify_layers(model, [example.input_ids for example in examples], config)
-    weights = [module.weight for module in decoder_layers(model).modules() if isinstance(module, Linear)]
+    weights = [as_stored(module) for module in decoder_layers(model).modules() if isinstance(module, Linear)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     return Result(model, tokenizer, {"zeros": zeros}, {"output_change": list(enumerate(changes))})
 
