@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def require_attention_decoder(directory: Path, config: PretrainedConfig) -> None
             f"Lilliput does not compress; choose a decoder whose layers all have attention: {_SUPPORTED}"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     if not has_decoder_layers(model):
         raise SourceError(
             f"{directory}: {name} (model type `{config.model_type}`) is built unlike Llama: it has no list of decoder "
