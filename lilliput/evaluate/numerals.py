@@ -16,22 +16,26 @@ _SCALES |= {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 _LARGEST_EXPONENT = 400
 _LONGEST_NUMBER = 100
 
-_DIGITS = r"(?:\d{1,3}(?:[ ']\d{3})+(?!\d)(?:[.,]\d+)?|\d+(?:[.,_]\d+)*|(?<!\d)\.\d+)"
+# Digits are `[0-9]` after `prepare`: `\d` also matches those of newer scripts, which Python cannot read.
+_DIGITS = r"(?:[0-9]{1,3}(?:[ '][0-9]{3})+(?![0-9])(?:[.,][0-9]+)?|[0-9]+(?:[.,_][0-9]+)*|(?<![0-9])\.[0-9]+)"
 _SIGN = r"(?:(?<![A-Za-z0-9)\]%])[-+](?:[$€£¥])?|\b(?:minus|negative) )?"
 NUMBER = (
-    rf"{_SIGN}(?:(?:\d+ )?\d+/\d+(?![\d/])|{_DIGITS}\s?[x×*·]\s?10\^-?\d+|{_DIGITS}\^-?\d+"
-    rf"|{_DIGITS}(?:[eE][-+]?\d+(?!\w))?)"
+    rf"{_SIGN}(?:(?:[0-9]+ )?[0-9]+/[0-9]+(?![0-9/])|{_DIGITS}\s?[x×*·]\s?10\^-?[0-9]+|{_DIGITS}\^-?[0-9]+"
+    rf"|{_DIGITS}(?:[eE][-+]?[0-9]+(?!\w))?)"
     rf"(?:\s?(?:{'|'.join(_SCALES)})(?![a-z]))?"
 )
 # Digits that are not a number: an ordinal, a decade, a version, a time or a ratio. Compared as written.
-OPAQUE = r"\d+(?:st|nd|rd|th)\b|\d{1,3}0'?s\b|\d+(?::\d+)+|\d+/\d+/\d+|(?!\d{1,3}(?:\.\d{3})+(?![.\d]))\d+(?:\.\d+){2,}"
-RANGE = rf"(?:\bbetween (?P<low>{_DIGITS}) and |(?P<low>{_DIGITS})(?:\s?-\s?| to ))(?P<high>{_DIGITS})(?!-?\d)"
-_DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
+OPAQUE = (
+    r"[0-9]+(?:st|nd|rd|th)\b|[0-9]{1,3}0'?s\b|[0-9]+(?::[0-9]+)+|[0-9]+/[0-9]+/[0-9]+"
+    r"|(?![0-9]{1,3}(?:\.[0-9]{3})+(?![.0-9]))[0-9]+(?:\.[0-9]+){2,}"
+)
+RANGE = rf"(?:\bbetween (?P<low>{_DIGITS}) and |(?P<low>{_DIGITS})(?:\s?-\s?| to ))(?P<high>{_DIGITS})(?!-?[0-9])"
+_DAY = r"(?P<day>[0-9]{1,2})(?:st|nd|rd|th)?"
 DATE = (
-    r"\b(?P<iso>\d{4}-\d{2}-\d{2})(?!\d)"
-    rf"|\b{_DAY}(?: of)? (?P<month>{_MONTH})\b\.?(?:,? (?P<year>\d{{4}})(?!\d))?"
-    rf"|\b(?P<month>{_MONTH})\b\.? {_DAY}(?!\d)(?:,? (?P<year>\d{{4}})(?!\d))?"
-    rf"|\b(?P<month>{_MONTH})\b\.?,? (?P<year>\d{{4}})(?!\d)"
+    r"\b(?P<iso>[0-9]{4}-[0-9]{2}-[0-9]{2})(?![0-9])"
+    rf"|\b{_DAY}(?: of)? (?P<month>{_MONTH})\b\.?(?:,? (?P<year>[0-9]{{4}})(?![0-9]))?"
+    rf"|\b(?P<month>{_MONTH})\b\.? {_DAY}(?![0-9])(?:,? (?P<year>[0-9]{{4}})(?![0-9]))?"
+    rf"|\b(?P<month>{_MONTH})\b\.?,? (?P<year>[0-9]{{4}})(?![0-9])"
 )
 _WHOLE_RANGE = regex.compile(RANGE)
 _WHOLE_DATE = regex.compile(DATE, regex.IGNORECASE)
@@ -100,13 +104,13 @@ def _int(text: str | None) -> int | None:
 
 
 def _unscaled(text: str) -> set[Fraction]:
-    if fraction := regex.fullmatch(r"(?:(\d+) )?(\d+)/(\d+)", text):
+    if fraction := regex.fullmatch(r"(?:([0-9]+) )?([0-9]+)/([0-9]+)", text):
         whole, above, below = (int(part or 0) for part in fraction.groups())
         return {Fraction(whole) + Fraction(above, below)} if below else set()
-    if power := regex.fullmatch(r"(.+?)\s?[x×*·]\s?10\^(-?\d+)|(.+)e([-+]?\d+)", text):
+    if power := regex.fullmatch(r"(.+?)\s?[x×*·]\s?10\^(-?[0-9]+)|(.+)e([-+]?[0-9]+)", text):
         mantissa, exponent = power[1] or power[3], int(power[2] or power[4])
         return _times_power(_decimals(mantissa), Fraction(10), exponent)
-    if power := regex.fullmatch(r"(.+)\^(-?\d+)", text):
+    if power := regex.fullmatch(r"(.+)\^(-?[0-9]+)", text):
         powers = (_times_power({Fraction(1)}, base, int(power[2])) for base in _decimals(power[1]))
         return {value for values in powers for value in values}
     return _decimals(text)
@@ -121,14 +125,16 @@ def _times_power(values: set[Fraction], base: Fraction, exponent: int) -> set[Fr
 def _decimals(text: str) -> set[Fraction]:
     """Returns the possible values; of two different separators the last is the decimal one."""
     grouped = regex.sub(r"[ '_]", "", text)
-    separators = regex.sub(r"\d", "", grouped)
+    separators = regex.sub(r"[0-9]", "", grouped)
     if not separators or separators == ".":
         readings = {grouped}
-        if regex.fullmatch(r"[1-9]\d{0,2}\.\d{3}", grouped):
+        if regex.fullmatch(r"[1-9][0-9]{0,2}\.[0-9]{3}", grouped):
             readings.add(grouped.replace(".", ""))
-    elif regex.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?", grouped):
+    elif regex.fullmatch(
+        r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?", grouped
+    ):
         readings = {grouped.replace(",", "")}
-    elif regex.fullmatch(r"\d{1,3}(?:\.\d{3})+(?:,\d+)?", grouped):
+    elif regex.fullmatch(r"[0-9]{1,3}(?:\.[0-9]{3})+(?:,[0-9]+)?", grouped):
         readings = {grouped.replace(".", "").replace(",", ".")}
     else:
         readings = {grouped.replace(",", ".")} if separators == "," else set()

@@ -50,7 +50,7 @@ class TorchRuntime(ScoresByPrediction):
     Packing and padding ignore windows and states, so texts that a layer does not see whole run one by one.
 
     Args:
-        model: a causal language model; set to evaluation mode.
+        model: a causal language model that computes in float32; set to evaluation mode.
         tokenizer: its tokenizer.
         batch_size: maximum number of prompts per batch.
         prefix: the usual beginning of prompts; run once, its keys and values are reused by every `stream`.
@@ -69,8 +69,7 @@ class TorchRuntime(ScoresByPrediction):
 
     def stats(self) -> dict[str, str]:
         """Returns engine, dtype and threads."""
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return {"engine": f"torch {torch.__version__}", "dtype": dtype, "threads": str(torch.get_num_threads())}
+        return {"engine": f"torch {torch.__version__}", "dtype": "float32", "threads": str(torch.get_num_threads())}
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
@@ -223,7 +222,7 @@ class TorchRuntime(ScoresByPrediction):
         )
         hidden = self.model.model(
             input_ids=ids[None],
-            attention_mask=pack.mask(self.model.dtype, self.device),
+            attention_mask=pack.mask(torch.float32, self.device),
             position_ids=positions[None],
             past_key_values=copy.deepcopy(prefix) if pack.shared else None,
             use_cache=bool(pack.shared),

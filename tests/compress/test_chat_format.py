@@ -246,7 +246,7 @@ def unopened(monkeypatch):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template"),
+        (None, "there is no chat template"),
         ("{{ raise_exception('not today') }}", r"the chat template fails .*TemplateError: not today"),
         ("{{ messages[0].content.nothing.there }}", r"the chat template fails .*UndefinedError"),
         ("{% if %}", r"the chat template fails .*TemplateSyntaxError"),

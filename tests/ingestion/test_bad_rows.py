@@ -72,7 +72,7 @@ MISTAKES = {
     "user that calls": (turns(USER | {"tool_calls": CALLING["tool_calls"]}), "only the assistant calls functions"),
     "arguments that are not JSON": (turns(USER, calling("{city: Oslo}")), "'{city: Oslo}' is not JSON"),
     "arguments that are a list": (turns(USER, calling("[1]")), "arguments: a list; write an object, by parameter"),
-    "arguments that are no number": (turns(USER, calling('{"a": NaN}')), "tools and calls: a value that JSON does not"),
+    "arguments that are no number": (turns(USER, calling('{"a": NaN}')), "tools and calls: JSON has no such value"),
     "infinite number": (turns(USER, expect='{"number": 1e999}'), "expect: JSON has no such value"),
     "call without a name": (turns(USER, {"role": "assistant", "tool_calls": [{}]}), "no name of a function; add it"),
     "image": (turns(part("image_url"), ASSISTANT), "messages.0.content: a part of type 'image_url'; only text"),
