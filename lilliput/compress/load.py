@@ -41,9 +41,9 @@ def load(context: Context, config: LoadConfig) -> Result:
     A GGUF source is compared with llama.cpp on the same file; the result's `checks` hold the agreement.
 
     Raises:
-        SourceError: the source is not a causal language model, cannot be opened, has an unsupported format, opens as
-            another model than the file describes, has weights that are not finite in the stored dtype, or its chat
-            template cannot take a question.
+        SourceError: the source is not a causal language model of a supported kind, cannot be opened, has an unsupported
+            format, opens as another model than the file describes, has weights that are not finite in the stored
+            dtype, or its chat template cannot take a question.
         ArtifactError: weights are missing, or a file in the folder would execute code.
         DataError: the rows have functions, and the chat template does not show them.
     """

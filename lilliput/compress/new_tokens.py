@@ -29,8 +29,8 @@ def adopt_template(tokenizer: PreTrainedTokenizerBase, template: str) -> list[in
     tokenizer.chat_template = _WITH_BOS + template if built_in and _puts_bos(tokenizer) else template
     vocabulary = tokenizer.get_vocab()
     new = [text for text in dict.fromkeys(_CONTROL.findall(template)) if text not in vocabulary]
-    added: list[str | AddedToken] = [AddedToken(text, special=True, normalized=False) for text in new]
-    tokenizer.add_tokens(added, special_tokens=True)
+    added = [AddedToken(text, special=True, normalized=False) for text in new]
+    tokenizer.add_tokens(added, special_tokens=True)  # pyright: ignore[reportArgumentType]
     return [cast("int", tokenizer.convert_tokens_to_ids(text)) for text in new]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -86,41 +87,47 @@ def commands(clone: Clone) -> dict[str, list[str]]:
     return {stage.name: stage.cmd.split()[2:] for stage in order}
 
 
+def running_stages(clone: Clone, names: Mapping[str, list[str]]) -> list[str]:
+    """Returns which of the stages `names` have a process now."""
+    lines = []
+    for process in marked(clone):
+        with contextlib.suppress(psutil.Error):
+            lines.append(process.cmdline())
+    return [
+        name
+        for name, command in names.items()
+        if any(line[-len(command) :] == command and "-m" in line for line in lines)
+    ]
+
+
 def wait_for_stage(clone: Clone, flow: subprocess.Popen[bytes], pending: Mapping[str, list[str]]) -> str | None:
     """Waits until the process of one of the stages `pending` runs; returns its name, or None if `flow` ended before."""
     while flow.poll() is None:
-        if running := next((name for name, command in pending.items() if is_running(clone, command)), None):
-            return running
-        time.sleep(0.1)
+        if running := running_stages(clone, pending):
+            return running[0]
+        time.sleep(0.05)
     return None
 
 
-def is_running(clone: Clone, command: list[str]) -> bool:
-    return any(_is(process, command) for process in marked(clone))
-
-
-def wait_for_moment(clone: Clone, command: list[str], seconds: float) -> bool:
+def wait_for_moment(clone: Clone, name: str, command: list[str], seconds: float) -> bool:
     """Waits for `seconds`, or until the stage's process ends; returns whether it still ran at the last look."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not is_running(clone, command):
-            return False
-        time.sleep(0.1)
-    return is_running(clone, command)
+    while running_stages(clone, {name: command}):
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def durations(clone: Clone, flow: subprocess.Popen[bytes], names: Mapping[str, list[str]]) -> dict[str, float]:
-    """Returns the seconds that each stage of an undisturbed flow runs, in the order of their starts."""
+    """Returns the seconds that each stage of an undisturbed flow runs, 0 for one that ended between two looks."""
     seen: dict[str, list[float]] = {}
-    pending = dict(names)
-    while pending and flow.poll() is None:
-        for name, command in list(pending.items()):
-            if is_running(clone, command):
-                seen.setdefault(name, [time.monotonic(), 0.0])[1] = time.monotonic()
-            elif name in seen:
-                pending.pop(name)
-        time.sleep(0.1)
-    return {name: last - first for name, (first, last) in sorted(seen.items(), key=lambda item: item[1][0])}
+    while flow.poll() is None:
+        for name in running_stages(clone, names):
+            now = time.monotonic()
+            seen.setdefault(name, [now, now])[1] = now
+        time.sleep(0.05)
+    return {name: seen[name][1] - seen[name][0] if name in seen else 0.0 for name in names}
 
 
 def test_the_default_graph_killed_once_in_each_stage_ends_with_the_undisturbed_result(project, tmp_path):
@@ -130,11 +137,11 @@ def test_the_default_graph_killed_once_in_each_stage_ends_with_the_undisturbed_r
     seconds = durations(project, undisturbed, names)
     ended_within(undisturbed, math.inf)
     assert undisturbed.returncode == 0, log.read_text()[-3000:]
-    assert seconds.keys() == names.keys()
+    assert sum(map(bool, seconds.values())) > 0.8 * len(names), seconds
     expected, problems = result(project), find_problems(project)
     log_event(undisturbed_s=round(time.monotonic() - started), stages=len(names))
     reset(project)
-    pending = {name: names[name] for name in seconds if name.startswith(STAGES)}
+    pending = {name: command for name, command in names.items() if name.startswith(STAGES)}
     missed = 0
     while pending:
         flow = start(project, log)
@@ -150,11 +157,10 @@ def test_the_default_graph_killed_once_in_each_stage_ends_with_the_undisturbed_r
         faults = [f"still runs: {process}" for process in remaining_processes(project)] + find_problems(project)
         log_event(stage=name, after_s=round(moment, 1), hit=hit, wrong=faults)
         problems += faults
-        # A stage before it that is still pending ended before its kill, and will not run again.
-        passed = list(pending)[: list(pending).index(name) + 1]
-        missed += len(passed) - 1 + (not hit)
-        for done in passed:
-            pending.pop(done)
+        # Stages that ended before their kill will not run again.
+        done = {name} | (pending.keys() - dvc_status(project.folder).keys())
+        missed += len(done) - hit
+        pending = {other: command for other, command in pending.items() if other not in done}
     flow = start(project, log)
     ended_within(flow, math.inf)
     assert flow.returncode == 0, log.read_text()[-3000:]
@@ -163,11 +169,3 @@ def test_the_default_graph_killed_once_in_each_stage_ends_with_the_undisturbed_r
     assert not problems, problems
     assert same
     assert missed <= len(names) // 4, f"{missed} of {len(names)} stages ended before their kill: a busy machine"
-
-
-def _is(process: psutil.Process, command: list[str]) -> bool:
-    try:
-        line = process.cmdline()
-    except psutil.Error:
-        return False
-    return line[-len(command) :] == command and "-m" in line

@@ -14,7 +14,7 @@ from pathlib import Path
 from lilliput.params import load_params
 from tests.matrix.cells import COLUMNS
 from tests.matrix.families import FAMILIES
-from tests.matrix.outcomes import read, save  # noqa: E402
+from tests.matrix.outcomes import read, save
 from tests.matrix.page import PAGE, render
 from tests.matrix.running import run_family
 

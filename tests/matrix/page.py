@@ -31,6 +31,7 @@ ids, so its name is given.
 `–`: the family is rejected at `load`. `untried`: not run yet; `make models` fills it in.
 """
 
+
 def render(results: Mapping[str, Mapping[str, Cell]]) -> str:
     """Returns the page for `results`, by family and column."""
     messages: list[str] = []
