@@ -201,7 +201,7 @@ def prune_heads(model: PreTrainedModel, texts: Texts, method: str, count: int) -
 
 
 def _require_free_head_size(model: PreTrainedModel, method: str, count: int) -> None:
-    """Raises StrategyError if the architecture computes the size of a head from the number of heads, as StableLM does."""
+    """Raises StrategyError if the architecture computes the size of a head from their number, as StableLM does."""
     after = resized(model.config, method, count)
     with torch.device("meta"):
         smaller = cast("Any", decoder_layers(AutoModelForCausalLM.from_config(after))[0])
