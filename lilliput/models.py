@@ -223,17 +223,13 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     Raises:
         ArtifactError: the model has no `model.layers`.
     """
-    if not has_decoder_layers(model):
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
         raise ArtifactError(
             f"{type(model).__name__} has no list of decoder layers at `model.layers`; "
             "this strategy supports decoders of the Llama kind (Llama, Mistral, Qwen, Gemma, …)"
         )
-    return cast("torch.nn.ModuleList", model.model.layers)
-
-
-def has_decoder_layers(model: PreTrainedModel) -> bool:
-    """Whether the model has a list of decoder layers where Llama has it."""
-    return isinstance(getattr(getattr(model, "model", None), "layers", None), torch.nn.ModuleList)
+    return layers
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -67,8 +67,9 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
             with tempfile.TemporaryFile(dir=target) as converted:
                 model.converted = converted
                 model.write()
-        except (NotImplementedError, FileNotFoundError, KeyError, ValueError) as error:
-            raise CompileError(f"{checkpoint}: llama.cpp's converter does not support this model: {error}") from error
+        except (AssertionError, NotImplementedError, FileNotFoundError, KeyError, ValueError) as error:
+            reason = str(error) or f"a check of its own fails ({type(error).__name__})"
+            raise CompileError(f"{checkpoint}: llama.cpp's converter does not support this model: {reason}") from error
     types = model.types
     return {
         "tensors": {name: kind.name for name, kind in sorted(types.items())},

@@ -68,7 +68,7 @@ def read_pieces(directory: Path) -> Pieces | None:
     by_id = {number: text for text, number in model["vocab"].items()} | {n: t["content"] for n, t in added.items()}
     texts = [by_id.get(number, f"[PAD{number}]") for number in range(max(by_id) + 1)]
     ranks = _ranks(model["merges"])
-    scores = [-float(ranks.get(text, len(ranks))) for text in texts]
+    scores = [-float(ranks.get(text, len(model["merges"]))) for text in texts]
     kinds = [_kind(text, added.get(number), number in by_id) for number, text in enumerate(texts)]
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     if tokenizer.unk_token_id is not None:

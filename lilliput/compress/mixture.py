@@ -68,7 +68,10 @@ def empty_mixture(dense: PreTrainedModel, config: PretrainedConfig) -> PreTraine
     """
     mixture = random_model(config, seed=0).eval()
     cast("torch.nn.Module", mixture).to(next(dense.parameters()).device)
-    keys = mixture.load_state_dict(dense.state_dict(), strict=False)
+    weights, own = dense.state_dict(), mixture.state_dict()
+    if other := [key for key in weights if key in own and weights[key].shape != own[key].shape]:
+        raise incompatible(dense, config.model_type, f"its parts have other sizes: {', '.join(other[:3])}")
+    keys = mixture.load_state_dict(weights, strict=False)
     if unmatched := [key for key in (*keys.missing_keys, *keys.unexpected_keys) if ".mlp." not in key]:
         raise incompatible(dense, config.model_type, f"its parts differ: {', '.join(unmatched[:3])}")
     for layer in decoder_layers(mixture):

@@ -16,7 +16,7 @@ import torch
 from torch.nn import Linear, Parameter
 from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lilliput.compress.context import Context
 from lilliput.compress.hooks import registered_hooks, run_texts
@@ -24,7 +24,7 @@ from lilliput.compress.result import Result
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, open_frozen, stored_dtype
-from lilliput.shape import head_dim, keep_layers, parameters, pruned, size, weights_read_per_token
+from lilliput.shape import head_dim, keep_layers, parameters, pruned, resized, size, weights_read_per_token
 from lilliput.statistics.perplexity import perplexity
 from lilliput.stored_weights import as_stored, shares_weight
 from lilliput.training.examples import Example
@@ -180,6 +180,7 @@ def prune_heads(model: PreTrainedModel, texts: Texts, method: str, count: int) -
     config, channels = cast("Any", model.config), head_dim(model.config)
     groups, heads = config.num_key_value_heads, size(config, "query_heads")
     attentions = [_attention(layer, groups * heads, channels) for layer in decoder_layers(model)]
+    _require_free_head_size(model, method, count)
     outputs = [attention.o_proj for attention in attentions]
     contributions = _mean_contributions(model, texts, outputs, channels * (heads if method == "kv_groups" else 1))
     for attention, importance in zip(attentions, contributions, strict=True):
@@ -197,6 +198,18 @@ def prune_heads(model: PreTrainedModel, texts: Texts, method: str, count: int) -
         attention.num_key_value_groups = kept.shape[1]
     groups, heads = (count, heads) if method == "kv_groups" else (groups, count)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = groups * heads, groups, channels
+
+
+def _require_free_head_size(model: PreTrainedModel, method: str, count: int) -> None:
+    """Raises StrategyError if the architecture computes the size of a head from their number, as StableLM does."""
+    after = resized(model.config, method, count)
+    with torch.device("meta"):
+        smaller = cast("Any", decoder_layers(AutoModelForCausalLM.from_config(after))[0])
+    if smaller.self_attn.q_proj.out_features != after.num_attention_heads * head_dim(model.config):
+        raise StrategyError(
+            f"strategies.prune.method: {method}: a {type(model).__name__} computes the size of a head from the hidden "
+            "size and the number of heads, so it cannot have fewer heads of the same size; choose another method"
+        )
 
 
 def _channels_of(heads: torch.Tensor, channels: int) -> torch.Tensor:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from transformers import AutoModelForCausalLM, Gemma2Config, MixtralForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, MixtralForCausalLM, Olmo2Config, Qwen2Config, Qwen3Config
 
 from lilliput.chat.template import encode_prompt
 from lilliput.compress import experts as experts_module
@@ -227,6 +227,7 @@ def test_normed_queries_and_keys_give_qwen3_moe(tokenizer, tmp_path):
     [
         (Gemma2Config, "its configuration has no hidden_act"),
         (Qwen2Config, "its parts differ: model.layers.0.self_attn.q_proj.bias"),
+        (Olmo2Config, "its parts have other sizes: model.layers.0.self_attn.q_norm.weight"),
     ],
 )
 def test_rejects_parents_that_mixtral_cannot_represent(family, reason, tokenizer):

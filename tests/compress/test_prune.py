@@ -4,7 +4,15 @@ import hashlib
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForCausalLM, CohereConfig, MistralConfig, Olmo2Config, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+)
 
 from lilliput.compress.prune import block_influence, prune, prune_heads, prune_hidden, prune_neurons, remove_layers
 from lilliput.config import PruneConfig
@@ -205,6 +213,9 @@ def test_rejects_models_unlike_llama_before_any_change():
     by_all_heads = random_model(Olmo2Config(**SMALL), seed=0)
     with pytest.raises(StrategyError, match="parts that are not split by heads"):
         prune_heads(by_all_heads, TOKENS, "kv_groups", 1)
+    fixed = random_model(StableLmConfig(**SMALL), seed=0)
+    with pytest.raises(StrategyError, match="StableLmForCausalLM computes the size of a head from the hidden size"):
+        prune_heads(fixed, TOKENS, "query_heads", 1)
     other_norm = random_model(CohereConfig(**SMALL), seed=0)
     before = parameter_count(other_norm)
     with pytest.raises(StrategyError, match="not an RMS norm times its weight"):

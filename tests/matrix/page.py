@@ -28,7 +28,8 @@ So no cell makes another model without a message. The page does not show how goo
 llama.cpp recognises a published tokenizer by the ids that it gives to a text; the tokenizers trained here have other
 ids, so its name is given.
 
-`–`: the family is rejected at `load`. `untried`: not run yet; `make models` fills it in.
+`–`: the family is rejected at `load`. `open`: not run yet, or run and not right yet; neither
+works nor has a message for the user.
 """
 
 
@@ -60,9 +61,9 @@ def _table(results: Mapping[str, Mapping[str, Cell]], columns: Mapping[str, str]
 
 
 def _mark(cell: Cell | None, messages: list[str]) -> str:
-    """Returns `works`, `untried`, the number of a message, or a dash; adds a new message to `messages`."""
+    """Returns `works`, `open`, the number of a message, or a dash; adds a new message to `messages`."""
     if cell is None:
-        return "untried"
+        return "open"
     if cell.outcome == "works":
         return "works"
     if cell.outcome == "unreached":
