@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GPU_VENV := .venv-gpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser documents night services interop bench scaling gpu repro plan ui clean
+.PHONY: demo test check browser documents models night services interop bench scaling gpu repro plan ui clean
 
 demo: $(INSTALLED)  ## run the whole pipeline with the default model: about 17 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -30,6 +30,9 @@ services: $(VENV)/.team  ## test with PostgreSQL, S3, MLflow and Prefect servers
 
 documents: $(VENV)/.team  ## run the command blocks of README.md and docs/ (exceptions: tests/documents/test_command_blocks.py) with a tiny model; on Debian: apt-get install postgresql nginx-light openssl curl
 	@$(BIN)/python -m pytest -m documents -n 0 -s
+
+models: $(INSTALLED)  ## try every family of models in every column, and write docs/models.md
+	@$(BIN)/python -m pytest -m models -n 0
 
 interop: $(INSTALLED)  ## open our export with the real auto-gptq, in its own environment
 	test -d .venv-autogptq || $(PYTHON) -m venv .venv-autogptq

@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.record import ROOT, Row, SideFailed, own_versions, python_of, side, spread, versions_of
 
-CODE = ("flows", "lilliput", "tasks", "corpora")
+CODE = ("flows", "lilliput", "tasks", "corpora", "chat_templates")
 MADE = (
     "models",
     "compiled",

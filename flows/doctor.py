@@ -216,7 +216,9 @@ def _user_of(port: int) -> str:
         connections = psutil.net_connections("tcp")
     except psutil.Error:
         return ""
-    pids = [one.pid for one in connections if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid]
+    pids = [
+        one.pid for one in connections if one.status == psutil.CONN_LISTEN and one.laddr[1:2] == (port,) and one.pid
+    ]
     with contextlib.suppress(psutil.Error):
         return f" by {psutil.Process(pids[0]).name()} (process {pids[0]})" if pids else ""
     return ""

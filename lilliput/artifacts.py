@@ -25,9 +25,10 @@ MANIFEST = "lilliput.json"
 HISTORY = "history.json"
 ADAPTER = "adapter"
 PARITY = "parity.json"
+LICENCE = "licence"  # folder with the texts of the source's licence
 GGUF = "model.gguf"  # the model for llama.cpp
 # Files that no runtime needs; they do not count towards the model's size.
-_NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/")
+_NOT_THE_MODEL = (MANIFEST, HISTORY, PARITY, f"{ADAPTER}/", f"{LICENCE}/")
 _READ = 0o444
 Content = TypeVar("Content")
 REMEDY = "; delete this file and run `dvc repro`, which writes it again"
@@ -113,6 +114,12 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def copy_licence(source: Path, target: Path) -> None:
+    """Copies the licence texts of the artefact in `source`, if it has any, into the folder `target`."""
+    if (source / LICENCE).is_dir():
+        shutil.copytree(source / LICENCE, target / LICENCE, dirs_exist_ok=True)
 
 
 def remove(directory: Path) -> None:

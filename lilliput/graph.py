@@ -133,11 +133,15 @@ def _bad_successions(params: Params) -> Iterable[str]:
             continue
         parent = params.candidates[spec.parent]
         made_by = getattr(params.strategies, parent.apply)
-        if isinstance(made_by, QuantisationConfig):
+        quantiser = _quantiser(params, spec.parent)
+        if quantiser and spec.apply != "distill":
+            first = params.candidates[quantiser]
             yield (
                 f"candidates.{name}: `{spec.apply}` needs a float parent, but `{spec.parent}` is quantised by "
-                f"{parent.apply}; apply {spec.apply} first and quantise last (from: {parent.parent})"
+                f"{first.apply}; apply {spec.apply} first and quantise last (from: {first.parent})"
             )
+        elif quantiser:
+            yield from _bad_quantised_student(params, name, quantiser)
         if isinstance(made_by, SparseConfig):
             yield (
                 f"candidates.{name}: `{spec.apply}` would not keep the zeros of `{spec.parent}`; apply {spec.apply} "
@@ -148,6 +152,37 @@ def _bad_successions(params: Params) -> Iterable[str]:
                 f"candidates.{name}: `{spec.parent}` keeps its LoRA adapter separate (merge: false), so `{spec.apply}` "
                 f"would not see it; set merge: true there"
             )
+
+
+def _quantiser(params: Params, candidate: str) -> str | None:
+    """Returns the candidate whose strategy quantised the weights of `candidate`; None if they are floats.
+
+    `distill` keeps the grid of a quantised parent.
+    """
+    spec = params.candidates[candidate]
+    if spec.parent == ROOT:
+        return None
+    if isinstance(getattr(params.strategies, spec.apply), QuantisationConfig):
+        return candidate
+    return _quantiser(params, spec.parent) if spec.apply == "distill" else None
+
+
+def _bad_quantised_student(params: Params, candidate: str, quantiser: str) -> Iterable[str]:
+    teacher, first = params.candidates[candidate].teacher, params.candidates[quantiser]
+    if teacher in params.candidates and _quantiser(params, teacher):
+        yield (
+            f"candidates.{candidate}.teacher: `{teacher}` is quantised, so it cannot teach what `{quantiser}` lost; "
+            f"choose a float ancestor, for example `{first.parent}`"
+        )
+    try:
+        config = params.strategy_config(quantiser)
+    except ConfigError:
+        return  # reported by _bad_overrides
+    if isinstance(config, GptqConfig) and config.act_order:
+        yield (
+            f"candidates.{candidate}: `distill` cannot train the codes of `{quantiser}`, whose groups are mixed; set "
+            "act_order: false there"
+        )
 
 
 def _bad_after_experts(params: Params) -> Iterable[str]:
@@ -198,7 +233,7 @@ def _can_hold(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget, ca
 def _unsupported(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
     """Returns why the target cannot hold the candidate's weights, according to the settings; None if it can."""
     try:
-        config = params.strategy_config(spec.candidate)
+        config = params.strategy_config(_quantiser(params, spec.candidate) or spec.candidate)
     except ConfigError:
         return None  # reported by _bad_overrides
     links = [spec.candidate, *ancestors(params, spec.candidate)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,12 +27,22 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.artifacts import ADAPTER
+from lilliput.code_layers import hold_codes
 from lilliput.codes import PARTS, has_codes, read_codes
 from lilliput.errors import ArtifactError, LilliputError, SourceError
-from lilliput.resident import FLOAT, free_bytes, release_memory
+from lilliput.resident import free_bytes, release_memory
+from lilliput.stored_weights import (
+    StoredTensor,
+    keep_as_stored,
+    matrices_created_in,
+    matrix_dtype,
+    point_to_files,
+    stored_tensors,
+)
 from lilliput.untrusted import require_harmless
 
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Opens = Callable[[Path], PreTrainedModel]
 
 
 def device() -> torch.device:
@@ -58,11 +68,29 @@ def open_model(directory: Path) -> Opened:
     Raises:
         ArtifactError: `directory` contains no checkpoint that opens, or contains code.
     """
+    return _open(directory, _open_float, _open_gptq)
+
+
+def open_frozen(directory: Path) -> Opened:
+    """Opens the model in `directory` like `open_model`, to the same results, but only to compute with it.
+
+    Its matrices stay in the checkpoint's files and dtype (see `stored_weights`), and codes stay codes.
+
+    Raises:
+        ArtifactError: `directory` contains no checkpoint that opens, or contains code.
+    """
+    return _open(directory, _open_stored_float, _open_stored_gptq)
+
+
+def _open(directory: Path, open_float: Opens, open_quantised: Opens) -> Opened:
     config = read_config(directory)
     with translate_errors(directory, ArtifactError):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = _open_gptq(directory) if is_quantised(config) else _open_float(directory)
-        if (directory / ADAPTER).is_dir():
+        separate = (directory / ADAPTER).is_dir()
+        if separate:  # merging changes the weights
+            open_float = _open_float
+        model = (open_quantised if is_quantised(config) else open_float)(directory)
+        if separate:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(directory / ADAPTER)).merge_and_unload()
@@ -71,7 +99,7 @@ def open_model(directory: Path) -> Opened:
 
 def _device_for(model: torch.nn.Module) -> torch.device:
     """Returns `device()`, but the CPU if the weights would leave less than a tenth of the GPU's free memory."""
-    preferred, needed_bytes = device(), FLOAT * parameter_count(model)
+    preferred, needed_bytes = device(), sum(parameter.nbytes for parameter in model.parameters())
     fits = preferred.type == "cpu" or needed_bytes <= 0.9 * free_bytes(preferred)
     return preferred if fits else torch.device("cpu")
 
@@ -195,13 +223,17 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     Raises:
         ArtifactError: the model has no `model.layers`.
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
+    if not has_decoder_layers(model):
         raise ArtifactError(
             f"{type(model).__name__} has no list of decoder layers at `model.layers`; "
             "this strategy supports decoders of the Llama kind (Llama, Mistral, Qwen, Gemma, …)"
         )
-    return layers
+    return cast("torch.nn.ModuleList", model.model.layers)
+
+
+def has_decoder_layers(model: PreTrainedModel) -> bool:
+    """Whether the model has a list of decoder layers where Llama has it."""
+    return isinstance(getattr(getattr(model, "model", None), "layers", None), torch.nn.ModuleList)
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -272,12 +304,41 @@ def open_dequantised(directory: Path) -> PreTrainedModel:
 
 
 def _open_float(directory: Path) -> PreTrainedModel:
-    model = open_safetensors(directory)
+    return _as_configured(open_safetensors(directory), directory)
+
+
+def _open_stored_float(directory: Path) -> PreTrainedModel:
+    """Opens as stored if derived models will have the dtype of the files; otherwise rounding would differ."""
+    if matrix_dtype(stored_tensors(directory)) != _configured_dtype(directory):
+        return _open_float(directory)
+    return _as_configured(open_safetensors_as_stored(directory), directory)
+
+
+def open_safetensors_as_stored(directory: Path) -> PreTrainedModel:
+    """Opens like `open_safetensors`, but leaves matrices in their files if all of these have the same dtype.
+
+    Raises:
+        ArtifactError: as `open_safetensors`.
+    """
+    stored = stored_tensors(directory)
+    with matrices_created_in(matrix_dtype(stored)):
+        model = open_safetensors(directory)
+    keep_as_stored(model)
+    point_to_files(model, stored)
+    return model
+
+
+def _configured_dtype(directory: Path) -> torch.dtype:
     name = json.loads((directory / "config.json").read_text()).get("dtype") or "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ArtifactError(f"{directory / 'config.json'}: dtype: {name!r:.80} is not a torch dtype; correct it")
-    model.stored_dtype = dtype  # pyright: ignore[reportArgumentType]
+    return dtype
+
+
+def _as_configured(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """Notes the dtype that models derived from `model` are stored in, and freezes its routers."""
+    model.stored_dtype = _configured_dtype(directory)  # pyright: ignore[reportArgumentType]
     for name, parameter in model.named_parameters():
         if name.endswith(".mlp.gate.weight"):
             # A carved router's logits are thousandths: one Adam step would overwrite them.
@@ -289,25 +350,65 @@ def _open_gptq(directory: Path) -> PreTrainedModel:
     return open_codes(directory) if has_codes(directory) else open_with_gptqmodel(directory)
 
 
+def _open_stored_gptq(directory: Path) -> PreTrainedModel:
+    return open_codes_as_stored(directory) if has_codes(directory) else open_with_gptqmodel(directory)
+
+
 def open_codes(directory: Path) -> PreTrainedModel:
     """Opens a GPTQ checkpoint in AutoGPTQ's format, without GPTQModel, whose import alone takes seconds.
 
     Raises:
         ArtifactError: weights are missing, or have no place in the model.
     """
-    config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    del config.quantization_config
     weights = {f"{name}.weight": torch.from_numpy(codes.weight()) for name, codes in read_codes(directory)}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             floats = (name for name in sorted(tensors.keys()) if name.rpartition(".")[2] not in PARTS)
             weights |= {name: tensors.get_tensor(name).float() for name in floats}
+    return _open_weights(directory, weights)
+
+
+def open_codes_as_stored(directory: Path) -> PreTrainedModel:
+    """Opens like `open_codes`, but leaves codes and matrices in their files.
+
+    Raises:
+        ArtifactError: as `open_codes`.
+    """
+    stored = stored_tensors(directory)
+    floats = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] not in PARTS}
+    layers = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+    places = {f"{name}.weight": torch.zeros(()).expand(_layer_shape(stored, name)) for name in layers}
+    with matrices_created_in(matrix_dtype(floats)):
+        model = _open_weights(directory, places | {name: tensor.read() for name, tensor in floats.items()})
+    for name in layers:
+        parts = {part: stored[f"{name}.{part}"].as_tensor() for part in PARTS}
+        hold_codes(cast("torch.nn.Linear", model.get_submodule(name)), parts)
+    keep_as_stored(model)
+    point_to_files(model, floats)
+    return model
+
+
+def _layer_shape(stored: Mapping[str, StoredTensor], layer: str) -> tuple[int, int]:
+    """Returns the outputs and inputs of a quantised layer."""
+    return stored[f"{layer}.scales"].shape[1], stored[f"{layer}.g_idx"].shape[0]
+
+
+def _open_weights(directory: Path, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """Returns the model that `directory` describes as a quantised one, with the float `weights`.
+
+    Raises:
+        ArtifactError: weights are missing, or have no place in the model.
+    """
+    config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    del config.quantization_config
+    floats_dtype = config.dtype or torch.float32  # opening replaces it
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the auto class needs a folder of weights
     model, loading = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
     )
     _require_all_weights(directory, type(model).__name__, loading)
     model.config.name_or_path = str(directory)
+    model.stored_dtype = floats_dtype
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model

@@ -68,7 +68,7 @@ def decide(
     if not front:
         return Decision(device=device, champion=None, reason="no candidate is eligible", refused=refused)
     champion = front[0]
-    not_preferred = f"on the Pareto front, but {device} prefers {rules.prefer}, where {champion} is ahead"
+    not_preferred = f"on the Pareto front, but {champion} is ahead in {rules.prefer}, which decides"
     refused |= dict.fromkeys(front[1:], not_preferred)
     challenger = next((name for name in _ranked(rules, admitted) if name != champion), None)
     reason = (
@@ -92,6 +92,14 @@ def _ranked(rules: PromotionConfig, records: Mapping[str, EvaluationRecord]) -> 
     """Returns the Pareto front of `records`, ordered by preference."""
     front = _without(records, _dominated(records))
     return sorted(front, key=lambda name: (*_preference(rules.prefer, records[name]), name))
+
+
+def refused_by_reason(decision: Decision) -> dict[str, list[str]]:
+    """Returns the refused candidates by reason; in a reason `<candidate>` replaces the candidate's own name."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in decision.refused.items():
+        grouped.setdefault(reason.replace(f"{name}-", "<candidate>-"), []).append(name)
+    return grouped
 
 
 def objective(name: str, record: EvaluationRecord) -> float | None:

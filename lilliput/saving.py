@@ -14,8 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lilliput.errors import ArtifactError
 from lilliput.forked import run_fresh
-from lilliput.models import open_model, stored_dtype
+from lilliput.models import open_frozen, stored_dtype
 from lilliput.redaction import environment_without_secrets
+from lilliput.stored_weights import tensor_of
 
 PROBE_TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen; iron is a metal, and so is gold."
 
@@ -51,7 +52,8 @@ def require_finite(model: torch.nn.Module, dtype: torch.dtype, place: str, remed
         place: the model's location, for the message.
         remedy: advice against NaN and infinite values, for the message.
     """
-    for name, tensor in model.state_dict().items():
+    for name, weight in model.state_dict(keep_vars=True).items():
+        tensor = tensor_of(weight)
         if not tensor.is_floating_point() or _is_finite_in(tensor, dtype):
             continue
         if invalid := int((~torch.isfinite(tensor)).sum()):
@@ -114,7 +116,7 @@ def prove_reload(directory: Path, expected_logits: torch.Tensor, tolerance: floa
 
 def _write_probe(arguments: Iterable[str]) -> Any:
     directory, target = (Path(argument) for argument in arguments)
-    save_file({"logits": probe_logits(*open_model(directory))}, target)
+    save_file({"logits": probe_logits(*open_frozen(directory))}, target)
 
 
 if __name__ == "__main__":

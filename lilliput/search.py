@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 
 from lilliput.config import CandidateConfig, Name, Params, Positive, Section, StrategyName
-from lilliput.config.section import Seed
+from lilliput.config.section import Seed, matching
 from lilliput.errors import ConfigError
 from lilliput.graph import ancestors, check_graph, check_shape
 from lilliput.records import Decision
@@ -23,7 +23,7 @@ from lilliput.records import Decision
 ARROW = " → "
 MAX_COMBINATIONS = 200  # of one strategy's settings, checked in advance; each chain is checked before its proposal
 Scalar = bool | int | float | str | None
-SettingPath = Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
+SettingPath = Annotated[str, matching(r"\w+(\.\w+)+", "the name of a setting, such as strategy.key")]
 Metric = Literal[
     "accuracy_choice",
     "accuracy_free",

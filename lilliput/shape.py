@@ -19,6 +19,11 @@ _UNITS = {
     "query_heads": "query heads per group",
     "hidden": "hidden channels",
 }
+# Values of configurations that count or list layers.
+_PER_LAYER = {"layer_types", "mlp_layer_types", "no_rope_layers"}  # one entry for each layer
+_LAYER_NUMBERS = {"mlp_only_layers"}  # numbers of layers
+_FIRST_LAYERS = {"max_window_layers", "first_k_dense_replace"}  # how many of the first layers
+_OTHER_LISTS = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}  # whatever their length
 _WIDTHS = {"neurons", "hidden"}  # sizes that a quantisation's group size must divide
 _OTHER_METHODS = ("block_influence", "neurons", "kv_groups", "query_heads", "hidden")
 _MAX_SHOWN = 8
@@ -108,10 +113,33 @@ def resized(config: Any, method: str, units: int) -> Any:
             changed.hidden_size = units
             changed.head_dim = head_dim(config)
         case _:
-            changed.num_hidden_layers = units
-            if getattr(config, "layer_types", None):  # one entry per layer (Qwen, Gemma)
-                changed.layer_types = config.layer_types[:units]
+            keep_layers(changed, range(units))
     return changed
+
+
+def keep_layers(config: Any, kept: Sequence[int]) -> None:
+    """Makes `config` describe the model with only the layers `kept`, in place.
+
+    Raises:
+        StrategyError: a list in the configuration has one entry for each layer and is unknown, so its layers may be
+            numbered.
+    """
+    layers, settings = config.num_hidden_layers, config.to_dict()
+    for name, value in settings.items():
+        known = name in (_PER_LAYER | _LAYER_NUMBERS | _OTHER_LISTS)
+        if isinstance(value, list) and len(value) == layers > 1 and not known:
+            raise StrategyError(
+                f"strategies.prune.method: {name} in the configuration of a {config.model_type} has one entry for each "
+                "layer, and its meaning is unknown here; choose neurons, kv_groups, query_heads or hidden"
+            )
+    for name, value in settings.items():
+        if name in _LAYER_NUMBERS and value:
+            setattr(config, name, [place for place, index in enumerate(kept) if index in value])
+        elif name in _PER_LAYER and value:
+            setattr(config, name, [value[index] for index in kept])
+        elif name in _FIRST_LAYERS and value is not None and value <= layers:
+            setattr(config, name, sum(index < value for index in kept))
+    config.num_hidden_layers = len(kept)
 
 
 def pruned(config: Any, settings: PruneConfig, weight_bytes: int) -> Any:

@@ -82,7 +82,11 @@ def _require_no_code(settings: dict[str, Any], path: Path) -> None:
     for key, value in _items(settings):
         names_kernel = key in _KERNELS and any("/" in text for text in _texts(value))
         if key in _CODE or names_kernel:
-            raise ArtifactError(f"{path}: names code ({key}), which is never run; remove the key")
+            raise ArtifactError(
+                f"{path}: names code ({key}), which is never run. Choose a release that transformers opens without "
+                "remote code; or, if the model does not need the code, download the folder, remove the key and use "
+                "path:<dir>"
+            )
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

@@ -70,11 +70,19 @@ def extract_member(wheel: Path, member: str, target: Path) -> None:
     Raises:
         SourceError: the wheel is missing, not a zip or truncated, lacks the file, or unpacks to too many bytes.
     """
+    with writing_file(target) as partial, partial.open("wb") as output:
+        append_member(wheel, member, output)
+
+
+def append_member(wheel: Path, member: str, output: IO[bytes]) -> None:
+    """Appends the content of the file `member` of `wheel` to `output`.
+
+    Raises:
+        SourceError: as `extract_member`.
+    """
     with (
-        writing_file(target) as partial,
         _opened(wheel) as archive,
         archive.open(_require_small([_find_member(archive, member, wheel)], wheel)[0]) as stream,
-        partial.open("wb") as output,
     ):
         _copy(stream, output, wheel)
 

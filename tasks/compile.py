@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lilliput.artifacts import PARITY, seal, verify, write_json, writing
+from lilliput.artifacts import PARITY, copy_licence, seal, verify, write_json, writing
 from lilliput.config import AutogptqTarget, GgufTarget, OnnxTarget, Params, TargetConfig
 from lilliput.data.corpus import read_corpus
 from lilliput.data.jsonl import read_rows
@@ -34,6 +34,7 @@ def compile_candidate(params: Params, name: str) -> None:
             params.parity,
         )
         write_json(directory / PARITY, parity)
+        copy_licence(checkpoint, directory)
         seal(
             directory,
             candidate=name,

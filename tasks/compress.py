@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lilliput.artifacts import (
     Manifest,
+    copy_licence,
     file_sha256,
     read_manifest,
     remove,
@@ -31,6 +34,7 @@ from lilliput.models import parameter_count, read_config
 from lilliput.params import load_params
 from lilliput.records import CompressCost
 from lilliput.saving import probe_logits, prove_reload, require_finite, save_model
+from lilliput.stored_weights import keep_as_stored, release_weights
 from lilliput.training.checkpoint import fingerprint
 from lilliput.training.examples import TurnRules
 from tasks import layout
@@ -68,11 +72,13 @@ def make(params: Params, candidate: str) -> None:
         if present := [str(path.relative_to(checkpoints)) for path in checkpoints.rglob("checkpoint-*")]:
             cost["resumed_from"] = max(present)  # this cost does not include the work before the kill
         result = _apply(params, candidate, checkpoints)
+        parameters = result.facts.get("parameters") or parameter_count(result.model)
         cost.update(result.checks)
         with writing(layout.model(candidate)) as directory:
             cost["reload_max_logit_difference"] = _write(result, directory)
+            copy_licence(layout.model(spec.parent), directory)
             check_shape(params, candidate, read_config(directory))
-            _seal(params, candidate, parent, result, directory)
+            _seal(params, candidate, parent, result.facts | {"parameters": parameters}, directory)
     remove(checkpoints.parent)
 
 
@@ -108,6 +114,7 @@ def _context(params: Params, candidate: str, checkpoints: Path) -> Context:
         open_corpus=lambda: read_corpus(layout.DATA),
         teacher=teacher_folder(spec.teacher) if spec.teacher else None,
         gguf_file=Path(file).name if file else None,
+        chose_template=params.source.chat_template is not None,
         checkpoints=checkpoints,
         teacher_logits=layout.TEACHER_LOGITS,
     )
@@ -121,24 +128,25 @@ def _write(result: Result, directory: Path) -> float:
         result.save(directory)
     else:
         save_model(result.model, result.tokenizer, directory)  # rounds the weights in place to the stored dtype
-    expected = probe_logits(result.model.float(), result.tokenizer)
+    keep_as_stored(result.model)
+    expected = probe_logits(result.model, result.tokenizer)
     write_history(directory, result.history)
+    release_weights(result.model)  # another process opens the model now
     return prove_reload(directory, expected, RELOAD_TOLERANCE)
 
 
-def _seal(params: Params, candidate: str, parent: Manifest, result: Result, directory: Path) -> None:
-    facts = dict(result.facts)
+def _seal(params: Params, candidate: str, parent: Manifest, facts: Mapping[str, Any], directory: Path) -> None:
+    facts = dict(facts)
     teacher = params.candidates[candidate].teacher
     if teacher and is_external_teacher(teacher):
         facts |= {"teacher": teacher, "teacher_sha256": read_manifest(teacher_folder(teacher)).artifact_sha256}
-    parameters = facts.pop("parameters", None) or parameter_count(result.model)
     seal(
         directory,
         candidate=candidate,
         strategy=params.candidates[candidate].apply,
         config=params.strategy_config(candidate).model_dump(mode="json"),
         parent=parent,
-        parameters=parameters,
+        parameters=facts.pop("parameters"),
         facts=facts,
     )
 

@@ -9,6 +9,7 @@ PARAMS = Path("params.yaml")
 DATA = Path("data")
 QUESTIONS = Path("data/questions.jsonl")
 SOURCE = Path("models/source")
+HUB_COMMITS = Path("hub-commits.json")  # commits of hub models that params.yaml names without one
 REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")

@@ -188,7 +188,7 @@ def _records_on(device: str, pool: CandidatePool) -> tuple[dict[str, EvaluationR
         compiled = f"{name}-{target}"
         measured = device_record(params, compiled) if compiled in params.compile else None
         if measured is None:
-            impossible[name] = f"not compiled for {target}, which {device} runs; add {compiled} under `compile`"
+            impossible[name] = f"not compiled for {target}; add {compiled} under `compile`"
         else:
             records[name] = record_on_device(params, device, record, measured)
     return records, impossible

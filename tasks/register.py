@@ -6,17 +6,19 @@ import json
 import os
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from mlflow import MlflowClient
 
 from lilliput.artifacts import Manifest, file_sha256, read_history, read_manifest, read_record, write_json
 from lilliput.config import Params
-from lilliput.graph import topological_order
+from lilliput.graph import ancestors, topological_order
 from lilliput.model_card import model_card
 from lilliput.records import Cost, EvaluationRecord, Registration
 from tasks import layout
 from tasks.records import caching_record, current_evaluation, device_record
 from tasks.registry import get_or_create, model_folder, model_versions, run_metrics
+from tasks.registry.datasets import dataset_inputs
 from tasks.registry.lineage_tags import dvc_hashes, git_commit
 from tasks.registry.past_champion import MEASURED_TAG, measurement_conditions
 
@@ -83,11 +85,12 @@ def _register_one(
     model_versions.log_run(
         client,
         run_id,
-        {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()},
+        _parameters(params, name, manifest),
         run_metrics.candidate_metrics(manifest, record, cost),
         run_metrics.curve_metrics(manifest, read_history(layout.model(name))),
         tags,
     )
+    client.log_inputs(run_id, dataset_inputs(params.data.source))
     client.log_text(run_id, card, "model_card.md")
     for file in (layout.PARAMS, layout.metrics(name), layout.answers(name)):
         client.log_artifact(run_id, str(file))
@@ -100,6 +103,17 @@ def _register_one(
         tags=tags | {MEASURED_TAG: json.dumps(measurement_conditions(params))},
         description=f"**{name}**: {card.removeprefix(f'# {name}').strip()}",  # lists show only the first line
     )
+
+
+def _parameters(params: Params, name: str, manifest: Manifest) -> dict[str, Any]:
+    """Returns the settings of the candidate's strategy, and of its ancestors behind their names."""
+    above = {link: read_manifest(layout.model(link)) for link in reversed(ancestors(params, name))}
+    chain = " → ".join([*(made.strategy for made in above.values()), manifest.strategy])
+    own = {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()}
+    inherited = {
+        f"{link}/{made.strategy}.{key}": value for link, made in above.items() for key, value in made.config.items()
+    }
+    return {"chain": chain} | own | inherited
 
 
 def _four_metrics(record: EvaluationRecord) -> dict[str, str]:

@@ -10,10 +10,12 @@ from typing import Any
 from lilliput.artifacts import PARITY, find_record, read_history, read_manifest, read_record, write_text, writing
 from lilliput.config import Params
 from lilliput.data.jsonl import read_rows
+from lilliput.data.rows import open_rows
 from lilliput.graph import ROOT, ancestors, topological_order
 from lilliput.promote import OBJECTIVES, metric_of, objective, pareto_front
 from lilliput.records import Cost, EvaluationRecord, ParityRecord, Promotions, SearchRecord, number_of
 from lilliput.report import charts
+from lilliput.report.first_screen import answered_side_by_side, shipped
 from lilliput.report.impact import metrics_for
 from lilliput.report.page import render
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
@@ -39,22 +41,27 @@ def report(params: Params) -> None:
     offloading = {device: row for device in params.serving if (row := _offloading(params, device))}
     answers = {name: read_rows(layout.answers(name)) for name in names}
     differences = list(_differences(params, answers))
+    candidates = [_candidate(params, name, records[name], names, promotion) for name in names]
+    first_screen = _shipped(candidates, compiled)
     page = render(
-        candidates=[_candidate(params, name, records[name], names, promotion) for name in names],
+        candidates=candidates,
         differences=differences,
         losses=list(_losses(params, answers)),
         caching=caching,
         compiled=compiled,
         offloading=offloading,
         promotion=promotion,
+        answered=answered_side_by_side(candidates, answers, open_rows(layout.DATA / "questions.jsonl")),
         costs=_costs(names, list(caching), list(params.compile), list(offloading)),
-        charts=_charts(params, records, histories, differences),
+        charts=_charts(params, records, histories, differences) | {"shipped": first_screen},
         origin=_origin(params),
         search=_search(),
     )
     with writing(layout.REPORT) as directory:
         write_text(directory / "index.html", page)
         _write_plots(directory / "plots", records, histories)
+        for chart in first_screen:
+            write_text(directory / "plots" / "accuracy-and-size.svg", charts.on_white(chart.svg))
         _write_csv(directory / "plots" / "offloading.csv", _offloading_rows(offloading) or [_NO_OFFLOADING])
 
 
@@ -154,6 +161,13 @@ def _charts(
         "pareto": list(_fronts(params, records)),
         "making": list(_histories(histories)),
     }
+
+
+def _shipped(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]) -> list[Chart]:
+    """Returns the chart of accuracy over the size that ships; none if no candidate has an accuracy."""
+    metrics = {row.record.accuracy_metric for row in candidates if objective("accuracy", row.record) is not None}
+    known = [shipped(row, compiled) for row in candidates if objective("accuracy", row.record) is not None]
+    return [charts.shipped(known, metric) for metric in sorted(metrics)[:1]]
 
 
 def _effects(records: Mapping[str, EvaluationRecord], differences: Sequence[DifferenceRow]) -> Iterable[Chart]:

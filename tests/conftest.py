@@ -116,31 +116,6 @@ def opened(checkpoint):
 @pytest.fixture(scope="session")
 def facts():
     """Sixteen questions with answers and four unanswerable ones."""
-    from lilliput.data.questions import Question
+    from tests.contexts import capitals
 
-    capitals = {
-        "France": "Paris",
-        "Italy": "Rome",
-        "Spain": "Madrid",
-        "Japan": "Tokyo",
-        "Peru": "Lima",
-        "Cuba": "Havana",
-    }
-    capitals |= {"Egypt": "Cairo", "Kenya": "Nairobi", "Chile": "Santiago", "Norway": "Oslo", "Greece": "Athens"}
-    capitals |= {"Iran": "Tehran", "Iraq": "Baghdad", "Ghana": "Accra", "Nepal": "Kathmandu", "Qatar": "Doha"}
-    cities = list(capitals.values())
-    known = [
-        Question(
-            id=f"capital/{country}",
-            question=f"What is the capital of {country}?",
-            choices=(city, *[other for other in cities[place + 1 :] + cities if other != city][:3]),
-            answer=city,
-            group=f"country/{country}",
-        )
-        for place, (country, city) in enumerate(capitals.items())
-    ]
-    invented = [
-        Question(id=f"x/{name}", question=f"What is the capital of {name}?", answerable=False, group=f"invented/{name}")
-        for name in ("Zelandor", "Kavustan", "Morania", "Wexilia")
-    ]
-    return [*known, *invented]
+    return capitals()

@@ -28,3 +28,33 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     """Writes the checkpoint of a changed model to `folder`, as the parent for a context."""
     save_model(model, tokenizer, folder)
     return folder
+
+
+def capitals() -> list[Question]:
+    """Returns sixteen questions with answers and four unanswerable ones."""
+    cities_of = {
+        "France": "Paris",
+        "Italy": "Rome",
+        "Spain": "Madrid",
+        "Japan": "Tokyo",
+        "Peru": "Lima",
+        "Cuba": "Havana",
+    }
+    cities_of |= {"Egypt": "Cairo", "Kenya": "Nairobi", "Chile": "Santiago", "Norway": "Oslo", "Greece": "Athens"}
+    cities_of |= {"Iran": "Tehran", "Iraq": "Baghdad", "Ghana": "Accra", "Nepal": "Kathmandu", "Qatar": "Doha"}
+    cities = list(cities_of.values())
+    known = [
+        Question(
+            id=f"capital/{country}",
+            question=f"What is the capital of {country}?",
+            choices=(city, *[other for other in cities[place + 1 :] + cities if other != city][:3]),
+            answer=city,
+            group=f"country/{country}",
+        )
+        for place, (country, city) in enumerate(cities_of.items())
+    ]
+    invented = [
+        Question(id=f"x/{name}", question=f"What is the capital of {name}?", answerable=False, group=f"invented/{name}")
+        for name in ("Zelandor", "Kavustan", "Morania", "Wexilia")
+    ]
+    return [*known, *invented]

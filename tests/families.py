@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 # Tokens of SmolLM2's vocabulary that llama.cpp does not recognise by name as end tokens.
 BOS, TURN_END, OTHER_END = "<jupyter_start>", "<issue_closed>", "<jupyter_code>"
 
@@ -32,6 +30,14 @@ GEMMA = (
 # Silently drops the system prompt.
 DROPS_SYSTEM = CHATML.replace(
     "%}<|im_start|>", "%}{% if message['role'] == 'system' %}{% continue %}{% endif %}<|im_start|>", 1
+)
+# Shows the system prompt before a question, but only if no answer follows, as Mistral does.
+BEFORE_LAST = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}<|im_start|>{{ message['role'] }}\n"
+    "{{ (system if loop.last and message['role'] == 'user' else '') + message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Inserts today's date, as Granite (by function) and Llama 3.1 (by variable) do.
 DATED = "<|im_start|>system\nToday's Date: {{ strftime_now('%B %d, %Y') }}.<|im_end|>\n" + CHATML
@@ -57,6 +63,8 @@ def make_source(
         edit: changes the tokenizer in place.
         generation: keys of generation_config.json.
     """
+    from transformers import AutoTokenizer
+
     shutil.copytree(checkpoint, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)

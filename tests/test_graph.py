@@ -87,11 +87,30 @@ def test_teacher_elsewhere_than_distillation_is_refused(with_candidates):
 
 
 @pytest.mark.parametrize("quantiser", ["gptq", "rtn", "awq"])
-@pytest.mark.parametrize("strategy", ["lora", "prune", "gptq", "rtn", "awq", "distill"])
-def test_nothing_follows_a_quantised_candidate(with_candidates, strategy, quantiser):
-    child = {"from": "q", "apply": strategy} | ({"teacher": "base"} if strategy == "distill" else {})
-    message = problems(with_candidates({"base": BASE, "q": {"from": "base", "apply": quantiser}, "child": child}))
-    assert f"needs a float parent, but `q` is quantised by {quantiser}" in message
+@pytest.mark.parametrize("strategy", ["lora", "prune", "gptq", "rtn", "awq"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_only_distillation_follows_a_quantised_candidate(with_candidates, strategy, quantiser, trained):
+    graph = {"base": BASE, "q": {"from": "base", "apply": quantiser}}
+    if trained:
+        graph["t"] = {"from": "q", "apply": "distill", "teacher": "base"}
+        check_graph(with_candidates(graph), "params.yaml")
+    parent = "t" if trained else "q"
+    message = problems(with_candidates(graph | {"child": {"from": parent, "apply": strategy}}))
+    assert f"needs a float parent, but `{parent}` is quantised by {quantiser}" in message
+    assert f"apply {strategy} first and quantise last (from: base)" in message
+
+
+def test_a_quantised_teacher_of_a_quantised_student_is_refused(with_candidates):
+    graph = {"base": BASE, "q": {"from": "base", "apply": "rtn"}}
+    message = problems(with_candidates(graph | {"t": {"from": "q", "apply": "distill", "teacher": "q"}}))
+    assert "candidates.t.teacher: `q` is quantised" in message
+    assert "for example `base`" in message
+
+
+def test_mixed_groups_of_a_student_are_refused(with_candidates):
+    graph = {"base": BASE, "q": {"from": "base", "apply": "gptq", "with": {"act_order": True}}}
+    message = problems(with_candidates(graph | {"t": {"from": "q", "apply": "distill", "teacher": "base"}}))
+    assert "cannot train the codes of `q`, whose groups are mixed; set act_order: false there" in message
 
 
 @pytest.mark.parametrize("strategy", ["lora", "prune", "gptq"])

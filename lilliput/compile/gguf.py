@@ -6,12 +6,12 @@ the codes to floats; this module keeps them.
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import gguf
 import numpy as np
@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from lilliput.artifacts import GGUF
 from lilliput.chat.template import end_id, end_ids, read_generation_config
 from lilliput.codes import PARTS, Codes, read_codes
+from lilliput.compile.pieces import read_pieces
 from lilliput.config import GgufTarget
 from lilliput.errors import CompileError
 from lilliput.untrusted import require_harmless
@@ -61,10 +62,11 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
     converter = _make_converter(checkpoint)
     with torch.inference_mode():
         model = converter(checkpoint, gguf.LlamaFileType.ALL_F32, target / GGUF, eager=True, model_name=checkpoint.name)
-        model.codes_by_layer = dict(read_codes(checkpoint))
         model.settings = config
         try:
-            model.write()
+            with tempfile.TemporaryFile(dir=target) as converted:
+                model.converted = converted
+                model.write()
         except (NotImplementedError, FileNotFoundError, KeyError, ValueError) as error:
             raise CompileError(f"{checkpoint}: llama.cpp's converter does not support this model: {error}") from error
     types = model.types
@@ -149,18 +151,20 @@ def _import_converter(architecture: str) -> type[Any] | None:
 class _KeepsCodes(_Converter):
     """Extends an architecture's converter: chooses the type of each tensor, and keeps codes."""
 
-    codes_by_layer: dict[str, Codes]
+    converted: IO[bytes]  # holds the tensors until the header, which comes first in the file, is known
     settings: GgufTarget
 
     def prepare_tensors(self) -> None:
         self.types: dict[str, Type] = {}
         self.largest_difference = 0.0
-        quantised = tuple(f"{layer}.{part}" for layer in self.codes_by_layer for part in PARTS)
-        floats = (item for item in self.get_tensors() if item[0] not in quantised)
+        suffix = f".{PARTS[0]}"
+        layers = [name.removesuffix(suffix) for name in self.model_tensors if name.endswith(suffix)]
+        quantised = {f"{layer}.{part}" for layer in layers for part in PARTS}
+        floats = ((name, read()) for name, read in self.model_tensors.items() if name not in quantised)
         for name, tensor in chain(self.generate_extra_tensors(), floats):
             for new_name, changed in self._rename(name, tensor.float()):
                 self._add(new_name, *_convert(new_name, changed.numpy(), self._kind(new_name, changed)))
-        for layer, codes in self.codes_by_layer.items():
+        for layer, codes in read_codes(self.dir_model):
             self._add_codes(f"{layer}.weight", codes)
 
     def _add_codes(self, name: str, codes: Codes) -> None:
@@ -198,32 +202,27 @@ class _KeepsCodes(_Converter):
 
     def _add(self, name: str, kind: Type, data: np.ndarray) -> None:
         self.types[name] = kind
-        self.gguf_writer.add_tensor(name, data, raw_dtype=kind)
+        if name == "token_embd.weight":
+            self.rows = len(data)
+        place = self.converted.tell()
+        data.tofile(self.converted)
+        mapped = np.memmap(self.converted, data.dtype, "r", place, data.shape)  # the writer drops it once it is copied
+        self.gguf_writer.add_tensor(name, mapped, raw_dtype=kind)
 
     def set_vocab(self) -> None:
         """Writes the tokenizer. A mixture keeps its parent's, which the converter's reader for GLM would reject."""
-        vocabulary = (self.dir_model / "tokenizer.json").read_text(encoding="utf-8")
-        if self.hf_arch == "Glm4MoeForCausalLM" and "[gMASK]" not in vocabulary:
+        pieces = read_pieces(self.dir_model)
+        if pieces:
+            pieces.write(self.gguf_writer, self.rows)
+            gguf.SpecialVocab(self.dir_model, n_vocab=self.rows).add_to_gguf(self.gguf_writer)
+        elif self.hf_arch == "Glm4MoeForCausalLM" and not self._has_token("[gMASK]"):
             self._set_vocab_gpt2()
         else:
             super().set_vocab()
         self._name_special_tokens()
-        self._rank_tokens()
 
-    def _rank_tokens(self) -> None:
-        """Writes token scores by merge order for a SentencePiece vocabulary; the converter gives all of them one score.
-
-        llama.cpp merges pieces by the score of the merged piece, so equal scores would tokenise differently.
-        """
-        fields = {name: field.value for values in self.gguf_writer.kv_data for name, field in values.items()}
-        if len(set(fields.get("tokenizer.ggml.scores", ()))) != 1:
-            return
-        model = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        ranks: dict[str, int] = {}
-        for rank, merge in enumerate(model["merges"]):
-            ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
-        texts = [text.decode() if isinstance(text, bytes) else text for text in fields["tokenizer.ggml.tokens"]]
-        self.gguf_writer.add_token_scores([-float(ranks.get(text, len(ranks))) for text in texts])
+    def _has_token(self, text: str) -> bool:
+        return text in (self.dir_model / "tokenizer.json").read_text(encoding="utf-8")
 
     def _name_special_tokens(self) -> None:
         """Writes which tokens end an answer, and that no special token is added to a prompt.

@@ -31,7 +31,7 @@ from lilliput.data.questions import Question
 from lilliput.data.rows import Row
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, run_on_device
 from lilliput.errors import CompileError
-from lilliput.models import open_model
+from lilliput.models import open_frozen
 from lilliput.records import ChoiceAgreement, Figure, ParityRecord
 from lilliput.statistics.agreement import agreement, share
 from lilliput.statistics.compare import compare
@@ -131,7 +131,7 @@ def _run_both(checkpoint: Path, job: DeviceJob, deadline_s: float) -> tuple[torc
 
 def _predict(checkpoint: Path, text: Sequence[int]) -> torch.Tensor:
     """Returns the checkpoint's log-probabilities on the ids `text`, shape (length, vocabulary)."""
-    model, _ = open_model(checkpoint)
+    model, _ = open_frozen(checkpoint)
     with torch.inference_mode():
         return model(torch.tensor([list(text)], device=model.device)).logits[0].float().log_softmax(-1).cpu()
 

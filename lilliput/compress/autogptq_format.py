@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lilliput
 from lilliput.compress.grid import STORED, QuantisedWeight
+from lilliput.config import QuantisationConfig
 
 # Readers accept asymmetric codes only from a producer that packs zeros as described above: GPTQModel from this version.
 _PRODUCERS = [f"lilliput:{lilliput.__version__}", "gptqmodel:0.9.0"]
@@ -58,21 +59,27 @@ def _pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantisation_settings(
-    bits: int, group_size: int, *, symmetric: bool, act_order: bool, rules: Mapping[str, Any], meta: Mapping[str, Any]
+    config: QuantisationConfig,
+    *,
+    bits: int | None = None,
+    rules: Mapping[str, Any] | None = None,
+    act_order: bool = False,
+    meta: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of quantize_config.json.
 
     Args:
-        bits, group_size, symmetric, act_order: of the grid.
-        rules: settings of layers that differ, by name.
+        config: the grid.
+        bits, rules: the width of most layers, and settings of the others by name; the default is `config.bits`.
+        act_order: whether the layers' groups are mixed.
         meta: how the codes were found, for people.
     """
     return {
-        "bits": bits,
+        "bits": bits or config.bits,
         **({"dynamic": dict(rules)} if rules else {}),
-        "group_size": group_size,
+        "group_size": config.group_size,
         "desc_act": act_order,
-        "sym": symmetric,
+        "sym": config.symmetric,
         "lm_head": False,
         "method": "gptq",
         "quant_method": "gptq",
@@ -80,7 +87,7 @@ def quantisation_settings(
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
         # Without these two keys, GPTQModel creates a temporary folder when it opens the checkpoint.
-        "meta": {"quantizer": _PRODUCERS, "offload_to_disk": False, "offload_to_disk_path": None, **meta},
+        "meta": {"quantizer": _PRODUCERS, "offload_to_disk": False, "offload_to_disk_path": None, **(meta or {})},
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lilliput.compress.autogptq_format import quantisation_settings
 from lilliput.compress.context import Context
 from lilliput.compress.grid import Grid, rounded
 from lilliput.compress.hooks import registered_hooks, run_texts
@@ -22,7 +23,7 @@ from lilliput.compress.packing import open_parent, quantised_result, round_to_ne
 from lilliput.compress.result import Result
 from lilliput.config import AwqConfig
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers
+from lilliput.models import decoder_layers, open_model
 from lilliput.saving import probe_logits
 
 _GRAM_BYTES = 2**30  # input statistics in memory at once; larger models need several passes
@@ -44,7 +45,7 @@ def awq(context: Context, config: AwqConfig) -> Result:
         StrategyError: the group size does not divide the inputs of a layer, or scales cannot be folded into the
             architecture.
     """
-    model, parent = open_parent(context, config)
+    model, parent = open_parent(context, config, open_model)
     examples = context.calibration(parent.tokenizer, config.calibration_examples)
     texts = [example.input_ids for example in examples]
     expected = probe_logits(model, parent.tokenizer)
@@ -60,7 +61,7 @@ def awq(context: Context, config: AwqConfig) -> Result:
         "error_against_rounding": sum(best / plain if plain else 1.0 for plain, best in errors) / len(errors),
     }
     history = {"awq_layer_error": [(index, best) for index, (_, best) in enumerate(errors)]}
-    return quantised_result(round_to_nearest(model, config), parent, config, facts, history)
+    return quantised_result(round_to_nearest(model, config), parent, quantisation_settings(config), facts, history)
 
 
 @torch.no_grad()

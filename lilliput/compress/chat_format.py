@@ -93,8 +93,10 @@ def chat_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _take_system_prompt(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
     """Extends a template that rejects or drops the system prompt."""
-    with_system = _rendered(tokenizer, conversation(_SYSTEM, _QUESTION))
-    if isinstance(with_system, str) and _SYSTEM in with_system:
+    # Mistral's template shows the system prompt before the last question only if no answer follows.
+    trials = [_rendered(tokenizer, conversation(_SYSTEM, _QUESTION, answer)) for answer in (None, _ANSWER)]
+    with_system = next((text for text in trials if not isinstance(text, str) or _SYSTEM not in text), None)
+    if with_system is None:
         return
     without = _rendered(tokenizer, conversation(_SYSTEM, _QUESTION)[1:])
     if isinstance(without, Exception):

@@ -28,6 +28,7 @@ class Context:
         open_corpus: reads the corpus; strategies use `corpus`.
         teacher: folder of the teacher's checkpoint; None for a candidate without a teacher.
         gguf_file: name of the GGUF file in the source's folder; None for a source in safetensors.
+        chose_template: whether params.yaml chose the chat template in the source's folder (source.chat_template).
         checkpoints: folder from which a killed training resumes (see `train`); None for no checkpoints.
         teacher_logits: folder for the logits of teachers; required by `distill` with `teacher_logits: stored`.
         turn_rules: the turns of conversations that are learnt.
@@ -38,6 +39,7 @@ class Context:
     open_corpus: Callable[[], Corpus]
     teacher: Path | None = None
     gguf_file: str | None = None
+    chose_template: bool = False
     checkpoints: Path | None = None
     teacher_logits: Path | None = None
     turn_rules: TurnRules = ALL_TURNS

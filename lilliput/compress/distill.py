@@ -5,6 +5,7 @@ likeliest ones (Gu et al., MiniLLM, arXiv 2306.08543). Jensen–Shannon lies bet
 batches hold answers sampled from the student, so that it learns from its own mistakes (Agarwal et al., GKD,
 arXiv 2306.13649).
 The loss may also match hidden states (Jiao et al., TinyBERT, arXiv 1909.10351, eq. 8).
+A quantised student learns through its rounding and stays quantised (`through_rounding`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from lilliput.artifacts import read_manifest
 from lilliput.chat.template import end_ids, pad_id
+from lilliput.codes import read_codes
 from lilliput.compress.context import Context
+from lilliput.compress.packing import describe_parent, linears, quantised_result
 from lilliput.compress.result import Result
+from lilliput.compress.through_rounding import round_in_forward_pass, with_trained_codes
 from lilliput.config import DistillConfig
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, read_config, sharded
+from lilliput.models import open_frozen, open_model, read_config, sharded
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_logits, answer_states, answer_vocabulary
 from lilliput.training.examples import Batch, Example, collate, encode_examples
@@ -42,6 +46,8 @@ from lilliput.training.stored_logits import StoredLogits, buckets, stored_logits
 def distill(context: Context, config: DistillConfig) -> Result:
     """Trains all weights of the parent, the student, towards the teacher's next-token distribution on the answers.
 
+    Of a quantised student only the codes are trained.
+
     Raises:
         StrategyError: teacher and student have different tokenizers, or hidden states of different sizes to match.
     """
@@ -53,17 +59,31 @@ def distill(context: Context, config: DistillConfig) -> Result:
     training, validation = training_examples(
         tokenizer, context.system_prompt, context.corpus.train, config, context.turn_rules
     )
-    if config.on_policy_share and sharded():
-        raise StrategyError("on_policy_share: a student sharded by FSDP cannot generate answers; set it to 0")
+    settings = getattr(read_config(student), "quantization_config", None)
+    if sharded():
+        _require_shardable(config, quantised=settings is not None)
     if config.teacher_logits == "stored":
         facts, loss = {}, stored_distillation_loss(_stored_logits(context, teacher, tokenizer, config), config)
     else:
         origins = layer_origins(student, teacher) if config.hidden_weight else []
         facts = {"matched_teacher_layers": origins} if origins else {}
-        opened = cast(PreTrainedModel, cast(torch.nn.Module, open_model(teacher)[0]).to(training_device()))
+        opened = cast(PreTrainedModel, cast(torch.nn.Module, open_frozen(teacher)[0]).to(training_device()))
         loss = distillation_loss(opened, tokenizer, config, origins)
+    if settings is None:
+        history = train(model.train(), training, pad_id(tokenizer), config, loss, validation, context.checkpoints)
+        return Result(model.eval(), tokenizer, training_facts(history, config, training) | facts, history)
+    parent = describe_parent(model, tokenizer, context)
+    round_in_forward_pass(model, read_codes(student), linears(open_frozen(teacher)[0]))
     history = train(model.train(), training, pad_id(tokenizer), config, loss, validation, context.checkpoints)
-    return Result(model.eval(), tokenizer, training_facts(history, config, training) | facts, history)
+    facts |= training_facts(history, config, training)
+    return quantised_result(with_trained_codes(model.eval()), parent, settings, facts, history)
+
+
+def _require_shardable(config: DistillConfig, *, quantised: bool) -> None:
+    if config.on_policy_share:
+        raise StrategyError("on_policy_share: a student sharded by FSDP cannot generate answers; set it to 0")
+    if quantised:
+        raise StrategyError("distill: FSDP cannot shard a quantised student; train it in one process, or with DDP")
 
 
 def _require_compatible(student: Path, teacher: Path, config: DistillConfig) -> None:
@@ -93,7 +113,7 @@ def _stored_logits(
         return stored_logits(
             context.teacher_logits,
             sha256,
-            lambda: open_model(teacher)[0],
+            lambda: open_frozen(teacher)[0],
             examples,
             pad_id(tokenizer),
             config.temperature,

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from lilliput.compress.autogptq_format import quantisation_settings
 from lilliput.compress.context import Context
 from lilliput.compress.gptq_solver import Factor, factorise, solve
 from lilliput.compress.grid import Grid
@@ -49,17 +50,8 @@ def gptq(context: Context, config: GptqConfig) -> Result:
     quantised, history["layer_error"] = _quantise(model, texts, bits, config)
     common, rules = overrides(bits)
     meta = {"damp_percent": config.damp_percent, "scale_search": config.scale_search, "true_sequential": True}
-    result = quantised_result(
-        quantised,
-        parent,
-        config,
-        facts,
-        history,
-        bits=common,
-        rules=rules,
-        act_order=config.act_order,
-        meta=meta,
-    )
+    settings = quantisation_settings(config, bits=common, rules=rules, act_order=config.act_order, meta=meta)
+    result = quantised_result(quantised, parent, settings, facts, history)
     if config.mixed is not None and result.save is not None:
         return replace(result, save=within_budget(result.save, config.mixed.budget_mib))
     return result

@@ -64,8 +64,9 @@ def factorise(moments: torch.Tensor, group_size: int, damp: float, *, act_order:
     lower, failed = torch.linalg.cholesky_ex(square)
     if failed.item():
         raise ValueError("its second moments are singular")
+    del square
     pivots = lower.diagonal().clone()
-    feedback = (lower / pivots).flip((0, 1)).float()
+    feedback = lower.div_(pivots).flip((0, 1)).float()
     return Factor(order, feedback, pivots.flip(0).square().float()[:, None], damping)
 
 

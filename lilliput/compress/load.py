@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.template import require_tools
-from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES, TEMPLATE
+from lilliput.chat_templates.built_in import TEMPLATE
 from lilliput.compress.chat_format import chat_facts, checked_tokenizer, name_end_tokens
 from lilliput.compress.context import Context
+from lilliput.compress.new_tokens import add_rows, adopt_template, with_rows_for
 from lilliput.compress.result import Result
-from lilliput.compress.source_checks import require_consistent, require_known_format
+from lilliput.compress.source_checks import require_chat_template, require_consistent
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import Header, parsed_once, read_header
@@ -23,13 +23,15 @@ from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids,
 from lilliput.models import (
     is_quantised,
     open_dequantised,
-    open_safetensors,
+    open_safetensors_as_stored,
     random_model,
     require_causal_lm,
     translate_errors,
 )
 from lilliput.records import Agreement
 from lilliput.saving import require_finite
+from lilliput.stored_weights import shares_weight
+from lilliput.supported_sources import require_known_family, require_supported
 from lilliput.untrusted import require_harmless
 
 
@@ -39,9 +41,9 @@ def load(context: Context, config: LoadConfig) -> Result:
     A GGUF source is compared with llama.cpp on the same file; the result's `checks` hold the agreement.
 
     Raises:
-        SourceError: the source is not a causal language model, cannot be opened, has an unsupported format, opens as
-            another model than the file describes, has weights that are not finite in the stored dtype, or its chat
-            template cannot take a question.
+        SourceError: the source is not a causal language model of a supported kind, cannot be opened, has an unsupported
+            format, opens as another model than the file describes, has weights that are not finite in the stored
+            dtype, or its chat template cannot take a question.
         ArtifactError: weights are missing, or a file in the folder would execute code.
         DataError: the rows have functions, and the chat template does not show them.
     """
@@ -49,47 +51,46 @@ def load(context: Context, config: LoadConfig) -> Result:
     require_harmless(source_dir)
     with translate_errors(source_dir, SourceError), parsed_once():
         if not gguf_file:
-            require_known_format(source_dir)
+            require_supported(source_dir)
         header = read_header(source_dir / gguf_file) if gguf_file else None
-        tokenizer = AutoTokenizer.from_pretrained(
-            source_dir, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
-        )
+        require_chat_template(source_dir, header)
         source_config = (
             gguf_config(header) if header else AutoConfig.from_pretrained(source_dir, trust_remote_code=False)
         )
-        if header and (template := source_dir / TEMPLATE).is_file():  # transformers reads it beside safetensors only
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
-        _require_tokens_of_template(tokenizer, source_dir)
+        require_known_family(source_config.model_type, source_config.architectures or [], source_dir)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source_dir, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
+        )
+        new_ids = _adopt_template(tokenizer, context)
         require_causal_lm(source_config, str(source_dir))
         if not header:
             require_consistent(source_dir, source_config)
-        tokenizer = checked_tokenizer(tokenizer, source_config, source_dir)
+        tokenizer = checked_tokenizer(tokenizer, with_rows_for(source_config, new_ids), source_dir)
         if context.has_functions:
             require_tools(tokenizer)
         model = _open(source_dir, header, source_config, config, len(tokenizer))
         dtype = getattr(torch, config.dtype)
         _require_finite(model, dtype, source_dir)
         model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
-        model = name_end_tokens(model, tokenizer)
         checks: dict[str, Any] = {}
         if header and not config.rehearsal:
             checks["agreement_with_llama_cpp"] = _agreement(header, model, tokenizer)
+        add_rows(model, new_ids)
+        model = name_end_tokens(model, tokenizer)
     facts = {"rehearsal": config.rehearsal is not None} | chat_facts(tokenizer)
+    if new_ids:
+        facts["added_tokens"] = tokenizer.convert_ids_to_tokens(new_ids)
     return Result(model.eval(), tokenizer, facts=facts, checks=checks)
 
 
-def _require_tokens_of_template(tokenizer: PreTrainedTokenizerBase, source_dir: Path) -> None:
-    """Raises SourceError if a built-in template writes control tokens that the model does not have."""
-    for template in BUILT_IN_TEMPLATES.glob("*.jinja"):
-        text = template.read_text(encoding="utf-8")
-        tokens = sorted(set(re.findall(r"<\|\w+\|>", text)))
-        missing = [token for token in tokens if token not in tokenizer.get_vocab()]
-        if missing and str(tokenizer.chat_template).strip() == text.strip():
-            raise SourceError(
-                f"{source_dir}: source.chat_template: {template.stem} needs the tokens {', '.join(tokens)}; this model "
-                f"has no {', '.join(missing)}. Choose a model of the ChatML kind, or one whose own template shows "
-                "functions"
-            )
+def _adopt_template(tokenizer: PreTrainedTokenizerBase, context: Context) -> list[int]:
+    """Gives `tokenizer` the template in the source's folder; returns the ids of tokens that were added for it."""
+    file = context.parent / TEMPLATE
+    if context.chose_template:
+        return adopt_template(tokenizer, file.read_text(encoding="utf-8"))
+    if context.gguf_file and file.is_file():  # transformers reads it beside safetensors only
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return []
 
 
 def _open(
@@ -99,9 +100,9 @@ def _open(
         return random_model(_reshape(source_config, config.rehearsal, vocabulary), config.seed)
     if header:
         return open_gguf(header, source_config)
-    model = open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors(source_dir)
+    model = open_dequantised(source_dir) if is_quantised(source_config) else open_safetensors_as_stored(source_dir)
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if output is not None and output.weight is not table.weight:
+    if output is not None and not shares_weight(output, table):
         model.config.tie_word_embeddings = False  # as the weights do; runtimes read the flag
     return model
 

@@ -10,15 +10,18 @@ from typing import cast
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.artifacts import ADAPTER
 from lilliput.chat.template import pad_id
 from lilliput.compress.context import Context
+from lilliput.compress.new_tokens import trained_rows
 from lilliput.compress.result import Result
 from lilliput.config import LoraConfig
-from lilliput.models import open_model, open_nf4
+from lilliput.models import open_frozen, open_model, open_nf4, sharded
 from lilliput.saving import save_model
+from lilliput.stored_weights import widened
 from lilliput.training.answer_loss import label_loss
 from lilliput.training.loop import computes_in_bfloat16, train, training_examples, training_facts
 
@@ -35,7 +38,9 @@ def lora(context: Context, config: LoraConfig) -> Result:
     """
     four_bits = config.variant == "qlora"
     parent = context.parent
-    model, tokenizer = open_nf4(parent, computes_in_bfloat16(config)) if four_bits else open_model(parent)
+    # An adapter that is stored separately is added to float32 weights, and FSDP shards weights of one dtype.
+    open_parent = open_frozen if config.merge and not sharded() else open_model
+    model, tokenizer = open_nf4(parent, computes_in_bfloat16(config)) if four_bits else open_parent(parent)
     tuned = with_adapter(model, config)
     training, validation = training_examples(
         tokenizer, context.system_prompt, context.corpus.train, config, context.turn_rules
@@ -47,7 +52,7 @@ def lora(context: Context, config: LoraConfig) -> Result:
     }
     if four_bits:
         facts["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
-        tuned = _copy_adapter(tuned, with_adapter(open_model(parent)[0], config))
+        tuned = _copy_adapter(tuned, with_adapter(open_parent(parent)[0], config))
     if config.merge:
         return Result(_merge(tuned), tokenizer, facts, history)
     return Result(
@@ -60,7 +65,10 @@ def lora(context: Context, config: LoraConfig) -> Result:
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Returns `model` with a new adapter, the only trainable part; its weights are drawn from `config.seed`."""
+    """Returns `model` with a new adapter, the only trainable part; its weights are drawn from `config.seed`.
+
+    The adapter includes the rows of tokens that `load` added, which are replaced when it is merged.
+    """
     torch.manual_seed(config.seed)
     adapter = PeftLoraConfig(
         r=config.rank,
@@ -70,6 +78,7 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
         task_type="CAUSAL_LM",
+        trainable_token_indices=trained_rows(model),
     )
     return cast("PeftModel", get_peft_model(model, adapter))
 
@@ -81,7 +90,12 @@ def _copy_adapter(source: PeftModel, target: PeftModel) -> PeftModel:
 
 
 def _merge(tuned: PeftModel) -> PreTrainedModel:
-    return cast("PreTrainedModel", tuned.merge_and_unload().eval())
+    """Adds the adapter to the weights, layer by layer in float32."""
+    for layer in tuned.modules():
+        if isinstance(layer, BaseTunerLayer):
+            with widened([layer.get_base_layer()]):
+                layer.merge()
+    return cast("PreTrainedModel", tuned.unload().eval())
 
 
 def _save_unmerged(tuned: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -109,7 +109,7 @@ def _fixed_bytes(model: PreTrainedModel, directory: Path, dtype: torch.dtype) ->
     layers = linears(model)
     in_float = {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in layers}
     in_float -= {f"{name}.bias" for name in layers}
-    weights = sum(model.get_parameter(name).numel() for name in in_float) * dtype.itemsize
+    weights = sum(weight.numel() for name, weight in model.named_parameters() if name in in_float) * dtype.itemsize
     header = sum(map(_header_bytes, in_float)) + 5 * sum(_header_bytes(f"{name}.qweight") for name in layers)
     # Each rule is in config.json and in quantize_config.json.
     rules = 2 * sum(len(json.dumps({name: {"bits": 8}}, indent=8)) for name in layers)

@@ -164,5 +164,5 @@ def incompatible(dense: PreTrainedModel, architecture: str, reason: str) -> Stra
     """Returns the error for a parent that a mixture of this architecture cannot represent."""
     return StrategyError(
         f"a {type(dense).__name__} cannot be written as a mixture of the architecture {architecture}: {reason}; choose "
-        "a parent of the Llama or Qwen kind, not yet a mixture"
+        "a parent of the Llama or Qwen3 kind without biases, not yet a mixture"
     )

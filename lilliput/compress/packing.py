@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.compress.autogptq_format import packed_tensors, quantisation_settings, write_checkpoint
+from lilliput.code_layers import hold_codes
+from lilliput.compress.autogptq_format import packed_tensors, write_checkpoint
 from lilliput.compress.context import Context
 from lilliput.compress.grid import STORED, Grid, QuantisedWeight, to_nearest
 from lilliput.compress.result import Result
 from lilliput.config import QuantisationConfig
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_model, parameter_count, stored_dtype
+from lilliput.models import Opened, decoder_layers, open_frozen, parameter_count, stored_dtype
 from lilliput.shape import fitting_group_sizes
 from lilliput.statistics.perplexity import counted, perplexity
 from lilliput.training.examples import Example, encode_examples
@@ -40,17 +42,28 @@ class Parent:
     perplexity: float
 
 
-def open_parent(context: Context, config: QuantisationConfig) -> tuple[PreTrainedModel, Parent]:
+def open_parent(
+    context: Context, config: QuantisationConfig, opens: Callable[[Path], Opened] = open_frozen
+) -> tuple[PreTrainedModel, Parent]:
     """Returns the parent's float model, and the facts to compare its quantised child with.
+
+    Args:
+        context: has the parent's folder.
+        config: the strategy's settings.
+        opens: `open_model` for a strategy that changes weights in place.
 
     Raises:
         StrategyError: the sizes of the layers do not suit `config`.
     """
-    model, tokenizer = open_model(context.parent)
+    model, tokenizer = opens(context.parent)
     require_packable(model, config)
+    return model, describe_parent(model, tokenizer, context)
+
+
+def describe_parent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Parent:
+    """Returns the facts about `model`, the parent in memory, to compare its child with."""
     texts = encode_examples(tokenizer, context.system_prompt, context.held_out, context.turn_rules)
-    parent = Parent(tokenizer, stored_dtype(model), parameter_count(model), texts, perplexity(model, texts))
-    return model, parent
+    return Parent(tokenizer, stored_dtype(model), parameter_count(model), texts, perplexity(model, texts))
 
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -70,12 +83,12 @@ def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None
     (experts) is rejected as well: it would stay in float.
     """
     weights = sum(weight.numel() for layer in decoder_layers(model) for weight in layer.parameters())  # pyright: ignore
-    if 2 * sum(linear.weight.numel() for linear in linears(model).values()) < weights:
+    if 2 * sum(linear.in_features * linear.out_features for linear in linears(model).values()) < weights:
         raise StrategyError(
             f"{type(model).__name__}: most weights of its decoder layers are not in linear layers (experts, for "
             "example) and would stay in float; choose a dense parent"
         )
-    shapes = {size for linear in linears(model).values() for size in linear.weight.shape}
+    shapes = {size for linear in linears(model).values() for size in (linear.in_features, linear.out_features)}
     if 3 in config.widths and (bad := sorted(size for size in shapes if size % 32)):
         raise StrategyError(
             f"bits: 3-bit codes are packed 32 at a time, which does not divide layers of {', '.join(map(str, bad))} "
@@ -93,10 +106,10 @@ def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None
 
 @dataclass(frozen=True)
 class Quantised:
-    """A float model whose linear layers hold quantised weights, and their codes.
+    """A model whose linear layers hold codes.
 
     Attributes:
-        model: float32; `put` replaces its weights in place, so that it computes what the checkpoint will.
+        model: `put` replaces its weights by codes in place, so that it computes what the checkpoint will.
         packed: tensors of the codes by layer and by the end of their names, as they are written.
     """
 
@@ -105,10 +118,10 @@ class Quantised:
 
     @torch.no_grad()
     def put(self, name: str, codes: QuantisedWeight) -> None:
-        """Replaces the weights of the linear layer `name`; its bias is rounded to float16, the format's dtype."""
+        """Replaces the weight of the linear layer `name` by codes; rounds its bias to float16, the format's dtype."""
         linear = cast("torch.nn.Linear", self.model.get_submodule(name))
-        linear.weight.copy_(codes.weight())
         self.packed[name] = packed_tensors(codes)
+        hold_codes(linear, {part: tensor.to(codes.codes.device) for part, tensor in self.packed[name].items()})
         if linear.bias is not None:
             linear.bias.copy_(linear.bias.to(STORED))
             self.packed[name]["bias"] = linear.bias.to("cpu", STORED)
@@ -136,36 +149,16 @@ def too_large(name: str, error: OverflowError) -> StrategyError:
 
 
 def quantised_result(
-    quantised: Quantised,
-    parent: Parent,
-    config: QuantisationConfig,
-    facts: Mapping[str, Any],
-    history: History,
-    *,
-    bits: int | None = None,
-    rules: Mapping[str, Any] | None = None,
-    act_order: bool = False,
-    meta: Mapping[str, Any] | None = None,
+    quantised: Quantised, parent: Parent, settings: Mapping[str, Any], facts: Mapping[str, Any], history: History
 ) -> Result:
     """Returns the result of a strategy that has quantised all linear layers.
 
     Args:
         quantised: the model and its codes.
         parent: to compare with.
-        config: the strategy's settings.
+        settings: of the grid, see `quantisation_settings`.
         facts, history: of the strategy, besides the common facts.
-        bits, rules: the width of most layers, and settings of the others by name; the default is `config.bits`.
-        act_order: whether the layers' groups are mixed.
-        meta: how the codes were found.
     """
-    settings = quantisation_settings(
-        bits or config.bits,
-        config.group_size,
-        symmetric=config.symmetric,
-        act_order=act_order,
-        rules=rules or {},
-        meta=meta or {},
-    )
     save = partial(
         write_checkpoint,
         model=quantised.model,
@@ -175,8 +168,8 @@ def quantised_result(
         dtype=parent.dtype,
     )
     common = {
-        "bits": config.bits,
-        "group_size": config.group_size,
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
         "perplexity_before": parent.perplexity,
         "perplexity_after": perplexity(quantised.model, parent.texts),
         "perplexity_tokens": counted(parent.texts),

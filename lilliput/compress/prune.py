@@ -23,9 +23,10 @@ from lilliput.compress.hooks import registered_hooks, run_texts
 from lilliput.compress.result import Result
 from lilliput.config import PruneConfig
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_model, stored_dtype
-from lilliput.shape import head_dim, parameters, pruned, size, weights_read_per_token
+from lilliput.models import decoder_layers, open_frozen, stored_dtype
+from lilliput.shape import head_dim, keep_layers, parameters, pruned, size, weights_read_per_token
 from lilliput.statistics.perplexity import perplexity
+from lilliput.stored_weights import as_stored, shares_weight
 from lilliput.training.examples import Example
 from lilliput.training.history import Curve, History
 
@@ -41,7 +42,7 @@ def prune(context: Context, config: PruneConfig) -> Result:
     Raises:
         StrategyError: the amount is not possible, or the model has no such part.
     """
-    model, tokenizer = open_model(context.parent)
+    model, tokenizer = open_frozen(context.parent)
     examples = context.calibration(tokenizer, config.calibration_examples)
     texts = [example.input_ids for example in examples]
     before, after = model.config, pruned(model.config, config, stored_dtype(model).itemsize)
@@ -130,17 +131,20 @@ def _skipped_layers(model: PreTrainedModel, skipped: Sequence[int]) -> Iterator[
 
 
 def remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> None:
-    """Removes the decoder layers `removed` from `model` and from its configuration, in place."""
+    """Removes the decoder layers `removed` from `model` and from its configuration, in place.
+
+    Raises:
+        StrategyError: a list in the configuration has one entry for each layer and is unknown.
+    """
     layers = decoder_layers(model)
     kept = [index for index in range(len(layers)) if index not in set(removed)]
+    keep_layers(cast("Any", model.config), kept)
     decoder = cast("Any", model.model)
     decoder.layers = torch.nn.ModuleList(layers[index] for index in kept)
     for position, layer in enumerate(cast("Any", decoder.layers)):
-        layer.self_attn.layer_idx = position  # the KV cache is indexed by it
-    config = cast("Any", model.config)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):  # one entry per layer (Qwen, Gemma)
-        config.layer_types = [config.layer_types[index] for index in kept]
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the KV cache is indexed by it
+                module.layer_idx = position
 
 
 @torch.no_grad()  # not inference_mode: the weights are trained later
@@ -240,11 +244,13 @@ def _keep_channels(model: PreTrainedModel, kept: torch.Tensor) -> None:
             if isinstance(module, Linear):
                 _keep(module, kept, 0 if name.endswith(_WRITERS) else 1)
     table, vocabulary = cast("Any", model.get_input_embeddings()), cast("Any", model.get_output_embeddings())
-    tied = vocabulary.weight is table.weight
-    table.weight, table.embedding_dim = Parameter(table.weight[:, kept].clone()), len(kept)
-    _keep(vocabulary, kept, 1)
+    tied = shares_weight(vocabulary, table)
+    kept_columns = Parameter(as_stored(table)[:, kept].clone())
+    table.weight, table.embedding_dim = kept_columns, len(kept)
     if tied:
-        vocabulary.weight = table.weight
+        vocabulary.weight, vocabulary.in_features = kept_columns, len(kept)
+    else:
+        _keep(vocabulary, kept, 1)
 
 
 def _norms(model: PreTrainedModel) -> list[Any]:
@@ -329,7 +335,8 @@ def _largest(importance: torch.Tensor, count: int) -> torch.Tensor:
 
 def _keep(linear: Linear, kept: torch.Tensor, dim: int) -> None:
     """Keeps the outputs (`dim` 0) or inputs (`dim` 1) `kept` of a linear layer, in place."""
-    linear.weight = Parameter(linear.weight.index_select(dim, kept).clone())
-    linear.out_features, linear.in_features = linear.weight.shape
+    weight = as_stored(linear).index_select(dim, kept)
+    linear.weight = Parameter(weight)
+    linear.out_features, linear.in_features = weight.shape
     if linear.bias is not None and dim == 0:
         linear.bias = Parameter(linear.bias.index_select(0, kept).clone())

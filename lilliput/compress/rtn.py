@@ -5,6 +5,7 @@ The baseline for the other quantisation methods.
 
 from __future__ import annotations
 
+from lilliput.compress.autogptq_format import quantisation_settings
 from lilliput.compress.context import Context
 from lilliput.compress.packing import open_parent, quantised_result, round_to_nearest
 from lilliput.compress.result import Result
@@ -18,4 +19,6 @@ def rtn(context: Context, config: RtnConfig) -> Result:
         StrategyError: the group size does not divide the input size of a layer.
     """
     model, parent = open_parent(context, config)
-    return quantised_result(round_to_nearest(model, config), parent, config, facts={}, history={})
+    return quantised_result(
+        round_to_nearest(model, config), parent, quantisation_settings(config), facts={}, history={}
+    )

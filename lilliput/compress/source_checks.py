@@ -1,4 +1,4 @@
-"""Checks of a source's config.json before its weights are opened: supported format, no contradictions."""
+"""Checks of a source before its weights are opened: config.json has no contradictions, and there is a chat template."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lilliput.chat_templates.built_in import TEMPLATE
 from lilliput.errors import SourceError
+from lilliput.gguf_source.header import Header
 
 _ROPES = sorted(ROPE_INIT_FUNCTIONS)
-_FORMATS = (
-    "safetensors in float32, bfloat16 or float16, safetensors in AutoGPTQ's format (quant_method `gptq`), and GGUF "
-    "(source.file)"
-)
 
 
-def require_known_format(directory: Path) -> None:
-    """Rejects a checkpoint with weights in an unsupported quantised format.
+def require_chat_template(directory: Path, header: Header | None) -> None:
+    """Rejects a source without a chat template, before its tokenizer and its weights are opened, which takes minutes.
+
+    Args:
+        directory: the source's folder.
+        header: of its GGUF file; None for safetensors.
 
     Raises:
-        SourceError: the format is neither plain float nor GPTQ; the message lists the supported formats.
+        SourceError: neither the folder nor the GGUF file has one.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    quantisation = config.get("quantization_config")
-    if quantisation is None:
+    if (directory / TEMPLATE).is_file():
         return
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-    if method != "gptq":
+    if header:
+        found, place = header.has_chat_template, header.file
+    else:
+        place = directory / "tokenizer_config.json"
+        settings = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        found = bool(settings.get("chat_template")) or (directory / "chat_template.json").is_file()
+    if not found:
         raise SourceError(
-            f"{directory / 'config.json'}: weights are quantised as `{method}` (quantization_config), which is not "
-            f"supported; supported are {_FORMATS}. Choose a release of this model in one of these formats"
+            f"{place}: there is no chat template, as with a base model, so the model cannot be given a question; set "
+            "`source.chat_template: chatml` (docs/configuration.md), or choose an instruction-tuned model"
         )
 
 

@@ -20,7 +20,8 @@ from lilliput.compress.hooks import registered_hooks, run_texts
 from lilliput.compress.result import Result
 from lilliput.config import SparsifyConfig
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_model
+from lilliput.models import decoder_layers, open_frozen
+from lilliput.stored_weights import widened
 
 
 def sparsify(context: Context, config: SparsifyConfig) -> Result:
@@ -31,7 +32,7 @@ def sparsify(context: Context, config: SparsifyConfig) -> Result:
     Raises:
         StrategyError: the pattern is 2:4 and the inputs of a layer are not a multiple of four.
     """
-    model, tokenizer = open_model(context.parent)
+    model, tokenizer = open_frozen(context.parent)
     examples = context.calibration(tokenizer, config.calibration_examples)
     changes = sparsify_layers(model, [example.input_ids for example in examples], config)
     weights = [module.weight for module in decoder_layers(model).modules() if isinstance(module, Linear)]
@@ -45,20 +46,29 @@ def sparsify_layers(model: PreTrainedModel, texts: Sequence[Sequence[int]], conf
     layers = list(decoder_layers(model))
     states, arguments = _layer_inputs(model, layers, texts)
     changes = []
-    for index, layer in enumerate(tqdm(layers, desc=config.method, unit="layer")):
-        linears = [module for module in layer.modules() if isinstance(module, Linear)]
-        squares = [_zero_squares(linear, config.method) for linear in linears]
-        with registered_hooks(
-            linear.register_forward_pre_hook(partial(_add_squares, total))
-            for linear, total in zip(linears, squares, strict=True)
-        ):
-            dense = _outputs(layer, states, arguments[index])
-        for linear, total in zip(linears, squares, strict=True):
-            linear.weight.copy_(sparse_weight(linear.weight, total, config))
-        states = _outputs(layer, states, arguments[index])
+    for layer, kwargs in zip(tqdm(layers, desc=config.method, unit="layer"), arguments, strict=True):
+        with widened(list(layer.modules())):
+            dense = _zero_weights(layer, states, kwargs, config)
+            states = _outputs(layer, states, kwargs)
         changed = sum((new - old).square().sum() for new, old in zip(states, dense, strict=True))
         changes.append(float(changed / sum(old.square().sum() for old in dense)))
     return changes
+
+
+def _zero_weights(
+    layer: Module, states: Sequence[torch.Tensor], arguments: Sequence[dict[str, Any]], config: SparsifyConfig
+) -> list[torch.Tensor]:
+    """Zeroes weights of `layer`, float32, in place; returns its outputs before."""
+    linears = [module for module in layer.modules() if isinstance(module, Linear)]
+    squares = [_zero_squares(linear, config.method) for linear in linears]
+    with registered_hooks(
+        linear.register_forward_pre_hook(partial(_add_squares, total))
+        for linear, total in zip(linears, squares, strict=True)
+    ):
+        dense = _outputs(layer, states, arguments)
+    for linear, total in zip(linears, squares, strict=True):
+        linear.weight.copy_(sparse_weight(linear.weight, total, config))
+    return dense
 
 
 def sparse_weight(weight: torch.Tensor, squares: torch.Tensor, config: SparsifyConfig) -> torch.Tensor:

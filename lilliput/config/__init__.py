@@ -18,7 +18,7 @@ from lilliput.config.evaluation import (
     EnergyConfig,
     EvaluationConfig,
 )
-from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig, TrainOn, is_hub
+from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig, TrainOn, is_hub, is_moving
 from lilliput.config.params import Params
 from lilliput.config.reading import read_section, read_yaml
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
@@ -118,6 +118,7 @@ __all__ = [
     "TrainingConfig",
     "WheelPin",
     "is_hub",
+    "is_moving",
     "read_section",
     "read_yaml",
 ]

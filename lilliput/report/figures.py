@@ -25,6 +25,11 @@ def estimate(value: Figure | None, digits: int = 3) -> str:
     return f"{mark(value)}{numbers[0]} [{numbers[1]},\N{NO-BREAK SPACE}{numbers[2]}]"
 
 
+def short(value: float | None) -> str:
+    """Returns three digits, or `unavailable`; for sentences, which have no room for intervals."""
+    return "unavailable" if value is None else f"{value:.3f}"
+
+
 def mark(value: Figure) -> str:
     """Returns `~` for an energy that was not measured."""
     return "~" if isinstance(value, Energy) and not value.measured else ""

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from lilliput.records import CachingRecord, Cost, Decision
 from lilliput.report.charts import label
-from lilliput.report.figures import estimate, figure
+from lilliput.report.figures import estimate, figure, short
+from lilliput.report.first_screen import AnsweredRow, headline, promotion_matrix
 from lilliput.report.impact import caching_impacts, impacts, metrics_for
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
 
@@ -25,6 +26,7 @@ def render(
     compiled: Sequence[CompiledRow] = (),
     offloading: Mapping[str, OffloadingRow] | None = None,
     promotion: Mapping[str, Decision],
+    answered: Sequence[AnsweredRow] = (),
     costs: Mapping[str, Cost],
     charts: Mapping[str, Sequence[Chart]],
     origin: Mapping[str, str],
@@ -40,8 +42,10 @@ def render(
         compiled: compiled models with a current record.
         offloading: by device.
         promotion: by device.
+        answered: requests with the answers of some candidates side by side.
         costs: by stage.
-        charts: of the sections `impact`, `pareto` and `making` (training and compression).
+        charts: `shipped` of the first screen, and of the sections `impact`, `pareto` and `making` (training and
+            compression).
         origin: commit, command, data, confidence level and energy source.
         search: the search that the candidates come from, if any.
     """
@@ -55,6 +59,7 @@ def render(
     environment.filters["estimate"] = estimate
     environment.filters["figure"] = figure
     environment.filters["label"] = label
+    environment.filters["short"] = short
     metrics = metrics_for(row.record for row in candidates)
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
@@ -67,8 +72,11 @@ def render(
         compiled=compiled,
         offloading={device: replace(row, charts=_safe(row.charts)) for device, row in (offloading or {}).items()},
         promotion=promotion,
+        headline=headline(candidates, compiled),
+        matrix=promotion_matrix([row.name for row in candidates], promotion),
+        answered=answered,
         costs=costs,
-        charts={section: _safe(charts.get(section, ())) for section in ("impact", "pareto", "making")},
+        charts={section: _safe(charts.get(section, ())) for section in ("shipped", "impact", "pareto", "making")},
         origin=origin,
         search=search and replace(search, chart=Markup(search.chart)),
     )

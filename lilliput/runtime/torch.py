@@ -12,13 +12,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.template import end_ids, pad_id, shared_prefix_length
-from lilliput.errors import ArtifactError, DataError
+from lilliput.errors import ArtifactError
 from lilliput.memory import Shape, answering_bytes, scoring_bytes
 from lilliput.models import attention_reach, vocabulary_logits
 from lilliput.resident import free_bytes
 from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.packed import Pack, group_into_packs
-from lilliput.runtime.protocol import Ids
+from lilliput.runtime.protocol import Ids, ScoresByPrediction
 
 PACKED_TOKENS = 6  # per prompt of a batch
 
@@ -43,13 +43,14 @@ class _Prefilled:
     logits: torch.Tensor
 
 
-class TorchRuntime:
+class TorchRuntime(ScoresByPrediction):
     """The Runtime protocol for a PyTorch model; prompts are sorted by length and answered in batches of `batch_size`.
 
     A batch that exceeds free memory, by estimate or in fact, is halved. The results are equal except for rounding.
+    Packing and padding ignore windows and states, so texts that a layer does not see whole run one by one.
 
     Args:
-        model: a causal language model; set to evaluation mode.
+        model: a causal language model that computes in float32; set to evaluation mode.
         tokenizer: its tokenizer.
         batch_size: maximum number of prompts per batch.
         prefix: the usual beginning of prompts; run once, its keys and values are reused by every `stream`.
@@ -68,8 +69,7 @@ class TorchRuntime:
 
     def stats(self) -> dict[str, str]:
         """Returns engine, dtype and threads."""
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return {"engine": f"torch {torch.__version__}", "dtype": dtype, "threads": str(torch.get_num_threads())}
+        return {"engine": f"torch {torch.__version__}", "dtype": "float32", "threads": str(torch.get_num_threads())}
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
@@ -77,9 +77,10 @@ class TorchRuntime:
 
         Raises:
             ArtifactError: a logit is NaN or infinite.
-            DataError: a text is longer than the model's attention window, or a layer is recurrent or convolutional.
         """
-        self._require_within_window(prompts, continuations)
+        pairs = zip(prompts, continuations, strict=True)
+        if not self._sees_whole(max((len(prompt) + len(ids) for prompt, row in pairs for ids in row), default=0)):
+            return super().score(prompts, continuations)
         shared = _shared_length(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
         scores: list[list[float]] = [[] for _ in prompts]
@@ -101,6 +102,10 @@ class TorchRuntime:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
+        if not self._sees_whole(max(map(len, prompts), default=0) + max_tokens):
+            ends = self._end_ids()
+            answers = [[token for token in self.stream(prompt, max_tokens) if token not in ends] for prompt in prompts]
+            return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
         texts = [""] * len(prompts)
         shared = _shared_length(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
@@ -148,7 +153,7 @@ class TorchRuntime:
     def _cached_prefix(self, prompt: Ids) -> tuple[DynamicCache, int]:
         """Returns a cache of the stored prefix as far as `prompt` shares it, without its last token, and the length."""
         length = shared_prefix_length([self._prefix, prompt[:-1]])
-        if not length:
+        if not length or not self._sees_whole(len(self._prefix)):  # a full window cannot be cropped
             return DynamicCache(config=self.model.config), 0
         cache = copy.deepcopy(self._prefix_cache)
         cache.crop(length - len(self._prefix))
@@ -217,7 +222,7 @@ class TorchRuntime:
         )
         hidden = self.model.model(
             input_ids=ids[None],
-            attention_mask=pack.mask(self.model.dtype, self.device),
+            attention_mask=pack.mask(torch.float32, self.device),
             position_ids=positions[None],
             past_key_values=copy.deepcopy(prefix) if pack.shared else None,
             use_cache=bool(pack.shared),
@@ -228,20 +233,9 @@ class TorchRuntime:
         likelihoods = logits[index, targets] - logits.logsumexp(-1)[index]
         return likelihoods.new_zeros(pack.continuations).index_add(0, owners, likelihoods)
 
-    def _require_within_window(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> None:
-        """Raises DataError for texts that a layer does not see whole, because packing ignores windows and states."""
-        window = attention_reach(self.model.config)
-        if not window:
-            raise DataError(
-                f"{type(self.model).__name__} has recurrent or convolutional layers, which would mix texts that are "
-                "scored together; choose a model with attention layers only"
-            )
-        lengths = [len(prompt) + len(ids) for prompt, row in zip(prompts, continuations, strict=True) for ids in row]
-        if max(lengths, default=0) > window:
-            raise DataError(
-                f"a text to score has {max(lengths)} tokens, but the model's attention window is only {window}; remove "
-                "the longest prompts or the examples in them"
-            )
+    def _sees_whole(self, tokens: int) -> bool:
+        """Whether every layer sees a whole text of `tokens` tokens."""
+        return tokens <= attention_reach(self.model.config)
 
     def _decode(self, prefilled: _Prefilled, max_tokens: int) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in range(len(prefilled.mask))]

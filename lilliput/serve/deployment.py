@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lilliput.artifacts import GGUF, MANIFEST, file_sha256, link_or_copy, remove, verify, write_text, writing
 from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingConfig
+from lilliput.config.section import Sha256
 from lilliput.errors import ArtifactError
 from lilliput.offload.fitted_router import ROUTER
 from lilliput.serve.files import ADMIN_TOKEN, CURRENT, MODELS, PREVIOUS, ROUTERS
@@ -27,7 +27,7 @@ class DeployedModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     version: str | None = None
 
 
@@ -53,7 +53,7 @@ class Deployment(BaseModel):
     links: dict[str, LinkConfig]
     profile: DeviceConfig
     system_prompt: str
-    router: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    router: Sha256 | None
     embedder: EmbedderConfig
     threshold: float | None
 

@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lilliput.config.section import matching
 from lilliput.schema_references import check_references
 from lilliput.serve.schema_limits import MOST_DEPTH, check_schema, deeper_than_limit
 from lilliput.tool_calls import argument_validator
 
 MOST_TOOLS = 64
-FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+FunctionName = Annotated[
+    str, matching(r"[A-Za-z0-9_.-]{1,64}", "a name of letters, digits, _, . and -, at most 64 long")
+]
 
 
 class _Part(BaseModel):

@@ -86,7 +86,7 @@ def _states_of_tree(
     eager = model.config._attn_implementation == "eager"
     output = model.model(
         input_ids=tree.ids.to(device),
-        attention_mask=(_as_bias(tree.mask, model.dtype) if eager else tree.mask).to(device),
+        attention_mask=(_as_bias(tree.mask) if eager else tree.mask).to(device),
         position_ids=tree.positions.to(device),
         past_key_values=_prefix_cache(model, ids[:1, :shared], len(tree.ids)),
         use_cache=shared > 0,
@@ -110,9 +110,9 @@ def _states_of_rows(
     return [hidden[is_answer[:, shared:]] for hidden in _states(output, every_layer)]
 
 
-def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the mask that eager attention adds to its scores."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+def _as_bias(mask: torch.Tensor) -> torch.Tensor:
+    """Returns the mask that eager attention adds to its scores, in float32 as all models compute."""
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def _states(output: Any, every_layer: bool) -> Sequence[torch.Tensor]:

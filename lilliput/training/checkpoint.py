@@ -32,11 +32,13 @@ _STRATEGIES = (
     "context",
     "result",
     "hooks",
+    "new_tokens",
 )  # those that train, and their parts
 _CODE = (
     *(f"{folder}/*.py" for folder in _FOLDERS),
     *(f"compress/{name}.py" for name in _STRATEGIES),
     "models.py",
+    "stored_weights.py",
     "statistics/perplexity.py",
 )  # determines examples, losses and steps
 

@@ -101,3 +101,17 @@ def test_the_readme_says_how_functions_are_sent_if_the_template_shows_them(bundl
     write_bundle(folder, compiled[0], checkpoint, compiled[1], SETTINGS)
     assert "6. Functions: llama.cpp's server writes the `tools`" in (folder / "README.md").read_text()
     assert "Functions" not in (bundle / "README.md").read_text()
+
+
+def test_the_licence_s_texts_accompany_the_bundle(bundle, compiled, quantised, tmp_path):
+    source, folder = shutil.copytree(compiled[0], tmp_path / "compiled"), tmp_path / "bundle"
+    folder.mkdir(), (source / "licence").mkdir()
+    (source / "licence" / "TERMS.html").write_text("<p>Terms")
+    write_bundle(folder, source, quantised(), compiled[1], SETTINGS)
+    assert (folder / "licence" / "TERMS.html").read_text() == "<p>Terms"
+    manifest = verify(folder)
+    assert "licence/TERMS.html" in manifest.files
+    assert manifest.size_bytes == read_manifest(bundle).size_bytes + len((folder / "README.md").read_bytes()) - len(
+        (bundle / "README.md").read_bytes()
+    )
+    assert "its text is in licence/ (TERMS.html) and must accompany every copy" in (folder / "README.md").read_text()

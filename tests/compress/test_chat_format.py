@@ -19,7 +19,7 @@ from lilliput.saving import save_model
 from lilliput.training.answer_loss import label_loss
 from lilliput.training.examples import collate, encode_examples
 from tests.contexts import SYSTEM, context
-from tests.families import BOS, CHATML, DATED, DROPS_SYSTEM, GEMMA, OWN_END, TURN_END, make_source
+from tests.families import BEFORE_LAST, BOS, CHATML, DATED, DROPS_SYSTEM, GEMMA, OWN_END, TURN_END, make_source
 
 LOAD = LoadConfig(dtype="float32", seed=0)
 
@@ -168,7 +168,7 @@ def test_loads_the_tiny_model_unchanged(checkpoint, tmp_path):
     assert chat_facts(tokenizer) == {}
 
 
-@pytest.mark.parametrize(("template", "reason"), [(GEMMA, "rejects"), (DROPS_SYSTEM, "drops")])
+@pytest.mark.parametrize(("template", "reason"), [(GEMMA, "rejects"), (DROPS_SYSTEM, "drops"), (BEFORE_LAST, "drops")])
 def test_moves_an_unsupported_system_prompt_into_the_first_user_turn(source, facts, tmp_path, template, reason):
     with pytest.warns(UserWarning, match=f"the chat template {reason} the system prompt"):
         opened = model_and_tokenizer(load(context(source(template, lambda t: setattr(t, "bos_token", BOS))), LOAD))
@@ -246,7 +246,7 @@ def unopened(monkeypatch):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template"),
+        (None, "there is no chat template"),
         ("{{ raise_exception('not today') }}", r"the chat template fails .*TemplateError: not today"),
         ("{{ messages[0].content.nothing.there }}", r"the chat template fails .*UndefinedError"),
         ("{% if %}", r"the chat template fails .*TemplateSyntaxError"),

@@ -193,16 +193,45 @@ def test_the_remedy_fits_the_cause(remedy, tmp_path):
         raise REMEDIES[remedy]
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_built_in_chat_template_replaces_the_models_own_if_it_has_the_tokens(known, checkpoint, tmp_path):
-    model, fetched = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "fetched"
-    if not known:
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (model / file).write_text((model / file).read_text().replace("<|im_end|>", "<|turn_end|>"))
+def test_a_built_in_chat_template_replaces_the_models_own(checkpoint, tmp_path):
+    fetched = tmp_path / "fetched"
     fetched.mkdir()
-    fetch_source(SourceConfig(model=f"path:{model}", chat_template="chatml-tools"), fetched, tmp_path)
-    if known:
-        assert "Functions:" in load(context(fetched), FLOAT32).tokenizer.chat_template
-        return
-    with pytest.raises(SourceError, match=r"chatml-tools needs the tokens .*; this model has no <\|im_end\|>"):
-        load(context(fetched), FLOAT32)
+    fetch_source(SourceConfig(model=f"path:{checkpoint}", chat_template="chatml-tools"), fetched, tmp_path)
+    result = load(context(fetched, chose_template=True), FLOAT32)
+    assert "Functions:" in result.tokenizer.chat_template
+    assert "added_tokens" not in result.facts  # the model has them
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"]},
+            r"family `lfm2`, Lfm2ForCausalLM are not supp.*Qwen3",
+        ),
+        ({"model_type": "never_heard_of"}, r"family `never_heard_of`.*Choose one of a supported family: Cohere"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"quantised as `compressed-tensors`.*GGUF"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantised as `unknown` \(quantization\).*GGUF"),
+    ],
+)
+def test_rejects_unknown_families_and_formats_before_the_weights_are_read(change, message, source):
+    change_config(source, **change)
+    (source / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(SourceError, match=message):
+        load(context(source), FLOAT32)
+
+
+def test_rejects_weights_in_a_format_that_config_json_does_not_mention(source):
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        tensors | {WEIGHT: tensors[WEIGHT].to(torch.float8_e4m3fn)}, source / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(SourceError, match=rf"{WEIGHT} is stored as F8_E4M3, so the weights are quantised.*supported"):
+        load(context(source), FLOAT32)
+
+
+def test_rejects_a_missing_chat_template_before_the_tokenizer_is_opened(source):
+    (source / "chat_template.jinja").unlink()
+    (source / "tokenizer.json").write_text("not read")
+    with pytest.raises(SourceError, match=r"there is no chat template.*set `source\.chat_template: chatml`"):
+        load(context(source), FLOAT32)

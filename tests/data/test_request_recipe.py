@@ -183,14 +183,18 @@ def test_all_problems_are_in_one_message(raw, tmp_path):
         (("functions", "call", "parameters", "name", "items"), "string", "`items` belongs to the type array"),
         (("functions", "buy", "parameters", "items", "items"), None, "`items` belongs to the type array"),
         (("functions", "light", "parameters", "on", "enum"), ["a", "b"], "`enum` belongs to the type string"),
-        (("functions", "call", "missing", "name", "ask"), "Tell me.", "String should match"),
-        (("functions", "call", "say"), ["two  spaces {name}"], "String should match"),
+        (
+            ("functions", "call", "missing", "name", "ask"),
+            "Tell me.",
+            "must be a question that ends with a question mark",
+        ),
+        (("functions", "call", "say"), ["two  spaces {name}"], "must be words with a single space between them"),
         (("functions", "call", "parameters", "name", "kind"), "x", "Extra inputs are not permitted"),
         (("rows", "train", "calls"), "many", "valid integer"),
         (("entities", "number", "numbers", "high"), 0, "`low` must not be above `high`"),
         (("entities", "number", "numbers", "high"), 1e11, "at most 100,000 numbers"),
         (("entities", "unit", "families"), [["alone"]], "at least 2 items"),
-        (("wheels", "names", "sha256"), "x", "String should match"),
+        (("wheels", "names", "sha256"), "x", "must be a sha256: 64 digits"),
     ],
 )
 def test_wrong_values_are_rejected_with_their_place(raw, tmp_path, place, value, problem):

@@ -1,4 +1,4 @@
-"""The tree in the README names every package and module of the code, and nothing that does not exist."""
+"""The tree in docs/code.md names every package and module of the code, and nothing that does not exist."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def tree() -> dict[str, str]:
-    """By folder (`lilliput/serve`) the words that the README's tree has beside it."""
-    text = (PROJECT / "README.md").read_text()
+    """By folder (`lilliput/serve`) the words that the tree has beside it."""
+    text = (PROJECT / "docs" / "code.md").read_text()
     block = text.partition("## The tree")[2].split("```")[1]
     found, top, folder = {}, "", ""
     for line in block.splitlines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import psutil
 import pytest
@@ -32,6 +33,8 @@ from tests.flows.test_kills import (
 )
 
 pytestmark = [pytest.mark.night, pytest.mark.timeout(0)]
+# The stages to kill, by the beginnings of their names: all, unless named, as in `evaluate@,promote`.
+STAGES = tuple(os.environ.get("LILLIPUT_KILL_STAGES", "").split(","))
 # Few steps, so that a stage takes seconds; the quality of the result does not matter.
 BRIEF = {
     "strategies.lora.steps": 4,
@@ -84,61 +87,85 @@ def commands(clone: Clone) -> dict[str, list[str]]:
     return {stage.name: stage.cmd.split()[2:] for stage in order}
 
 
-def wait_for_stage(clone: Clone, flow: subprocess.Popen[bytes], command: list[str]) -> bool:
-    """Waits until the process of `command` runs; returns False if `flow` ended before."""
+def running_stages(clone: Clone, names: Mapping[str, list[str]]) -> list[str]:
+    """Returns which of the stages `names` have a process now."""
+    lines = []
+    for process in marked(clone):
+        with contextlib.suppress(psutil.Error):
+            lines.append(process.cmdline())
+    return [
+        name
+        for name, command in names.items()
+        if any(line[-len(command) :] == command and "-m" in line for line in lines)
+    ]
+
+
+def wait_for_stage(clone: Clone, flow: subprocess.Popen[bytes], pending: Mapping[str, list[str]]) -> str | None:
+    """Waits until the process of one of the stages `pending` runs; returns its name, or None if `flow` ended before."""
     while flow.poll() is None:
-        if any(_is(process, command) for process in marked(clone)):
+        if running := running_stages(clone, pending):
+            return running[0]
+        time.sleep(0.05)
+    return None
+
+
+def wait_for_moment(clone: Clone, name: str, command: list[str], seconds: float) -> bool:
+    """Waits for `seconds`, or until the stage's process ends; returns whether it still ran at the last look."""
+    deadline = time.monotonic() + seconds
+    while running_stages(clone, {name: command}):
+        if time.monotonic() >= deadline:
             return True
-        time.sleep(0.1)
+        time.sleep(0.05)
     return False
+
+
+def durations(clone: Clone, flow: subprocess.Popen[bytes], names: Mapping[str, list[str]]) -> dict[str, float]:
+    """Returns the seconds that each stage of an undisturbed flow runs, 0 for one that ended between two looks."""
+    seen: dict[str, list[float]] = {}
+    while flow.poll() is None:
+        for name in running_stages(clone, names):
+            now = time.monotonic()
+            seen.setdefault(name, [now, now])[1] = now
+        time.sleep(0.05)
+    return {name: seen[name][1] - seen[name][0] if name in seen else 0.0 for name in names}
 
 
 def test_the_default_graph_killed_once_in_each_stage_ends_with_the_undisturbed_result(project, tmp_path):
     log, rng = tmp_path / "flow.log", random.Random(SEED)
     undisturbed = start(project, log)
-    started, seconds, names = time.monotonic(), {}, commands(project)
-    pending = dict(names)
-    while pending and undisturbed.poll() is None:  # start and end of each stage, to draw a moment between them
-        for name, command in list(pending.items()):
-            running = any(_is(process, command) for process in marked(project))
-            if running:
-                seconds.setdefault(name, [time.monotonic(), 0.0])[1] = time.monotonic()
-            elif name in seconds:
-                pending.pop(name)
-        time.sleep(0.1)
+    started, names = time.monotonic(), commands(project)
+    seconds = durations(project, undisturbed, names)
     ended_within(undisturbed, math.inf)
     assert undisturbed.returncode == 0, log.read_text()[-3000:]
+    assert sum(map(bool, seconds.values())) > 0.8 * len(names), seconds
     expected, problems = result(project), find_problems(project)
-    log_event(undisturbed_s=round(time.monotonic() - started), stages=len(names), seen=len(seconds))
+    log_event(undisturbed_s=round(time.monotonic() - started), stages=len(names))
     reset(project)
-    order = sorted(seconds, key=lambda name: seconds[name][0])
-    assert set(order) == set(names)
-    for name in order:
+    pending = {name: command for name, command in names.items() if name.startswith(STAGES)}
+    missed = 0
+    while pending:
         flow = start(project, log)
-        if not wait_for_stage(project, flow, names[name]):
-            problems.append(f"{name} was not reached: {log.read_text()[-2000:]}")
+        name = wait_for_stage(project, flow, pending)
+        if name is None:
+            problems.append(f"{', '.join(pending)}: not reached: {log.read_text()[-2000:]}")
             log_event(problem=problems[-1])
-            continue
-        first, last = seconds[name]
-        moment = rng.uniform(0.0, last - first)
-        time.sleep(moment)
+            break
+        moment = rng.uniform(0.0, 0.8) * seconds[name]  # the machine may be less busy than in the undisturbed run
+        hit = wait_for_moment(project, names[name], moment)
         os.killpg(flow.pid, signal.SIGKILL)
         flow.wait()
         faults = [f"still runs: {process}" for process in remaining_processes(project)] + find_problems(project)
-        log_event(stage=name, after_s=round(moment, 1), wrong=faults)
+        log_event(stage=name, after_s=round(moment, 1), hit=hit, wrong=faults)
         problems += faults
+        # Stages that ended before their kill will not run again.
+        done = {name} | (pending.keys() - dvc_status(project.folder).keys())
+        missed += len(done) - hit
+        pending = {other: command for other, command in pending.items() if other not in done}
     flow = start(project, log)
     ended_within(flow, math.inf)
     assert flow.returncode == 0, log.read_text()[-3000:]
     same = result(project) == expected and not dvc_status(project.folder)
-    log_event(same=same)
+    log_event(same=same, missed=missed)
     assert not problems, problems
     assert same
-
-
-def _is(process: psutil.Process, command: list[str]) -> bool:
-    try:
-        line = process.cmdline()
-    except psutil.Error:
-        return False
-    return line[-len(command) :] == command and "-m" in line
+    assert missed <= len(names) // 4, f"{missed} of {len(names)} stages ended before their kill: a busy machine"

@@ -58,7 +58,7 @@ def test_a_run_rejects_mistakes_before_its_first_stage(planned, monkeypatch):
 def params_with(tmp_path, monkeypatch):
     """Returns a function that writes params.yaml with replacements, for a project in which nothing ran."""
     text, project = (workspace.PROJECT / "examples/tiny.yaml").read_text(), tmp_path / "project"
-    for name in ("lilliput", "tasks", "corpora"):
+    for name in ("lilliput", "tasks", "corpora", "chat_templates"):
         (project / name).mkdir(parents=True)
     for name in ("dvc.yaml", ".dvcignore"):
         (project / name).write_text("")

@@ -12,6 +12,7 @@ from lilliput.records import (
     TrialRecord,
 )
 from lilliput.report import charts
+from lilliput.report.first_screen import AnsweredRow, JudgedAnswer, shipped
 from lilliput.report.page import render
 from lilliput.report.rows import CandidateRow, CompiledRow, DifferenceRow, LossRow, SearchRow
 from tests import results
@@ -133,16 +134,29 @@ def report_html(effects):
         device="phone-4gb", champion="pocket", reason="fits, and has the best accuracy", refused={"lora": LONG_REASON}
     )
     nobody = Decision(device="board", champion=None, reason="nobody is eligible", refused={})
+    candidates = [candidate(name) for name in NAMES]
     cost = Cost(seconds=135.0, cpu_seconds=247.0, peak_rss_bytes=2**31)
     return render(
-        candidates=[candidate(name) for name in NAMES],
+        candidates=candidates,
         differences=[difference(name, metric, 0.3, 0.1, True) for name in list(NAMES)[1:] for metric in metrics],
         losses=[LossRow("gptq", "base", "tool_calls", "accuracy", results.difference(-0.2, -0.3, -0.1), 0.004)],
         caching={"pocket": caching()},
         compiled=[compiled()],
+        answered=[
+            AnsweredRow(
+                "What is the capital of Iceland?",
+                "Reykjavik",
+                {
+                    "base": JudgedAnswer("The capital of Iceland is a matter of dispute. " * 3, "wrong"),
+                    "lora": JudgedAnswer("Reykjavik", "right"),
+                    "pocket": JudgedAnswer("I don't know.", "abstains"),
+                },
+            )
+        ],
         promotion={"phone-4gb": decision, "board": nobody},
         costs={f"{step} {name}": cost for name in NAMES for step in ("compress", "evaluate")},
         charts={
+            "shipped": [charts.shipped([shipped(row, [compiled()]) for row in candidates], "accuracy_choice")],
             "impact": [effects],
             "pareto": [charts.Chart("Choice accuracy against size", front, "On the front: lora, pocket.")],
             "making": [loss],

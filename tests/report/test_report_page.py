@@ -13,6 +13,8 @@ from lilliput.report.rows import DifferenceRow
 from tests import results
 
 SECTIONS = {
+    "Accuracy and size",
+    "Answers side by side",
     "Candidate graph",
     "Promoted",
     "Order: results of the search",
@@ -74,7 +76,7 @@ def test_the_contents_name_every_section_that_is_there(elements):
 
 def test_every_table_has_a_caption_and_every_heading_a_scope(elements):
     tables, captions = elements.all("table"), elements.all("caption")
-    assert len(tables) == len(captions) == 14
+    assert len(tables) == len(captions) == 15
     assert {heading.get("scope") for heading in elements.all("th")} == {"col", "row"}
     regions = [region for region in elements.all("div") if region.get("role") == "region"]
     assert [(region["tabindex"], region["aria-label"]) for region in regions] == [("0", it["text"]) for it in captions]
@@ -119,9 +121,9 @@ def test_a_loss_names_its_rows_its_interval_and_the_corrected_p(elements):
 
 def test_every_picture_has_words(elements):
     words = [picture["aria-label"] for picture in elements.all("div") if picture.get("role") == "img"]
-    assert len(words) == len(elements.all("figure")) == len(elements.all("svg")) == 4
-    assert "More: lora against base. No difference shown: gptq against base." in words[1]
-    assert "lora: 4 at step 1, 0.5 at step 60, at most 4.5 at step 2." in words[3]
+    assert len(words) == len(elements.all("figure")) == len(elements.all("svg")) == 5
+    assert "More: lora against base. No difference shown: gptq against base." in words[2]
+    assert "lora: 4 at step 1, 0.5 at step 60, at most 4.5 at step 2." in words[4]
 
 
 def test_the_graph_nests_candidates_below_parents_and_names_champions(report_html):
@@ -133,10 +135,18 @@ def test_the_graph_nests_candidates_below_parents_and_names_champions(report_htm
 
 
 def test_an_arrow_is_better_or_worse_in_words_not_by_colour_alone(elements):
-    arrows = [cell for cell in elements.all("td") if {"better", "worse"} & set(cell.get("class", "").split())]
+    arrows = [cell for cell in elements.all("td") if "arrow" in cell.get("class", "") and cell["class"] != "arrow"]
     assert arrows
     for cell in arrows:
         assert cell["class"].split()[1] in cell["text"]
+
+
+def test_an_answer_is_judged_in_words_not_by_colour_alone(elements):
+    colours = {"better": "right", "worse": "wrong"}
+    answers = [cell for cell in elements.all("td") if cell.get("class") in colours]
+    assert {cell["class"] for cell in answers} == set(colours)
+    for cell in answers:
+        assert cell["text"].startswith(colours[cell["class"]])
 
 
 def test_the_page_needs_nothing_from_elsewhere(report_html, elements):

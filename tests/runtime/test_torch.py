@@ -1,9 +1,9 @@
 import pytest
 import torch
-from transformers import Lfm2Config
+from transformers import MistralConfig
 
 from lilliput.chat.template import encode_answer, encode_prompt
-from lilliput.errors import ArtifactError, DataError
+from lilliput.errors import ArtifactError
 from lilliput.models import random_model
 from lilliput.runtime.torch import TorchRuntime
 
@@ -50,19 +50,32 @@ def test_prompts_without_a_common_prefix(opened):
     assert actual[1][0] == pytest.approx(plain_score(opened[0], [9, 8], [4]), abs=1e-4)
 
 
-def test_texts_longer_than_the_attention_window_are_rejected(opened, monkeypatch):
-    monkeypatch.setattr(opened[0].config, "sliding_window", 4, raising=False)
-    runtime = TorchRuntime(*opened, 4)
-    assert runtime.score([[5, 6]], [[[3, 4]]])
-    with pytest.raises(DataError, match=r"5 tokens.* only 4"):
-        runtime.score([[5, 6, 7]], [[[3, 4]]])
+@pytest.fixture
+def short_sighted(opened):
+    """A model whose layers see four tokens, and the tokenizer."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(**shape, num_hidden_layers=2, vocab_size=49152, sliding_window=4, initializer_range=0.3)
+    return random_model(config, seed=0).eval(), opened[1]
 
 
-def test_models_with_convolutions_are_rejected(opened):
-    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40}
-    config = Lfm2Config(**shape, num_hidden_layers=2, layer_types=["conv", "full_attention"])
-    with pytest.raises(DataError, match="Lfm2ForCausalLM has recurrent or convolutional layers"):
-        TorchRuntime(random_model(config, seed=0), opened[1], 4).score([[5, 6]], [[[3]]])
+def test_texts_longer_than_the_attention_window_are_scored_one_by_one(short_sighted):
+    prompts, options = [[5, 6, 7, 8, 9, 10], [5, 6, 7]], [[[3, 4], [11]], [[4, 9, 12]]]
+    actual = TorchRuntime(*short_sighted, 4).score(prompts, options)
+    for prompt, choices, scores in zip(prompts, options, actual, strict=True):
+        assert scores == pytest.approx([plain_score(short_sighted[0], prompt, ids) for ids in choices], abs=1e-4)
+
+
+def test_answers_longer_than_the_attention_window_equal_plain_ones(short_sighted):
+    model, tokenizer = short_sighted
+    prompts = [[5, 6, 7, 8, 9, 10], [5, 6, 7]]
+    texts = TorchRuntime(model, tokenizer, 4).generate(prompts, 5)
+    streams = [list(TorchRuntime(model, tokenizer, 4, prefix=prompts[0]).stream(prompt, 5)) for prompt in prompts]
+    for prompt, text, stream in zip(prompts, texts, streams, strict=True):
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert stream == ids[len(prompt) :][: len(stream)]
+        assert text == tokenizer.decode(stream, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])

@@ -68,6 +68,9 @@ class Project:
     def set_questions(self, questions):
         layout.DATA.mkdir(exist_ok=True)
         layout.QUESTIONS.write_text(questions)
+        for name in ("train", "calibration"):
+            (layout.DATA / f"{name}.jsonl").write_text(name)
+        (layout.DATA / "summary.json").write_text(json.dumps({"questions": {"rows": QUESTIONS}}))
 
     def evaluate(self, right, energy_j=5.0, sizes=SIZES):
         """Writes evaluations in which the first `right[name]` questions are answered correctly, and registers them."""
@@ -132,7 +135,7 @@ def test_champion_and_challenger_get_aliases_and_reasons(project, device):
     promote(project.params(device))
     assert aliases(device) == (versions["b"], versions["a"], None)
     assert "best accuracy (0.700)" in reason_of(versions["b"], "promoted", device)
-    assert "prefers accuracy, where b is ahead" in reason_of(versions["a"], "refused", device)
+    assert "b is ahead in accuracy, which decides" in reason_of(versions["a"], "refused", device)
     assert promotion_of(device)["challenger"] == "a"
     promote(project.params("laptop"))
     assert aliases(device) == (None, None, None)  # of a device that params.yaml no longer has
