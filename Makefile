@@ -75,6 +75,7 @@ $(INSTALLED): requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|setuptools|wheel)==' requirements.lock)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # PyPI's torch for Linux has CUDA. Another index may have a build without it, so that is checked before the rest.

@@ -86,7 +86,7 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
     from lilliput.serve.deployment import read_current, remove_unused
     from tasks.process.folder_lock import folder_lock
 
-    folder = _folder(params_file)
+    folder = folder_of(params_file)
     params = load_params(folder / "params.yaml")
     if device not in params.serving:  # before MLflow is imported
         known = ", ".join(params.serving) or "none"
@@ -322,7 +322,8 @@ def _error_message(status: int, answer: bytes) -> str:
         return f"status {status}"
 
 
-def _folder(params_file: Path) -> Path:
+def folder_of(params_file: Path) -> Path:
+    """Returns the folder of `params_file`'s results: the project, or the file's workspace."""
     if params_file.resolve() == PROJECT / "params.yaml":
         return PROJECT
     return PROJECT / "workspaces" / params_file.stem
@@ -351,7 +352,7 @@ def main(
     """Serve DEVICE's champion at http://127.0.0.1:8080, or switch the running gateway to a new one."""
     if rollback + show_status + end + clear_cache > 1:
         fail("--rollback, --status, --stop and --clear-cache exclude each other; name one", 2)
-    home = _folder(params) / DEPLOYMENTS / device
+    home = folder_of(params) / DEPLOYMENTS / device
     try:
         if end:
             return print(stop(home))
