@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from lilliput.errors import ArtifactError
+from lilliput.errors import ArtifactError, message_of
 from lilliput.records import Record
 from lilliput.untrusted import require_harmless
 
@@ -320,7 +320,7 @@ def parse_record(kind: type[Content], content: str | bytes, file: str, remedy: s
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
+        message = message_of(problem)
         raise ArtifactError(": ".join(filter(None, (file, place, message))) + remedy) from None
 
 

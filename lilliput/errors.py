@@ -14,6 +14,14 @@ LilliputError            exit code 2: the message says what, where and what to d
     └── TemporaryError   a download failed; another attempt may succeed
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+
+def message_of(problem: Mapping[str, Any]) -> str:
+    """Returns the message of a problem that pydantic found, without pydantic's label for our own messages."""
+    return str(problem["msg"]).removeprefix("Value error, ")
+
 
 class LilliputError(Exception):
     """A problem that the user can solve; any other exception is a bug and keeps its traceback."""

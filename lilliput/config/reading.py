@@ -14,7 +14,7 @@ from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.events import AliasEvent
 
 from lilliput.config.section import Model, Section
-from lilliput.errors import ConfigError
+from lilliput.errors import ConfigError, message_of
 from lilliput.redaction import has_credentials, redacted, secrets_in
 
 MAX_BYTES = 1 << 20  # 100 times the largest file of this project
@@ -122,7 +122,7 @@ def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str
         return f"{file}: {place}: unknown key{_suggestion(problem['loc'], model)}; remove it or correct its name"
     if problem["type"] == "missing":
         return f"{file}: {place}: missing; add it (docs/configuration.md shows every key)"
-    message = f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')}"
+    message = f"{file}: {place}: {message_of(problem)}"
     # A rule about several keys has all of them as input, too long for a message.
     return redacted(message if isinstance(problem["input"], dict) else f"{message}; found {problem['input']!r:.80}")
 

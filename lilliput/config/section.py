@@ -37,9 +37,10 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST_INT)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST_INT)]
 # A model outside wheels, named completely, except that files of a path may change.
-PINNED_MODEL = r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|path:[^\x00]+"
+_HUB_NAME = r"hub:\w[\w.-]*/\w[\w.-]*"
+PINNED_MODEL = rf"{_HUB_NAME}@[0-9a-f]{{40}}|path:[^\x00]+"
 # A model of the hub without a commit, or with a branch or tag, which may move.
-MOVING_MODEL = r"hub:[\w.-]+/[\w.-]+(@[\w][\w./-]*)?"
+MOVING_MODEL = rf"{_HUB_NAME}(@\w[\w./-]*)?"
 PositiveFloat = Annotated[float, Field(ge=SMALLEST_FLOAT, le=LARGEST_FLOAT)]
 NotNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # range accepted by NumPy, scikit-learn and torch

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from lilliput.data.jsonl import index_lines
 from lilliput.data.lazy import Lazy
-from lilliput.errors import DataError
+from lilliput.errors import DataError, message_of
 
 RowType = TypeVar("RowType", bound=BaseModel)
 _JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True)  # json.dumps would create an encoder per row
@@ -138,7 +138,5 @@ def explain(error: ValidationError) -> str:
             return f"the key `{key}` is missing; add it"
         case "extra_forbidden":
             return f"unknown key `{key}`; remove it or correct its name"
-        case "string_pattern_mismatch":
-            return f"`{key}` is empty; fill it in"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = message_of(problem)
     return f"`{key}`: {message}" if key else message

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from lilliput.config import LinkConfig, Section
 from lilliput.config.section import LinkName, NotNegativeFloat
-from lilliput.errors import DataError
+from lilliput.errors import DataError, message_of
 from lilliput.offload.links import active_j, latency_s, tail_j
 from lilliput.offload.outcomes import quality, request_of
 from lilliput.offload.policy import Conditions, Router, RoutingDecision
@@ -133,7 +133,7 @@ def read_trace(path: Path, questions: Iterable[str], links: Iterable[str]) -> li
             event = Event.model_validate_json(line)
         except ValidationError as error:
             problem = error.errors()[0]
-            raise DataError(f"{path}:{number}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+            raise DataError(f"{path}:{number}: {'.'.join(map(str, problem['loc']))}: {message_of(problem)}") from None
         if event.id not in known_questions or event.link not in known_links:
             unknown = f"question {event.id!r}" if event.id not in known_questions else f"link {event.link!r}"
             raise DataError(f"{path}:{number}: the {unknown} is unknown; use one that the stage `offload` recorded")

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lilliput.config import Model, Section, WheelPin, read_yaml
 from lilliput.config.section import matching
-from lilliput.errors import DataError
+from lilliput.errors import DataError, message_of
 from lilliput.recipes.request_checks import problems
 from lilliput.recipes.request_recipe import RequestRecipe
 
@@ -138,7 +138,7 @@ def _validate(raw: object, path: Path, model: type[Model]) -> Model:
         # Through JSON, because strict validation accepts a JSON list as a tuple.
         return model.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, p['loc'])) or 'top level'}: {p['msg']}" for p in error.errors()]
+        lines = [f"{path}: {'.'.join(map(str, p['loc'])) or 'top level'}: {message_of(p)}" for p in error.errors()]
         raise _invalid(lines) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a recipe of plain values: {error}") from None

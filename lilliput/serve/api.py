@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lilliput.errors import LilliputError
+from lilliput.errors import LilliputError, message_of
 from lilliput.serve.backends import Backend, BackendFailed
 from lilliput.serve.chat import Chat
 from lilliput.serve.chat_endpoint import (
@@ -207,7 +207,7 @@ def _model(name: str) -> dict[str, Any]:
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     fault = _clearest_fault(error.errors())
-    message, location = fault["msg"].removeprefix("Value error, "), fault["loc"]
+    message, location = message_of(fault), fault["loc"]
     if fault["type"] == "json_invalid":
         return error_response(400, f"body: not JSON, from character {location[-1]} on", "invalid_request_error")
     if len(location) == 1 and "json" not in request.headers.get("content-type", ""):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lilliput.config.section import matching
+from lilliput.errors import message_of
 from lilliput.schema_references import check_references
 from lilliput.serve.schema_limits import MOST_DEPTH, check_schema, deeper_than_limit
 from lilliput.tool_calls import argument_validator
@@ -61,7 +62,7 @@ def _check_tool(raw: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(f"{place}: {message_of(first)}") from None
     return raw
 
 

@@ -24,7 +24,7 @@ def row(**changes: object) -> str:
         ("{", "Invalid JSON"),
         (row(question=...), "the key `question` is missing"),
         (row(anwser="Paris"), "unknown key `anwser`"),
-        (row(question="  "), "`question` is empty"),
+        (row(question="  "), "`question`: must be a text that is not blank"),
         (row(answer=None), "needs an `answer`"),
         (row(answerable=False), "unanswerable question has no `answer`"),
         (row(answer="Nice"), "do not contain the answer 'Nice'"),

@@ -96,7 +96,7 @@ def test_the_edge_server_s_address_must_not_contain_credentials(url):
 
 @pytest.mark.parametrize("url", ["https://host?key=1", "https://host/#a", "ftp://host", "https://"])
 def test_the_edge_server_s_address_must_accept_appended_paths(url):
-    with pytest.raises(ValueError, match="pattern"):
+    with pytest.raises(ValueError, match="must be an address that begins with http:// or https://"):
         EdgeConfig(url=url, model="m")
 
 
