@@ -151,7 +151,7 @@ def test_the_default_graph_killed_once_in_each_stage_ends_with_the_undisturbed_r
             log_event(problem=problems[-1])
             break
         moment = rng.uniform(0.0, 0.8) * seconds[name]  # the machine may be less busy than in the undisturbed run
-        hit = wait_for_moment(project, names[name], moment)
+        hit = wait_for_moment(project, name, names[name], moment)
         os.killpg(flow.pid, signal.SIGKILL)
         flow.wait()
         faults = [f"still runs: {process}" for process in remaining_processes(project)] + find_problems(project)
