@@ -119,25 +119,22 @@ class ToolCallFigures(Record):
     needless: Figure
 
 
-class EvaluationRecord(Record):
-    """metrics/<candidate>.json: the four metrics of a candidate.
-
-    Attributes:
-        sha256: of the measured artefact.
-        parameters: number before packing.
-        contaminated_questions: None in a record of an older version; `empty_answers` likewise.
-        by_kind: figures by kind of row; empty in a record of an older version.
-        tool_calls: None without rows that have functions.
-        benchmarks: by task, a figure per metric, `seconds` and `items_per_s`.
-        fits: by device; `devices_served` is the share of devices that it fits.
-        runtime_details: engine, dtype and threads.
-        does_not_fit: why a compiled model does not fit its device; not on disk.
-    """
-
+class _Measured(Record):
     candidate: str
     sha256: str
     size_bytes: int
     parameters: int
+
+
+class Quality(Record):
+    """What a model's answers are worth.
+
+    Attributes:
+        contaminated_questions: None in a record of an older version; `empty_answers` likewise.
+        by_kind: figures by kind of row; empty in a record of an older version.
+        tool_calls: None without rows that have functions.
+    """
+
     accuracy_choice: Figure
     accuracy_free: Figure
     hallucination_rate: Figure
@@ -148,6 +145,20 @@ class EvaluationRecord(Record):
     perplexity: Perplexity | None = None
     by_kind: dict[str, KindFigures] = Field(default_factory=dict)
     tool_calls: ToolCallFigures | None = None
+
+
+class EvaluationRecord(Quality, _Measured):
+    """metrics/<candidate>.json: the four metrics of a candidate.
+
+    Attributes:
+        sha256: of the measured artefact.
+        parameters: number before packing.
+        benchmarks: by task, a figure per metric, `seconds` and `items_per_s`.
+        fits: by device; `devices_served` is the share of devices that it fits.
+        runtime_details: engine, dtype and threads.
+        does_not_fit: why a compiled model does not fit its device; not on disk.
+    """
+
     benchmarks: dict[str, dict[str, Figure | float]] = Field(default_factory=dict)
     energy_per_query_j: Energy
     energy_per_token_j: Energy
@@ -226,12 +237,21 @@ class DeviceRun(Record):
 
 
 class DeviceRecord(_Compiled):
-    """metrics/devices/<name>.json: the runs of a compiled model by device. `sha256` is that of its artefact."""
+    """metrics/devices/<name>.json: what a compiled model answers, and its runs by device.
+
+    Attributes:
+        sha256: of the compiled model.
+        emulated: what of a device is emulated, and what is not.
+        quality: of its answers, through its own runtime; None in a record of an older version.
+        benchmarks: by task, a figure per metric, `seconds` and `items_per_s`.
+    """
 
     sha256: str
     size_bytes: int
     emulated: str
     devices: dict[str, DeviceRun]
+    quality: Quality | None = None
+    benchmarks: dict[str, dict[str, Figure | float]] = Field(default_factory=dict)
     seconds: float
     cpu_seconds: float
     peak_rss_bytes: int

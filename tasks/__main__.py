@@ -19,8 +19,8 @@ from lilliput.artifacts import describe_full_disk, disk_is_full, require_room
 from lilliput.child import end_with_stdin
 from lilliput.config import Params
 from lilliput.errors import ConfigError, LilliputError
-from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.params import load_params
+from lilliput.public_benchmarks.run import require_benchmarks
 from lilliput.redaction import redacted
 from tasks import layout
 from tasks.process.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPORARY, EXIT_TERMINATED, logging_to
@@ -91,7 +91,7 @@ def compile_(name: Compiled) -> None:
 
 @app.command()
 def devices(name: Compiled) -> None:
-    """Measure a compiled model on each device that runs its target, into metrics/devices/<name>.json."""
+    """Ask a compiled model all questions and measure it on its devices, into metrics/devices/<name>.json."""
     _run("devices", "devices", name)
 
 

@@ -9,7 +9,7 @@ from lilliput.config import Params
 from lilliput.contamination import find_contaminated
 from lilliput.data.corpus import read_corpus
 from lilliput.data.jsonl import write_rows
-from lilliput.evaluate.record import evaluate_candidate
+from lilliput.evaluate_candidate import evaluate_candidate
 from tasks import layout
 
 

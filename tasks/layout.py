@@ -84,6 +84,11 @@ def compiled(candidate: str, target: str) -> Path:
     return Path("compiled") / candidate / target
 
 
+def compiled_answers(compiled_name: str) -> Path:
+    """The answer of a compiled model, for example `pocket-gguf`, to each question."""
+    return Path("answers/compiled") / f"{compiled_name}.jsonl"
+
+
 def devices(compiled_name: str) -> Path:
     """Measurements of a compiled model, for example `pocket-gguf`, on each device of its target."""
     return Path("metrics/devices") / f"{compiled_name}.json"

@@ -6,6 +6,7 @@ The stage `promote`, which `dvc repro` and the flow democratize run, and flows/p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mlflow.entities.model_registry import ModelVersion
 
@@ -13,14 +14,14 @@ from lilliput.artifacts import write_json
 from lilliput.config import Params
 from lilliput.errors import ArtifactError, ConfigError
 from lilliput.promote import decide
-from lilliput.records import CompiledChampion, Decision, EvaluationRecord, Promotion
+from lilliput.records import CompiledChampion, Decision, Promotion
 from tasks import layout
 from tasks.records import device_record, find_promotions
 from tasks.registry import approvals, model_versions, outbox
 from tasks.registry.approvals import ApprovalAnswer, Proposal
-from tasks.registry.candidates import CandidatePool, read_candidate_pool
+from tasks.registry.candidates import CandidatePool, CandidatesOnDevice, read_candidate_pool
 from tasks.registry.model_versions import CHALLENGER, CHAMPION, PREVIOUS
-from tasks.registry.past_champion import read_past_champion, record_on_device
+from tasks.registry.past_champion import read_past_champion
 
 
 @model_versions.translate_errors()
@@ -79,7 +80,7 @@ def roll_back(params: Params, device: str, reason: str) -> None:
             refused = {pool.name_of(champion): f"rolled back by hand {dated_reason}"}
             approvals.veto(replaced, device, f"rolled back by hand {dated_reason}", params)
         restored_because = f"restored by hand in place of {''.join(refused) or 'no champion'} {dated_reason}"
-        approvals.hold(restored, device, restored_because, params, _records_on(device, pool))
+        approvals.hold(restored, device, restored_because, params, pool.on_device(device).basis)
         for alias, version in {CHAMPION: restored, PREVIOUS: replaced, CHALLENGER: None}.items():
             model_versions.set_alias(f"{alias}{device}", version)
         decision = Decision(device=device, champion=pool.name_of(previous), reason=restored_because, refused=refused)
@@ -130,17 +131,20 @@ def _apply_rules(device: str, pool: CandidatePool) -> Decision:
     """Returns the decision by evaluations, rules, vetoes and holds."""
     # The versions of a search were never served, so its chains are compared with the base only.
     champion = None if layout.SEARCH.exists() else model_versions.version_of(f"{CHAMPION}{device}")
-    records, impossible = device_records = _records_on(device, pool)
-    impossible = impossible | {
+    candidates = pool.on_device(device)
+    device_records = candidates.basis
+    vetoed = {
         name: why for name, tags in pool.tags.items() if (why := approvals.veto_reason(tags, device, pool.params))
     }
+    candidates = replace(candidates, impossible={**candidates.impossible, **vetoed})
     if champion is None:
-        return decide(device, pool.params.promotion[device], records, pool.base_reference(), impossible)
+        base = pool.base_reference(candidates)
+        return decide(device, pool.params.promotion[device], candidates.records, base, candidates.impossible)
     name = pool.name_of(champion)
     if why := approvals.hold_reason(champion.tags, device, pool.params, device_records):
         others = {other: f"{name} was {why}" for other in pool.versions if other != name}
-        return Decision(device=device, champion=name, reason=why, refused=others | impossible)
-    decision = _compare_with_champion(champion, device, pool, records, impossible)
+        return Decision(device=device, champion=name, reason=why, refused=others | dict(candidates.impossible))
+    decision = _compare_with_champion(champion, device, pool, candidates)
     if decision.champion is None or not approvals.is_settled(champion.tags, device, pool.params, device_records):
         return decision
     if decision.champion == name:
@@ -153,8 +157,7 @@ def _compare_with_champion(
     champion: ModelVersion,
     device: str,
     pool: CandidatePool,
-    records: Mapping[str, EvaluationRecord],
-    impossible: Mapping[str, str],
+    candidates: CandidatesOnDevice,
 ) -> Decision:
     """Returns the decision relative to `champion`, which is a candidate or is read back from MLflow."""
     name, rules = pool.name_of(champion), pool.params.promotion[device]
@@ -162,10 +165,18 @@ def _compare_with_champion(
         try:
             past = read_past_champion(pool.params, device, champion)
         except ArtifactError as error:
-            decision = decide(device, rules, records, pool.base_reference(), impossible)
+            base = pool.base_reference(candidates)
+            decision = decide(device, rules, candidates.records, base, candidates.impossible)
             return _without_comparison(decision, name, str(error))
-        pool, records = pool.with_past_champion(name, past), {**records, name: past.on_device}
-    return decide(device, rules, records, pool.base_reference(), impossible, pool.champion_reference(name))
+        pool, candidates = pool.with_past_champion(name, past), candidates.with_past_champion(name, past)
+    return decide(
+        device,
+        rules,
+        candidates.records,
+        pool.base_reference(candidates),
+        candidates.impossible,
+        pool.champion_reference(name, candidates),
+    )
 
 
 def _without_comparison(decision: Decision, champion: str, why: str) -> Decision:
@@ -174,24 +185,6 @@ def _without_comparison(decision: Decision, champion: str, why: str) -> Decision
     if decision.champion is None:
         return decision.model_copy(update={"champion": champion, "reason": f"stays: no candidate is eligible; {note}"})
     return decision.model_copy(update={"reason": f"{decision.reason}; {note}"})
-
-
-def _records_on(device: str, pool: CandidatePool) -> tuple[dict[str, EvaluationRecord], dict[str, str]]:
-    """Returns the candidates' records on `device`, and the reasons why it cannot run the others.
-
-    If the device runs a compiled model, size, energy and fit are those of that model, measured as the device.
-    """
-    params = pool.params
-    target = params.target_of(device)
-    records, impossible = dict(pool.records), {}
-    for name, record in pool.records.items() if target else ():
-        compiled = f"{name}-{target}"
-        measured = device_record(params, compiled) if compiled in params.compile else None
-        if measured is None:
-            impossible[name] = f"not compiled for {target}; add {compiled} under `compile`"
-        else:
-            records[name] = record_on_device(params, device, record, measured)
-    return records, impossible
 
 
 def _carry_out(device: str, decision: Decision, pool: CandidatePool) -> None:
@@ -211,7 +204,7 @@ def _carry_out(device: str, decision: Decision, pool: CandidatePool) -> None:
         elif name in decision.refused:
             approvals.record_refused(version, device, decision.refused[name])
     if champion and (before is None or str(before.version) != champion):
-        approvals.mark_settled(champion, device, pool.params, _records_on(device, pool))
+        approvals.mark_settled(champion, device, pool.params, pool.on_device(device).basis)
     model_versions.set_alias(f"{CHALLENGER}{device}", versions.get(decision.challenger or ""))
     if model_versions.move_champion(device, champion):
         outbox.add(device, decision, champion, pool.name_of(before) if before else None)

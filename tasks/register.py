@@ -55,6 +55,7 @@ def register(params: Params) -> None:
                     version,
                     layout.compiled(name, config.target),
                     layout.devices(compiled),
+                    layout.compiled_answers(compiled),
                     run_metrics.device_metrics(config.target, measured),
                 )
     write_json(layout.REGISTRY, versions)

@@ -19,7 +19,7 @@ from lilliput.report.first_screen import answered_side_by_side, shipped
 from lilliput.report.impact import metrics_for
 from lilliput.report.page import render
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
-from lilliput.statistics.compare import compare, losses
+from lilliput.statistics.compare import QUALITY, compare, losses
 from tasks import layout
 from tasks.records import caching_record, device_record, find_registry, offload_record, read_evaluation
 from tasks.registry.lineage_tags import git_commit
@@ -37,9 +37,13 @@ def report(params: Params) -> None:
     promotion = read_record(Promotions, layout.PROMOTION)
     histories = {name: read_history(layout.model(name)) for name in names}
     caching = {name: record for name in names if (record := caching_record(params, name))}
-    compiled = [row for name in params.compile if (row := _compiled(params, name))]
-    offloading = {device: row for device in params.serving if (row := _offloading(params, device))}
     answers = {name: read_rows(layout.answers(name)) for name in names}
+    compiled = [
+        row
+        for name, config in params.compile.items()
+        if config.candidate in names and (row := _compiled(params, name, answers[config.candidate]))
+    ]
+    offloading = {device: row for device in params.serving if (row := _offloading(params, device))}
     differences = list(_differences(params, answers))
     candidates = [_candidate(params, name, records[name], names, promotion) for name in names]
     first_screen = _accuracy_and_size(candidates, compiled)
@@ -51,7 +55,9 @@ def report(params: Params) -> None:
         compiled=compiled,
         offloading=offloading,
         promotion=promotion,
-        answered=answered_side_by_side(candidates, answers, open_rows(layout.DATA / "questions.jsonl")),
+        answered=answered_side_by_side(
+            candidates, answers | _shipped_answers(compiled), open_rows(layout.DATA / "questions.jsonl")
+        ),
         costs=_costs(names, list(caching), list(params.compile), list(offloading)),
         charts=_charts(params, records, histories, differences) | {"shipped": first_screen},
         origin=_origin(params),
@@ -120,15 +126,34 @@ def _costs(names: list[str], cached: list[str], compiled: list[str], offloading:
     return {stage: cost for stage, cost in costs.items() if cost}
 
 
-def _compiled(params: Params, name: str) -> CompiledRow | None:
-    """Returns the device record, parity and tensor types of a compiled model; None without a current record."""
+def _compiled(params: Params, name: str, checkpoint: Answers) -> CompiledRow | None:
+    """Returns what was measured of a compiled model, beside its checkpoint's answers; None without a current record."""
     record = device_record(params, name)
     if record is None:
         return None
+    answers = read_rows(layout.compiled_answers(name)) if record.quality else []
     folder = layout.compiled(record.candidate, record.target)
     types = read_manifest(folder).facts.get("tensors_by_type", {})
     parity = read_record(ParityRecord, folder / PARITY)
-    return CompiledRow(record, parity, ", ".join(f"{count} {kind}" for kind, count in types.items()))
+    return CompiledRow(
+        record,
+        parity,
+        types=", ".join(f"{count} {kind}" for kind, count in types.items()),
+        checkpoint=read_evaluation(record.candidate),
+        differences={
+            metric: comparison.record
+            for metric, comparison in compare(checkpoint, answers).items()
+            if metric in QUALITY
+        },
+    )
+
+
+def _shipped_answers(compiled: Sequence[CompiledRow]) -> dict[str, Answers]:
+    """Returns the answers of the smallest compiled model of each candidate."""
+    asked = sorted((row.record for row in compiled if row.record.quality), key=lambda record: -record.size_bytes)
+    return {
+        record.candidate: read_rows(layout.compiled_answers(f"{record.candidate}-{record.target}")) for record in asked
+    }
 
 
 def _offloading(params: Params, device: str) -> OffloadingRow | None:

@@ -13,6 +13,7 @@ from lilliput.records import (
     KindFigures,
     OffloadRecord,
     PolicyFigures,
+    Quality,
     Quantiles,
     ToolCallFigures,
 )
@@ -69,6 +70,11 @@ def evaluation(**fields):
         }
         | fields
     )
+
+
+def quality(**fields):
+    names = ("accuracy_choice", "accuracy_free", "hallucination_rate", "abstention_rate", "selective_accuracy")
+    return Quality(**dict.fromkeys(names, figure(0.5)) | fields)
 
 
 def kind(accuracy=0.5, n=40, **fields):

@@ -24,10 +24,10 @@ from lilliput.config import (
 )
 from lilliput.config.reading import validate
 from lilliput.errors import ConfigError, StrategyError
-from lilliput.evaluate.benchmarks import require_benchmarks
 from lilliput.graph import check_graph, check_shape
 from lilliput.models import random_model
 from lilliput.params import load_params
+from lilliput.public_benchmarks.run import require_benchmarks
 from lilliput.shape import GROUP_SIZES, expert_numbers, pruned, size
 
 TINY = load_params(Path("examples/tiny.yaml"))

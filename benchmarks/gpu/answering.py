@@ -16,7 +16,7 @@ from lilliput.chat.template import encode_prompt
 from lilliput.config import Params
 from lilliput.evaluate.accuracy import score_choices
 from lilliput.evaluate.energy import EnergyMeter
-from lilliput.evaluate.record import evaluate_candidate
+from lilliput.evaluate_candidate import evaluate_candidate
 from lilliput.models import open_model, parameter_count
 from lilliput.runtime.torch import TorchRuntime
 

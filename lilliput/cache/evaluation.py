@@ -25,7 +25,8 @@ from lilliput.embedding.sentence_embedder import SentenceEmbedder
 from lilliput.errors import DataError
 from lilliput.evaluate.accessibility import WARM_UP_TOKENS, quantiles
 from lilliput.evaluate.energy import EnergyMeter
-from lilliput.evaluate.record import judge_answer, select_free_questions, verdict_row
+from lilliput.evaluate.judges.judge import judge_answer, verdict_row
+from lilliput.evaluate.quality import select_free_questions
 from lilliput.models import open_model
 from lilliput.recipes.asking import subject, wordings
 from lilliput.recipes.recipe import Recipe

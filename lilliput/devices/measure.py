@@ -1,4 +1,4 @@
-"""Measures a compiled model on each device of its target: fit, speed, and energy per answer."""
+"""Measures a compiled model: what it answers, and fit, speed and energy on each device of its target."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import platform
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import Manifest
 from lilliput.chat.template import encode_prompt
 from lilliput.config import DeviceConfig, EvaluationConfig, Params
 from lilliput.data.rows import Row
+from lilliput.devices.answers import CompiledRuntime
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, TimedAnswer, run_on_device
 from lilliput.evaluate.accessibility import FEWEST_QUERIES, MIB, quantiles
-from lilliput.evaluate.record import stratified_sample
+from lilliput.evaluate.quality import ask, new_rows, stratified_sample
+from lilliput.public_benchmarks.run import answer_rows, run_benchmarks
 from lilliput.records import DeviceRecord, DeviceRun, Energy
 from lilliput.statistics import intervals
 
 _SLOWEST_TOKEN_S = 1.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The device record, and one row per question with the compiled model's answers, ordered by id."""
+
+    record: DeviceRecord
+    answers: list[dict[str, Any]]
 
 
 def measure_on_devices(
@@ -33,8 +45,11 @@ def measure_on_devices(
     questions: Sequence[Row],
     params: Params,
     manifest: Manifest,
-) -> DeviceRecord:
-    """Returns the device record of the compiled model in `folder`, with a run for each device of `params` and `target`.
+    *,
+    contaminated: Sequence[str] = (),
+    root: Path,
+) -> Measurement:
+    """Measures the compiled model in `folder`: all its answers, and a run for each device of `params` and `target`.
 
     Threads and memory are the device's; the processor is this machine's. So the times are this machine's, and joules
     are an estimate: CPU-seconds × the device's declared watts per core.
@@ -44,9 +59,11 @@ def measure_on_devices(
         target: the compile target (a module of lilliput/compile).
         folder: folder of the compiled model.
         checkpoint: the checkpoint whose tokenizer encodes the questions.
-        questions: the question set; `evaluation.timed_queries` of them are used.
+        questions: the question set; `evaluation.timed_queries` of them are timed on each device.
         params: all of params.yaml.
         manifest: manifest of the compiled model.
+        contaminated: ids of rows that overlap with the training text; they are marked.
+        root: folder that the benchmarks' file paths are relative to.
 
     Raises:
         ArtifactError: the runtime crashes or hangs.
@@ -57,25 +74,32 @@ def measure_on_devices(
     random.Random(config.seed).shuffle(drawn)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompts = [encode_prompt(tokenizer, params.data.system_prompt, row) for row in drawn]
+    runtime = CompiledRuntime(target, folder, torch.get_num_threads())
+    rows = new_rows(questions, contaminated)
+    quality = ask(runtime, tokenizer, params, questions, rows)
+    benchmarks = run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples)
     runs: dict[str, DeviceRun] = {}
-    peak, cpu_s = 0, 0.0
+    peak, cpu_s = runtime.peak_rss_bytes, runtime.cpu_s
     for name, device in params.devices.items():
         if device.target == target:
             outcome = _answer_on_device(target, folder, prompts, device, config)
             peak = max(peak, outcome.peak_rss_bytes)
             cpu_s += outcome.cpu_s
             runs[name] = _device_run(outcome, device, manifest.size_bytes, config)
-    return DeviceRecord(
+    record = DeviceRecord(
         candidate=candidate,
         target=target,
         sha256=manifest.artifact_sha256,
         size_bytes=manifest.size_bytes,
         emulated=f"threads and memory, on {platform.machine()}; watts are declared",
         devices=runs,
+        quality=quality,
+        benchmarks={name: benchmark.record for name, benchmark in benchmarks.items()},
         seconds=time.perf_counter() - started,
         cpu_seconds=cpu_s,
         peak_rss_bytes=peak,
     )
+    return Measurement(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(benchmarks)])
 
 
 def _answer_on_device(

@@ -41,6 +41,7 @@ class DeviceJob:
         score: (prompt, continuations) pairs; the likelihood of each continuation is computed.
         chats: conversations, each with `messages` and `tools`, to encode with the target's chat server (gguf only).
         prompts: prompts to answer one by one, timed.
+        answer: prompts to answer together, untimed.
         max_tokens: maximum tokens of an answer.
         budget_tokens: no further answer starts once the answers have so many tokens, and `min_answers` are complete.
         min_answers: answers to complete even beyond `budget_tokens`.
@@ -55,6 +56,7 @@ class DeviceJob:
     score: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
     chats: list[dict[str, list[dict[str, Any]]]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    answer: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0
     budget_tokens: int = 0
     min_answers: int = 4
@@ -81,6 +83,7 @@ class DeviceOutcome:
         scores: log-likelihoods in nats for `DeviceJob.score`.
         chats: token ids of each conversation of `DeviceJob.chats`.
         answers: one for each prompt that was started.
+        texts: the answers to `DeviceJob.answer`.
         details: engine and settings of the runtime.
     """
 
@@ -93,6 +96,7 @@ class DeviceOutcome:
     scores: list[list[float]] = field(default_factory=list)
     chats: list[list[int]] = field(default_factory=list)
     answers: list[TimedAnswer] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
 
 
@@ -175,7 +179,8 @@ def _run_job(job: DeviceJob) -> dict[str, Any]:
         "empty_rss_bytes": empty_rss_bytes,
         "answers": answers,
         "predictions": list(runtime.predictions(job.predict, job.predict_from)) if job.predict else [],
-        "scores": runtime.score([prompt for prompt, _ in job.score], [continuations for _, continuations in job.score]),
+        "scores": runtime.score(*zip(*job.score, strict=True)) if job.score else [],
+        "texts": runtime.generate(job.answer, job.max_tokens) if job.answer else [],
         "chats": [cast("Any", runtime).chat_ids(**chat) for chat in job.chats],
         "details": runtime.stats(),
         "peak_rss_bytes": peak_rss_bytes(),

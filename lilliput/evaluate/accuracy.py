@@ -12,7 +12,7 @@ from lilliput.data.questions import Question
 from lilliput.evaluate.answer_text import prepare
 from lilliput.evaluate.assertion import is_bound, is_denied, one_of_several
 from lilliput.evaluate.mentions import Mention, find_mentions
-from lilliput.runtime.protocol import Runtime
+from lilliput.runtime.protocol import AnsweringRuntime
 
 LONGEST_TEXT = 1000  # characters that are judged; bounds the time of matching
 # Two small letters or digits, a bracket, or a word in capitals before the stop: "St. Lucia" and "U.S. dollar" go on.
@@ -35,7 +35,7 @@ _REPLY_TO_ITSELF = re.compile(r"[?？]\s+(?=(?:no|nope)\b)", re.I)  # "Paris? No
 
 
 def score_choices(
-    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
+    runtime: AnsweringRuntime, tokenizer: PreTrainedTokenizerBase, system_prompt: str, questions: Sequence[Question]
 ) -> list[list[float]]:
     """Returns the mean log-likelihood per token, in nats, of each option of each question; the highest is the choice.
 

@@ -16,7 +16,8 @@ from lilliput.data.questions import Question
 from lilliput.data.rows import Row
 from lilliput.embedding.embedder import Embedder
 from lilliput.errors import ArtifactError
-from lilliput.evaluate.record import judge_answer, stratified_sample, verdict_row
+from lilliput.evaluate.judges.judge import judge_answer, verdict_row
+from lilliput.evaluate.quality import stratified_sample
 from lilliput.llama_server.completions import TOKEN_LOGPROBS, calls_of, logprobs_of, text_of
 from lilliput.offload.conversation_text import routed_text, split_turns
 

@@ -68,8 +68,7 @@ def shipped(candidates: Sequence[Shipped], metric: str) -> Chart:
     figure = Drawing(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     points = {
-        each.row.name: (each.size_bytes / 2**20, *_point(getattr(each.row.record, metric), metric))
-        for each in candidates
+        each.row.name: (each.size_bytes / 2**20, *_point(getattr(each.quality, metric), metric)) for each in candidates
     }
     front = [
         name

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lilliput.data.rows import Row
 from lilliput.promote import objective
-from lilliput.records import Decision
+from lilliput.records import Decision, Quality
 from lilliput.report.rows import CandidateRow, CompiledRow
 
 State = Literal["champion", "runner-up", "refused", "not considered"]
@@ -20,11 +20,13 @@ class Shipped:
     """A candidate as devices get it: the smallest compiled file, or the checkpoint if none is compiled.
 
     Attributes:
+        quality: of the answers of that file or checkpoint.
         tpot_ms: median time per further token, by device that runs the file.
     """
 
     row: CandidateRow
     size_bytes: int
+    quality: Quality
     tpot_ms: Mapping[str, float]
 
 
@@ -82,17 +84,17 @@ class AnsweredRow:
 
 
 def shipped(row: CandidateRow, compiled: Sequence[CompiledRow]) -> Shipped:
-    """Returns `row` with the size that ships and the times of the devices that run it."""
+    """Returns `row` with the size and the quality that ship, and the times of the devices that run it."""
     own = [other.record for other in compiled if other.record.candidate == row.name]
     if not own:
-        return Shipped(row, row.record.size_bytes, tpot_ms={})
+        return Shipped(row, row.record.size_bytes, row.record, tpot_ms={})
     record = min(own, key=lambda other: other.size_bytes)
     times = {
         name: run.tpot_ms.p50
         for name, run in record.devices.items()
         if run.fits and run.tpot_ms and run.tpot_ms.p50 is not None
     }
-    return Shipped(row, record.size_bytes, times)
+    return Shipped(row, record.size_bytes, record.quality or row.record, times)
 
 
 def headline(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]) -> Headline | None:

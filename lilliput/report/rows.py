@@ -12,6 +12,7 @@ from lilliput.records import (
     EvaluationRecord,
     OffloadRecord,
     ParityRecord,
+    Quality,
     SearchRecord,
 )
 
@@ -78,11 +79,19 @@ class LossRow:
 
 @dataclass(frozen=True)
 class CompiledRow:
-    """A compiled model on its devices; `types` counts its tensors by type."""
+    """A compiled model on its devices.
+
+    Attributes:
+        types: number of its tensors by type.
+        checkpoint: quality of its checkpoint's answers.
+        differences: of its answers from its checkpoint's, paired, by metric.
+    """
 
     record: DeviceRecord
     parity: ParityRecord
     types: str
+    checkpoint: Quality
+    differences: Mapping[str, Difference]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The Runtime protocol for llama.cpp, in this process, through xllamacpp."""
+"""The Runtime protocol for llama.cpp, in this process, through xllamacpp.
+
+Prompts are answered by its server, as a device does. Many prompts together, untimed, go through `llama_batches`.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,25 @@ import queue
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xllamacpp
 
 from lilliput.errors import ArtifactError
 from lilliput.runtime.loopback import require_key
-from lilliput.runtime.protocol import Ids, ScoresByPrediction
+from lilliput.runtime.protocol import Ids
+
+if TYPE_CHECKING:
+    from lilliput.runtime.llama_library import LlamaModel
 
 _engine: Any = xllamacpp  # a compiled module without types
 _FORCING_BIAS = 1e5  # in logits, far above any other token; reported probabilities do not include it
 
 
-class LlamaCppRuntime(ScoresByPrediction):
-    """A GGUF file opened by llama.cpp; runs one sequence at a time and reuses the prefix shared with the last prompt.
+class LlamaCppRuntime:
+    """A GGUF file opened by llama.cpp; `stream` reuses the prefix shared with the last prompt.
 
     Args:
         file: the GGUF file.
@@ -71,9 +78,30 @@ class LlamaCppRuntime(ScoresByPrediction):
         text = self._post("/apply-template", request)["prompt"]
         return list(self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
 
+    def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+        from lilliput.runtime import llama_batches
+
+        with self._opened_for_batches() as model:
+            return llama_batches.score(model, prompts, continuations, self._threads)
+
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
-        return [self._complete(ids, n_predict=max_tokens)["choices"][0]["text"].strip() for ids in prompts]
+        from lilliput.runtime import llama_batches
+
+        with self._opened_for_batches() as model:
+            return llama_batches.generate(model, prompts, max_tokens, self._threads)
+
+    @contextmanager
+    def _opened_for_batches(self) -> Iterator[LlamaModel]:
+        """Opens the file once more; both read the same pages of it."""
+        from lilliput.runtime.llama_library import LlamaModel  # not needed on a device, whose memory is measured
+
+        model = LlamaModel(self._file)
+        try:
+            yield model
+        finally:
+            model.close()
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
         """Yields the greedy tokens of one answer as they are generated, including the end token."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from lilliput.chat.template import shared_prefix_length
 from lilliput.runtime.protocol import Ids
+
+if TYPE_CHECKING:  # llama.cpp needs no mask
+    import torch
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Pack:
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Returns the attention mask, (1, 1, length, shared + length): 0 where a token may attend, else the minimum."""
+        import torch
+
         seen = torch.eye(len(self.ids), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:

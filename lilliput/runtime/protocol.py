@@ -23,21 +23,25 @@ class ScoresByPrediction:
         ]
 
 
-class Runtime(Protocol):
-    """A loaded model that scores and generates answers."""
-
-    name: str
+class AnsweringRuntime(Protocol):
+    """A model that scores and generates answers to many prompts."""
 
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
         ...
 
-    def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
-        """Returns (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
-        ...
-
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
+        ...
+
+
+class Runtime(AnsweringRuntime, Protocol):
+    """A loaded model that also predicts texts and streams one answer."""
+
+    name: str
+
+    def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
+        """Returns (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
         ...
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,39 @@ from lilliput.graph import topological_order
 from lilliput.promote import Reference
 from lilliput.records import EvaluationRecord
 from lilliput.statistics.compare import compare
-from lilliput.statistics.differences import Comparison
 from tasks import layout
-from tasks.records import find_registry, read_evaluation
+from tasks.records import device_record, find_registry, read_evaluation
 from tasks.registry import model_versions
-from tasks.registry.past_champion import PastChampion
+from tasks.registry.approvals import DeviceRecords
+from tasks.registry.past_champion import PastChampion, answers_on_device, record_on_device
+
+
+@dataclass(frozen=True)
+class CandidatesOnDevice:
+    """The candidates as a device runs them: compiled for its target, or as checkpoints if it has none.
+
+    Attributes:
+        records: evaluation by candidate, of the form that the device runs.
+        answers: answers of that form to the questions of the evaluation.
+        impossible: candidates that the device cannot run, with the reason; their records are of the checkpoint.
+    """
+
+    records: Mapping[str, EvaluationRecord]
+    answers: Mapping[str, list[dict[str, Any]]]
+    impossible: Mapping[str, str]
+
+    @property
+    def basis(self) -> DeviceRecords:
+        """What a decision about the device is based on, besides its rules."""
+        return self.records, self.impossible
+
+    def with_past_champion(self, name: str, past: PastChampion) -> CandidatesOnDevice:
+        """Returns the candidates with a champion that none of them represents any more."""
+        return replace(
+            self,
+            records={**self.records, name: past.on_device},
+            answers={**self.answers, name: past.answers},
+        )
 
 
 @dataclass(frozen=True)
@@ -30,8 +58,7 @@ class CandidatePool:
         versions: version in the registry.
         tags: tags of that version.
         records: evaluation; also that of a past champion, if one was added, which has no entry in `versions`.
-        answers: answers to the questions of the evaluation.
-        against_base: paired differences from the base.
+        answers: answers of the checkpoints to the questions of the evaluation.
         base: name of the base.
     """
 
@@ -40,29 +67,43 @@ class CandidatePool:
     tags: dict[str, Mapping[str, str]]
     records: dict[str, EvaluationRecord]
     answers: dict[str, list[dict[str, Any]]]
-    against_base: dict[str, dict[str, Comparison]]
     base: str
 
-    def base_reference(self) -> Reference:
-        """Returns the base, and how all others differ from it."""
-        return Reference(self.base, "the base", self.records[self.base], self.against_base)
+    def on_device(self, device: str) -> CandidatesOnDevice:
+        """Returns the candidates as `device` runs them."""
+        target = self.params.target_of(device)
+        if target is None:
+            return CandidatesOnDevice(self.records, self.answers, {})
+        records, answers, impossible = dict(self.records), dict(self.answers), {}
+        for name, record in self.records.items():
+            compiled = f"{name}-{target}"
+            measured = device_record(self.params, compiled) if compiled in self.params.compile else None
+            if measured is None:
+                impossible[name] = f"not compiled for {target}; add {compiled} under `compile`"
+            elif measured.quality is None:
+                impossible[name] = f"{compiled} was not asked the questions; run its stage `devices` again"
+            else:
+                records[name] = record_on_device(self.params, device, record, measured)
+                answers[name] = answers_on_device(read_rows(layout.compiled_answers(compiled)), self.answers[name])
+        return CandidatesOnDevice(records, answers, impossible)
 
-    def champion_reference(self, name: str) -> Reference:
-        """Returns the current champion `name`, and how all others differ from it."""
-        differences = {
-            other: compare(self.answers[name], rows) for other, rows in self.answers.items() if other != name
-        }
-        return Reference(name, f"the champion so far ({name})", self.records[name], differences)
+    def base_reference(self, on_device: CandidatesOnDevice) -> Reference:
+        """Returns the base's checkpoint, and how all others differ from it as the device runs them."""
+        return self._reference(self.base, "the base", self.answers[self.base], on_device)
+
+    def champion_reference(self, name: str, on_device: CandidatesOnDevice) -> Reference:
+        """Returns the current champion `name`, and how all others differ from it, all as the device runs them."""
+        return self._reference(name, f"the champion so far ({name})", on_device.answers[name], on_device)
+
+    def _reference(
+        self, name: str, title: str, answers: Sequence[Mapping[str, Any]], on_device: CandidatesOnDevice
+    ) -> Reference:
+        others = {other: compare(answers, rows) for other, rows in on_device.answers.items() if other != name}
+        return Reference(name, title, self.records[name], others)
 
     def with_past_champion(self, name: str, past: PastChampion) -> CandidatePool:
         """Returns the pool with a champion that no candidate represents any more."""
-        compared = compare(self.answers[self.base], past.answers)
-        return replace(
-            self,
-            records=self.records | {name: past.record},
-            answers=self.answers | {name: past.answers},
-            against_base=self.against_base | {name: compared},
-        )
+        return replace(self, records=self.records | {name: past.record})
 
     def name_of(self, version: ModelVersion) -> str:
         """Returns the candidate with this `version`, or with the same model measured again.
@@ -95,6 +136,5 @@ def read_candidate_pool(params: Params) -> CandidatePool:
         tags={name: client.get_model_version(model_versions.MODEL, version).tags for name, version in versions.items()},
         records={name: read_evaluation(name) for name in names},
         answers=answers,
-        against_base={name: compare(answers[base], answers[name]) for name in names if name != base},
         base=base,
     )

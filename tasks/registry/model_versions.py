@@ -125,23 +125,29 @@ def log_run(
         mlflow_client.log_batch(run_id, tags=run_tags[start : start + _PARAMS_PER_CALL])
 
 
-def add_metrics(mlflow_client: MlflowClient, version: str, record: Path, metrics: Mapping[str, float]) -> None:
-    """Adds later measurements and their `record` file to the run of `version`. Idempotent for the same file."""
+def add_metrics(
+    mlflow_client: MlflowClient, version: str, record: Path, metrics: Mapping[str, float], *others: Path
+) -> None:
+    """Adds later measurements, their `record` file and `others` beside it to the run of `version`.
+
+    Idempotent for the same record.
+    """
     tag, digest = f"lilliput.{record.parent.name}.{record.stem}_sha256", file_sha256(record)
     run_id = active_run_id(mlflow_client, version)
     if mlflow_client.get_run(run_id).data.tags.get(tag) == digest:
         return
     mlflow_client.log_batch(run_id, metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()])
-    mlflow_client.log_artifact(run_id, str(record), record.parent.name)
+    for file in (record, *others):
+        mlflow_client.log_artifact(run_id, str(file), record.parent.name)
     mlflow_client.set_tag(run_id, tag, digest)
 
 
 def add_compiled(
-    mlflow_client: MlflowClient, version: str, folder: Path, record: Path, metrics: Mapping[str, float]
+    mlflow_client: MlflowClient, version: str, folder: Path, record: Path, answers: Path, metrics: Mapping[str, float]
 ) -> None:
-    """Adds a compiled model of `version`: its metrics on devices, its parity record and its folder in the project."""
+    """Adds a compiled model of `version`: its answers, metrics on devices, parity record and folder in the project."""
     tag, digest = f"lilliput.compiled.{folder.name}_sha256", file_sha256(folder / MANIFEST)
-    add_metrics(mlflow_client, version, record, metrics)
+    add_metrics(mlflow_client, version, record, metrics, answers)
     if mlflow_client.get_model_version(MODEL, version).tags.get(tag) == digest:
         return
     mlflow_client.log_artifact(active_run_id(mlflow_client, version), str(folder / PARITY), f"compiled/{folder.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from tasks.registry import model_versions
 
 MEASURED_TAG = "lilliput.measured"
 MIB = 2**20
+_TIMED = ("energy_j", "energy_source", "ttft_ms")  # of an answer row
 _DAMAGED = "its evaluation in MLflow is damaged"
 
 
@@ -30,7 +32,7 @@ class PastChampion:
     Attributes:
         record: the evaluation of the checkpoint.
         on_device: the evaluation for the device, see `record_on_device`.
-        answers: answers to the questions of the evaluation.
+        answers: answers to the questions of the evaluation, of the form that the device runs.
     """
 
     record: EvaluationRecord
@@ -71,15 +73,21 @@ def read_past_champion(params: Params, device: str, version: ModelVersion) -> Pa
         answers = parse_rows(read(f"{name}.jsonl"), f"{name}.jsonl")
         path = f"devices/{name}-{target}.json"
         measured = parse_record(DeviceRecord, read(path), f"{_DAMAGED}: {path}") if target else None
+        if measured is None:
+            return PastChampion(record, record, answers)
+        if measured.quality is None:
+            raise ArtifactError("its compiled model was not asked the questions")
+        path = f"devices/{name}-{target}.jsonl"
+        compiled = parse_rows(read(path), path)
     except (DataError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{_DAMAGED}: {error}") from None
-    if measured is None:
-        return PastChampion(record, record, answers)
-    return PastChampion(record, record_on_device(params, device, record, measured), answers)
+    return PastChampion(
+        record, record_on_device(params, device, record, measured), answers_on_device(compiled, answers)
+    )
 
 
 def record_on_device(params: Params, device: str, record: EvaluationRecord, measured: DeviceRecord) -> EvaluationRecord:
-    """Returns `record` with size, energy and fit of the compiled model that `device` runs."""
+    """Returns `record` with the quality, size, energy and fit of the compiled model that `device` runs."""
     profile, run = params.devices[device], measured.devices[device]
     # The budgets are those of params.yaml now, which may have changed since a past champion was measured.
     within_budget = (
@@ -92,4 +100,15 @@ def record_on_device(params: Params, device: str, record: EvaluationRecord, meas
         "size_bytes": measured.size_bytes,
         "energy_per_query_j": run.energy_per_query_j or unavailable,
     }
-    return record.model_copy(update=changes)
+    return record.model_copy(update=changes | dict(measured.quality or {}))
+
+
+def answers_on_device(
+    compiled: Sequence[dict[str, Any]], checkpoint: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns the answers of a compiled model, with the energies that its checkpoint had on the reference runtime.
+
+    A device's own energies are sums over its answers, which cannot be paired by question.
+    """
+    timed = {row["id"]: {key: row[key] for key in _TIMED if key in row} for row in checkpoint}
+    return [row | timed.get(row["id"], {}) for row in compiled]

@@ -11,6 +11,7 @@ from typing import Any
 
 from lilliput.artifacts import Manifest
 from lilliput.records import CachingRecord, Cost, DeviceRecord, EvaluationRecord, Figure, OffloadRecord, Record
+from lilliput.statistics.compare import QUALITY
 
 SUMMARY = (  # the first columns in tables and charts of candidates
     "accuracy_choice",
@@ -60,7 +61,9 @@ def curve_metrics(manifest: Manifest, curves: Curves) -> dict[str, Sequence[tupl
 
 def device_metrics(target: str, record: DeviceRecord) -> dict[str, float]:
     """Returns the metrics of a compiled model on each device."""
-    return _flatten({device: run.model_dump(include=ON_DEVICE) for device, run in record.devices.items()}, f"{target}/")
+    runs = {device: run.model_dump(include=ON_DEVICE) for device, run in record.devices.items()}
+    quality = record.quality.model_dump(include=set(QUALITY)) if record.quality else {}
+    return _flatten(runs | quality, f"{target}/")
 
 
 def caching_metrics(record: CachingRecord) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import pytest
 
 from lilliput.errors import SourceError
-from lilliput.evaluate import bfcl
+from lilliput.public_benchmarks import bfcl
 from lilliput.wheels import default_cache
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError, DataError
-from lilliput.evaluate.benchmarks import answer_rows, load_task, require_benchmarks, run_benchmarks
 from lilliput.models import open_model
+from lilliput.public_benchmarks.run import answer_rows, load_task, require_benchmarks, run_benchmarks
 from lilliput.runtime.torch import TorchRuntime
 
 lm_eval = pytest.importorskip("lm_eval", reason="not installed: pip install lilliput[benchmarks]")

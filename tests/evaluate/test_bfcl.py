@@ -9,10 +9,10 @@ import pytest
 from lilliput.chat_templates.built_in import BUILT_IN_TEMPLATES
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError, DataError
-from lilliput.evaluate import bfcl
-from lilliput.evaluate.benchmarks import require_benchmarks, require_template, run_benchmarks
 from lilliput.evaluate.judges.judge import judge_answer
 from lilliput.models import open_model
+from lilliput.public_benchmarks import bfcl
+from lilliput.public_benchmarks.run import require_benchmarks, require_template, run_benchmarks
 from lilliput.runtime.torch import TorchRuntime
 from lilliput.tool_calls import read_answer
 

@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from lilliput.evaluate import bfcl
 from lilliput.evaluate.judges.judge import judge_answer
+from lilliput.public_benchmarks import bfcl
 from lilliput.wheels import read_member
 
 MODEL = "no-model"

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval", reason="the extra `benchmarks` is not installed")
 
 @pytest.fixture
 def model():
-    from lilliput.evaluate.harness import HarnessModel
+    from lilliput.public_benchmarks.harness import HarnessModel
 
     return lambda tokenizer: HarnessModel(None, tokenizer)  # pyright: ignore[reportArgumentType]
 

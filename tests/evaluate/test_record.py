@@ -15,7 +15,8 @@ from lilliput.data.conversations import Conversation
 from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
 from lilliput.evaluate.accessibility import TimedQuery, fits, kv_cache_bytes, quantiles
-from lilliput.evaluate.record import evaluate_candidate, stratified_sample
+from lilliput.evaluate.quality import stratified_sample
+from lilliput.evaluate_candidate import evaluate_candidate
 from lilliput.models import open_model
 from lilliput.records import EvaluationRecord, Quantiles
 

@@ -89,7 +89,14 @@ def compiled():
     parity = ParityRecord.model_construct(
         same_argmax=share, same_argmax_clear=share, same_choices=share, mean_difference_nats=0.0244
     )
-    return CompiledRow(results.device_record(devices), parity, "53 F32, 182 Q4_0, 1 Q8_0")
+    quality = results.quality(accuracy_choice=results.figure(0.73, 0.04))
+    return CompiledRow(
+        results.device_record(devices, quality=quality),
+        parity,
+        "53 F32, 182 Q4_0, 1 Q8_0",
+        checkpoint=results.quality(accuracy_choice=results.figure(0.735, 0.04)),
+        differences={"accuracy_choice": results.difference(-0.005, -0.013, 0.003)},
+    )
 
 
 def search(svg):

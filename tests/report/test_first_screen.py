@@ -123,3 +123,8 @@ def test_a_row_with_only_a_reference_has_a_score_instead_of_right_or_wrong():
     scored = {"id": "q/001", "text": "nearly", "right": None, "abstained": False, "score": 0.426}
     (row,) = answered_side_by_side(CANDIDATES, {"base": [scored], "pocket": [scored]}, [question(1)])
     assert row.answers["pocket"] == JudgedAnswer("nearly", "score 0.43", good=None)
+
+
+def test_the_quality_that_ships_is_that_of_the_compiled_file(rows):
+    assert shipped(candidate("pocket"), rows).quality.accuracy_choice.value == 0.73
+    assert shipped(candidate("gptq"), rows).quality is candidate("gptq").record

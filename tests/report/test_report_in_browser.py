@@ -85,7 +85,7 @@ def test_a_screen_reader_finds_landmarks_tables_and_pictures_by_name(page):
         assert len(of_role(page, landmark)) == 1, landmark
     assert {"Promoted", "Four metrics", "Four metrics of every candidate"} <= set(of_role(page, "region"))
     tables, pictures = of_role(page, "table"), of_role(page, "image")
-    assert (len(tables), len(pictures)) == (15, 5)
+    assert (len(tables), len(pictures)) == (16, 5)
     assert all(tables)
     assert all("." in words for words in pictures)  # a sentence, not a title alone
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lilliput.chat.template import end_id
 from lilliput.errors import DataError
-from lilliput.runtime.protocol import Runtime
+from lilliput.runtime.protocol import AnsweringRuntime
 
 MAX_ANSWER_TOKENS = 256
 
@@ -20,7 +20,7 @@ MAX_ANSWER_TOKENS = 256
 class HarnessModel(TemplateLM):
     """Answers lm-eval's requests with `runtime`; a prompt is computed once for all its options."""
 
-    def __init__(self, runtime: Runtime, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, runtime: AnsweringRuntime, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self._runtime, self._tokenizer = runtime, tokenizer
 

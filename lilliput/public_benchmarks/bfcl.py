@@ -19,7 +19,7 @@ from lilliput.wheels import fetch_wheel, read_member
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
-    from lilliput.runtime.protocol import Runtime
+    from lilliput.runtime.protocol import AnsweringRuntime
 
 WHEEL = WheelPin(
     package="bfcl-eval",
@@ -59,7 +59,7 @@ def read_tasks(task: str, wheel: Path, limit: int | None = None) -> list[Convers
 
 
 def answer_tasks(
-    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Conversation]
+    runtime: AnsweringRuntime, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Conversation]
 ) -> list[dict[str, float]]:
     """Answers `tasks` and returns, for each, whether it is right (`acc`) and whether its call is `malformed`.
 

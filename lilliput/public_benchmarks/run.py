@@ -18,14 +18,14 @@ from ruamel.yaml import YAML
 
 from lilliput.config import BenchmarkConfig
 from lilliput.errors import ConfigError
-from lilliput.evaluate import bfcl
+from lilliput.public_benchmarks import bfcl
 from lilliput.records import Estimate, Figure
 from lilliput.wheels import default_cache
 
 if TYPE_CHECKING:  # slow to import, and require_benchmarks runs before every stage
     from transformers import PreTrainedTokenizerBase
 
-    from lilliput.runtime.protocol import Runtime
+    from lilliput.runtime.protocol import AnsweringRuntime
 
 # Kinds of task that need only a continuation's likelihood or a greedy answer.
 SUPPORTED = {"multiple_choice", "generate_until"}
@@ -82,7 +82,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase, configs: Sequence[Bench
 
 
 def run_benchmarks(
-    runtime: Runtime,
+    runtime: AnsweringRuntime,
     tokenizer: PreTrainedTokenizerBase,
     configs: Sequence[BenchmarkConfig],
     root: Path,
@@ -108,7 +108,12 @@ def run_benchmarks(
 
 
 def _run(
-    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, config: BenchmarkConfig, root: Path, seed: int, resamples: int
+    runtime: AnsweringRuntime,
+    tokenizer: PreTrainedTokenizerBase,
+    config: BenchmarkConfig,
+    root: Path,
+    seed: int,
+    resamples: int,
 ) -> Benchmark:
     if config.task in bfcl.CATEGORIES:
         tasks = bfcl.read_tasks(config.task, bfcl.fetch_tasks(default_cache()), config.limit)
@@ -125,12 +130,12 @@ def _run(
 
 
 def _harness_items(
-    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, config: BenchmarkConfig, task: Any
+    runtime: AnsweringRuntime, tokenizer: PreTrainedTokenizerBase, config: BenchmarkConfig, task: Any
 ) -> list[dict[str, float]]:
     """Returns the metrics of each item, with the harness's own prompts and metrics."""
     import lm_eval
 
-    from lilliput.evaluate.harness import HarnessModel
+    from lilliput.public_benchmarks.harness import HarnessModel
 
     results = cast("Any", lm_eval.simple_evaluate)(  # its decorator hides the signature
         model=HarnessModel(runtime, tokenizer),

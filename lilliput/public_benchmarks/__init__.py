@@ -1,0 +1,1 @@
+"""Public benchmarks: BFCL, and the tasks of lm-evaluation-harness."""

@@ -1,0 +1,148 @@
+"""Scores and answers many prompts together with llama.cpp; the prefix that all prompts share is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lilliput.chat.template import shared_prefix_length
+from lilliput.runtime.llama_library import BATCH_TOKENS, LlamaContext, LlamaModel, Token
+from lilliput.runtime.packed import Pack, group_into_packs
+from lilliput.runtime.protocol import Ids
+
+_ANSWERS = 16  # at a time
+_CELLS = 2048  # tokens of the prompts that are answered together, after the shared prefix; a longer one is alone
+
+
+def score(
+    model: LlamaModel, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], threads: int
+) -> list[list[float]]:
+    """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
+    shared = _shared_length(prompts)
+    groups = group_into_packs(prompts, continuations, shared, BATCH_TOKENS)
+    packs = [Pack.of(rows, prompts, continuations, shared) for rows in groups]
+    most = max((len(pack.ids) for pack in packs), default=0)
+    sequences = max((pack.continuations for pack in packs), default=1)
+    scores: list[list[float]] = [[] for _ in prompts]
+    with _context(model, shared + most, sequences, threads) as context:
+        _compute_prefix(context, prompts, shared, sequences)
+        for rows, pack in zip(groups, packs, strict=True):
+            values = iter(_score_pack(context, pack))
+            for row in rows:
+                scores[row] = [next(values) for _ in continuations[row]]
+            context.forget(shared)
+    return scores
+
+
+def generate(model: LlamaModel, prompts: Sequence[Ids], max_tokens: int, threads: int) -> list[str]:
+    """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
+    shared = _shared_length(prompts)
+    groups = list(_groups(prompts, shared, max_tokens))
+    most = max((sum(len(prompts[row]) - shared + max_tokens for row in rows) for rows in groups), default=0)
+    texts = [""] * len(prompts)
+    with _context(model, shared + most, _ANSWERS, threads) as context:
+        _compute_prefix(context, prompts, shared, _ANSWERS)
+        for rows in groups:
+            answers = _answer(model, context, [prompts[row] for row in rows], shared, max_tokens)
+            for row, answer in zip(rows, answers, strict=True):
+                texts[row] = model.text(answer).strip()
+            context.forget(shared)
+    return texts
+
+
+@contextmanager
+def _context(model: LlamaModel, cells: int, sequences: int, threads: int) -> Iterator[LlamaContext]:
+    context = model.context(cells, sequences, threads)
+    try:
+        yield context
+    finally:
+        context.close()
+
+
+def _shared_length(prompts: Sequence[Ids]) -> int:
+    """Returns the length of the prefix that all prompts share, excluding the last token of each."""
+    return shared_prefix_length([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else 0
+
+
+def _compute_prefix(context: LlamaContext, prompts: Sequence[Ids], shared: int, sequences: int) -> None:
+    all_sequences = range(sequences)
+    prefix = prompts[0][:shared] if shared else []
+    context.compute([Token(token, position, all_sequences) for position, token in enumerate(prefix)])
+
+
+def _score_pack(context: LlamaContext, pack: Pack) -> list[float]:
+    """Returns the summed log-likelihood of each continuation of `pack`, each of which is a sequence."""
+    sequences: list[list[int]] = [[] for _ in pack.ids]
+    last = dict(zip(pack.owners, pack.places, strict=True))
+    for sequence, place in last.items():
+        while place >= 0:
+            sequences[place].append(sequence)
+            place = pack.parents[place]
+    predicting = sorted(set(pack.places))
+    tokens = [
+        Token(identity, position, of, place in set(predicting))
+        for place, (identity, position, of) in enumerate(zip(pack.ids, pack.positions, sequences, strict=True))
+    ]
+    logits = dict(zip(predicting, context.compute(tokens), strict=True))
+    scores = [0.0] * pack.continuations
+    totals = {place: _log_sum_exp(values) for place, values in logits.items()}
+    for place, target, owner in zip(pack.places, pack.targets, pack.owners, strict=True):
+        scores[owner] += float(logits[place][target]) - totals[place]
+    return scores
+
+
+def _log_sum_exp(logits: np.ndarray) -> float:
+    highest = float(logits.max())
+    return highest + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
+
+
+def _groups(prompts: Sequence[Ids], shared: int, max_tokens: int) -> Iterator[list[int]]:
+    """Yields numbers of prompts to answer together, long ones first."""
+    group: list[int] = []
+    cells = 0
+    for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
+        needed = len(prompts[row]) - shared + max_tokens
+        if group and (len(group) == _ANSWERS or cells + needed > _CELLS):
+            yield group
+            group, cells = [], 0
+        group.append(row)
+        cells += needed
+    if group:
+        yield group
+
+
+@dataclass
+class _Answer:
+    """An answer that is being generated in `sequence`; the token at `position` is computed next."""
+
+    sequence: int
+    position: int
+    tokens: list[int] = field(default_factory=list)
+
+
+def _answer(
+    model: LlamaModel, context: LlamaContext, prompts: Sequence[Ids], shared: int, max_tokens: int
+) -> list[list[int]]:
+    answers = [_Answer(sequence, len(prompt)) for sequence, prompt in enumerate(prompts)]
+    tokens = [
+        Token(identity, position, [answer.sequence], predicts=position == len(prompt) - 1)
+        for answer, prompt in zip(answers, prompts, strict=True)
+        for position, identity in enumerate(prompt[shared:], shared)
+    ]
+    running = list(answers)
+    for _ in range(max_tokens):
+        chosen = [int(logits.argmax()) for logits in context.compute(tokens)]
+        ended = [model.ends_answer(token) for token in chosen]
+        for answer, token, end in zip(running, chosen, ended, strict=True):
+            if not end:
+                answer.tokens.append(token)
+        running = [answer for answer, end in zip(running, ended, strict=True) if not end]
+        if not running:
+            break
+        tokens = [Token(answer.tokens[-1], answer.position, [answer.sequence], predicts=True) for answer in running]
+        for answer in running:
+            answer.position += 1
+    return [answer.tokens for answer in answers]
