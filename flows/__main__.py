@@ -40,7 +40,7 @@ COMMANDS = {
     "plan": _Command(
         "flows.democratize",
         "Show what a run would do, with its predicted time and memory.",
-        ("lilliput plan", "lilliput plan --params examples/tiny.yaml"),
+        ("lilliput plan", "lilliput plan --params examples/tiny.yaml", "lilliput plan --json"),
         options=("--plan",),
     ),
     "search": _Command(
