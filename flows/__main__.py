@@ -32,6 +32,11 @@ class _Command:
 
 
 COMMANDS = {
+    "init": _Command(
+        "flows.init",
+        "Make a project of your own: settings, sample data, git and DVC.",
+        ("lilliput init my-project", "lilliput init ."),
+    ),
     "run": _Command(
         "flows.democratize",
         "Make, measure, register and promote the candidates of params.yaml.",

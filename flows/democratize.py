@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.engine.console import candidate_rows, next_commands, print_summary
+from flows.engine.folders import is_own_project, portable, settings_file
 from flows.engine.launch import launch
 from flows.engine.output import fail, guarded_output
+from flows.engine.own_project import use_installed_code
 from flows.engine.run_context import flow_run_id, show_markdown, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.stopping import rejected_input
@@ -59,6 +61,8 @@ def democratize(
         LilliputError: the input is rejected; no stage has run.
     """
     folder = retry_while_busy(partial(_require_runnable, Path(params_file), only, runner, workers))
+    if is_own_project(Path(params_file)):
+        use_installed_code()
     with (
         contextlib.chdir(folder),
         wait_for_folder(folder),
@@ -108,6 +112,7 @@ def _stale(folder: Path, only: list[str]) -> list[str]:
 
 def _require_runnable(params_file: Path, only: list[str] | None, runner: str, workers: int) -> Path:
     """Checks the arguments of a run; returns the folder to work in."""
+    params_file = settings_file(params_file)
     require_room(PROJECT)
     params = load_params(params_file)
     if unknown := [name for name in only or [] if name not in params.candidates]:
@@ -169,12 +174,13 @@ def main(
         folder = _require_runnable(params, only, runner, workers)
         if plan_only:
             return _print_plan(folder, only or [], as_json)
+    chosen = portable(params)
     os.chdir(PROJECT)
     if ignore_memory:
         os.environ[IGNORE] = "1"  # the processes of stages inherit it
     states: Mapping[str, str] = launch(
         democratize,
-        *(str(params), only, share_machine, runner, workers),
+        *(chosen, only, share_machine, runner, workers),
         run_name=RUN_NAME,
         stop_message="stopped; nothing is half-written, and the same command continues from here",
         needs_prefect=runner_kind(runner) != "local",  # prefect-ray and prefect-dask start the workers

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from flows.engine.folders import SETTINGS
 from lilliput.artifacts import find_record, read_record
 from lilliput.graph import topological_order
 from lilliput.params import load_params
@@ -115,6 +116,8 @@ def next_commands(folder: Path) -> str:
     """Returns how to serve the champions, where the report is and how to open the UIs, as readable Markdown."""
     workspace = layout.is_workspace(folder)
     option = f" --params {folder.name}.yaml" if workspace else ""  # only the name of the file matters
+    own = (folder / SETTINGS).exists()
+    serve, programs = ("lilliput serve", "") if own else (".venv/bin/python -m flows.deploy", ".venv/bin/")
     store = f"sqlite:///{(folder / layout.MLRUNS / 'mlflow.db').absolute()}"
     mlflow = "" if workspace else os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix(store)
     prefect = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
@@ -123,10 +126,10 @@ def next_commands(folder: Path) -> str:
     ]
     return "\n".join(
         [
-            *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{option}`" for device in served),
+            *(f"- Serve {device}'s champion: `{serve} {device}{option}`" for device in served),
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
             f"- Bundles of the devices: {(folder / layout.BUNDLES).absolute()}",
-            f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
+            f"- MLflow UI: {mlflow or f'`{programs}mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
             f"{mlflow or _MLFLOW}/#/models/lilliput, candidates side by side: Experiments, view *Four metrics*",
             f"- Prefect UI: {prefect or _NO_SERVER}",
         ]

@@ -20,6 +20,12 @@ def is_own_project(params_file: Path) -> bool:
     return settings_file(params_file).name == SETTINGS
 
 
+def portable(params_file: Path) -> str:
+    """Returns the name of `params_file` for work that changes to the clone: absolute unless the command runs there."""
+    file = settings_file(params_file)
+    return str(file if Path.cwd() == PROJECT and not is_own_project(file) else file.resolve())
+
+
 def folder_of(params_file: Path, kind: str = "", project: Path = PROJECT) -> Path:
     """Returns the folder of `params_file`'s results; it need not exist.
 

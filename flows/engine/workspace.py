@@ -11,12 +11,13 @@ import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from flows.engine.folders import PROJECT, folder_of
+from flows.engine.folders import PROJECT, folder_of, is_own_project, settings_file
+from flows.engine.own_project import write_pipeline
 from lilliput.artifacts import write_text
 from lilliput.config import Params, is_hub
 from lilliput.errors import ConfigError, DataError
@@ -57,6 +58,7 @@ def open_workspace(params_file: Path, kind: str = "") -> Path:
         ConfigError: the parameters are invalid, or a run uses the workspace (BusyError).
         DataError: an input does not exist.
     """
+    params_file = settings_file(params_file)
     inputs = _inputs(load_params(params_file), params_file)
     folder = folder_of(params_file, kind, PROJECT)
     if folder == PROJECT:
@@ -67,6 +69,8 @@ def open_workspace(params_file: Path, kind: str = "") -> Path:
         raise ConfigError(f"{params_file}: a workspace is named after this file; use letters, digits, - and _")
     for name in inputs:
         _require_inside(name, params_file)
+    if is_own_project(params_file) and not kind:
+        return make_own_project(folder, params_file, inputs)
     return make_workspace(folder, params_file, inputs)
 
 
@@ -85,6 +89,25 @@ def make_workspace(folder: Path, params_file: Path, inputs: Mapping[str, Path]) 
     lock = exclusive if (folder / ".dvc").exists() else folder_lock  # a new workspace has no DVC to lock
     with lock(folder):
         _copy_into(folder, params_file, inputs)
+    return folder
+
+
+def make_own_project(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> Path:
+    """Writes what a run needs into a project of the user's own and returns it; see `own_project`.
+
+    Args:
+        folder: of the project.
+        params_file: its `lilliput.yaml`.
+        inputs: as for `make_workspace`.
+
+    Raises:
+        BusyError: a run or a `dvc` command uses the folder.
+    """
+    lock = exclusive if (folder / ".dvc").exists() else folder_lock
+    with lock(folder):
+        write_complete(params_file, folder / layout.PARAMS)
+        _copy_inputs(folder, inputs)
+        write_pipeline(folder)
     return folder
 
 
@@ -123,8 +146,10 @@ def _inputs(params: Params, params_file: Path) -> dict[str, Path]:
     for key, name in ({"data.source": params.data.source} | keys).items():
         if is_synthetic(name, params):
             continue
-        home = PROJECT if is_hub(name) or (PROJECT / name).exists() else params_file.parent
-        inputs[name] = home / name
+        homes = [PROJECT, params_file.parent]
+        if is_own_project(params_file):
+            homes.reverse()  # its own file comes before one of the clone with the same name
+        inputs[name] = next((home / name for home in homes if is_hub(name) or (home / name).exists()), homes[1] / name)
         if not is_hub(name) and not inputs[name].exists():
             raise DataError(f"{params_file}: {key}: no such file: {name}; paths are relative to the project")
     return inputs
@@ -147,6 +172,14 @@ def _copy_data(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _copy_inputs(folder: Path, inputs: Mapping[str, Path]) -> None:
+    for name, place in inputs.items():
+        if is_hub(name):
+            write_pin(folder, name)
+        else:
+            _copy_data(place, folder / name)
+
+
 def _copy_into(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> None:
     for name in _CODE:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -157,13 +190,10 @@ def _copy_into(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> N
     if (PROJECT / layout.HUB_COMMITS).exists():  # a name means the same commit in every workspace
         shutil.copyfile(PROJECT / layout.HUB_COMMITS, folder / layout.HUB_COMMITS)
     (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, even if nothing is served
-    for name, place in inputs.items():
-        if is_hub(name):
-            write_pin(folder, name)
-        else:
-            _copy_data(place, folder / name)
+    _copy_inputs(folder, inputs)
     if not (folder / ".dvc").exists():
         from dvc.repo import Repo
 
-        Repo.init(str(folder), no_scm=True).close()
+        with redirect_stdout(io.StringIO()):  # DVC's greeting would stand before a plan as JSON
+            Repo.init(str(folder), no_scm=True).close()
         (folder / ".dvc" / "config").write_text(_DVC_CONFIG, encoding="utf-8")
