@@ -32,6 +32,15 @@ class _Command:
 
 
 COMMANDS = {
+    "shrink": _Command(
+        "flows.shrink",
+        "From a model and your data to a bundle for a device, in one command.",
+        (
+            "lilliput shrink --data questions.jsonl --device phone-4gb",
+            "lilliput shrink my-model/ --data chats.jsonl --device phone-12gb --minutes 120",
+            "lilliput shrink Qwen/Qwen3-0.6B --data chats.jsonl --device laptop --plan",
+        ),
+    ),
     "init": _Command(
         "flows.init",
         "Make a project of your own: settings, sample data, git and DVC.",

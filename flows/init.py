@@ -29,13 +29,13 @@ device: phone-4gb           # or phone-12gb, board, laptop, edge-server
 """
 
 
-def initialise(folder: Path, settings: str = SHORT, data: Path = PROJECT / SAMPLE) -> list[str]:
+def initialise(folder: Path, settings: str = SHORT, data: Path | None = PROJECT / SAMPLE) -> list[str]:
     """Makes a project in `folder`; returns what was done, a line each. Files that exist are kept.
 
     Args:
         folder: is made if it does not exist.
         settings: the content of its settings file.
-        data: is copied into it unless a file of that name is there.
+        data: is copied into it unless a file of that name is there; None if the settings name data elsewhere.
 
     Raises:
         ConfigError: the folder has a settings file already, is a file, or is the clone.
@@ -44,7 +44,7 @@ def initialise(folder: Path, settings: str = SHORT, data: Path = PROJECT / SAMPL
     folder.mkdir(parents=True, exist_ok=True)
     done = [f"{SETTINGS}: settings"]
     write_text(folder / SETTINGS, settings)
-    if not (folder / data.name).exists():
+    if data and not (folder / data.name).exists():
         shutil.copyfile(data, folder / data.name)
         done.append(f"{data.name}: {'sample questions' if data.name == SAMPLE.name else 'a copy of your data'}")
     if not in_git(folder) and shutil.which("git"):

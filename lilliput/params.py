@@ -41,6 +41,15 @@ def load_params(path: Path) -> Params:
     return _load(path).params
 
 
+def params_of(settings: Mapping[str, Any], file: str) -> Params:
+    """Returns `settings`, which may be short, as `load_params` returns those of the file `file`.
+
+    Raises:
+        ConfigError: as for `load_params`.
+    """
+    return _completed_and_checked(settings, file).params
+
+
 def complete_settings(path: Path) -> dict[str, Any] | None:
     """Returns the settings at `path` with all defaults that the file leaves out; None if it leaves out none.
 
@@ -60,18 +69,17 @@ def _load(path: Path) -> _Loaded:
     except OSError:
         content = b""  # reading again raises ConfigError with the reason
     if content not in _loaded:
-        loaded = _read(path)
+        loaded = _completed_and_checked(read_settings(path), str(path))
         if len(_loaded) >= _MAX_LOADED:
             _loaded.clear()
         _loaded[content] = loaded
     return _loaded[content]
 
 
-def _read(path: Path) -> _Loaded:
-    raw = read_settings(path)
-    settings = expanded(raw, str(path)) if isinstance(raw, Mapping) else raw
-    params = validate(Params, settings, str(path))
-    check_graph(params, str(path))
+def _completed_and_checked(raw: object, file: str) -> _Loaded:
+    settings = expanded(raw, file) if isinstance(raw, Mapping) else raw
+    params = validate(Params, settings, file)
+    check_graph(params, file)
     if "compile" not in params.model_fields_set:
         params = params.model_copy(update={"compile": compiled_by_default(params)})
     complete = _completed(settings, params.complete())

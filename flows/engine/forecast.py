@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import psutil
+
 from lilliput.config import (
     AwqConfig,
     DistillConfig,
@@ -98,6 +100,12 @@ class Model:
             elif isinstance(config, ExpertsConfig):
                 shape = replace(shape, experts=config.experts)
         return shape
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
 def seconds(kind: str, name: str, model: Model) -> float:

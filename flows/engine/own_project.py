@@ -21,7 +21,7 @@ from flows.engine.folders import PROJECT
 from lilliput.artifacts import write_text
 from tasks.process.code_digests import DIGESTS, PACKAGES, digests, key_of
 
-_FOLDERS = ("chat_templates", "offload")  # stages depend on them, even if they are empty
+_TEMPLATES = Path("chat_templates")
 _RESULTS = """\
 # What Lilliput makes here. DVC keeps the large results, git keeps metrics/, costs/ and dvc.lock.
 /models/
@@ -55,8 +55,10 @@ _DVC_CONFIG = """\
 
 def write_pipeline(folder: Path) -> None:
     """Writes what DVC and git need into `folder`: pipeline, digests of the code, ignored files. Keeps all else."""
-    for name in _FOLDERS:
-        (folder / name).mkdir(exist_ok=True)
+    (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, even if nothing is served
+    (folder / _TEMPLATES).mkdir(exist_ok=True)
+    if not any((folder / _TEMPLATES).iterdir()):  # DVC warns about empty folders
+        shutil.copyfile(PROJECT / _TEMPLATES / "README.md", folder / _TEMPLATES / "README.md")
     _write_changed(folder / DIGESTS, _yaml(digests()), "The installed code; stages depend on these digests.")
     pipeline = YAML(typ="safe").load((PROJECT / "dvc.yaml").read_text(encoding="utf-8"))
     _write_changed(folder / "dvc.yaml", _yaml(without_code(pipeline)), "The pipeline of the installed Lilliput.")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from flows.engine import forecast
 from flows.engine.lineage import Lineage
 from flows.engine.stage import Stage
@@ -87,9 +85,8 @@ def _reason(stage: Stage, changes: list[str], recorded: bool, stale_inputs: list
 def known_model(params: Params, folder: Path) -> forecast.Model | None:
     """Returns what estimates need to know of the source model; None before it is here."""
     shape = source_shape(params, folder)
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
     text = example_tokens(folder, params.data.longest_row_tokens)
-    return forecast.Model(params, shape, cores, text) if shape else None
+    return forecast.Model(params, shape, forecast.usable_cores(), text) if shape else None
 
 
 def _predict(stage: Stage, params: Params, folder: Path, model: forecast.Model | None = None) -> Prediction | None:

@@ -28,13 +28,33 @@ def source_shape(params: Params, folder: Path) -> Shape | None:
     for name in ("source", *_loaded(params)):
         if shape := _of_checkpoint(folder / layout.model(name)):
             return shape
-    if params.source.model == BUILT_IN.model:
+    return shape_of_source(params.source)
+
+
+def shape_of_source(source: SourceConfig, fetch: bool = False) -> Shape | None:
+    """Returns the shape of `source`; None for a model that is not here, or of an unknown kind.
+
+    Args:
+        source: the settings; a hub model with its commit.
+        fetch: download the configuration of a model on the hub.
+
+    Raises:
+        SourceError: the configuration cannot be fetched, or its family is not supported.
+    """
+    if source.model == BUILT_IN.model:
         return _BUILT_IN
-    scheme, _, place = params.source.model.partition(":")
-    if scheme != "path":
-        return None
-    source = Path(place).expanduser()
-    return _of_gguf(source / params.source.file) if params.source.file else _of_checkpoint(source)
+    scheme, _, place = source.model.partition(":")
+    if scheme == "path":
+        folder = Path(place).expanduser()
+        return _of_gguf(folder / source.file) if source.file else _of_checkpoint(folder)
+    if scheme == "hub" and fetch:
+        from lilliput.hub import download_snapshot
+        from lilliput.supported_sources import require_supported
+
+        snapshot = download_snapshot(source.model, ("config.json",))
+        require_supported(snapshot)
+        return _of_checkpoint(snapshot)
+    return None
 
 
 def require_source(source: SourceConfig) -> None:
