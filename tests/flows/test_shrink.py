@@ -232,9 +232,7 @@ def test_a_model_and_chats_become_a_bundle(checkpoint, tmp_path):
 
     run("--plan")
     # Random weights: nearly every position is a near tie, and scores mean nothing.
-    lenient = (
-        "parity: {same_argmax: 0.5}\npromotion: {phone-4gb: {max_accuracy_drop: 1.0, max_hallucination_rise: 1.0}}\n"
-    )
+    rules = "{max_accuracy_drop: 1.0, max_hallucination_rise: 1.0}"
     with (tmp_path / "mine" / SETTINGS).open("a") as settings:
         settings.write(f"parity: {{same_argmax: 0.5}}\npromotion: {{phone-4gb: {rules}}}\n")
     output = run()
