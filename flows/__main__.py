@@ -32,6 +32,20 @@ class _Command:
 
 
 COMMANDS = {
+    "shrink": _Command(
+        "flows.shrink",
+        "From a model and your data to a bundle for a device, in one command.",
+        (
+            "lilliput shrink --data questions.jsonl --device phone-4gb",
+            "lilliput shrink my-model/ --data chats.jsonl --device phone-12gb --minutes 120",
+            "lilliput shrink Qwen/Qwen3-0.6B --data chats.jsonl --device laptop --plan",
+        ),
+    ),
+    "init": _Command(
+        "flows.init",
+        "Make a project of your own: settings, sample data, git and DVC.",
+        ("lilliput init my-project", "lilliput init ."),
+    ),
     "run": _Command(
         "flows.democratize",
         "Make, measure, register and promote the candidates of params.yaml.",
@@ -40,7 +54,7 @@ COMMANDS = {
     "plan": _Command(
         "flows.democratize",
         "Show what a run would do, with its predicted time and memory.",
-        ("lilliput plan", "lilliput plan --params examples/tiny.yaml"),
+        ("lilliput plan", "lilliput plan --params examples/tiny.yaml", "lilliput plan --json"),
         options=("--plan",),
     ),
     "search": _Command(

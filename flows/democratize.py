@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.engine.console import candidate_rows, next_commands, print_plan, print_summary
+from flows.engine.console import candidate_rows, next_commands, print_summary
+from flows.engine.folders import is_own_project, portable, settings_file
 from flows.engine.launch import launch
-from flows.engine.output import guarded_output
+from flows.engine.output import fail, guarded_output
+from flows.engine.own_project import use_installed_code
 from flows.engine.run_context import flow_run_id, show_markdown, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.stopping import rejected_input
@@ -27,6 +29,7 @@ from lilliput.graph import needing_hardware, require_hardware
 from lilliput.params import load_params
 from lilliput.recipes.build import check_source
 from tasks.process.memory_check import IGNORE, require_memory, too_large
+from tasks.process.source_shape import require_source
 from tasks.registry.moved import update_paths
 
 if TYPE_CHECKING:  # brings DVC
@@ -58,6 +61,8 @@ def democratize(
         LilliputError: the input is rejected; no stage has run.
     """
     folder = retry_while_busy(partial(_require_runnable, Path(params_file), only, runner, workers))
+    if is_own_project(Path(params_file)):
+        use_installed_code()
     with (
         contextlib.chdir(folder),
         wait_for_folder(folder),
@@ -73,7 +78,10 @@ def _run_all(folder: Path, only: list[str], runner: Runner) -> dict[str, str]:
     update_paths()
     settings = _settings(folder)
     with closing(Lineage(folder)) as lineage:
-        _check_source(load_params(folder / "params.yaml"), folder, lineage)
+        params = load_params(folder / "params.yaml")
+        if lineage.changes("source"):
+            require_source(params.source)
+        _check_source(params, folder, lineage)
         _require_machine(lineage, folder, only)
         stages = lineage.stages(only)
         states, failed = run_stages(stages, lineage, runner)
@@ -104,6 +112,7 @@ def _stale(folder: Path, only: list[str]) -> list[str]:
 
 def _require_runnable(params_file: Path, only: list[str] | None, runner: str, workers: int) -> Path:
     """Checks the arguments of a run; returns the folder to work in."""
+    params_file = settings_file(params_file)
     require_room(PROJECT)
     params = load_params(params_file)
     if unknown := [name for name in only or [] if name not in params.candidates]:
@@ -150,6 +159,7 @@ def main(
     plan_only: Annotated[
         bool, typer.Option("--plan", help="print which stages would run and their cost; run nothing")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --plan: as JSON")] = False,
     share_machine: Annotated[bool, typer.Option(help="do not wait for other trainings on this machine")] = False,
     runner: Annotated[str, typer.Option(envvar="LILLIPUT_RUNNER", help=RUNNER_HELP)] = "local",
     workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
@@ -158,16 +168,19 @@ def main(
     ] = False,
 ) -> None:
     """Make, measure, register and promote the candidates of params.yaml; skip what is up to date."""
+    if as_json and not plan_only:
+        fail("--json belongs to --plan", 2)
     with rejected_input():
         folder = _require_runnable(params, only, runner, workers)
         if plan_only:
-            return _print_plan(folder, only or [])
+            return _print_plan(folder, only or [], as_json)
+    chosen = portable(params)
     os.chdir(PROJECT)
     if ignore_memory:
         os.environ[IGNORE] = "1"  # the processes of stages inherit it
     states: Mapping[str, str] = launch(
         democratize,
-        *(str(params), only, share_machine, runner, workers),
+        *(chosen, only, share_machine, runner, workers),
         run_name=RUN_NAME,
         stop_message="stopped; nothing is half-written, and the same command continues from here",
         needs_prefect=runner_kind(runner) != "local",  # prefect-ray and prefect-dask start the workers
@@ -182,17 +195,19 @@ def _check_source(params: Params, folder: Path, lineage: Lineage) -> str | None:
     return check_source(params.data, folder) if lineage.changes("data") and not made_later else None
 
 
-def _print_plan(folder: Path, only: list[str]) -> None:
+def _print_plan(folder: Path, only: list[str], as_json: bool = False) -> None:
     from flows.engine.lineage import Lineage
-    from flows.engine.plan import plan
+    from flows.engine.plan import known_model, plan
+    from flows.engine.plan_output import device_fits, print_plan
 
     params = load_params(folder / "params.yaml")
     with contextlib.chdir(folder), closing(Lineage(folder)) as lineage:
+        if lineage.changes("source"):
+            require_source(params.source)
         planned = plan(lineage, params, folder, only)
-        source = _check_source(params, folder, lineage)
-    if source:
-        print(source)
-    print_plan(planned)
+        rows = _check_source(params, folder, lineage)
+        fits = device_fits(known_model(params, folder))
+    print_plan(planned, fits, rows, as_json)
 
 
 if __name__ == "__main__":

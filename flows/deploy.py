@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
+from flows.engine.folders import PROJECT, folder_of
 from flows.engine.output import fail, guarded_output
 from lilliput.errors import ArtifactError, ConfigError, LilliputError
 from lilliput.serve.files import ANSWERS, CURRENT, GATEWAY, PREVIOUS, PROXY_HELP
@@ -26,7 +27,6 @@ from lilliput.serve.files import ANSWERS, CURRENT, GATEWAY, PREVIOUS, PROXY_HELP
 if TYPE_CHECKING:
     from lilliput.config import Params
 
-PROJECT = Path(__file__).resolve().parents[1]
 RUN_NAME = "deploy-{device}-{action}"
 DEPLOYMENTS = Path("deployments")
 # Gateways that this process started. They outlive it; while it lives, it must collect their exit codes.
@@ -320,13 +320,6 @@ def _error_message(status: int, answer: bytes) -> str:
         return str(json.loads(answer)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"status {status}"
-
-
-def folder_of(params_file: Path) -> Path:
-    """Returns the folder of `params_file`'s results: the project, or the file's workspace."""
-    if params_file.resolve() == PROJECT / "params.yaml":
-        return PROJECT
-    return PROJECT / "workspaces" / params_file.stem
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

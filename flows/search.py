@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.engine.console import front_rows, print_search
+from flows.engine.folders import portable, settings_file
 from flows.engine.launch import launch
 from flows.engine.output import guarded_output
 from flows.engine.process import run_process
@@ -93,6 +94,7 @@ def open_search(params_file: Path, config: SearchConfig, search_file: str) -> Pa
     Raises:
         ConfigError: parameters or space are invalid.
     """
+    params_file = settings_file(params_file)
     params = load_params(params_file)
     Space(config, params, search_file)
     folder = open_workspace(params_file, "search")
@@ -183,13 +185,15 @@ def main(
     workers: Annotated[int, typer.Option(envvar="LILLIPUT_WORKERS", help=WORKERS_HELP)] = 1,
 ) -> None:
     """Find the Pareto-optimal chains of strategies, and the lines of params.yaml that make them."""
+    space = space if space.exists() or str(space) != SPACE else PROJECT / SPACE
     with rejected_input():
         folder = open_search(params, read_section(SearchConfig, space, "--search"), str(space))
         require_runner(runner, workers)
+    chosen, file = portable(params), str(space if Path.cwd() == PROJECT else space.resolve())
     os.chdir(PROJECT)
     launch(
         search,
-        *(str(params), str(space), trials, minutes, share_machine, runner, workers),
+        *(chosen, file, trials, minutes, share_machine, runner, workers),
         run_name=RUN_NAME,
         stop_message="stopped; the same command continues from here, and --minutes 0 writes the results so far",
         needs_prefect=runner_kind(runner) != "local",

@@ -11,10 +11,13 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from ruamel.yaml import YAML
 
+from flows.engine.folders import settings_file
 from flows.engine.output import fail, guarded_output
 from flows.engine.stopping import rejected_input
 from lilliput.errors import ConfigError
 from lilliput.params import load_params
+
+_SHORTHAND = {"recipe": ("candidates", "compile"), "device": ("devices", "promotion", "serving")}
 
 
 class Setting(NamedTuple):
@@ -22,7 +25,7 @@ class Setting(NamedTuple):
 
     Attributes:
         key: with dots, such as `strategies.lora.steps`.
-        origin: file and line, or `default`.
+        origin: file and line of the setting or of the shorthand that stands for it, or `default`.
     """
 
     key: str
@@ -36,6 +39,7 @@ def settings_of(path: Path) -> list[Setting]:
     Raises:
         ConfigError: the file is missing or invalid; lists all problems.
     """
+    path = settings_file(path)
     values = load_params(path).model_dump(mode="json", by_alias=True)
     lines = dict(_lines(YAML(typ="rt").load(path.read_text(encoding="utf-8"))))
     return [Setting(key, value, _origin(key, lines, path)) for key, value in _leaves(values)]
@@ -83,7 +87,13 @@ def _lines(node: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _origin(key: str, lines: Mapping[str, int], path: Path) -> str:
-    return f"{path}:{lines[key]}" if key in lines else "default"
+    if key in lines:
+        return f"{path}:{lines[key]}"
+    section = key.split(".")[0]
+    for shorthand, replaced in _SHORTHAND.items():
+        if shorthand in lines and section in replaced and section not in lines:
+            return f"{path}:{lines[shorthand]} ({shorthand})"
+    return "default"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -107,7 +117,7 @@ def main(
     if as_json:
         return print(json.dumps([setting._asdict() for setting in shown], indent=2, ensure_ascii=False))
     if not show:
-        return print(f"{params}: valid; {len(settings)} settings, which --show lists")
+        return print(f"{settings_file(params)}: valid; {len(settings)} settings, which --show lists")
     for setting in shown:
         print(f"{setting.key}: {json.dumps(setting.value, ensure_ascii=False)}  # {setting.origin}")
 

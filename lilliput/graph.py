@@ -263,6 +263,18 @@ def _unsupported_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTar
     return None
 
 
+def compiled_by_default(params: Params) -> dict[str, GgufTarget]:
+    """Returns what to compile if the settings do not say: for GGUF, each candidate at the end of a chain.
+
+    Leaves out those that GGUF cannot hold; empty if no device runs GGUF.
+    """
+    if not any(device.target == "gguf" for device in params.devices.values()):
+        return {}
+    parents = {spec.parent for spec in params.candidates.values()}
+    forms = [GgufTarget(candidate=name, target="gguf") for name in params.candidates if name not in parents]
+    return {f"{form.candidate}-gguf": form for form in forms if _unsupported(params, form) is None}
+
+
 def _group_size_remedy(params: Params, name: str, config: QuantisationConfig, sizes: tuple[int, ...]) -> str:
     """Suggests group sizes that divide the layers and that every target of the candidate supports."""
     targets = [spec for spec in params.compile.values() if spec.candidate == name]

@@ -23,6 +23,7 @@ from lilliput.params import load_params
 from lilliput.public_benchmarks.run import require_benchmarks
 from lilliput.redaction import redacted
 from tasks import layout
+from tasks.process.code_digests import require_same_code
 from tasks.process.console import ERROR, EXIT_REFUSED, EXIT_STOPPED, EXIT_TEMPORARY, EXIT_TERMINATED, logging_to
 from tasks.process.cost import last_peak, out_of_memory
 from tasks.process.deadline import deadline
@@ -164,6 +165,7 @@ def _run(module: str, function: str, name: str | None = None, *options: object) 
             prepare(Path(__file__).resolve().parent.parent)
             require_usable_environment()
             require_room(Path())  # the log needs room too
+            require_same_code()
             if module != "simulate":  # a simulation only reads results
                 stack.enter_context(stage_folder_lock())
             update_paths()  # before output goes to the log, so that the terminal shows its message

@@ -83,10 +83,10 @@ def test_wrong_type_or_value_is_refused_at_its_place(raw, tmp_path, section, key
 
 def test_all_problems_are_listed_at_once(raw, tmp_path):
     raw["data"]["seed"] = "x"
-    del raw["evaluation"]["seed"]
+    del raw["devices"]["laptop"]["context_tokens"]
     raw["extra"] = 1
     message = refusal(raw, tmp_path)
-    assert all(place in message for place in ("data.seed", "evaluation.seed: missing", "extra: unknown key"))
+    assert all(place in message for place in ("data.seed", "laptop.context_tokens: missing", "extra: unknown key"))
 
 
 def test_bad_override_is_refused_at_the_candidate(raw, tmp_path):

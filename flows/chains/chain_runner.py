@@ -68,7 +68,7 @@ class ChainRunner:
         lineage = self._load_graph([chain])
         planned = plan(lineage, load_params(layout.PARAMS), self._folder, [self._space.name(chain)])
         due = [item.prediction for item in planned if item.reason and item.stage.candidate]
-        known = [prediction.seconds for prediction in due if prediction]
+        known = [prediction.seconds for prediction in due if prediction and not prediction.is_estimate]
         return Forecast(sum(known), len(due) - len(known))
 
     def make(self, chain: Chain) -> Outcome:

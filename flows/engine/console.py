@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from flows.engine.folders import SETTINGS
 from lilliput.artifacts import find_record, read_record
 from lilliput.graph import topological_order
-from lilliput.memory import this_machine
 from lilliput.params import load_params
 from lilliput.records import DeviceRecord, EvaluationRecord, Figure, OffloadRecord, Result, SearchRecord
 from lilliput.report.figures import figure, mark
@@ -20,7 +20,6 @@ from tasks import layout
 from tasks.records import find_promotions, find_registry
 
 if TYPE_CHECKING:  # bring DVC and MLflow
-    from flows.engine.plan import PlannedStage
     from tasks.publish import Publication
 
 MIB, GIB = 2**20, 2**30
@@ -117,6 +116,8 @@ def next_commands(folder: Path) -> str:
     """Returns how to serve the champions, where the report is and how to open the UIs, as readable Markdown."""
     workspace = layout.is_workspace(folder)
     option = f" --params {folder.name}.yaml" if workspace else ""  # only the name of the file matters
+    own = (folder / SETTINGS).exists()
+    serve, programs = ("lilliput serve", "") if own else (".venv/bin/python -m flows.deploy", ".venv/bin/")
     store = f"sqlite:///{(folder / layout.MLRUNS / 'mlflow.db').absolute()}"
     mlflow = "" if workspace else os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix(store)
     prefect = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
@@ -125,10 +126,10 @@ def next_commands(folder: Path) -> str:
     ]
     return "\n".join(
         [
-            *(f"- Serve {device}'s champion: `.venv/bin/python -m flows.deploy {device}{option}`" for device in served),
+            *(f"- Serve {device}'s champion: `{serve} {device}{option}`" for device in served),
             f"- Report: {(folder / layout.REPORT / 'index.html').absolute()}",
             f"- Bundles of the devices: {(folder / layout.BUNDLES).absolute()}",
-            f"- MLflow UI: {mlflow or f'`.venv/bin/mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
+            f"- MLflow UI: {mlflow or f'`{programs}mlflow ui --backend-store-uri {store} --port 5000`'}; champions: "
             f"{mlflow or _MLFLOW}/#/models/lilliput, candidates side by side: Experiments, view *Four metrics*",
             f"- Prefect UI: {prefect or _NO_SERVER}",
         ]
@@ -204,42 +205,6 @@ def print_search(folder: Path) -> None:
     console.print((folder / layout.WINNER).read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     console.print(f"These lines: {(folder / layout.WINNER).absolute()}", highlight=False, markup=False, soft_wrap=True)
     console.print(next_commands(folder), highlight=False, markup=False, soft_wrap=True)
-
-
-def print_plan(planned: Sequence[PlannedStage]) -> None:
-    """Prints which stages would run, which are cached, and the predicted cost."""
-    rows = []
-    for item in planned:
-        cost = item.prediction
-        rows.append(
-            {
-                "stage": item.stage.name,
-                "would": f"run: {item.reason}" if item.reason else "be cached",
-                "time": f"{cost.seconds:.0f} s" if cost and item.reason else "",
-                "MiB (estimate)": _memory(item) if item.reason else "",
-                "as measured on": cost.source if cost and item.reason else ("no record" if item.reason else ""),
-            }
-        )
-    _console().print(_table("Plan: nothing has been run", rows))
-    known = [item.prediction for item in planned if item.reason and item.prediction]
-    unknown = sum(1 for item in planned if item.reason and not item.prediction)
-    peak = max((prediction.peak_rss_bytes for prediction in known), default=0) / MIB
-    total = sum(prediction.seconds for prediction in known)
-    rest = f", plus {unknown} stages never measured" if unknown else ""
-    print(f"{len(known) + unknown} stages would run: about {total / 60:.1f} min and {peak:.0f} MiB at the peak{rest}.")
-    print("Predictions are records of earlier runs, perhaps of another machine.")
-    machine = this_machine()
-    gpu = f"a GPU with {machine.gpu_bytes / GIB:.1f}" if machine.gpu_bytes else "no GPU"
-    print("Estimates follow from the shapes of the models (docs/memory.md).", end=" ")
-    print(f"This machine: {machine.host_bytes / GIB:.1f} GiB, {gpu}.")
-
-
-def _memory(item: PlannedStage) -> str:
-    measured = f"{item.prediction.peak_rss_bytes / MIB:.0f}" if item.prediction else "?"
-    if not item.memory:
-        return measured
-    on_gpu = f" + {item.memory.gpu_bytes / MIB:.0f} GPU" if item.memory.gpu_bytes else ""
-    return f"{measured} (~{item.memory.process_bytes / MIB:.0f}{on_gpu})"
 
 
 def _evaluations(folder: Path) -> dict[str, EvaluationRecord]:

@@ -88,6 +88,10 @@ class Lineage:
         """
         return [text for entry in status_without_lock(self._recorded[name]) for text in _describe(entry)]
 
+    def is_recorded(self, name: str) -> bool:
+        """Whether stage `name` is in dvc.lock: it was made before, here or where that file comes from."""
+        return any(dep.hash_info for dep in self._recorded[name].deps)
+
     def inputs(self, name: str) -> dict[str, Any]:
         """Returns DVC's hash of each present dependency of stage `name`: a file, a folder or settings."""
         return {str(dep): dep.get_hash() for dep in self._recorded[name].deps if dep.exists}

@@ -1,10 +1,11 @@
-"""Predicts which stages would run, and their cost from records of earlier runs."""
+"""Predicts which stages would run, and their cost: from records of earlier runs, otherwise from the model's shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.engine import forecast
 from flows.engine.lineage import Lineage
 from flows.engine.stage import Stage
 from lilliput.artifacts import find_record
@@ -12,22 +13,25 @@ from lilliput.config import Params
 from lilliput.memory import MemoryEstimate
 from lilliput.records import Cost
 from tasks import layout
-from tasks.process.memory_check import estimates
+from tasks.process.memory_check import estimates, example_tokens
+from tasks.process.source_shape import source_shape
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Cost of a stage, as it was measured last.
+    """Cost of a stage, as it was measured last, or estimated.
 
     Attributes:
         seconds: wall time.
-        peak_rss_bytes: of its process.
+        peak_rss_bytes: of its process; 0 if it is unknown.
         source: what was measured: the stage itself or similar ones.
+        is_estimate: whether nothing was measured, and the cost follows from the model's shape (`forecast`).
     """
 
     seconds: float
     peak_rss_bytes: int
     source: str
+    is_estimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class PlannedStage:
     Attributes:
         stage: of dvc.yaml.
         reason: why it would run; None if it is cached.
-        prediction: from records of earlier runs; None if there are none.
+        prediction: None if nothing is known, not even the model's shape.
         memory: estimate from the model's shape, for stages that make a candidate whose shape is known.
     """
 
@@ -47,23 +51,58 @@ class PlannedStage:
     memory: MemoryEstimate | None = None
 
 
+NOT_BUILT = "not built yet"
+_SHAPE = "the model's shape"
+_DELETED = ": deleted"  # DVC's word for each output that is not there
+
+
 def plan(lineage: Lineage, params: Params, folder: Path, only: list[str]) -> list[PlannedStage]:
     """Returns every stage in order. A stage also counts as stale if one of its inputs would be made again."""
     planned: list[PlannedStage] = []
     stale: set[str] = set()
     memory = {f"compress@{name}": estimate for name, estimate in estimates(params, params.candidates, folder).items()}
+    model = known_model(params, folder)
     for stage in lineage.stages(only):
-        changes = lineage.changes(stage.name)
         stale_inputs = sorted(lineage.upstream(stage.name) & stale)
-        reason = (changes or [f"follows {stale_inputs[0]}"])[0] if changes or stale_inputs else None
+        reason = _reason(stage, lineage.changes(stage.name), lineage.is_recorded(stage.name), stale_inputs)
         if reason:
             stale.add(stage.name)
-        planned.append(PlannedStage(stage, reason, _predict(stage, params, folder), memory.get(stage.name)))
+        planned.append(PlannedStage(stage, reason, _predict(stage, params, folder, model), memory.get(stage.name)))
     return planned
 
 
-def _predict(stage: Stage, params: Params, folder: Path) -> Prediction | None:
-    """Predicts by the last cost of this stage, otherwise by the mean of candidates with the same strategy."""
+def _reason(stage: Stage, changes: list[str], recorded: bool, stale_inputs: list[str]) -> str | None:
+    """Returns why `stage` would run; None if it would not."""
+    if not changes and not stale_inputs:
+        return None
+    own_changes = [change for change in changes if not change.endswith(_DELETED)]
+    missing = {change.removesuffix(_DELETED) for change in changes} & set(stage.outputs)
+    if not recorded or (missing and not own_changes):
+        return NOT_BUILT
+    return (own_changes or [f"follows {name}" for name in stale_inputs] or changes)[0]
+
+
+def known_model(params: Params, folder: Path) -> forecast.Model | None:
+    """Returns what estimates need to know of the source model; None before it is here."""
+    shape = source_shape(params, folder)
+    text = example_tokens(folder, params.data.longest_row_tokens)
+    return forecast.Model(params, shape, forecast.usable_cores(), text) if shape else None
+
+
+def _predict(stage: Stage, params: Params, folder: Path, model: forecast.Model | None = None) -> Prediction | None:
+    """Predicts by the last cost of this stage, otherwise by the mean of similar ones, otherwise by `model`."""
+    if measured := _measured(stage, params, folder):
+        return measured
+    kind, _, name = stage.name.partition("@")
+    model = model or known_model(params, folder)
+    if model is None or kind not in forecast.OVERHEAD_S:
+        return None
+    peak = forecast.peak_bytes(kind, name, model) or 0
+    return Prediction(forecast.seconds(kind, name, model), peak, _SHAPE, is_estimate=True)
+
+
+def _measured(stage: Stage, params: Params, folder: Path) -> Prediction | None:
+    """Returns the last cost of this stage, otherwise the mean of candidates with the same strategy."""
     kind = stage.name.partition("@")[0]
     if stage.candidate is None or kind not in layout.RECORDS:
         return None

@@ -1,25 +1,30 @@
 """The folder of a run: the project itself, or for other parameters a workspace beside it.
 
-A workspace is a copy of the code with its own params.yaml, DVC repository and results, so that a rehearsal never
-touches the models of the real run. It shares the project's DVC cache: each restores what the other made from the same
-inputs. `dvc repro` works in both.
+A workspace is a copy of the code with its own complete params.yaml, DVC repository and results, so that a rehearsal
+never touches the models of the real run. It shares the project's DVC cache: each restores what the other made from the
+same inputs. `dvc repro` works in both.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
+from flows.engine.folders import PROJECT, folder_of, is_own_project, settings_file
+from flows.engine.own_project import write_pipeline
+from lilliput.artifacts import write_text
 from lilliput.config import Params, is_hub
 from lilliput.errors import ConfigError, DataError
-from lilliput.params import load_params
+from lilliput.params import complete_settings, load_params
 from tasks import layout
 from tasks.process.folder_lock import folder_lock
 
-PROJECT = Path(__file__).resolve().parents[2]
 _CODE = ("lilliput", "tasks", "corpora", "chat_templates")
 _DVC_CONFIG = """\
 [core]
@@ -47,23 +52,25 @@ def exclusive(folder: Path) -> Iterator[None]:
 def open_workspace(params_file: Path, kind: str = "") -> Path:
     """Checks `params_file` and returns the folder to work in.
 
-    The project's own params.yaml means the project; any other file means a workspace under `workspaces/`, named after
-    it. A `kind` of work, such as a search, has its own workspace for each file.
+    `folder_of` says which. A workspace is made or brought up to date.
 
     Raises:
         ConfigError: the parameters are invalid, or a run uses the workspace (BusyError).
         DataError: an input does not exist.
     """
+    params_file = settings_file(params_file)
     inputs = _inputs(load_params(params_file), params_file)
-    if params_file.resolve() == PROJECT / "params.yaml" and not kind:
+    folder = folder_of(params_file, kind, PROJECT)
+    if folder == PROJECT:
         for name in inputs:
             write_pin(PROJECT, name)
         return PROJECT
     if not params_file.stem.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{params_file}: a workspace is named after this file; use letters, digits, - and _")
-    folder = PROJECT / "workspaces" / ".".join(filter(None, [params_file.stem, kind]))
     for name in inputs:
         _require_inside(name, params_file)
+    if is_own_project(params_file) and not kind:
+        return make_own_project(folder, params_file, inputs)
     return make_workspace(folder, params_file, inputs)
 
 
@@ -72,7 +79,7 @@ def make_workspace(folder: Path, params_file: Path, inputs: Mapping[str, Path]) 
 
     Args:
         folder: of the workspace.
-        params_file: becomes its params.yaml.
+        params_file: becomes its params.yaml, with the defaults that it leaves out: DVC has no others.
         inputs: files and folders by their names in params.yaml; a dataset on the hub becomes a pin.
 
     Raises:
@@ -83,6 +90,37 @@ def make_workspace(folder: Path, params_file: Path, inputs: Mapping[str, Path]) 
     with lock(folder):
         _copy_into(folder, params_file, inputs)
     return folder
+
+
+def make_own_project(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> Path:
+    """Writes what a run needs into a project of the user's own and returns it; see `own_project`.
+
+    Args:
+        folder: of the project.
+        params_file: its `lilliput.yaml`.
+        inputs: as for `make_workspace`.
+
+    Raises:
+        BusyError: a run or a `dvc` command uses the folder.
+    """
+    lock = exclusive if (folder / ".dvc").exists() else folder_lock
+    with lock(folder):
+        write_complete(params_file, folder / layout.PARAMS)
+        _copy_inputs(folder, inputs)
+        write_pipeline(folder)
+    return folder
+
+
+def write_complete(params_file: Path, target: Path) -> None:
+    """Writes the settings of `params_file` to `target`, with all defaults; a complete file is copied as it is."""
+    complete = complete_settings(params_file)
+    if complete is None:
+        shutil.copyfile(params_file, target)
+        return
+    text = io.StringIO()
+    YAML().dump(complete, text)
+    note = f"# All settings of {params_file.name}, with their defaults. Edit that file: a run writes this one again.\n"
+    write_text(target, note + text.getvalue())
 
 
 def write_pin(folder: Path, source: str) -> None:
@@ -108,8 +146,10 @@ def _inputs(params: Params, params_file: Path) -> dict[str, Path]:
     for key, name in ({"data.source": params.data.source} | keys).items():
         if is_synthetic(name, params):
             continue
-        home = PROJECT if is_hub(name) or (PROJECT / name).exists() else params_file.parent
-        inputs[name] = home / name
+        homes = [PROJECT, params_file.parent]
+        if is_own_project(params_file):
+            homes.reverse()  # its own file comes before one of the clone with the same name
+        inputs[name] = next((home / name for home in homes if is_hub(name) or (home / name).exists()), homes[1] / name)
         if not is_hub(name) and not inputs[name].exists():
             raise DataError(f"{params_file}: {key}: no such file: {name}; paths are relative to the project")
     return inputs
@@ -132,23 +172,28 @@ def _copy_data(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _copy_inputs(folder: Path, inputs: Mapping[str, Path]) -> None:
+    for name, place in inputs.items():
+        if is_hub(name):
+            write_pin(folder, name)
+        else:
+            _copy_data(place, folder / name)
+
+
 def _copy_into(folder: Path, params_file: Path, inputs: Mapping[str, Path]) -> None:
     for name in _CODE:
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copyfile(PROJECT / name, folder / name)
-    shutil.copyfile(params_file, folder / "params.yaml")
+    write_complete(params_file, folder / layout.PARAMS)
     if (PROJECT / layout.HUB_COMMITS).exists():  # a name means the same commit in every workspace
         shutil.copyfile(PROJECT / layout.HUB_COMMITS, folder / layout.HUB_COMMITS)
     (folder / "offload").mkdir(exist_ok=True)  # the report depends on it, even if nothing is served
-    for name, place in inputs.items():
-        if is_hub(name):
-            write_pin(folder, name)
-        else:
-            _copy_data(place, folder / name)
+    _copy_inputs(folder, inputs)
     if not (folder / ".dvc").exists():
         from dvc.repo import Repo
 
-        Repo.init(str(folder), no_scm=True).close()
+        with redirect_stdout(io.StringIO()):  # DVC's greeting would stand before a plan as JSON
+            Repo.init(str(folder), no_scm=True).close()
         (folder / ".dvc" / "config").write_text(_DVC_CONFIG, encoding="utf-8")

@@ -1,6 +1,7 @@
 """params.yaml as frozen, typed models. An invalid file is rejected with a list of all problems."""
 
 from lilliput.config.devices import (
+    DEVICES,
     AutogptqTarget,
     DeviceConfig,
     GgufTarget,
@@ -18,9 +19,9 @@ from lilliput.config.evaluation import (
     EnergyConfig,
     EvaluationConfig,
 )
-from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig, TrainOn, is_hub, is_moving
+from lilliput.config.inputs import BUILT_IN, DataConfig, SourceConfig, SynthesiseConfig, TrainOn, is_hub, is_moving
 from lilliput.config.params import Params
-from lilliput.config.reading import read_section, read_yaml
+from lilliput.config.reading import read_section, read_settings, read_yaml, validate
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
 from lilliput.config.serving import (
     EDGE_KEY,
@@ -33,6 +34,7 @@ from lilliput.config.serving import (
     Place,
     ServingConfig,
 )
+from lilliput.config.shorthand import DEFAULT_RECIPE, RECIPES, expanded
 from lilliput.config.strategies import (
     BFLOAT16,
     QLORA,
@@ -60,8 +62,12 @@ from lilliput.config.strategies import (
 
 __all__ = [
     "BFLOAT16",
+    "BUILT_IN",
+    "DEFAULT_RECIPE",
+    "DEVICES",
     "EDGE_KEY",
     "QLORA",
+    "RECIPES",
     "AccessibilityTargets",
     "AnswerCacheConfig",
     "AutogptqTarget",
@@ -117,8 +123,11 @@ __all__ = [
     "TrainOn",
     "TrainingConfig",
     "WheelPin",
+    "expanded",
     "is_hub",
     "is_moving",
     "read_section",
+    "read_settings",
     "read_yaml",
+    "validate",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class GgufTarget(Section):
         embeddings: type of the embedding table and the output layer, half of a small model's bytes.
     """
 
+    rare: ClassVar[frozenset[str]] = frozenset({"floats", "embeddings"})
+
     candidate: Name
     target: Literal["gguf"]
     floats: GgufType = "f16"
@@ -32,6 +34,8 @@ class OnnxTarget(Section):
         embeddings: type of the embedding table, which is also the output layer, beside 4-bit layers.
         deadline_s: time limit of the builder, which is then stopped.
     """
+
+    rare: ClassVar[frozenset[str]] = frozenset({"embeddings", "deadline_s"})
 
     candidate: Name
     target: Literal["onnx"]
@@ -63,14 +67,14 @@ class ParityConfig(Section):
         deadline_s: time limit of that runtime, which is then stopped.
     """
 
-    tokens: Annotated[int, Field(ge=32, le=LARGEST_INT)]
-    questions: Positive
-    clear_nats: NotNegativeFloat
-    same_argmax: Share
-    same_argmax_clear: Share
-    mean_difference_nats: PositiveFloat
-    threads: Positive
-    deadline_s: PositiveFloat
+    tokens: Annotated[int, Field(ge=32, le=LARGEST_INT)] = 256
+    questions: Positive = 60
+    clear_nats: NotNegativeFloat = 0.5
+    same_argmax: Share = 0.93
+    same_argmax_clear: Share = 0.99
+    mean_difference_nats: PositiveFloat = 0.05
+    threads: Positive = 1
+    deadline_s: PositiveFloat = 300.0
 
 
 class DeviceConfig(Section):
@@ -83,6 +87,8 @@ class DeviceConfig(Section):
         ram_budget_mib: for weights, KV cache at `context_tokens` and `runtime_overhead_mib`.
         watts_per_core: declared power of a busy core; used only for estimates.
     """
+
+    rare: ClassVar[frozenset[str]] = frozenset({"target", "threads"})
 
     target: Literal["gguf", "onnx"] | None = None
     threads: Positive = 1
@@ -107,9 +113,38 @@ class PromotionConfig(Section):
         approval: whether a person must approve a change of champion.
     """
 
-    prefer: Literal["accuracy", "hallucination", "energy", "size"]
-    max_accuracy_drop: Share
-    max_hallucination_rise: Share
+    rare: ClassVar[frozenset[str]] = frozenset({"max_energy_rise", "max_accessibility_drop", "approval"})
+
+    prefer: Literal["accuracy", "hallucination", "energy", "size"] = "accuracy"
+    max_accuracy_drop: Share = 0.02
+    max_hallucination_rise: Share = 0.02
     max_energy_rise: NotNegativeFloat | None = None
     max_accessibility_drop: Share | None = None
     approval: bool = False
+
+
+def _device(
+    storage: float, ram: float, context: int, overhead: float, watts: float, target: Literal["gguf"] | None = "gguf"
+) -> DeviceConfig:
+    settings: dict[str, Any] = {"target": target, "threads": 1} if target else {}
+    return DeviceConfig(
+        **settings,
+        storage_budget_mib=storage,
+        ram_budget_mib=ram,
+        context_tokens=context,
+        runtime_overhead_mib=overhead,
+        watts_per_core=watts,
+    )
+
+
+# Budgets are for one app, not the whole device. Watts are declared, not measured.
+DEVICES = {
+    "phone-4gb": _device(160.0, 400.0, 2048, 100.0, 0.75),
+    "phone-12gb": _device(1024.0, 1536.0, 4096, 150.0, 2.0),
+    "board": _device(300.0, 700.0, 2048, 100.0, 1.5),  # a single-board computer with 2 GiB
+    "laptop": _device(4096.0, 4096.0, 8192, 500.0, 7.5),
+    "edge-server": _device(65536.0, 22528.0, 8192, 1024.0, 10.0, target=None),  # the memory is that of its GPU
+}
+# Rules that differ from PromotionConfig's defaults.
+_STRICT = PromotionConfig(max_accuracy_drop=0.0, max_hallucination_rise=0.0)
+PROMOTION = {"board": PromotionConfig(prefer="energy"), "laptop": _STRICT, "edge-server": _STRICT}

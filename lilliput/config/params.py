@@ -8,28 +8,31 @@ from pydantic import Field, model_validator
 
 from lilliput.config.devices import DeviceConfig, ParityConfig, PromotionConfig, TargetConfig
 from lilliput.config.evaluation import CachingConfig, EvaluationConfig
-from lilliput.config.inputs import DataConfig, SourceConfig, SynthesiseConfig
+from lilliput.config.inputs import BUILT_IN, DataConfig, SourceConfig, SynthesiseConfig
 from lilliput.config.reading import validate
 from lilliput.config.section import LinkName, Name, Section
-from lilliput.config.serving import LinkConfig, ServingConfig
+from lilliput.config.serving import LINKS, LinkConfig, ServingConfig
+from lilliput.config.shorthand import KEYS
 from lilliput.config.strategies import CandidateConfig, StrategiesConfig
 
 
 class Params(Section):
-    """All of params.yaml."""
+    """All of params.yaml. What a short file leaves out of the graph and the devices, `lilliput.params` adds before."""
 
-    source: SourceConfig
-    synthesise: dict[Name, SynthesiseConfig]
-    data: DataConfig
-    strategies: StrategiesConfig
+    shorthand = KEYS
+
+    source: SourceConfig = BUILT_IN
+    synthesise: dict[Name, SynthesiseConfig] = Field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    strategies: StrategiesConfig = StrategiesConfig()
     candidates: Annotated[dict[Name, CandidateConfig], Field(min_length=1)]
-    evaluation: EvaluationConfig
-    caching: CachingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    caching: CachingConfig = CachingConfig()
     compile: dict[Name, TargetConfig] = Field(default_factory=dict)
-    parity: ParityConfig
+    parity: ParityConfig = ParityConfig()
     devices: Annotated[dict[Name, DeviceConfig], Field(min_length=1)]
     promotion: dict[Name, PromotionConfig]
-    links: dict[LinkName, LinkConfig] = Field(default_factory=dict)
+    links: dict[LinkName, LinkConfig] = LINKS
     serving: dict[Name, ServingConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")

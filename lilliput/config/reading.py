@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
@@ -27,13 +27,21 @@ def read_section(model: type[Model], path: Path, option: str = "--params") -> Mo
     Raises:
         ConfigError: the file is missing or not YAML, or has unknown keys or wrong types; lists all problems.
     """
+    return validate(model, read_settings(path, option), str(path))
+
+
+def read_settings(path: Path, option: str = "--params") -> object:
+    """Returns the content of the YAML file at `path`, not yet validated. `option` is its command line option.
+
+    Raises:
+        ConfigError: the file is missing or not YAML.
+    """
     try:
-        raw = read_yaml(path)
+        return read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run from the project's folder or name one with {option}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    return validate(model, raw, str(path))
 
 
 def read_yaml(path: Path) -> object:
@@ -128,12 +136,13 @@ def _describe(problem: Any, model: type[Section], file: str, prefix: str) -> str
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[Section]) -> str:
-    known = sorted({key for section in _sections_at(location[:-1], model) for key in _keys(section)})
+    sections = _sections_at(location[:-1], model)
+    known = sorted({key for section in sections for key in (*_keys(section), *section.shorthand)})
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 
-def _sections_at(location: tuple[int | str, ...], model: type[BaseModel]) -> list[type[BaseModel]]:
+def _sections_at(location: tuple[int | str, ...], model: type[Section]) -> list[type[Section]]:
     """Returns the section types possible at `location`; its parts may also be map keys, list indices or union tags."""
     sections = [model]
     for part in location:
@@ -142,11 +151,11 @@ def _sections_at(location: tuple[int | str, ...], model: type[BaseModel]) -> lis
     return sections
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
-def _keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
+def _keys(section: type[Section]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in section.model_fields.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -47,9 +48,31 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # range accepted by NumPy, scikit-
 
 
 class Section(BaseModel):
-    """A section of params.yaml: frozen; rejects unknown keys and wrong types."""
+    """A section of params.yaml: frozen; rejects unknown keys and wrong types.
+
+    Attributes:
+        rare: keys that `complete` leaves out unless they are set. Their defaults never change, because DVC would not
+            notice it; a new key with the old behaviour as its default belongs here, and makes no stage stale.
+        shorthand: keys of the file that stand for keys of the section and are replaced before it is validated.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False)
+    rare: ClassVar[frozenset[str]] = frozenset()
+    shorthand: ClassVar[tuple[str, ...]] = ()
+
+    def complete(self) -> dict[str, Any]:
+        """Returns the settings as plain values, defaults included, without the rare keys that are not set."""
+        left_out = self.rare - self.model_fields_set
+        names = {name: field.alias or name for name, field in type(self).model_fields.items() if name not in left_out}
+        return {key: _plain(getattr(self, name)) for name, key in names.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.complete()
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 Model = TypeVar("Model", bound=Section)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,55 @@ class LinkConfig(Section):
     tail_watts: NotNegativeFloat = 0.0
 
 
+# Declared, not measured; docs/configuration.md has the sources.
+LINKS = {
+    "wifi": LinkConfig(
+        up_mbit_per_s=50.0,
+        down_mbit_per_s=100.0,
+        round_trip_ms=10.0,
+        loss=0.001,
+        up_j_per_byte=2.3e-6,
+        down_j_per_byte=1.1e-6,
+        active_watts=0.13,
+        tail_s=0.24,
+        tail_watts=0.12,
+    ),
+    "5g": LinkConfig(
+        up_mbit_per_s=50.0,
+        down_mbit_per_s=300.0,
+        round_trip_ms=25.0,
+        loss=0.002,
+        up_j_per_byte=1.0e-6,
+        down_j_per_byte=2.0e-7,
+        active_watts=1.5,
+        tail_s=1.0,
+        tail_watts=0.6,
+    ),
+    "4g": LinkConfig(
+        up_mbit_per_s=6.0,
+        down_mbit_per_s=13.0,
+        round_trip_ms=70.0,
+        loss=0.005,
+        up_j_per_byte=3.5e-6,
+        down_j_per_byte=4.2e-7,
+        active_watts=1.29,
+        tail_s=11.6,
+        tail_watts=1.06,
+    ),
+    "poor": LinkConfig(
+        up_mbit_per_s=0.3,
+        down_mbit_per_s=0.6,
+        round_trip_ms=400.0,
+        loss=0.05,
+        up_j_per_byte=7.0e-6,
+        down_j_per_byte=9.8e-7,
+        active_watts=0.82,
+        tail_s=8.1,
+        tail_watts=0.8,
+    ),
+}
+
+
 class EdgeConfig(Section):
     """The edge server: a candidate that llama.cpp serves on loopback, or a remote server.
 
@@ -62,6 +111,8 @@ class EdgeConfig(Section):
         model: its name on that server.
         timeout_s: time limit; after it the device answers the request.
     """
+
+    rare: ClassVar[frozenset[str]] = frozenset({"candidate", "threads", "slots", "url", "model", "timeout_s"})
 
     candidate: Name | None = None
     threads: Positive = 1
@@ -95,9 +146,9 @@ class ObjectiveConfig(Section):
         max_hallucination_rise: of the hallucination rate, relative to the edge server alone.
     """
 
-    energy_budget_j: PositiveFloat
-    max_accuracy_drop: Share
-    max_hallucination_rise: Share
+    energy_budget_j: PositiveFloat = 0.2
+    max_accuracy_drop: Share = 0.02
+    max_hallucination_rise: Share = 0.02
 
 
 class OffloadConfig(Section):
@@ -109,16 +160,16 @@ class OffloadConfig(Section):
         folds: of the cross-validation of learned routers; folds are disjoint by entity.
     """
 
-    seed: Seed
-    questions: Annotated[int, Field(ge=20, le=LARGEST_INT)]
-    max_new_tokens: Positive
-    folds: Annotated[int, Field(ge=2, le=LARGEST_INT)]
+    seed: Seed = 6
+    questions: Annotated[int, Field(ge=20, le=LARGEST_INT)] = 300
+    max_new_tokens: Positive = 24
+    folds: Annotated[int, Field(ge=2, le=LARGEST_INT)] = 5
 
 
 class AnswerCacheConfig(Section):
     """The gateway's semantic answer cache; its threshold is fitted with the budget of `caching`."""
 
-    capacity: NotNegative
+    capacity: NotNegative = 10000
 
 
 class ServingConfig(Section):
@@ -136,12 +187,12 @@ class ServingConfig(Section):
     """
 
     edge: EdgeConfig
-    policy: Literal["device", "server", "threshold", "learned"]
-    look: Look = "before"
-    least_confidence: Share
-    link: LinkName
-    battery_wh: PositiveFloat
-    saver_percent: Annotated[float, Field(ge=0.0, le=100.0)]
-    objective: ObjectiveConfig
-    offload: OffloadConfig
-    cache: AnswerCacheConfig
+    policy: Literal["device", "server", "threshold", "learned"] = "learned"
+    look: Look = "after"
+    least_confidence: Share = 0.7
+    link: LinkName = "wifi"
+    battery_wh: PositiveFloat = 15.0
+    saver_percent: Annotated[float, Field(ge=0.0, le=100.0)] = 20.0
+    objective: ObjectiveConfig = ObjectiveConfig()
+    offload: OffloadConfig = OffloadConfig()
+    cache: AnswerCacheConfig = AnswerCacheConfig()

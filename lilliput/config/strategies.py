@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,7 +38,7 @@ class RehearsalShape(Section):
 class LoadConfig(Section):
     """`rehearsal` replaces the source's weights by random ones, for tests and dry runs only."""
 
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     seed: Seed = 0
     rehearsal: RehearsalShape | None = None
 
@@ -61,13 +61,13 @@ class TrainingConfig(Section):
     """
 
     steps: Positive
-    batch_size: Positive
-    gradient_accumulation: Positive
+    batch_size: Positive = 16
+    gradient_accumulation: Positive = 1
     learning_rate: LearningRate
-    warmup_share: Share
-    max_grad_norm: PositiveFloat
+    warmup_share: Share = 0.1
+    max_grad_norm: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    checkpoint_every: NotNegative = 0
+    checkpoint_every: NotNegative = 10
     validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     evaluate_every: Positive = 10
     patience: Positive = 3
@@ -87,12 +87,15 @@ class LoraConfig(TrainingConfig):
     (Dettmers et al., arXiv 2305.14314).
     """
 
-    variant: Literal["lora", "rslora", "dora", "qlora"]
-    rank: Positive
-    alpha: PositiveFloat
-    dropout: Share
-    target_modules: Literal["all-linear", "attention"]
-    merge: bool
+    variant: Literal["lora", "rslora", "dora", "qlora"] = "lora"
+    rank: Positive = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Share = 0.0
+    target_modules: Literal["all-linear", "attention"] = "all-linear"
+    merge: bool = True
+    steps: Positive = 60
+    learning_rate: LearningRate = 1.0e-3
+    seed: Seed = 1
 
     @property
     def needs_hardware(self) -> str | None:
@@ -136,10 +139,12 @@ class PruneConfig(Section):
         multiple: kept neurons and channels are a multiple of this, so that quantisation groups divide them.
     """
 
-    method: Literal["block_influence", "perplexity", "neurons", "kv_groups", "query_heads", "hidden"]
-    amount: PruneAmount
-    multiple: Positive
-    calibration_examples: Positive
+    method: Literal["block_influence", "perplexity", "neurons", "kv_groups", "query_heads", "hidden"] = (
+        "block_influence"
+    )
+    amount: PruneAmount = PruneAmount(by="removed_count", value=4)
+    multiple: Positive = 32
+    calibration_examples: Positive = 32
 
 
 class SparseConfig(Section):
@@ -149,7 +154,7 @@ class SparseConfig(Section):
         sparsity: share of zeros in each linear layer.
     """
 
-    sparsity: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
+    sparsity: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)] = 0.5
 
 
 class SparsifyConfig(SparseConfig):
@@ -162,11 +167,11 @@ class SparsifyConfig(SparseConfig):
         block_size: columns per mask (`sparsegpt`).
     """
 
-    method: Literal["wanda", "sparsegpt"]
-    pattern: Literal["unstructured", "2:4"]
-    damp_percent: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
-    block_size: Positive
-    calibration_examples: Positive
+    method: Literal["wanda", "sparsegpt"] = "sparsegpt"
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    damp_percent: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)] = 0.01
+    block_size: Positive = 128
+    calibration_examples: Positive = 32
 
     @model_validator(mode="after")
     def _pattern_fits(self) -> SparsifyConfig:
@@ -196,15 +201,19 @@ class DistillConfig(TrainingConfig):
         top_k: number of the teacher's most likely tokens that are stored; the others share one bucket.
     """
 
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"]
-    temperature: PositiveFloat
-    kl_weight: Share
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    temperature: PositiveFloat = 2.0
+    kl_weight: Share = 0.9
     on_policy_share: Share = 0.0
     sample_temperature: PositiveFloat = 1.0
     sample_tokens: Positive = 24
     hidden_weight: NotNegativeFloat = 0.0
     teacher_logits: Literal["live", "stored"] = "live"
     top_k: Positive = 64
+    steps: Positive = 50
+    learning_rate: LearningRate = 1.0e-4
+    checkpoint_every: NotNegative = 25
+    seed: Seed = 2
 
     @model_validator(mode="after")
     def _stored_logits_suffice(self) -> DistillConfig:
@@ -224,9 +233,9 @@ class DistillConfig(TrainingConfig):
 class QuantisationConfig(Section):
     """A quantisation grid in AutoGPTQ's format: `group_size` weights of a row share scale and zero point."""
 
-    bits: Bits
-    group_size: Literal[16, 32, 64, 128, 256, 512, 1024]
-    symmetric: bool
+    bits: Bits = 4
+    group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = 32
+    symmetric: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -245,8 +254,8 @@ class AwqConfig(QuantisationConfig):
         scale_steps: number of exponents in [0, 1) that are tried for each group of layers.
     """
 
-    calibration_examples: Positive
-    scale_steps: Positive
+    calibration_examples: Positive = 128
+    scale_steps: Positive = 20
 
 
 class MixedConfig(Section):
@@ -268,14 +277,16 @@ class GptqConfig(QuantisationConfig):
     Attributes:
         scale_search: exponent of the rounding error that the search for each group's scale minimises; 0: no search, the
             scale just fits the largest weight.
-        seed: without effect, because nothing is drawn; still required, so that earlier settings stay valid.
+        seed: without effect, because nothing is drawn; kept so that earlier settings stay valid.
     """
 
-    act_order: bool
+    rare: ClassVar[frozenset[str]] = frozenset({"scale_search"})
+
+    act_order: bool = False
     scale_search: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
-    calibration_examples: Positive
-    damp_percent: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)]
-    seed: Seed
+    calibration_examples: Positive = 128
+    damp_percent: Annotated[float, Field(ge=SMALLEST_FLOAT, lt=1.0)] = 0.05
+    seed: Seed = 3
     mixed: MixedConfig | None = None
 
     @property
@@ -295,10 +306,10 @@ class MoeConfig(Section):
         active: number of routed experts per token.
     """
 
-    experts: Annotated[int, Field(ge=2, le=LARGEST_INT)]
-    shared: Positive
-    active: Positive
-    calibration_examples: Positive
+    experts: Annotated[int, Field(ge=2, le=LARGEST_INT)] = 6
+    shared: Positive = 2
+    active: Positive = 2
+    calibration_examples: Positive = 32
 
     @model_validator(mode="after")
     def _some_are_idle(self) -> MoeConfig:
@@ -322,12 +333,15 @@ class ExpertsConfig(TrainingConfig):
         router_steps: of training only the routers, on all topics; 0: keeps the derived routers.
     """
 
-    experts: Annotated[int, Field(ge=2, le=LARGEST_INT)]
-    active: Positive
-    rank: Positive
-    alpha: PositiveFloat
-    router_steps: NotNegative
-    router_learning_rate: LearningRate
+    experts: Annotated[int, Field(ge=2, le=LARGEST_INT)] = 3
+    active: Positive = 1
+    rank: Positive = 16
+    alpha: PositiveFloat = 32.0
+    router_steps: NotNegative = 20
+    router_learning_rate: LearningRate = 2.0e-2
+    steps: Positive = 20
+    learning_rate: LearningRate = 1.0e-3
+    seed: Seed = 7
 
     @model_validator(mode="after")
     def _some_are_idle(self) -> ExpertsConfig:
@@ -342,16 +356,16 @@ class ExpertsConfig(TrainingConfig):
 class StrategiesConfig(Section):
     """Default settings by strategy; a candidate's `with` overrides single values."""
 
-    load: LoadConfig
-    lora: LoraConfig
-    prune: PruneConfig
-    sparsify: SparsifyConfig
-    distill: DistillConfig
-    gptq: GptqConfig
-    rtn: RtnConfig
-    awq: AwqConfig
-    moe: MoeConfig
-    experts: ExpertsConfig
+    load: LoadConfig = LoadConfig()
+    lora: LoraConfig = LoraConfig()
+    prune: PruneConfig = PruneConfig()
+    sparsify: SparsifyConfig = SparsifyConfig()
+    distill: DistillConfig = DistillConfig()
+    gptq: GptqConfig = GptqConfig()
+    rtn: RtnConfig = RtnConfig()
+    awq: AwqConfig = AwqConfig()
+    moe: MoeConfig = MoeConfig()
+    experts: ExpertsConfig = ExpertsConfig()
 
 
 if TYPE_CHECKING:
@@ -373,7 +387,9 @@ class CandidateConfig(Section):
             distillation only.
     """
 
+    rare: ClassVar[frozenset[str]] = frozenset({"teacher", "with_"})
+
     parent: Annotated[str, Field(alias="from")]
     apply: StrategyName
     teacher: str | None = None
-    with_: Annotated[dict[str, Any], Field(alias="with", default_factory=dict)]
+    with_: Annotated[dict[str, Any], Field(alias="with")] = Field(default_factory=dict)

@@ -35,7 +35,7 @@ def training_machine(config: Section) -> Machine:
 
 def estimates(params: Params, candidates: Collection[str], folder: Path = Path()) -> dict[str, MemoryEstimate]:
     """Returns the expected memory of making each of `candidates`; omits those of unknown shape."""
-    text, expected = _text(folder, params.data.longest_row_tokens), {}
+    text, expected = example_tokens(folder, params.data.longest_row_tokens), {}
     for name in candidates:
         spec, config = params.candidates[name], params.strategy_config(name)
         parent = shape_of(params, name if isinstance(config, LoadConfig) else spec.parent, folder)
@@ -104,7 +104,8 @@ def shape_of(params: Params, candidate: str, folder: Path) -> Shape | None:
         candidate = params.candidates[candidate].parent
 
 
-def _text(folder: Path, limit: int) -> ExampleTokens:
+def example_tokens(folder: Path, limit: int) -> ExampleTokens:
+    """Returns the tokens of the longest training example in `folder`; a short one before the data are built."""
     path = folder / layout.DATA / "train.jsonl"
     if not path.exists():
         return SHORT

@@ -100,7 +100,7 @@ def _yaml_blocks(name: str) -> list[str]:
 def test_the_candidates_and_benchmarks_of_the_settings_page_are_valid(tmp_path):
     yaml = YAML()
     params = yaml.load((PROJECT / "params.yaml").read_text())
-    candidates, schema, benchmarks = map(yaml.load, _yaml_blocks("configuration.md"))
+    _short, candidates, schema, benchmarks = map(yaml.load, _yaml_blocks("configuration.md"))
     assert list(schema) == ["candidates"]  # the form, with placeholders
     params["candidates"].update(candidates)
     for benchmark in benchmarks["benchmarks"]:

@@ -83,6 +83,16 @@ def test_each_setting_has_its_value_and_its_line():
     assert found["candidates.lora.from"].value == "base"
 
 
+def test_a_setting_of_a_recipe_comes_from_the_line_that_names_it(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("recipe: pocket\ndevice: board\npromotion: {}\n")
+    found = {setting.key: setting.origin for setting in settings.settings_of(path)}
+    assert found["candidates.lora.apply"] == f"{path}:1 (recipe)"
+    assert found["devices.board.threads"] == f"{path}:2 (device)"
+    assert found["promotion"] == f"{path}:3"
+    assert found["strategies.lora.steps"] == "default"
+
+
 def test_settings_are_selected_by_section():
     known = [settings.Setting(key, 1, "default") for key in ("a.b", "a.c", "ab")]
     assert [setting.key for setting in settings.select(known, "a")] == ["a.b", "a.c"]

@@ -23,7 +23,8 @@ def planned(tmp_path, monkeypatch):
     lineage = SimpleNamespace(changes=lambda name: ["changed"] if name == "data" else [], close=lambda: None)
     monkeypatch.setattr("flows.engine.lineage.Lineage", lambda folder: lineage)
     monkeypatch.setattr("flows.engine.plan.plan", lambda *_: [])
-    monkeypatch.setattr("flows.democratize.print_plan", lambda planned: print("Plan"))
+    monkeypatch.setattr("flows.engine.plan.known_model", lambda *_: None)
+    monkeypatch.setattr("flows.engine.plan_output.print_plan", lambda planned, fits, rows, as_json: print(rows, "Plan"))
     return tmp_path
 
 
