@@ -39,6 +39,7 @@ LEFT_OUT = {
     "ray start": "a cluster of several machines",
     "dask scheduler": "a cluster of several machines",
     "cd /shared/lilliput": "a cluster of several machines",
+    "docker ": "a Docker daemon",
     "adb pair": "a phone",
     "python -m lilliput.android": "a phone",
     "python -m flows.publish my-org/pocket --device phone-4gb --upload": "an account on the hub",
