@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 GPU_VENV := .venv-gpu
+DOCS_VENV := .venv-docs
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser documents models night services interop bench scaling gpu repro plan ui clean
+.PHONY: demo test check browser documents docs models night services interop bench scaling gpu repro plan ui clean
 
 demo: $(INSTALLED)  ## run the whole pipeline with the default model: about 17 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -30,6 +31,11 @@ services: $(VENV)/.team  ## test with PostgreSQL, S3, MLflow and Prefect servers
 
 documents: $(VENV)/.team  ## run the command blocks of README.md and docs/ (exceptions: tests/documents/test_command_blocks.py) with a tiny model; on Debian: apt-get install postgresql nginx-light openssl curl
 	@$(BIN)/python -m pytest -m documents -n 0 -s
+
+docs: $(INSTALLED) $(DOCS_VENV)/.installed  ## write the documentation to site/, after a check of all its links
+	@$(BIN)/python -m scripts.command_reference
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
 
 models: $(INSTALLED)  ## try every family of models in every column, and write docs/models.md
 	@$(BIN)/python -m pytest -m models -n 0
@@ -86,6 +92,12 @@ $(GPU_VENV)/.installed: requirements.lock pyproject.toml
 	@$(GPU_VENV)/bin/python -c 'import torch; assert torch.version.cuda' || { echo "error: pip installed a torch without CUDA; remove $(GPU_VENV), and run again without any package index but PyPI"; exit 2; }
 	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --requirement requirements.lock \
 		$$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["gpu"])')
+	@touch $@
+
+$(DOCS_VENV)/.installed: requirements-docs.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=…"; exit 2; }
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-docs.lock
 	@touch $@
 
 $(VENV)/.team: $(INSTALLED) requirements-team.lock

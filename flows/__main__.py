@@ -109,11 +109,11 @@ class _Lazy(TyperCommand):
         self._command = command
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        command = _load(self._command)
+        command = load(self._command)
         return command.make_context(info_name, [*self._command.options, *args], parent, **extra)
 
 
-def _load(command: _Command) -> Any:
+def load(command: _Command) -> Any:
     """Returns the sub-command of `command`'s module, with its examples as they are typed after `lilliput`."""
     loaded: Any = typer.main.get_command(importlib.import_module(command.module).app)
     if command.stage:

@@ -39,6 +39,7 @@ LEFT_OUT = {
     "ray start": "a cluster of several machines",
     "dask scheduler": "a cluster of several machines",
     "cd /shared/lilliput": "a cluster of several machines",
+    "docker ": "a Docker daemon",
     "adb pair": "a phone",
     "python -m lilliput.android": "a phone",
     "python -m flows.publish my-org/pocket --device phone-4gb --upload": "an account on the hub",
@@ -117,14 +118,15 @@ class Story:
     def _is_repeated(self, command: str) -> bool:
         bare = " ".join(command.partition(" #")[0].split())
         # Each block has a Prefect server of its own, and a deployment may follow a promotion.
-        repeated = bare in self.done and not bare.startswith(("prefect", "python -m flows.deploy"))
+        repeated = bare in self.done and not bare.startswith(("prefect", "python -m flows.deploy", "lilliput serve"))
         self.done.add(bare)
         return repeated
 
     def _as_run_here(self, command: str) -> str:
         for part, instead in REPLACED.items():
             command = command.replace(part, self._filled(instead))
-        return command
+        # The installed `lilliput` belongs to the folder that it was installed from, not to this copy.
+        return re.sub(r"^lilliput ", "python -m flows ", command)
 
     def _run(self, place: str, command: str, script: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {place}: {command}", flush=True)
