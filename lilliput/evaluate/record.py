@@ -26,7 +26,8 @@ from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.judges.judge import judge_answer, verdict_row
 from lilliput.evaluate.judges.judgement import Judgement
 from lilliput.evaluate.kinds import by_kind, free_accuracy, tool_calls
-from lilliput.models import open_model
+from lilliput.memory import Shape, fits_in_float32, this_machine
+from lilliput.models import open_frozen, open_model, read_config
 from lilliput.records import Energy, Estimate, EvaluationRecord, Figure, Perplexity
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
 from lilliput.statistics import intervals
@@ -140,12 +141,15 @@ def _measure(
 ) -> _Measurements:
     config = params.evaluation
     started, cpu_started = time.perf_counter(), time.process_time()
-    model, tokenizer = open_model(model_dir)
+    widens = not fits_in_float32(Shape.of(read_config(model_dir).to_dict()), this_machine())
+    model, tokenizer = (open_frozen if widens else open_model)(model_dir)
     load_s = time.perf_counter() - started
     require_template(tokenizer, config.benchmarks)
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
     meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
     timing = _time_queries(runtime, tokenizer, params, questions, meter)
+    if widens:
+        timing.runtime_details["weights"] = "as stored, widened for each product: float32 exceeds this machine's memory"
     rows = _rows(questions, contaminated, timing, meter)
     likelihood = _answer_choices(runtime, tokenizer, params.data.system_prompt, questions, rows)
     likelihood += _score_references(runtime, tokenizer, params.data.system_prompt, questions, rows)

@@ -132,7 +132,7 @@ def test_functions_that_all_rows_share_count_once_and_not_in_every_row(tmp_path)
     def tokens(*lists):
         lines = (conversation(number, functions) for number, functions in enumerate(lists))
         write_lines(tmp_path / "data/train.jsonl", lines)
-        return memory_check._text(tmp_path, 4096)
+        return memory_check.example_tokens(tmp_path, 4096)
 
     shared = tokens("ab", "ab")
     assert (shared.rest, shared.answer) == (13, 4)
