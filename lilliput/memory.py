@@ -34,7 +34,8 @@ from lilliput.resident import FLOAT
 
 RUNTIME_BYTES = 400 * 2**20  # private memory of interpreter, torch and transformers; measured, as the next two
 TRAINING_BYTES = 200 * 2**20  # peft, accelerate and the Trainer in addition
-LIBRARY_BYTES = 150 * 2**20  # resident pages of the libraries' files
+LIBRARY_BYTES = 200 * 2**20  # resident pages of the libraries' files
+HEAP_FACTOR = 1.5  # memory that glibc takes for the activations of a step, of many sizes; measured on two shapes
 _CALIBRATION_TOKENS = 8192  # of a batch in GPTQ
 _CALIBRATION_ROWS = 32  # a batch of examples in AWQ
 GPU_RUNTIME_BYTES = 768 * 2**20  # CUDA's context and cuBLAS's workspace; not measured here
@@ -203,7 +204,7 @@ def estimate(
     """
     if isinstance(config, TrainingConfig):
         return _training(config, parent, text, machine, teacher)
-    phases = [*_phases(config, parent, text, converts=converts), _forward(parent, text, rows=1)]
+    phases = [*_phases(config, parent, text, converts=converts)]
     gpu_bytes = 0
     if isinstance(config, GptqConfig) and machine.gpu_bytes:
         layer = FLOAT * (parent.embedding_parameters + parent.layer_parameters) + _solving_bytes(config, parent, text)
@@ -224,7 +225,11 @@ def _together(
 def _phases(config: Section, shape: Shape, text: ExampleTokens, *, converts: bool) -> Iterator[_Phase]:
     """Yields the phases of a strategy that does not train, besides running the model."""
     whole, stored = FLOAT * shape.parameters, shape.stored_bytes * shape.parameters
-    yield _Phase(0, stored)  # saving reads every page
+    forward = _widened_bytes(shape) + _states_bytes(shape, text, 1) + _logits_bytes(shape, text, 1)
+    if isinstance(config, QuantisationConfig):
+        yield _Phase(_codes_bytes(config, shape) + forward, shape.stored_bytes * shape.embedding_parameters)
+    else:
+        yield _Phase(forward, stored)  # saving has read every page before the model runs once more
     match config:
         case LoadConfig() if converts:
             yield _Phase(whole + stored)  # the weights, and their copy in the checkpoint's dtype
@@ -241,11 +246,6 @@ def _phases(config: Section, shape: Shape, text: ExampleTokens, *, converts: boo
             yield _Phase(stored + _states_bytes(shape, text, 1))  # the kept part is copied
         case _:
             pass
-
-
-def _forward(shape: Shape, text: ExampleTokens, rows: int) -> _Phase:
-    """Returns the phase in which a model as stored runs `rows` examples."""
-    return _Phase(_widened_bytes(shape) + _states_bytes(shape, text, rows) + _logits_bytes(shape, text, rows))
 
 
 def _widened_bytes(shape: Shape) -> int:
@@ -306,7 +306,8 @@ def _training_bytes(
         whole = text.shared + text.mean_rest
         text = replace(text, shared=0, rest=text.shared + text.rest, mean_rest=whole)
     total = _weights_bytes(config, shape, machine) // parts
-    total += _states_bytes(shape, text, rows, kept=True) + _logits_bytes(shape, text, rows)
+    states = _states_bytes(shape, text, rows, kept=True)
+    total += (states if machine.gpu_bytes else round(HEAP_FACTOR * states)) + _logits_bytes(shape, text, rows)
     if isinstance(config, DistillConfig) and teacher and config.teacher_logits == "live":
         total += _widened_bytes(teacher) + _logits_bytes(teacher, text, rows)
         total += teacher.stored_bytes * teacher.parameters if machine.gpu_bytes else 0
