@@ -2,10 +2,10 @@
 
 python -m benchmarks.memory --shape 1B --stage lora --stage gptq
 
-Each stage is the real command (`python -m tasks …`), forked as a flow forks it, in a temporary folder. Its peak is the
-largest sum over its process and its children, so the reload proof and the runtimes of the parity proof count. Memory
-does not depend on the values of the weights, the number of steps or other work on the machine. `--layers` makes shapes
-smaller that do not fit on the disk.
+Each stage is the real command (`python -m tasks …`), forked as a flow forks it, in a temporary folder, with the batch
+sizes of params.yaml. Its peak is the largest sum over its process and its children, so the reload proof and the
+runtimes of the parity proof count. Memory does not depend on the values of the weights or other work on the machine,
+and `--steps` shows that it does not grow with the steps. `--layers` makes shapes smaller that do not fit on the disk.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ import yaml
 
 from benchmarks.scaling.measuring import MIB, PROJECT, RESULTS, TINY, real_tokenizer
 from lilliput.forked import Forked, ForkServer
+from tasks.process.memory_check import example_tokens
 
 # Hidden size, layers, heads, key-value heads, neurons, vocabulary, tied: SmolLM2-135M and -360M, Llama 3.2 1B with the
 # default tokenizer's vocabulary, Llama 3.2 3B and Llama 3.1 8B with their own.
@@ -42,11 +44,15 @@ STAGES = {
     "load": ["compress", "base"],
     "lora": ["compress", "lora"],
     "prune": ["compress", "pruned"],
+    "sparsify": ["compress", "sparse"],
+    "distill": ["compress", "distilled"],
+    "rtn": ["compress", "rounded"],
+    "awq": ["compress", "scaled"],
     "gptq": ["compress", "pocket"],
     "evaluate": ["evaluate", "pocket"],
     "compile": ["compile", "pocket-gguf"],
 }
-_INTERVAL_S = 0.05
+_INTERVAL_S = 0.1
 _SHARD_BYTES = 2 * 2**30
 
 
@@ -58,26 +64,32 @@ def main(
     shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)} (repeatable)")],
     stage: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(STAGES)}, in this order (repeatable)")] = None,
     layers: Annotated[int | None, typer.Option(help="fewer decoder layers than the shape has")] = None,
+    steps: Annotated[int, typer.Option(help="of a training")] = 2,
+    batch_size: Annotated[int, typer.Option(help="of a training")] = 16,
+    examples: Annotated[int, typer.Option(help="calibration examples of GPTQ")] = 128,
     code: Annotated[str, typer.Option(help="label of the rows, such as `before`")] = "now",
     folder: Annotated[Path | None, typer.Option(help="keeps the workspace here, and continues in it")] = None,
 ) -> None:
     """Runs stages and writes their peak memory to benchmarks/results/memory.json."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
+    training = {"steps": steps, "batch_size": batch_size}
+    settings = {"lora": training, "distill": training, "gptq": {"calibration_examples": examples}}
     for name in shape:
         with tempfile.TemporaryDirectory() as scratch, ForkServer(folder or Path(scratch), _environment()) as server:
             workspace = folder or Path(scratch)
             _prepare(server, workspace, name, layers)
+            _write_params(workspace, settings)
             for each in stage or STAGES:
                 about = {"shape": name, "layers": layers or SHAPES[name][1], "stage": each, "code": code}
-                _record(server, about, workspace)
+                _record(server, about | {"settings": settings.get(each, {})}, workspace)
 
 
 def _prepare(server: ForkServer, workspace: Path, name: str, layers: int | None) -> None:
-    """Writes params.yaml, the data, and random weights as the source and as the candidate `base`."""
+    """Writes the data, and random weights as the source and as the candidate `base`, unless they are there."""
     if (workspace / "params.yaml").exists():
         return
-    (workspace / "params.yaml").write_text(yaml.safe_dump(_params(), sort_keys=False), encoding="utf-8")
+    _write_params(workspace, {})
     shutil.copytree(PROJECT / "corpora", workspace / "corpora")
     with server.start("tasks", ["data"], workspace, _environment()) as data:
         data.wait()
@@ -89,21 +101,33 @@ def _prepare(server: ForkServer, workspace: Path, name: str, layers: int | None)
     _seal(base, "base", parameters)
 
 
-def _params() -> dict[str, Any]:
+def _write_params(workspace: Path, settings: dict[str, dict[str, int]]) -> None:
+    """Writes params.yaml: that of the rehearsal with a path as the source, and with `settings` by strategy."""
     params = yaml.safe_load(TINY.read_text(encoding="utf-8"))
     params["source"] = {"model": "path:drawn", "licence": "none"}
+    params["data"]["calibration_examples"] = 128
+    params["evaluation"]["batch_size"] = 80
     params["strategies"]["load"]["rehearsal"] = None
-    params["strategies"]["lora"] |= {"rank": 16, "steps": 2, "batch_size": 4, "checkpoint_every": 0}
+    params["strategies"]["lora"] |= {"rank": 16, "checkpoint_every": 0}
+    params["strategies"]["distill"] |= {"checkpoint_every": 0}
+    for strategy in ("sparsify", "awq"):
+        params["strategies"][strategy]["calibration_examples"] = 32
+    for strategy, values in settings.items():
+        params["strategies"][strategy] |= values
     params["candidates"] = {
         "base": {"from": "source", "apply": "load"},
         "lora": {"from": "base", "apply": "lora"},
         "pruned": {"from": "base", "apply": "prune"},
+        "sparse": {"from": "base", "apply": "sparsify"},
+        "distilled": {"from": "base", "apply": "distill", "teacher": "base"},
+        "rounded": {"from": "base", "apply": "rtn"},
+        "scaled": {"from": "base", "apply": "awq"},
         "pocket": {"from": "base", "apply": "gptq"},
     }
     for name in ("pocket-onnx", "pocket-autogptq"):
         del params["compile"][name]
     params["parity"] |= {"same_argmax": 0.0, "same_argmax_clear": 0.0, "deadline_s": 7200.0}
-    return params
+    (workspace / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
 def _draw(folder: Path, name: str, layers: int | None) -> int:
@@ -170,24 +194,24 @@ def _record(server: ForkServer, row: dict[str, Any], workspace: Path) -> None:
         answers.touch()  # without an evaluation, parity compares no choices
     started = time.perf_counter()
     with server.start("tasks", STAGES[row["stage"]], workspace, _environment()) as stage:
-        peak, anonymous = _watch(stage)
+        peaks = _watch(stage)
         if stage.wait():
             raise SystemExit(f"{row['stage']} failed, see {workspace}/logs")
-    for unused in ("lora", "pruned"):  # no other stage reads them
+    for unused in ("lora", "pruned", "sparse", "distilled", "rounded", "scaled"):  # no other stage reads them
         shutil.rmtree(workspace / "models" / unused, ignore_errors=True)
     config = json.loads((workspace / "models" / "base" / "config.json").read_text(encoding="utf-8"))
     found = row | {
         "million_parameters": _million_parameters(config),
-        "peak_mib": round(peak / MIB),
-        "without_files_mib": round(anonymous / MIB),
+        **{f"{name}_mib": round(size / MIB) for name, size in peaks.items()},
         "seconds": round(time.perf_counter() - started),
     }
     print(json.dumps(found), flush=True)
-    path, keys = RESULTS / "memory.json", ("shape", "layers", "stage", "code")
+    path, keys = RESULTS / "memory.json", ("shape", "layers", "stage", "code", "settings")
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = [other for other in earlier if any(other[key] != row[key] for key in keys)] + [found]
     machine = {"processor": platform.machine(), "cores": psutil.cpu_count()}
-    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    text = asdict(example_tokens(workspace, limit=4096))
+    path.write_text(json.dumps({"machine": machine, "text": text, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def _million_parameters(config: dict[str, Any]) -> float:
@@ -198,19 +222,27 @@ def _million_parameters(config: dict[str, Any]) -> float:
     return round(shape.parameters / 1e6, 1)
 
 
-def _watch(stage: Forked) -> tuple[int, int]:
-    """Waits for `stage`; returns the largest sums of resident bytes of its tree: all, and those not in files.
+def _watch(stage: Forked) -> dict[str, int]:
+    """Waits for `stage`; returns its peaks in bytes.
 
     The server that forks the stage forks its reload proof as well, so everything below the server is the stage's.
+
+    Returns:
+        `peak`: resident bytes of all processes; `without_files`: those of them that are in no file; `process`: resident
+        bytes of the stage's own process.
     """
-    server, peak, anonymous = psutil.Process(stage.pid).ppid(), 0, 0
+    server, peaks = psutil.Process(stage.pid).ppid(), {"peak": 0, "without_files": 0, "process": 0}
     while True:
-        sizes = [_resident_bytes(pid) for pid in _below(server)]
-        peak = max(peak, sum(resident for resident, _ in sizes))
-        anonymous = max(anonymous, sum(private for _, private in sizes))
+        sizes = {pid: _resident_bytes(pid) for pid in _below(server)}
+        now = {
+            "peak": sum(resident for resident, _ in sizes.values()),
+            "without_files": sum(private for _, private in sizes.values()),
+            "process": sizes.get(stage.pid, (0, 0))[0],
+        }
+        peaks = {name: max(size, now[name]) for name, size in peaks.items()}
         with suppress(subprocess.TimeoutExpired):
             stage.wait(_INTERVAL_S)
-            return peak, anonymous
+            return peaks
 
 
 def _below(pid: int) -> list[int]:

@@ -24,9 +24,9 @@ from lm_eval.models.huggingface import HFLM
 
 from benchmarks.record import Row, own_versions, spread
 from lilliput.config import BenchmarkConfig
-from lilliput.public_benchmarks.run import load_task
-from lilliput.public_benchmarks.harness import HarnessModel
 from lilliput.models import open_model
+from lilliput.public_benchmarks.harness import HarnessModel
+from lilliput.public_benchmarks.run import load_task
 from lilliput.runtime.torch import TorchRuntime
 
 

@@ -24,9 +24,9 @@ from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, is_synthetic, open_workspace
 from lilliput.artifacts import require_room
 from lilliput.errors import ConfigError, StageError
-from lilliput.public_benchmarks.run import require_benchmarks
 from lilliput.graph import needing_hardware, require_hardware
 from lilliput.params import load_params
+from lilliput.public_benchmarks.run import require_benchmarks
 from lilliput.recipes.build import check_source
 from tasks.process.memory_check import IGNORE, require_memory, too_large
 from tasks.process.source_shape import require_source

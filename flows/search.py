@@ -27,8 +27,8 @@ from flows.engine.workspace import PROJECT, open_workspace
 from lilliput.artifacts import read_record, write_json, write_text
 from lilliput.config import read_section
 from lilliput.errors import ConfigError
-from lilliput.public_benchmarks.run import require_benchmarks
 from lilliput.params import load_params
+from lilliput.public_benchmarks.run import require_benchmarks
 from lilliput.records import EvaluationRecord, Promotions, SearchRecord, TrialRecord
 from lilliput.search import SearchConfig, Space, describe, winners
 from tasks import layout

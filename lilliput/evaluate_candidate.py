@@ -18,7 +18,8 @@ from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.quality import ask, encode_prompts, new_rows, stratified_sample
-from lilliput.models import open_model
+from lilliput.memory import Shape, fits_in_float32, this_machine
+from lilliput.models import open_frozen, open_model, read_config
 from lilliput.public_benchmarks.run import Benchmark, answer_rows, require_template, run_benchmarks
 from lilliput.records import Energy, EvaluationRecord, Figure, Quality
 from lilliput.runtime.torch import TorchRuntime, cpu_threads
@@ -111,12 +112,15 @@ def _measure(
 ) -> _Measurements:
     config = params.evaluation
     started, cpu_started = time.perf_counter(), time.process_time()
-    model, tokenizer = open_model(model_dir)
+    widens = not fits_in_float32(Shape.of(read_config(model_dir).to_dict()), this_machine())
+    model, tokenizer = (open_frozen if widens else open_model)(model_dir)
     load_s = time.perf_counter() - started
     require_template(tokenizer, config.benchmarks)
     runtime = TorchRuntime(model, tokenizer, config.batch_size)
     meter = EnergyMeter(config.energy, params.watts_per_core, str(runtime.device))
     timing = _time_queries(runtime, tokenizer, params, questions, meter)
+    if widens:
+        timing.runtime_details["weights"] = "as stored, widened for each product: float32 exceeds this machine's memory"
     rows = new_rows(questions, contaminated)
     for row, query in zip(timing.rows, timing.queries, strict=False):
         rows[row.id] |= {"ttft_ms": query.ttft_ms, "energy_j": query.energy_j, "energy_source": meter.source}

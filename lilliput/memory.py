@@ -1,13 +1,14 @@
 """Estimates the memory of each stage from the model's shape, and reads the memory of this machine.
 
 The estimates are used by `--plan` and to reject work that cannot fit; docs/memory.md compares them with measurements.
-Bytes of weights are exact, those of activations and allocators are approximate.
+Weights that stay in the checkpoint's files are not counted: the system drops such pages when it needs the memory. What
+a stage needs at once is estimated for each of its phases, and the largest counts.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,20 +23,33 @@ from lilliput.config import (
     GptqConfig,
     LoadConfig,
     LoraConfig,
-    RtnConfig,
+    MoeConfig,
+    PruneConfig,
+    QuantisationConfig,
     Section,
+    SparsifyConfig,
     TrainingConfig,
 )
 from lilliput.resident import FLOAT
 
-RUNTIME_BYTES = 512 * 2**20  # interpreter, torch, transformers, peft or GPTQModel: 510 MiB measured after the imports
+RUNTIME_BYTES = 400 * 2**20  # private memory of interpreter, torch and transformers; measured, as the next two
+TRAINING_BYTES = 200 * 2**20  # peft, accelerate and the Trainer in addition
+LIBRARY_BYTES = 200 * 2**20  # resident pages of the libraries' files
+HEAP_FACTOR = 1.5  # memory that glibc takes for the activations of a step, of many sizes; measured on two shapes
+_CALIBRATION_TOKENS = 8192  # of a batch in GPTQ
+_CALIBRATION_ROWS = 32  # a batch of examples in AWQ
 GPU_RUNTIME_BYTES = 768 * 2**20  # CUDA's context and cuBLAS's workspace; not measured here
 GPU_HEADROOM = 1.1  # factor for what the caching allocator cannot use; not measured here
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder of the Llama kind; `experts` is the number of feed-forward parts per layer, 1 if dense."""
+    """The sizes of a decoder of the Llama kind.
+
+    Attributes:
+        experts: feed-forward parts per layer, 1 if dense.
+        stored_bytes: of a weight in the checkpoint.
+    """
 
     layers: int
     hidden: int
@@ -46,6 +60,7 @@ class Shape:
     vocabulary: int
     tied: bool
     experts: int = 1
+    stored_bytes: int = 2
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
@@ -68,6 +83,7 @@ class Shape:
             vocabulary=config["vocab_size"],
             tied=config.get("tie_word_embeddings", False),
             experts=config.get("num_local_experts") or config.get("num_experts") or 1,
+            stored_bytes=FLOAT if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
         )
 
     @property
@@ -104,14 +120,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class ExampleTokens:
-    """Tokens of the longest example: the shared prefix, run once; the rest; and the answer's among the rest."""
+    """Tokens of examples.
+
+    Attributes:
+        shared: of the shared prefix, which a batch runs once.
+        rest, answer: what follows it, and the answer's share, in the longest example.
+        mean_rest, mean_answer: in the mean example.
+    """
 
     shared: int
     rest: int
     answer: int
+    mean_rest: float
+    mean_answer: float
+
+    def run(self, rows: int) -> int:
+        """Returns the tokens of a batch: the prefix, the longest example, and otherwise mean ones."""
+        return round(self.shared + self.rest + (rows - 1) * self.mean_rest)
+
+    def answered(self, rows: int) -> int:
+        """Returns the tokens of the answers of a batch, which have logits."""
+        return round(self.answer + (rows - 1) * self.mean_answer)
 
 
-SHORT = ExampleTokens(shared=40, rest=40, answer=8)  # assumed before the questions are built
+SHORT = ExampleTokens(shared=40, rest=40, answer=8, mean_rest=20, mean_answer=4)  # before the questions are built
 
 
 @dataclass(frozen=True)
@@ -119,14 +151,22 @@ class MemoryEstimate:
     """Bytes that a stage is expected to need at its peak.
 
     Attributes:
-        process_bytes: of its own process on the host, comparable with `peak_rss_bytes`.
-        host_bytes: including the process that reopens the result.
+        process_bytes: resident in its own process on the host, files included; comparable with `peak_rss_bytes`.
+        host_bytes: of all its processes on the host, without pages of files.
         gpu_bytes: of a GPU; 0 without one.
     """
 
     process_bytes: int
     host_bytes: int
     gpu_bytes: int
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Bytes of a part of a stage in its own process: private ones, and resident pages of checkpoints."""
+
+    private: int
+    in_files: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,7 +180,13 @@ class Machine:
 
 
 def estimate(
-    config: Section, parent: Shape, text: ExampleTokens, machine: Machine, teacher: Shape | None = None
+    config: Section,
+    parent: Shape,
+    text: ExampleTokens,
+    machine: Machine,
+    teacher: Shape | None = None,
+    *,
+    converts: bool = False,
 ) -> MemoryEstimate:
     """Estimates the memory of the strategy with settings `config` on a model of shape `parent`.
 
@@ -151,94 +197,165 @@ def estimate(
     Args:
         config: the strategy's settings.
         parent: the parent's shape, or the result's own for `load`.
-        text: lengths of an example.
+        text: lengths of examples.
         machine: only the presence of a GPU and the number of training processes are used.
         teacher: the teacher's shape, for distillation with live logits.
+        converts: whether `load` reads another format than safetensors, or adds tokens.
     """
-    whole = FLOAT * parent.parameters
     if isinstance(config, TrainingConfig):
         return _training(config, parent, text, machine, teacher)
-    if isinstance(config, GptqConfig):
-        layer = _gptq_layer_bytes(config, parent, text)
-        on_gpu = round(GPU_RUNTIME_BYTES + GPU_HEADROOM * layer) if machine.gpu_bytes else 0
-        # The model, its codes, and their copy with the float tensors in the dtype of the file.
-        return _without_training(parent, max(layer, whole + whole // 2 + _states_bytes(parent, text, 32)), on_gpu)
-    if isinstance(config, RtnConfig | AwqConfig):
-        return _without_training(parent, 2 * whole)  # the model, its codes, their copy, and AWQ's input moments
-    if isinstance(config, LoadConfig):
-        return _without_training(parent, whole + whole // 2)  # the weights, and their copy in the checkpoint's dtype
-    return _without_training(parent, whole + _states_bytes(parent, text, 32))
+    phases = [*_phases(config, parent, text, converts=converts)]
+    gpu_bytes = 0
+    if isinstance(config, GptqConfig) and machine.gpu_bytes:
+        layer = FLOAT * (parent.embedding_parameters + parent.layer_parameters) + _solving_bytes(config, parent, text)
+        gpu_bytes = round(GPU_RUNTIME_BYTES + GPU_HEADROOM * layer)
+    return _together(phases, RUNTIME_BYTES, parent, gpu_bytes)
 
 
-def _without_training(shape: Shape, work: int, gpu_bytes: int = 0) -> MemoryEstimate:
-    process = RUNTIME_BYTES + work
-    return MemoryEstimate(process, max(process, _reload_bytes(shape)), gpu_bytes)
+def _together(
+    phases: list[_Phase], runtime: int, shape: Shape, gpu_bytes: int = 0, processes: int = 1
+) -> MemoryEstimate:
+    """Returns the estimate of a stage with `phases`, which ends with the reload proof in another process."""
+    private = runtime + max(phase.private for phase in phases)
+    proof = 2 * RUNTIME_BYTES + _widened_bytes(shape)
+    process = runtime + LIBRARY_BYTES + max(phase.private + phase.in_files for phase in phases)
+    return MemoryEstimate(process, max(processes * private, proof), gpu_bytes)
+
+
+def _phases(config: Section, shape: Shape, text: ExampleTokens, *, converts: bool) -> Iterator[_Phase]:
+    """Yields the phases of a strategy that does not train, besides running the model."""
+    whole, stored = FLOAT * shape.parameters, shape.stored_bytes * shape.parameters
+    forward = _widened_bytes(shape) + _states_bytes(shape, text, 1) + _logits_bytes(shape, text, 1)
+    if isinstance(config, QuantisationConfig):
+        yield _Phase(_codes_bytes(config, shape) + forward, shape.stored_bytes * shape.embedding_parameters)
+    else:
+        yield _Phase(forward, stored)  # saving has read every page before the model runs once more
+    match config:
+        case LoadConfig() if converts:
+            yield _Phase(whole + stored)  # the weights, and their copy in the checkpoint's dtype
+        case AwqConfig():
+            yield _Phase(whole + _states_bytes(shape, text, _CALIBRATION_ROWS))
+            yield _Phase(FLOAT * shape.embedding_parameters + _codes_bytes(config, shape))
+        case QuantisationConfig():
+            yield _Phase(_codes_bytes(config, shape) + _solving_bytes(config, shape, text))
+        case MoeConfig():
+            yield _Phase(2 * whole)  # the dense model and the mixture
+        case SparsifyConfig():
+            yield _Phase(stored + _solving_bytes(config, shape, text))
+        case PruneConfig(method="neurons" | "kv_groups" | "query_heads" | "hidden"):
+            yield _Phase(stored + _states_bytes(shape, text, 1))  # the kept part is copied
+        case _:
+            pass
+
+
+def _widened_bytes(shape: Shape) -> int:
+    """Returns the bytes of the largest matrix in float32, which exists during its product."""
+    largest = max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linears))
+    return FLOAT * largest if shape.stored_bytes < FLOAT else 0
+
+
+def _codes_bytes(config: QuantisationConfig, shape: Shape) -> int:
+    """Returns the bytes of the codes of all layers, with a float16 scale and a zero for each group."""
+    if isinstance(config, GptqConfig) and config.mixed:
+        return round(config.mixed.budget_mib * 2**20)
+    weight_bits = config.bits + (16 + config.bits) / config.group_size
+    return round(shape.layers * shape.layer_parameters * weight_bits / 8)
+
+
+def _solving_bytes(config: Section, shape: Shape, text: ExampleTokens) -> int:
+    """Returns the bytes with which a group of linear layers that share an input is quantised or made sparse.
+
+    GPTQ factors the moments: they and their factor in float64 and twice in float32. Then it needs moments, feedback and
+    for each weight five copies in float32 and its code. SparseGPT works in float64.
+    """
+    groups = [(inputs, inputs * outputs) for inputs, outputs in _stacked(shape)]
+    if not isinstance(config, GptqConfig | SparsifyConfig):
+        return max(6 * FLOAT * weights for _, weights in groups)
+    tokens = min(text.run(config.calibration_examples), _CALIBRATION_TOKENS)
+    running = FLOAT * tokens * (6 * shape.hidden + 3 * shape.intermediate)
+    between = 2 * FLOAT * text.run(config.calibration_examples) * shape.hidden
+    solving = max(FLOAT * max(5 * width**2, 2 * width**2 + round(5.5 * weights)) for width, weights in groups)
+    return running + between + solving
+
+
+def _stacked(shape: Shape) -> list[tuple[int, int]]:
+    """Returns (inputs, outputs) of the linear layers, those with one input as one layer; experts are apart."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = [(shape.hidden, queries + 2 * keys), (queries, shape.hidden)]
+    return [*attention, (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)]
 
 
 def _training(
     config: TrainingConfig, shape: Shape, text: ExampleTokens, machine: Machine, teacher: Shape | None
 ) -> MemoryEstimate:
     work = _training_bytes(config, shape, text, machine, teacher)
-    opened = FLOAT * shape.parameters * (2 if machine.sharded else 1)
-    process = RUNTIME_BYTES + (opened if machine.gpu_bytes else work)
-    return MemoryEstimate(
-        process,
-        max(machine.processes * process, _reload_bytes(shape)),
-        round(GPU_RUNTIME_BYTES + GPU_HEADROOM * work) if machine.gpu_bytes else 0,
-    )
-
-
-def _reload_bytes(shape: Shape) -> int:
-    """Returns the bytes of two processes that each hold the model: the one that made it and the one that reopens it."""
-    return 2 * (RUNTIME_BYTES + FLOAT * shape.parameters)
+    opened = 0 if _stays_stored(config, machine) else FLOAT * shape.parameters * (2 if machine.sharded else 1)
+    saved = _Phase(shape.stored_bytes * shape.parameters)  # merged or trained weights are no longer in files
+    phases = [saved, _Phase(opened if machine.gpu_bytes else work)]
+    gpu_bytes = round(GPU_RUNTIME_BYTES + GPU_HEADROOM * work) if machine.gpu_bytes else 0
+    return _together(phases, RUNTIME_BYTES + TRAINING_BYTES, shape, gpu_bytes, machine.processes)
 
 
 def _training_bytes(
     config: TrainingConfig, shape: Shape, text: ExampleTokens, machine: Machine, teacher: Shape | None
 ) -> int:
     """Returns the bytes of weights, gradients, Adam's two moments, and activations kept for the backward pass."""
-    if isinstance(config, LoraConfig | ExpertsConfig):
-        trained = shape.adapter_parameters(config.rank)
-    else:
-        trained = shape.parameters
-    weights = FLOAT * shape.parameters
-    if isinstance(config, LoraConfig) and config.variant == "qlora":
-        weights = shape.layers * shape.layer_parameters * 9 // 16 + FLOAT * shape.embedding_parameters
-    state = weights + 3 * FLOAT * trained
     parts = machine.processes if machine.sharded else 1
     rows = -(-config.batch_size // machine.processes)
     if machine.sharded:  # rows do not share a prefix then
-        text = ExampleTokens(0, text.shared + text.rest, text.answer)
-    total = state // parts + _states_bytes(shape, text, rows, kept=True) + _logits_bytes(shape, text, rows)
+        whole = text.shared + text.mean_rest
+        text = replace(text, shared=0, rest=text.shared + text.rest, mean_rest=whole)
+    total = _weights_bytes(config, shape, machine) // parts
+    states = _states_bytes(shape, text, rows, kept=True)
+    total += (states if machine.gpu_bytes else round(HEAP_FACTOR * states)) + _logits_bytes(shape, text, rows)
     if isinstance(config, DistillConfig) and teacher and config.teacher_logits == "live":
-        total += FLOAT * teacher.parameters + _logits_bytes(teacher, text, rows)
+        total += _widened_bytes(teacher) + _logits_bytes(teacher, text, rows)
+        total += teacher.stored_bytes * teacher.parameters if machine.gpu_bytes else 0
     if isinstance(config, ExpertsConfig):  # the mixture is held beside the branch that is trained
         total += FLOAT * replace(shape, experts=config.experts).parameters
     return total
 
 
+def _weights_bytes(config: TrainingConfig, shape: Shape, machine: Machine) -> int:
+    """Returns the bytes of weights, and of gradients and moments of those that are trained."""
+    if not isinstance(config, LoraConfig | ExpertsConfig):
+        return 4 * FLOAT * shape.parameters
+    adapters = 4 * FLOAT * shape.adapter_parameters(config.rank)
+    if isinstance(config, LoraConfig) and config.variant == "qlora":
+        return adapters + shape.layers * shape.layer_parameters * 9 // 16 + FLOAT * shape.embedding_parameters
+    if not _stays_stored(config, machine):
+        return adapters + FLOAT * shape.parameters
+    on_gpu = shape.stored_bytes * shape.parameters if machine.gpu_bytes else 0
+    return adapters + on_gpu + _widened_bytes(shape)
+
+
+def _stays_stored(config: TrainingConfig, machine: Machine) -> bool:
+    """Whether the parent's frozen weights stay in their files and dtype."""
+    return isinstance(config, LoraConfig) and config.merge and not machine.sharded
+
+
 def _states_bytes(shape: Shape, text: ExampleTokens, rows: int, *, kept: bool = False) -> int:
     """Returns the bytes of activations: of one layer, or of all layers if the backward pass needs them (`kept`).
 
-    Per layer of the Llama kind: norms keep input and output in float32 (4 × hidden size). Attention keeps queries, keys
-    and values before and after rotation, repeated keys and values, and its output (about 8). Residuals keep 2. The
-    feed-forward part keeps gate, its activation, up and their product.
+    Per layer of the Llama kind: two residuals and the outputs of two norms (hidden size); queries, repeated keys and
+    values, the output of attention and its copy in rows (size of the queries); gate, its activation, up and their
+    product (intermediate size).
     """
-    tokens = text.shared + rows * text.rest
-    token_bytes = FLOAT * (14 * shape.hidden + 4 * shape.intermediate)
-    return tokens * token_bytes * (shape.layers if kept else 1)
+    token_bytes = FLOAT * (4 * shape.hidden + 5 * shape.heads * shape.head_dim + 4 * shape.intermediate)
+    return text.run(rows) * token_bytes * (shape.layers if kept else 1)
 
 
 def _logits_bytes(shape: Shape, text: ExampleTokens, rows: int) -> int:
     """Returns the bytes of the answers' logits, their log-probabilities and the gradients of both."""
-    return rows * text.answer * shape.vocabulary * FLOAT * 4
+    return text.answered(rows) * shape.vocabulary * FLOAT * 4
 
 
-def _gptq_layer_bytes(config: GptqConfig, shape: Shape, text: ExampleTokens) -> int:
-    """Returns the bytes that GPTQ holds: embeddings, two layers, a Hessian with its factors, inputs and outputs."""
-    widest = max(inputs for inputs, _ in shape.linears)
-    states = 2 * config.calibration_examples * (text.shared + text.rest) * shape.hidden
-    return FLOAT * (shape.embedding_parameters + 2 * shape.layer_parameters + 6 * widest**2 + states)
+def fits_in_float32(shape: Shape | None, machine: Machine) -> bool:
+    """Whether a process can hold a model in float32 to answer with it; True if its shape is not known."""
+    if shape is None:
+        return True
+    needed = RUNTIME_BYTES + FLOAT * shape.parameters + answering_bytes(shape, rows=1, tokens=1024, width=512)
+    return needed <= machine.host_bytes
 
 
 def answering_bytes(shape: Shape, rows: int, tokens: int, width: int) -> int:

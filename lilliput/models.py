@@ -373,8 +373,9 @@ def open_codes_as_stored(directory: Path) -> PreTrainedModel:
     stored = stored_tensors(directory)
     floats = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] not in PARTS}
     layers = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
-    places = {f"{name}.weight": torch.zeros(()).expand(_layer_shape(stored, name)) for name in layers}
-    with matrices_created_in(matrix_dtype(floats)):
+    dtype = matrix_dtype(floats)
+    places = {f"{name}.weight": torch.zeros((), dtype=dtype).expand(_layer_shape(stored, name)) for name in layers}
+    with matrices_created_in(dtype):
         model = _open_weights(directory, places | {name: tensor.read() for name, tensor in floats.items()})
     for name in layers:
         parts = {part: stored[f"{name}.{part}"].as_tensor() for part in PARTS}

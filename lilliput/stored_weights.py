@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lilliput.resident import release_memory
 
+_SCRATCH_WEIGHTS = 32 * 2**20 // 4
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
 
 
@@ -75,6 +77,30 @@ class _Stored(torch.nn.Module):
         return as_stored(self)
 
 
+class _Scratch(threading.local):
+    """Memory for a widened weight, used again for the next one.
+
+    glibc takes blocks of up to 32 MiB from its heap, and activations that are kept in between would leave the freed
+    blocks too small for the next weight. Larger blocks are returned to the system at once.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def widened(self, layer: StoredLinear) -> torch.Tensor:
+        """Returns the weight of `layer` in float32, until the next call."""
+        weight = layer.as_stored()
+        if weight.dtype == torch.float32 or weight.device.type != "cpu" or weight.numel() > _SCRATCH_WEIGHTS:
+            return weight.float()
+        if len(self.memory) < weight.numel():
+            with torch.inference_mode(False):  # usable in every mode
+                self.memory = torch.empty(weight.numel())
+        return self.memory[: weight.numel()].view(weight.shape).copy_(weight)
+
+
+_SCRATCH = _Scratch()
+
+
 class _Product(torch.autograd.Function):
     """The product of a stored layer; the backward pass widens the weight again instead of keeping it."""
 
@@ -82,12 +108,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, states: torch.Tensor, layer: StoredLinear) -> torch.Tensor:
         ctx.layer, ctx.dtype = layer, states.dtype
         rounds = torch.is_autocast_enabled(states.device.type)  # rounds the weight itself
-        return linear(states, layer.as_stored() if rounds else layer.weight, layer.bias)
+        return linear(states, layer.as_stored() if rounds else _SCRATCH.widened(layer), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = gradients
-        weight = ctx.layer.as_stored().to(gradient.dtype)
+        exact = gradient.dtype == torch.float32
+        weight = _SCRATCH.widened(ctx.layer) if exact else ctx.layer.as_stored().to(gradient.dtype)
         return (gradient @ weight).to(ctx.dtype), None
 
 

@@ -5,8 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.memory import SHAPES
 from lilliput import models
-from lilliput.memory import SHORT, Machine, Shape, answering_bytes, estimate, scoring_bytes
+from lilliput.memory import (
+    SHORT,
+    ExampleTokens,
+    Machine,
+    Shape,
+    answering_bytes,
+    estimate,
+    fits_in_float32,
+    scoring_bytes,
+)
 from lilliput.models import parameter_count
 from lilliput.params import load_params
 
@@ -29,12 +39,38 @@ def test_parameters_equal_those_of_the_model(opened):
     assert Shape.of({"n_embd": 768}) is None
 
 
-@pytest.mark.parametrize("name", ["base", "lora", "pruned", "distilled"])
-def test_estimates_are_near_measurements(params, name):
-    shape, teacher = (replace(SMALL, layers=26), SMALL) if name == "distilled" else (SMALL, None)
-    expected = estimate(params.strategy_config(name), shape, SHORT, HOST, teacher)
-    measured = json.loads((PROJECT / "costs" / f"{name}.json").read_text())["peak_rss_bytes"]
-    assert 0.7 < expected.process_bytes / measured < 1.4
+RECORD = json.loads((PROJECT / "benchmarks" / "results" / "memory.json").read_text())
+STRATEGIES = {"load", "lora", "prune", "sparsify", "distill", "rtn", "awq", "gptq"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in RECORD["rows"] if row["code"] == "now" and row["stage"] in STRATEGIES],
+    ids=lambda row: "-".join(map(str, (row["shape"], row["layers"], row["stage"], *row["settings"].values()))),
+)
+def test_estimates_are_within_15_percent_of_measured_peaks(tiny_params, row):
+    hidden, _, heads, kv_heads, neurons, vocabulary, tied = SHAPES[row["shape"]]
+    shape = Shape(row["layers"], hidden, neurons, heads, kv_heads, hidden // heads, vocabulary, tied)
+    assert round(shape.parameters / 1e6, 1) == row["million_parameters"]
+    config = getattr(tiny_params.strategies, row["stage"])
+    settings = {"rank": 16} | row["settings"] if row["stage"] == "lora" else row["settings"]
+    expected = estimate(config.model_copy(update=settings), shape, ExampleTokens(**RECORD["text"]), HOST, shape)
+    assert expected.host_bytes / 2**20 == pytest.approx(row["without_files_mib"], rel=0.15)
+    assert expected.process_bytes / 2**20 == pytest.approx(row["process_mib"], rel=0.15)
+
+
+def test_a_converted_source_is_opened_in_float32(params):
+    """The default source is a GGUF file; its recorded peak is of a real run."""
+    expected = estimate(params.strategies.load, SMALL, SHORT, HOST, converts=True)
+    measured = json.loads((PROJECT / "costs" / "base.json").read_text())["peak_rss_bytes"]
+    assert expected.process_bytes == pytest.approx(measured, rel=0.15)
+
+
+def test_only_a_model_that_exceeds_the_memory_is_evaluated_as_stored():
+    assert fits_in_float32(SMALL, Machine(2 * GIB))
+    assert not fits_in_float32(LARGE, HOST)
+    assert fits_in_float32(LARGE, Machine(64 * GIB))
+    assert fits_in_float32(None, Machine(GIB))
 
 
 def test_the_default_graph_fits_into_eight_gib(params):
@@ -52,7 +88,7 @@ def test_training_moves_to_the_gpu_and_sharding_divides_it(params):
     assert on_gpu.gpu_bytes > 4 * 4 * LARGE.parameters > on_gpu.process_bytes
     assert four.gpu_bytes < on_gpu.gpu_bytes / 2
     assert copies.gpu_bytes > 0.9 * on_gpu.gpu_bytes
-    assert copies.host_bytes == pytest.approx(4 * copies.process_bytes)
+    assert 3.9 * copies.process_bytes < copies.host_bytes < 4 * copies.process_bytes
 
 
 def test_gptq_of_eight_billion_parameters_fits_one_gpu(params):

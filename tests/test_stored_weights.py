@@ -4,13 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lilliput.code_layers import CodesLinear, unpack
+from lilliput import models
+from lilliput.code_layers import CodesLinear, hold_codes, unpack
 from lilliput.compress.autogptq_format import _pack
 from lilliput.compress.gptq import gptq
 from lilliput.compress.lora import lora
 from lilliput.models import open_frozen, open_model
 from lilliput.saving import probe_logits, save_model
 from lilliput.stored_weights import (
+    _SCRATCH,
     StoredEmbedding,
     StoredLinear,
     as_stored,
@@ -123,6 +125,32 @@ def test_codes_that_stay_codes_compute_what_their_float32_weights_compute(
     expected = probe_logits(plain, tokenizer)
     assert torch.equal(probe_logits(stored, tokenizer), expected)
     assert torch.equal(probe_logits(result.model, tokenizer), expected)
+
+
+def test_no_copy_of_quantised_weights_is_made_while_their_codes_are_opened(
+    narrow, facts, tiny_params, tmp_path, monkeypatch
+):
+    gptq(context(narrow, facts[:8], facts[8:16]), tiny_params.strategies.gptq).save(tmp_path)
+    sizes = []
+
+    def hold(linear, parts):
+        sizes.append(linear.weight.untyped_storage().nbytes())
+        hold_codes(linear, parts)
+
+    monkeypatch.setattr(models, "hold_codes", hold)
+    open_frozen(tmp_path)
+    assert sizes
+    assert max(sizes) == torch.bfloat16.itemsize
+
+
+def test_widened_weights_of_several_layers_use_the_same_memory(narrow):
+    mlp = open_frozen(narrow)[0].model.layers[0].mlp
+    addresses = set()
+    for layer in (mlp.up_proj, mlp.gate_proj, mlp.down_proj):
+        widened_weight = _SCRATCH.widened(layer)
+        assert torch.equal(widened_weight, layer.weight)
+        addresses.add(widened_weight.data_ptr())
+    assert len(addresses) == 1
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

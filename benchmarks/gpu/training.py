@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -144,14 +145,14 @@ def estimated_gpu_bytes(job: Job, config: Any, examples: list[Example]) -> int:
     shape = Shape.of(json.loads((job.model / "config.json").read_text(encoding="utf-8")))
     assert shape
     one_card = Machine(host_bytes=0, gpu_bytes=1)  # only whether there is one matters
-    return estimate(config, shape, _longest(examples), one_card).gpu_bytes
+    return estimate(config, shape, _lengths(examples), one_card).gpu_bytes
 
 
-def _longest(examples: list[Example]) -> ExampleTokens:
+def _lengths(examples: list[Example]) -> ExampleTokens:
     shared = shared_prefix_length([example.input_ids for example in examples])
-    longest = max(len(example.input_ids) for example in examples)
-    answer = max(sum(label != IGNORED for label in example.labels) for example in examples)
-    return ExampleTokens(shared, longest - shared, answer)
+    rests = [len(example.input_ids) - shared for example in examples]
+    answers = [sum(label != IGNORED for label in example.labels) for example in examples]
+    return ExampleTokens(shared, max(rests), max(answers), fmean(rests), fmean(answers))
 
 
 if __name__ == "__main__":

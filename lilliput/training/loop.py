@@ -37,6 +37,7 @@ from lilliput.data.rows import Row
 from lilliput.errors import StrategyError
 from lilliput.hardware import gpu_multiplies_bfloat16
 from lilliput.models import device, sharded
+from lilliput.resident import release_memory
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import causal_lm
 from lilliput.training.checkpoint import (
@@ -234,10 +235,12 @@ def train(
             load_weights(model, best)
     if sharded():
         _gather(learner, model)
-    curve = _curve(trainer.state, "loss")
+    curve, validation_curve = _curve(trainer.state, "loss"), _curve(trainer.state, "eval_loss")
+    del trainer
+    release_memory()  # the moments, and activations that glibc would keep
     if not all(math.isfinite(value) for _, value in curve):
         raise StrategyError("the training diverged: its loss is NaN or infinite; lower learning_rate")
-    return {"loss": curve} | ({"validation_loss": _curve(trainer.state, "eval_loss")} if validation else {})
+    return {"loss": curve} | ({"validation_loss": validation_curve} if validation else {})
 
 
 def process_count() -> int:

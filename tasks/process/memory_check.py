@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lilliput.config import ExpertsConfig, LoadConfig, Params, Section, TrainingConfig
@@ -41,8 +42,16 @@ def estimates(params: Params, candidates: Collection[str], folder: Path = Path()
         parent = shape_of(params, name if isinstance(config, LoadConfig) else spec.parent, folder)
         teacher = teacher_shape(params, spec.teacher, folder) if spec.teacher else None
         if parent:
-            expected[name] = estimate(config, parent, text, training_machine(config), teacher)
+            converts = isinstance(config, LoadConfig) and _converts(params, folder)
+            expected[name] = estimate(config, parent, text, training_machine(config), teacher, converts=converts)
     return expected
+
+
+def _converts(params: Params, folder: Path) -> bool:
+    """Whether `load` opens the source in float32: as another format than safetensors, or to add tokens to it."""
+    settings = folder / layout.model(ROOT) / "config.json"
+    quantised = settings.exists() and "quantization_config" in json.loads(settings.read_text(encoding="utf-8"))
+    return bool(params.source.file) or params.source.chat_template is not None or quantised
 
 
 def require_memory(params: Params, candidates: Collection[str], folder: Path = Path()) -> None:
@@ -105,16 +114,27 @@ def shape_of(params: Params, candidate: str, folder: Path) -> Shape | None:
 
 
 def example_tokens(folder: Path, limit: int) -> ExampleTokens:
-    """Returns the tokens of the longest training example in `folder`; a short one before the data are built."""
+    """Returns the estimated tokens of the training rows in `folder`, each at most `limit`; short before they exist."""
     path = folder / layout.DATA / "train.jsonl"
     if not path.exists():
         return SHORT
     rows = list(islice(open_rows(path), _SAMPLE_SIZE))
     shared = _shared_functions(rows)
     lengths = [_lengths(row, len(shared)) for row in rows]
-    asked, answered = (round(max(column) / _CHARACTERS_PER_TOKEN) for column in zip(*lengths, strict=True))
+    (asked, mean_asked), (answered, mean_answered) = map(_longest_and_mean, zip(*lengths, strict=True))
     functions = round(_characters(shared) / _CHARACTERS_PER_TOKEN)
-    return ExampleTokens(min(SHORT.shared + functions, limit), min(asked + answered, limit), min(answered + 1, limit))
+    return ExampleTokens(
+        shared=min(SHORT.shared + functions, limit),
+        rest=min(round(asked) + round(answered), limit),
+        answer=min(round(answered) + 1, limit),
+        mean_rest=min(mean_asked + mean_answered, limit),
+        mean_answer=min(mean_answered + 1, limit),
+    )
+
+
+def _longest_and_mean(characters: Sequence[int]) -> tuple[float, float]:
+    """Returns two lengths in tokens."""
+    return max(characters) / _CHARACTERS_PER_TOKEN, fmean(characters) / _CHARACTERS_PER_TOKEN
 
 
 def _shared_functions(rows: Sequence[Row]) -> Sequence[Mapping[str, Any]]:

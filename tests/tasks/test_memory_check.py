@@ -40,7 +40,7 @@ def test_candidates_that_do_not_fit_are_listed_with_expected_and_available_memor
         str(refused.value),
         re.M,
     )
-    assert [name for name, _ in named] == ["base", "lora", "pruned", "distilled", "pocket"]
+    assert [name for name, _ in named] == ["base", "distilled"]  # in float32; frozen weights stay in their files
     assert all(float(needed) > 24 for _, needed in named)
     assert "--ignore-memory" in str(refused.value)
     monkeypatch.setenv(memory_check.IGNORE, "1")
@@ -48,9 +48,22 @@ def test_candidates_that_do_not_fit_are_listed_with_expected_and_available_memor
 
 
 def test_candidates_that_fit_or_have_an_unknown_shape_are_accepted(project, tiny_params, monkeypatch):
+    memory_check.require_memory(tiny_params, ["lora", "pruned", "pocket"], project)
     memory_check.require_memory(tiny_params, tiny_params.candidates, project / "elsewhere")
     monkeypatch.setattr(memory_check, "this_machine", lambda *shared: Machine(512 * GIB, 0, *shared))
     memory_check.require_memory(tiny_params, tiny_params.candidates, project)
+
+
+def test_only_a_source_of_another_format_is_opened_in_float32(project, tiny_params):
+    def expected(**source):
+        params = tiny_params.model_copy(update={"source": tiny_params.source.model_copy(update=source)})
+        return memory_check.estimates(params, ["base"], project)["base"].host_bytes
+
+    as_stored = expected(file=None)
+    assert as_stored < 4 * GIB < 40 * GIB < expected(file="model.gguf") == expected(file=None, chat_template="chatml")
+    (project / "models/source").mkdir()
+    (project / "models/source/config.json").write_text(json.dumps(LARGE | {"quantization_config": {"bits": 4}}))
+    assert expected(file=None) > 40 * GIB
 
 
 def test_the_shape_is_that_of_the_nearest_existing_ancestor(project, tiny_params):
@@ -136,6 +149,7 @@ def test_functions_that_all_rows_share_count_once_and_not_in_every_row(tmp_path)
 
     shared = tokens("ab", "ab")
     assert (shared.rest, shared.answer) == (13, 4)
+    assert (shared.mean_rest, shared.mean_answer) == (13, 4)
     assert 2000 < shared.shared < 2150
     one_more = tokens("ab", "abc", "abd")
     assert one_more.shared == shared.shared
