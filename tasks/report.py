@@ -26,6 +26,8 @@ from tasks.registry.lineage_tags import git_commit
 from tasks.registry.run_metrics import SUMMARY
 
 Answers = Sequence[Mapping[str, Any]]
+_DIFFERENCE = ("value", "low", "high", "n", "verdict")
+_NO_DIFFERENCE: dict[str, Any] = dict.fromkeys(("candidate", "reference", "metric", *_DIFFERENCE), "")
 _NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": "", "hallucination_rate": ""}
 
 
@@ -62,6 +64,7 @@ def report(params: Params) -> None:
         _write_plots(directory / "plots", records, histories)
         for chart in first_screen:
             write_text(directory / "plots" / "accuracy-and-size.svg", charts.on_white(chart.svg))
+        _write_csv(directory / "plots" / "differences.csv", _difference_rows(differences) or [_NO_DIFFERENCE])
         _write_csv(directory / "plots" / "offloading.csv", _offloading_rows(offloading) or [_NO_OFFLOADING])
 
 
@@ -99,6 +102,14 @@ def _differences(params: Params, answers: Mapping[str, Answers]) -> Iterable[Dif
     for name, reference in pairs:
         for metric, comparison in compare(answers[reference], answers[name]).items():
             yield DifferenceRow(name, reference, metric, comparison.record)
+
+
+def _difference_rows(differences: Iterable[DifferenceRow]) -> list[dict[str, Any]]:
+    return [
+        {"candidate": row.candidate, "reference": row.reference, "metric": row.metric}
+        | {key: getattr(row.difference, key) for key in _DIFFERENCE}
+        for row in differences
+    ]
 
 
 def _losses(params: Params, answers: Mapping[str, Answers]) -> Iterable[LossRow]:

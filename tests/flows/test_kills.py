@@ -273,9 +273,9 @@ def reset(clone: Clone) -> None:
 
 
 def at_work(log: Path) -> str:
-    """Returns the stage at the end of the flow's log."""
-    lines = re.findall(r"Task run '([^']+)' - (Finished)?", log.read_text(errors="replace"))
-    return "before the first" if not lines else f"after {lines[-1][0]}" if lines[-1][1] else lines[-1][0]
+    """Returns the last line about a stage in the flow's log."""
+    lines = re.findall(r"^\[\d+/\d+\] (.*)$", log.read_text(errors="replace"), re.MULTILINE)
+    return lines[-1] if lines else "before the first"
 
 
 def log_event(**event: Any) -> None:
