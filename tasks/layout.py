@@ -13,6 +13,7 @@ HUB_COMMITS = Path("hub-commits.json")  # commits of hub models that params.yaml
 REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")
+SUMMARY = Path("summary")
 BUNDLES = Path("bundles")
 OFFLOAD = Path("offload")  # not under metrics/: promotion depends on metrics/, and offloading on promotion
 MLRUNS = Path("mlruns")

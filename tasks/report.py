@@ -1,13 +1,23 @@
-"""Write the report and the tables behind `dvc plots`."""
+"""Write the report, the charts of `dvc plots` and the summary of `dvc metrics`."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lilliput.artifacts import PARITY, find_record, read_history, read_manifest, read_record, write_text, writing
+from lilliput.artifacts import (
+    PARITY,
+    find_record,
+    read_history,
+    read_manifest,
+    read_record,
+    write_json,
+    write_text,
+    writing,
+)
 from lilliput.config import Params
 from lilliput.data.jsonl import read_rows
 from lilliput.data.rows import open_rows
@@ -19,6 +29,7 @@ from lilliput.report.first_screen import answered_side_by_side, shipped
 from lilliput.report.impact import metrics_for
 from lilliput.report.page import render
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
+from lilliput.report.summary import summary
 from lilliput.statistics.compare import compare, losses
 from tasks import layout
 from tasks.records import caching_record, device_record, find_registry, offload_record, read_evaluation
@@ -32,7 +43,7 @@ _NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": ""
 
 
 def report(params: Params) -> None:
-    """Writes report/index.html and report/plots/*.csv."""
+    """Writes report/index.html, report/charts/*.svg, report/plots/*.csv and summary/*.json."""
     registered = find_registry()
     names = [name for name in topological_order(params) if name in registered]
     records = {name: read_evaluation(name) for name in names}
@@ -45,6 +56,7 @@ def report(params: Params) -> None:
     differences = list(_differences(params, answers))
     candidates = [_candidate(params, name, records[name], names, promotion) for name in names]
     first_screen = _accuracy_and_size(candidates, compiled)
+    drawn = _charts(params, records, histories, differences) | {"shipped": first_screen}
     page = render(
         candidates=candidates,
         differences=differences,
@@ -55,17 +67,21 @@ def report(params: Params) -> None:
         promotion=promotion,
         answered=answered_side_by_side(candidates, answers, open_rows(layout.DATA / "questions.jsonl")),
         costs=_costs(names, list(caching), list(params.compile), list(offloading)),
-        charts=_charts(params, records, histories, differences) | {"shipped": first_screen},
+        charts=drawn,
         origin=_origin(params),
         search=_search(),
     )
     with writing(layout.REPORT) as directory:
         write_text(directory / "index.html", page)
         _write_plots(directory / "plots", records, histories)
+        _write_charts(directory / "charts", drawn, offloading)
         for chart in first_screen:
             write_text(directory / "plots" / "accuracy-and-size.svg", charts.on_white(chart.svg))
         _write_csv(directory / "plots" / "differences.csv", _difference_rows(differences) or [_NO_DIFFERENCE])
         _write_csv(directory / "plots" / "offloading.csv", _offloading_rows(offloading) or [_NO_OFFLOADING])
+    with writing(layout.SUMMARY) as directory:
+        for row in candidates:
+            write_json(directory / f"{row.name}.json", summary(shipped(row, compiled)))
 
 
 def _candidate(
@@ -244,6 +260,16 @@ def _origin(params: Params) -> dict[str, str]:
         "confidence": "95 %",
         "energy": f"CPU-seconds times {watts:g} W a core, the value declared in params.yaml.",
     }
+
+
+def _write_charts(folder: Path, drawn: Mapping[str, Sequence[Chart]], offloading: Mapping[str, OffloadingRow]) -> None:
+    """Writes each chart of the report as a file of its own, in the order of the report."""
+    folder.mkdir()
+    every = [*drawn["shipped"], *drawn["pareto"], *drawn["impact"], *drawn["making"]]
+    every += [chart for row in offloading.values() for chart in row.charts]
+    for number, chart in enumerate(every, 1):
+        name = re.sub(r"[^a-z0-9]+", "-", chart.title.partition(":")[0].lower()).strip("-")
+        write_text(folder / f"{number:02}-{name}.svg", charts.on_white(chart.svg))
 
 
 def _write_plots(folder: Path, records: Mapping[str, EvaluationRecord], histories: Mapping[str, Any]) -> None:

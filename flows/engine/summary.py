@@ -230,7 +230,7 @@ def _difference(row: Mapping[str, str], energy_mark: str) -> str:
     title, digits = _DIFFERENCES[row["metric"]]
     estimated = energy_mark if row["metric"].endswith("_j") else ""
     value, low, high = (f"{float(row[key]):+.{digits}f}" for key in ("value", "low", "high"))
-    note = "" if row["verdict"] == "yes" else f"  ({row['verdict']})"
+    note = {"yes": "", "not shown": "  no difference shown"}.get(row["verdict"], "  too few questions to tell")
     return f"  {title:24} {estimated:1}{value} [{low}, {high}]{note}"
 
 
@@ -255,7 +255,7 @@ def _counts(states: Mapping[str, str]) -> str:
 
 def _mlflow(folder: Path) -> str:
     if layout.is_workspace(folder):
-        return f".venv/bin/mlflow ui --backend-store-uri sqlite:///{_short_path(folder / layout.MLRUNS)}/mlflow.db"
+        return f"sqlite:///{_short_path(folder / layout.MLRUNS)}/mlflow.db"
     return os.environ.get("MLFLOW_TRACKING_URI") or "make ui"
 
 

@@ -47,7 +47,20 @@ CANDIDATES = {
     "lora": {"from": "base", "apply": "lora"},
     "small": {"from": "lora", "apply": "gptq"},
 }
-MADE = ("models", "data", "answers", "metrics", "costs", "compiled", "bundles", "report", "mlruns", "logs", ".cache")
+MADE = (
+    "models",
+    "data",
+    "answers",
+    "metrics",
+    "costs",
+    "compiled",
+    "bundles",
+    "report",
+    "summary",
+    "mlruns",
+    "logs",
+    ".cache",
+)
 MADE_FILES = ("dvc.lock", "registry.json", "promotion.json")
 TIMELESS = ("accuracy_choice", "accuracy_free", "hallucination_rate", "abstention_rate", "perplexity", "size_bytes")
 MARK = "LILLIPUT_KILLS_MARK"
