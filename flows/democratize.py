@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.engine.console import candidate_rows, next_commands, print_summary
+from flows.engine.console import candidate_rows, next_commands, print_details
 from flows.engine.folders import is_own_project, portable, settings_file
 from flows.engine.launch import launch
 from flows.engine.output import fail, guarded_output
@@ -20,6 +21,7 @@ from flows.engine.own_project import use_installed_code
 from flows.engine.run_context import flow_run_id, show_markdown, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.stopping import rejected_input
+from flows.engine.summary import print_run
 from flows.engine.waiting import retry_while_busy, wait_for_folder
 from flows.engine.workspace import PROJECT, is_synthetic, open_workspace
 from lilliput.artifacts import require_room
@@ -166,6 +168,7 @@ def main(
     ignore_memory: Annotated[
         bool, typer.Option(help="also run what is estimated not to fit into memory (docs/memory.md)")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print all tables, reasons and log lines")] = False,
 ) -> None:
     """Make, measure, register and promote the candidates of params.yaml; skip what is up to date."""
     if as_json and not plan_only:
@@ -178,14 +181,18 @@ def main(
     os.chdir(PROJECT)
     if ignore_memory:
         os.environ[IGNORE] = "1"  # the processes of stages inherit it
+    started_s = time.monotonic()
     states: Mapping[str, str] = launch(
         democratize,
         *(chosen, only, share_machine, runner, workers),
         run_name=RUN_NAME,
         stop_message="stopped; nothing is half-written, and the same command continues from here",
         needs_prefect=runner_kind(runner) != "local",  # prefect-ray and prefect-dask start the workers
+        verbose=verbose,
     )
-    print_summary(folder, states)
+    if verbose:
+        print_details(folder, states)
+    print_run(folder, states, time.monotonic() - started_s)
 
 
 def _check_source(params: Params, folder: Path, lineage: Lineage) -> str | None:

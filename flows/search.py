@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from flows.engine.folders import portable, settings_file
 from flows.engine.launch import launch
 from flows.engine.output import guarded_output
 from flows.engine.process import run_process
-from flows.engine.run_context import run_logger, show_table
+from flows.engine.run_context import show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.stage import Stage
 from flows.engine.stopping import rejected_input
@@ -81,7 +81,8 @@ def search(
     ):
         run = partial(run_stages, runner=stage_runner)
         chains = ChainRunner(folder, Space(config, load_params(layout.PARAMS), search_file), run)
-        stop_reason = _search(chains, config, search_file, Budget(trials, minutes), time.monotonic())
+        show = stage_runner.display.message
+        stop_reason = _search(chains, config, search_file, Budget(trials, minutes), time.monotonic(), show)
         run_process(LOG, stage_runner.site)
         record = read_record(SearchRecord, layout.SEARCH)
         show_table(front_rows(record), key="search-front", description=f"{record.study}: Pareto front")
@@ -102,21 +103,23 @@ def open_search(params_file: Path, config: SearchConfig, search_file: str) -> Pa
     return folder
 
 
-def _search(chains: ChainRunner, config: SearchConfig, file: str, budget: Budget, started: float) -> str:
+def _search(
+    chains: ChainRunner, config: SearchConfig, file: str, budget: Budget, started: float, show: Callable[[str], None]
+) -> str:
     from transformers import AutoConfig  # imports torch, which takes seconds
 
     from flows.chains.study import finished, open_study, run_trials
 
-    reference, log = chains.make_reference(), run_logger().info
+    reference = chains.make_reference()
     _require_objectives(config, reference)
     space = Space(config, load_params(layout.PARAMS), file, AutoConfig.from_pretrained(layout.model(config.base)))
     study = open_study(space, layout.STUDY, chains.are_current)
     done = finished(study, space)
     for chain in done.values():
         chains.add_finished(chain)
-    log("%s: %d sequences are possible, %d trials done", study.study_name, len(space.sequences), len(done))
+    show(f"{study.study_name}: {len(space.sequences)} sequences are possible, {len(done)} trials done")
     budget = replace(budget, minutes=budget.minutes - (time.monotonic() - started) / 60.0)
-    stop_reason = run_trials(study, space, budget, chains.forecast, chains.make, log)
+    stop_reason = run_trials(study, space, budget, chains.forecast, chains.make, show)
     write_json(layout.SEARCH, search_record(study, space, reference, stop_reason))
     chains.publish()
     decisions = read_record(Promotions, layout.PROMOTION)

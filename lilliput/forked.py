@@ -69,8 +69,17 @@ class ForkServer:
         self._process.wait()
         self._scratch.cleanup()
 
-    def start(self, module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Forked:
-        """Starts `python -m <module> <arguments>`, with a pipe as standard input and this process's output.
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        output: IO[Any] | None = None,
+    ) -> Forked:
+        """Starts `python -m <module> <arguments>` with a pipe as standard input.
+
+        It writes to `output`; to the output of this process without one.
 
         Raises:
             StageError: the server has ended, does not answer, or cannot fork.
@@ -79,7 +88,7 @@ class ForkServer:
         deadline = time.monotonic() + _START_S
         while self._process.poll() is None and time.monotonic() < deadline:
             with suppress(FileNotFoundError, ConnectionError):  # it imports libraries before it listens
-                return Forked(self.address, command)
+                return Forked(self.address, command, output)
             time.sleep(_POLL_S)
         code = self._process.poll()
         problem = f"has not answered for {_START_S:g} s" if code is None else f"ended with exit code {code}"

@@ -13,9 +13,11 @@ HUB_COMMITS = Path("hub-commits.json")  # commits of hub models that params.yaml
 REGISTRY = Path("registry.json")
 PROMOTION = Path("promotion.json")
 REPORT = Path("report")
+SUMMARY = Path("summary")
 BUNDLES = Path("bundles")
 OFFLOAD = Path("offload")  # not under metrics/: promotion depends on metrics/, and offloading on promotion
 MLRUNS = Path("mlruns")
+LOGS = Path("logs")
 _SYNTHETIC = Path("synthetic")
 TEACHER_LOGITS = Path(".cache/teacher-logits")
 OUTBOX = MLRUNS / "champions.jsonl"
@@ -121,7 +123,7 @@ def simulation(device: str) -> Path:
 
 def log(stage: str) -> Path:
     """The log of the last run of `stage`."""
-    return Path("logs") / f"{stage.replace('@', '-')}.log"
+    return LOGS / f"{stage.replace('@', '-')}.log"
 
 
 # By kind of stage, the record that has `seconds` and `peak_rss_bytes`.

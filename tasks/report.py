@@ -1,13 +1,23 @@
-"""Write the report and the tables behind `dvc plots`."""
+"""Write the report, the charts of `dvc plots` and the summary of `dvc metrics`."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lilliput.artifacts import PARITY, find_record, read_history, read_manifest, read_record, write_text, writing
+from lilliput.artifacts import (
+    PARITY,
+    find_record,
+    read_history,
+    read_manifest,
+    read_record,
+    write_json,
+    write_text,
+    writing,
+)
 from lilliput.config import Params
 from lilliput.data.jsonl import read_rows
 from lilliput.data.rows import open_rows
@@ -19,6 +29,7 @@ from lilliput.report.first_screen import answered_side_by_side, shipped
 from lilliput.report.impact import metrics_for
 from lilliput.report.page import render
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
+from lilliput.report.summary import summary
 from lilliput.statistics.compare import QUALITY, compare, losses
 from tasks import layout
 from tasks.records import caching_record, device_record, find_registry, offload_record, read_evaluation
@@ -26,11 +37,13 @@ from tasks.registry.lineage_tags import git_commit
 from tasks.registry.run_metrics import SUMMARY
 
 Answers = Sequence[Mapping[str, Any]]
+_DIFFERENCE = ("value", "low", "high", "n", "verdict")
+_NO_DIFFERENCE: dict[str, Any] = dict.fromkeys(("candidate", "reference", "metric", *_DIFFERENCE), "")
 _NO_OFFLOADING = {"device": "", "ranked_by": "", "offloaded": "", "accuracy": "", "hallucination_rate": ""}
 
 
 def report(params: Params) -> None:
-    """Writes report/index.html and report/plots/*.csv."""
+    """Writes report/index.html, report/charts/*.svg, report/plots/*.csv and summary/*.json."""
     registered = find_registry()
     names = [name for name in topological_order(params) if name in registered]
     records = {name: read_evaluation(name) for name in names}
@@ -47,6 +60,7 @@ def report(params: Params) -> None:
     differences = list(_differences(params, answers))
     candidates = [_candidate(params, name, records[name], names, promotion) for name in names]
     first_screen = _accuracy_and_size(candidates, compiled)
+    drawn = _charts(params, records, histories, differences) | {"shipped": first_screen}
     page = render(
         candidates=candidates,
         differences=differences,
@@ -59,16 +73,21 @@ def report(params: Params) -> None:
             candidates, answers | _shipped_answers(compiled), open_rows(layout.DATA / "questions.jsonl")
         ),
         costs=_costs(names, list(caching), list(params.compile), list(offloading)),
-        charts=_charts(params, records, histories, differences) | {"shipped": first_screen},
+        charts=drawn,
         origin=_origin(params),
         search=_search(),
     )
     with writing(layout.REPORT) as directory:
         write_text(directory / "index.html", page)
         _write_plots(directory / "plots", records, histories)
+        _write_charts(directory / "charts", drawn, offloading)
         for chart in first_screen:
             write_text(directory / "plots" / "accuracy-and-size.svg", charts.on_white(chart.svg))
+        _write_csv(directory / "plots" / "differences.csv", _difference_rows(differences) or [_NO_DIFFERENCE])
         _write_csv(directory / "plots" / "offloading.csv", _offloading_rows(offloading) or [_NO_OFFLOADING])
+    with writing(layout.SUMMARY) as directory:
+        for row in candidates:
+            write_json(directory / f"{row.name}.json", summary(shipped(row, compiled)))
 
 
 def _candidate(
@@ -105,6 +124,14 @@ def _differences(params: Params, answers: Mapping[str, Answers]) -> Iterable[Dif
     for name, reference in pairs:
         for metric, comparison in compare(answers[reference], answers[name]).items():
             yield DifferenceRow(name, reference, metric, comparison.record)
+
+
+def _difference_rows(differences: Iterable[DifferenceRow]) -> list[dict[str, Any]]:
+    return [
+        {"candidate": row.candidate, "reference": row.reference, "metric": row.metric}
+        | {key: getattr(row.difference, key) for key in _DIFFERENCE}
+        for row in differences
+    ]
 
 
 def _losses(params: Params, answers: Mapping[str, Answers]) -> Iterable[LossRow]:
@@ -258,6 +285,16 @@ def _origin(params: Params) -> dict[str, str]:
         "confidence": "95 %",
         "energy": f"CPU-seconds times {watts:g} W a core, the value declared in params.yaml.",
     }
+
+
+def _write_charts(folder: Path, drawn: Mapping[str, Sequence[Chart]], offloading: Mapping[str, OffloadingRow]) -> None:
+    """Writes each chart of the report as a file of its own, in the order of the report."""
+    folder.mkdir()
+    every = [*drawn["shipped"], *drawn["pareto"], *drawn["impact"], *drawn["making"]]
+    every += [chart for row in offloading.values() for chart in row.charts]
+    for number, chart in enumerate(every, 1):
+        name = re.sub(r"[^a-z0-9]+", "-", chart.title.partition(":")[0].lower()).strip("-")
+        write_text(folder / f"{number:02}-{name}.svg", charts.on_white(chart.svg))
 
 
 def _write_plots(folder: Path, records: Mapping[str, EvaluationRecord], histories: Mapping[str, Any]) -> None:

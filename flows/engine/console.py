@@ -136,8 +136,8 @@ def next_commands(folder: Path) -> str:
     )
 
 
-def print_summary(folder: Path, states: Mapping[str, str]) -> None:
-    """Prints the table of candidates, the decisions with their reasons and the next commands."""
+def print_details(folder: Path, states: Mapping[str, str]) -> None:
+    """Prints all tables of a run, the decisions with their reasons, what was made, and the next commands."""
     console = _console()
     rows = candidate_rows(folder)
     if rows:

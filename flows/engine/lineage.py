@@ -31,6 +31,8 @@ from lilliput.artifacts import describe_full_disk, disk_is_full
 from lilliput.errors import StageError
 
 logging.getLogger("dvc").setLevel(logging.WARNING)  # the flow logs progress itself
+for _bars in ("dvc.progress", "dvc_data.callbacks"):  # DVC shows bars on a terminal unless these levels forbid it
+    logging.getLogger(_bars).setLevel(logging.CRITICAL)
 _log = logging.getLogger(__name__)
 
 

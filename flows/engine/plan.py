@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.engine import forecast
-from flows.engine.lineage import Lineage
 from flows.engine.stage import Stage
 from lilliput.artifacts import find_record
 from lilliput.config import Params
+from lilliput.errors import ArtifactError
 from lilliput.memory import MemoryEstimate
+from lilliput.params import load_params
 from lilliput.records import Cost
 from tasks import layout
 from tasks.process.memory_check import estimates, example_tokens
 from tasks.process.source_shape import source_shape
+
+if TYPE_CHECKING:  # brings DVC
+    from flows.engine.lineage import Lineage
+
+# Stages without a record of their cost.
+_SHORT_STAGES = {"source", "data", "register", "promote", "bundle", "log", "report"}
+_SHORT_STAGE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -122,3 +132,19 @@ def _measured(stage: Stage, params: Params, folder: Path) -> Prediction | None:
 
 def _cost(kind: str, name: str, folder: Path) -> Cost | None:
     return find_record(Cost, folder / layout.RECORDS[kind](name))
+
+
+def predicted_seconds(names: Iterable[str], folder: Path) -> dict[str, float]:
+    """Returns the predicted time of the stages `names` in a run of `folder`, without those that nothing is known of."""
+    params = load_params(folder / layout.PARAMS)
+    return {name: seconds for name in names if (seconds := _seconds(name, params, folder)) is not None}
+
+
+def _seconds(name: str, params: Params, folder: Path) -> float | None:
+    if name.partition("@")[0] in _SHORT_STAGES:
+        return _SHORT_STAGE_S
+    try:
+        prediction = _predict(Stage(name, "", ""), params, folder)
+    except ArtifactError:  # a damaged record fails the stage that reads it, or is written again
+        return None
+    return prediction.seconds if prediction else None

@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.engine.display import Display
 from flows.engine.process import RETRIES, RETRY_DELAY_S, SKIP_MESSAGES, Site
 from flows.engine.process import run_stage as run_in_process
 from flows.engine.run_context import run_logger
@@ -71,10 +72,11 @@ class PrefectRunner:
         task_runner: started.
         workers: stages that run at a time, at most.
         site: folder and environment of the stages.
+        display: shows the run.
     """
 
-    def __init__(self, task_runner: TaskRunner[Any], workers: int, site: Site) -> None:
-        self.workers, self.site = workers, site
+    def __init__(self, task_runner: TaskRunner[Any], workers: int, site: Site, display: Display) -> None:
+        self.workers, self.site, self.display = workers, site, display
         self._task_runner = task_runner
         self._running: dict[PrefectFuture[Any], Stage] = {}
         self._states: dict[str, State] = {}  # by stage name; Prefect draws its dependency graph from them

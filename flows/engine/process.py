@@ -8,14 +8,16 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 from flows.engine.champions import exclusive_promotion
 from flows.engine.stage import Stage
+from flows.engine.stage_output import StageOutput, reading_output
 from lilliput.errors import StageError, TemporaryError
 from lilliput.forked import Forked, ForkServer
 from tasks import layout
@@ -41,12 +43,14 @@ class Site:
         heartbeat: a file in it, touched regularly while the flow lives.
         environment: variables of a stage's process besides its worker's environment.
         forks: starts stages that need torch as forked children, in this process only; None for plain processes.
+        hear: gets what stages write to their terminal, by any thread of this process; None drops it.
     """
 
     folder: Path
     heartbeat: Path
     environment: dict[str, str] = field(default_factory=dict)
     forks: StageForks | None = None
+    hear: Callable[[Stage, str], None] | None = None
 
 
 class StageForks:
@@ -60,12 +64,12 @@ class StageForks:
         self._folder, self._server, self._lock = folder, ExitStack(), threading.Lock()
         self._opened: ForkServer | None = None
 
-    def start(self, command: list[str], environment: dict[str, str]) -> Forked:
-        """Starts `command`, which is `python -m <module> …`, in the run's folder."""
+    def start(self, command: list[str], environment: dict[str, str], output: IO[bytes]) -> Forked:
+        """Starts `command`, which is `python -m <module> …`, in the run's folder; it writes to `output`."""
         with self._lock:
             if self._opened is None:
                 self._opened = self._server.enter_context(ForkServer(self._folder, environment))
-        return self._opened.start(command[2], command[3:], self._folder, environment)
+        return self._opened.start(command[2], command[3:], self._folder, environment, output)
 
     def close(self) -> None:
         """Ends the server and its children."""
@@ -111,7 +115,7 @@ def run_stage(stage: Stage, site: Site) -> None:
 
 
 def run_process(stage: Stage, site: Site) -> None:
-    """Runs `stage` at `site`; progress bars go to this terminal, everything else to its log.
+    """Runs `stage` at `site`; its progress bars and notes go to `site.hear`, everything else to its log.
 
     A separate process returns its memory to the system, does not take the flow along when a kernel crashes, and makes
     this the same command that `dvc repro` runs.
@@ -127,8 +131,10 @@ def run_process(stage: Stage, site: Site) -> None:
         )
     log_before = _version(site.folder / layout.log(stage.name))
     # The child holds the reading end of this pipe, and ends when this process does, even after a kill.
+    hear = site.hear
     with (
-        _start(stage, site) as process,
+        reading_output(lambda text: hear(stage, text) if hear else None) as output,
+        _start(stage, site, output) as process,
         _stopped_with_flow(site.heartbeat, process) as orphaned,
     ):
         try:
@@ -139,21 +145,25 @@ def run_process(stage: Stage, site: Site) -> None:
     if orphaned.is_set():
         raise StageError(f"{stage.name}: stopped, because its flow has ended")
     if code == EXIT_TEMPORARY:
-        raise TemporaryError(_failure(stage, code, site.folder, log_before))
+        raise TemporaryError(_failure(stage, code, site.folder, log_before, output.error))
     if code:
-        raise StageError(_failure(stage, code, site.folder, log_before))
+        raise StageError(_failure(stage, code, site.folder, log_before, output.error))
 
 
-def _start(stage: Stage, site: Site) -> subprocess.Popen[bytes] | Forked:
+def _start(stage: Stage, site: Site, output: StageOutput) -> subprocess.Popen[bytes] | Forked:
     """Starts the command of `stage`: forked if it needs torch and the site has a fork server."""
     command = shlex.split(stage.command)
     environment = {name: value for name, value in os.environ.items() if name not in THREADS} | site.environment
     environment["LILLIPUT_ENDS_WITH_STDIN"] = "1"
-    if site.forks and command[:3] == ["python", "-m", "tasks"] and command[3:4] and command[3] in HEAVY:
-        return site.forks.start(command, environment)
-    if command[0] == "python":
-        command[0] = sys.executable
-    return subprocess.Popen(command, cwd=site.folder, stdin=subprocess.PIPE, env=environment)
+    environment.setdefault("TQDM_MININTERVAL", "1")  # seconds
+    with output.stream as stream:
+        if site.forks and command[:3] == ["python", "-m", "tasks"] and command[3:4] and command[3] in HEAVY:
+            return site.forks.start(command, environment, stream)
+        if command[0] == "python":
+            command[0] = sys.executable
+        return subprocess.Popen(
+            command, cwd=site.folder, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment
+        )
 
 
 @contextmanager
@@ -200,13 +210,13 @@ def _stop(process: subprocess.Popen[bytes] | Forked) -> None:
         process.kill()
 
 
-def _failure(stage: Stage, code: int, folder: Path, log_before: tuple[int, int] | None) -> str:
+def _failure(stage: Stage, code: int, folder: Path, log_before: tuple[int, int] | None, error: str) -> str:
     log = folder / layout.log(stage.name)
     if code < 0:
         hint = f"; the system may be out of memory{last_peak(stage.name, folder)}" if code == -9 else ""
         return f"{stage.name} was killed by signal {-code}{hint}; its log: {log}"
     if _version(log) == log_before:  # the log is of an earlier run
-        return f"{stage.name} ended with exit code {code} before it wrote its log; the reason is on the terminal above"
+        return error or f"{stage.name} ended with exit code {code} before it wrote its log"
     return last_error(log) or f"{stage.name} ended with exit code {code}; its log: {log}"
 
 

@@ -1,11 +1,17 @@
-"""What a run shows in Prefect if it is a flow run there, and on the terminal otherwise. Imports no Prefect itself."""
+"""What a run shows in Prefect if it is a flow run there, and its log otherwise. Imports no Prefect itself."""
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
+
+from tasks import layout
+from tasks.process.console import open_log
 
 _log = logging.getLogger("lilliput.run")
 
@@ -29,7 +35,7 @@ def deployment_id() -> str:
 
 
 def run_logger() -> Any:
-    """Returns the logger of this run: Prefect's in a flow run, otherwise one that `log_to_terminal` shows."""
+    """Returns the logger of this run: Prefect's in a flow run, otherwise that of `logs/run.log`."""
     if not flow_run_id():
         return _log
     from prefect import get_run_logger
@@ -37,17 +43,45 @@ def run_logger() -> Any:
     return get_run_logger()
 
 
-def log_to_terminal() -> None:
-    """Prints the log of a run without Prefect on stderr, in Prefect's format."""
+def log_to_terminal(verbose: bool = False) -> None:
+    """Prints warnings of a run without Prefect on stderr, and everything if `verbose`."""
     if _log.handlers:
         return
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s.%(msecs)03d | %(levelname)-7s | %(message)s", datefmt="%H:%M:%S")
-    )
+    handler = _StderrHandler(logging.INFO if verbose else logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(message)s"))
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
+
+
+@contextmanager
+def log_to_file(folder: Path) -> Iterator[None]:
+    """Writes the log of a run to `logs/run.log` in `folder`, in Prefect's format; Prefect keeps that of a flow run.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if flow_run_id():
+        yield
+        return
+    with open_log(folder / layout.log("run")) as stream:
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s.%(msecs)03d | %(levelname)-7s | %(message)s", datefmt="%H:%M:%S")
+        )
+        _log.addHandler(handler)
+        try:
+            yield
+        finally:
+            _log.removeHandler(handler)
+
+
+class _StderrHandler(logging.Handler):
+    """Prints on the present `sys.stderr`: a progress bar replaces it for a time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            print(self.format(record), file=sys.stderr or io.StringIO())
 
 
 def show_table(rows: Sequence[dict[str, Any]], key: str, description: str) -> None:

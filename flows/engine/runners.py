@@ -16,6 +16,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from flows.engine.display import Display, open_display
 from flows.engine.prefect_server import server_configured
 from flows.engine.process import RETRIES, RETRY_DELAY_S, SKIP_MESSAGES, THREADS, Site, StageForks, heartbeat, run_stage
 from flows.engine.run_context import flow_run_id, run_logger
@@ -33,15 +34,16 @@ _PACKAGES = {"local": (), "ray": ("ray", "prefect_ray"), "dask": ("distributed",
 
 
 class LocalRunner:
-    """Runs stages by threads of this process, without Prefect; its log has the lines that Prefect would print.
+    """Runs stages by threads of this process, without Prefect; its log has the lines that Prefect would have.
 
     Args:
         workers: stages that run at a time, at most.
         site: folder and environment of the stages.
+        display: shows the run.
     """
 
-    def __init__(self, workers: int, site: Site) -> None:
-        self.workers, self.site = workers, site
+    def __init__(self, workers: int, site: Site, display: Display) -> None:
+        self.workers, self.site, self.display = workers, site, display
         self._threads = ThreadPoolExecutor(workers)
         self._ended: SimpleQueue[tuple[Stage, Future[None]]] = SimpleQueue()
         self._closing = Event()
@@ -83,7 +85,7 @@ class LocalRunner:
             except TemporaryError as error:
                 if not retries_left or self._closing.is_set():
                     raise
-                run_logger().info("%s: %s; retrying in %d s", stage.name, redacted(str(error)), RETRY_DELAY_S)
+                run_logger().warning("%s: %s; retrying in %d s", stage.name, redacted(str(error)), RETRY_DELAY_S)
             self._closing.wait(RETRY_DELAY_S)
         raise AssertionError("the last attempt returns or raises")
 
@@ -111,7 +113,7 @@ def require_runner(runner: str, workers: int) -> None:
 
 @contextmanager
 def open_runner(runner: str, workers: int, folder: Path, share_machine: bool) -> Iterator[Runner]:
-    """Starts `workers` of `runner` for the duration of the context; at its end they and their stages are stopped.
+    """Starts `workers` of `runner` and a display of the run; at the end of the context they and their stages end.
 
     Args:
         runner: `local`, `ray`, `dask`, or the address of a Ray (`ray://`) or Dask (`tcp://`, `tls://`) cluster.
@@ -120,14 +122,19 @@ def open_runner(runner: str, workers: int, folder: Path, share_machine: bool) ->
         share_machine: let trainings and measurements of other runs happen at the same time.
 
     Raises:
-        ConfigError: see `require_runner`; or the cluster does not start or cannot be reached.
+        ConfigError: see `require_runner`; or the cluster does not start or cannot be reached; or there is no log.
     """
     require_runner(runner, workers)
     environment = stage_environment(share_machine, workers)
-    if not flow_run_id():
-        with _local_runner(workers, folder, environment) as local:
-            yield local
-        return
+    opened = _prefect_runner if flow_run_id() else _local_runner
+    with open_display(folder) as display, opened(runner, workers, folder, environment, display) as started:
+        yield started
+
+
+@contextmanager
+def _prefect_runner(
+    runner: str, workers: int, folder: Path, environment: dict[str, str], display: Display
+) -> Iterator[Runner]:
     from flows.engine.prefect_runner import PrefectRunner, open_task_runner
 
     with (
@@ -135,18 +142,21 @@ def open_runner(runner: str, workers: int, folder: Path, share_machine: bool) ->
         _forks(folder, runner) as forks,
         heartbeat(folder) as signal,  # ends before the workers do, so that they stop their stages
     ):
-        yield PrefectRunner(task_runner, workers, Site(folder, signal, environment, forks))
+        hear = display.hear if runner == "local" else None  # workers in other processes
+        yield PrefectRunner(task_runner, workers, Site(folder, signal, environment, forks, hear), display)
 
 
 @contextmanager
-def _local_runner(workers: int, folder: Path, environment: dict[str, str]) -> Iterator[LocalRunner]:
-    with _forks(folder, "local") as forks, heartbeat(folder) as signal:
-        runner = LocalRunner(workers, Site(folder, signal, environment, forks))
+def _local_runner(
+    runner: str, workers: int, folder: Path, environment: dict[str, str], display: Display
+) -> Iterator[Runner]:
+    with _forks(folder, runner) as forks, heartbeat(folder) as signal:
+        local = LocalRunner(workers, Site(folder, signal, environment, forks, display.hear), display)
         try:
-            yield runner
+            yield local
         finally:
             signal.unlink(missing_ok=True)  # stops the stages of a run that ends early
-            runner.close()
+            local.close()
 
 
 @contextmanager

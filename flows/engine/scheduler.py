@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from dvc.exceptions import DvcException
 
+from flows.engine.display import Display
 from flows.engine.lineage import Lineage
 from flows.engine.process import Site
 from flows.engine.stage import Stage
@@ -25,6 +26,11 @@ class Runner(Protocol):
     @property
     def site(self) -> Site:
         """Folder and environment of the stages."""
+        ...
+
+    @property
+    def display(self) -> Display:
+        """Shows the run."""
         ...
 
     def mark_skipped(self, stage: Stage, state: str) -> None:
@@ -55,7 +61,9 @@ def run_stages(stages: Iterable[Stage], lineage: Lineage, runner: Runner) -> tup
         reason why each other one failed.
     """
     waiting = {stage.name: stage for stage in stages}
+    runner.display.begin(list(waiting.values()), runner.workers)
     needs = {name: lineage.upstream(name) for name in waiting}
+    display, due = runner.display, None
     running: dict[str, dict[str, Any]] = {}  # inputs by stage name
     states: dict[str, str] = {}
     failed: dict[str, str] = {}
@@ -64,6 +72,7 @@ def run_stages(stages: Iterable[Stage], lineage: Lineage, runner: Runner) -> tup
         if name is None:
             stage, reason = runner.wait_for_next()
             inputs = running.pop(stage.name)
+            display.end(stage, failed=reason is not None)
             if reason:
                 failed[stage.name] = reason
                 continue
@@ -79,11 +88,32 @@ def run_stages(stages: Iterable[Stage], lineage: Lineage, runner: Runner) -> tup
             inputs = lineage.inputs(name) if reasons else {}
             if not reasons or _restore(name, inputs, lineage):
                 states[name] = "Restored" if reasons else "Cached"
+                display.skip(stage)
                 runner.mark_skipped(stage, states[name])
             else:
+                if due is None:  # only now: a run that finds everything up to date does not ask DVC twice
+                    due = _due(name, waiting, needs, lineage)
+                    display.expect(due)
+                display.start(stage)
                 runner.start(stage, reasons)
                 running[name] = inputs
     return states, failed
+
+
+def _due(first: str, waiting: Iterable[str], needs: Mapping[str, set[str]], lineage: Lineage) -> set[str]:
+    """Returns `first` and the stages of `waiting` that will run too: they need one of these, or are stale."""
+    due = {first}
+    for name in waiting:
+        if due & needs[name] or _is_stale(name, lineage):
+            due.add(name)
+    return due
+
+
+def _is_stale(name: str, lineage: Lineage) -> bool:
+    try:
+        return bool(lineage.changes(name))
+    except (DvcException, OSError, StageError):  # reported when it is the stage's turn
+        return True
 
 
 def _next_ready(waiting: Iterable[str], needs: Mapping[str, set[str]], running: Iterable[str]) -> str | None:

@@ -33,6 +33,8 @@ _DVC_CONFIG = """\
 [cache]
     dir = ../../../.dvc/cache
     type = "reflink,hardlink,copy"
+[plots]
+    html_template = ../../../.dvc/plots.html
 """
 
 

@@ -59,7 +59,7 @@ def logging_to(path: Path) -> Iterator[TextIO]:
     Raises:
         ConfigError: `path` cannot be written.
     """
-    with _open_log(path) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+    with open_log(path) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
         if not terminal.isatty():
             os.environ.setdefault("TQDM_MININTERVAL", "20")  # seconds; a file needs no ten updates a second
         os.dup2(log.fileno(), 1)
@@ -74,7 +74,12 @@ def logging_to(path: Path) -> Iterator[TextIO]:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # the log is about to be closed
 
 
-def _open_log(path: Path) -> _RedactedLog:
+def open_log(path: Path) -> TextIO:
+    """Opens a log for writing, without the text of an earlier one; secrets are left out of what is written.
+
+    Raises:
+        ConfigError: `path` cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: text kept in memory could not be written to a full disk later either.

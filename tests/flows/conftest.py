@@ -75,7 +75,7 @@ def copy_project(folder: Path) -> Clone:
     ).stdout.split("\n")
     for name in tracked:
         # Committed results belong to the default graph.
-        if name and (PROJECT / name).is_file() and not name.startswith(("metrics/", "costs/", "dvc.lock")):
+        if name and (PROJECT / name).is_file() and not name.startswith(("metrics/", "costs/", "summary/", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(PROJECT / name, folder / name)
     for name in ("registry.json", "promotion.json"):

@@ -47,7 +47,20 @@ CANDIDATES = {
     "lora": {"from": "base", "apply": "lora"},
     "small": {"from": "lora", "apply": "gptq"},
 }
-MADE = ("models", "data", "answers", "metrics", "costs", "compiled", "bundles", "report", "mlruns", "logs", ".cache")
+MADE = (
+    "models",
+    "data",
+    "answers",
+    "metrics",
+    "costs",
+    "compiled",
+    "bundles",
+    "report",
+    "summary",
+    "mlruns",
+    "logs",
+    ".cache",
+)
 MADE_FILES = ("dvc.lock", "registry.json", "promotion.json")
 TIMELESS = ("accuracy_choice", "accuracy_free", "hallucination_rate", "abstention_rate", "perplexity", "size_bytes")
 MARK = "LILLIPUT_KILLS_MARK"
@@ -273,9 +286,9 @@ def reset(clone: Clone) -> None:
 
 
 def at_work(log: Path) -> str:
-    """Returns the stage at the end of the flow's log."""
-    lines = re.findall(r"Task run '([^']+)' - (Finished)?", log.read_text(errors="replace"))
-    return "before the first" if not lines else f"after {lines[-1][0]}" if lines[-1][1] else lines[-1][0]
+    """Returns the last line about a stage in the flow's log."""
+    lines = re.findall(r"^\[\d+/\d+\] (.*)$", log.read_text(errors="replace"), re.MULTILINE)
+    return lines[-1] if lines else "before the first"
 
 
 def log_event(**event: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -46,6 +47,7 @@ def run(tmp_path, monkeypatch):
     """Runs the stages of a lineage with `work` in place of their processes."""
     monkeypatch.setattr(runners, "RETRY_DELAY_S", 0)
     monkeypatch.setattr(runners, "flow_run_id", lambda: "")
+    shutil.copyfile(PROJECT / "examples" / "tiny.yaml", tmp_path / "params.yaml")
 
     def run(lineage, work, workers=1):
         monkeypatch.setattr(runners, "run_stage", work)

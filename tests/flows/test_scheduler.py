@@ -11,6 +11,7 @@ from queue import SimpleQueue
 import pytest
 from dvc.exceptions import DvcException
 
+from flows.engine.display import LineDisplay
 from flows.engine.scheduler import run_stages
 from flows.engine.stage import Stage
 
@@ -72,6 +73,7 @@ class FakeRunner:
         self.skipped: dict[str, str] = {}
         self.running, self.most_running = 0, 0
         self.lock = threading.Lock()
+        self.display = LineDisplay(lambda names: {})
 
     def mark_skipped(self, stage, state):
         self.skipped[stage.name] = state
