@@ -6,13 +6,18 @@ from pathlib import Path
 
 from lilliput.artifacts import MANIFEST, file_sha256, find_record, read_manifest
 from lilliput.config import Params
+from lilliput.data.corpus import read_corpus
+from lilliput.data.jsonl import read_rows
 from lilliput.errors import ArtifactError, ConfigError
-from lilliput.records import CacheThreshold
+from lilliput.offload.model_pair import pair_of
+from lilliput.records import CacheThreshold, OffloadRecord
 from lilliput.serve.deployment import DeployedModel, Deployment, store_model, store_router
+from lilliput.serve.examples import RecordedAnswer, recorded_answers
 from tasks import layout
 from tasks.registry import model_versions
 
 TARGET = "gguf"
+ANSWERS = "answers.jsonl"  # of the stage `offload`
 
 
 @model_versions.translate_errors()
@@ -29,10 +34,11 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         raise ConfigError(f"serving: no settings for {device}; params.yaml has under serving: {known}")
     model, compiled = _champion(device)
     store_model(compiled, home, model.sha256)
-    edge, cache = None, find_record(CacheThreshold, layout.cache_threshold(device))
+    edge, server, cache = None, None, find_record(CacheThreshold, layout.cache_threshold(device))
     if serving.edge.candidate is not None:
         folder = layout.compiled(serving.edge.candidate, TARGET)
-        edge = DeployedModel(name=serving.edge.candidate, sha256=read_manifest(folder).artifact_sha256)
+        server = read_manifest(folder)
+        edge = DeployedModel(name=serving.edge.candidate, sha256=server.artifact_sha256)
         store_model(folder, home, edge.sha256)
     return Deployment(
         device=device,
@@ -45,7 +51,17 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         router=store_router(layout.offload(device), home) if serving.policy == "learned" else None,
         embedder=params.caching.embedder,
         threshold=cache.threshold if cache else None,
+        recorded=_recorded(device, pair_of(read_manifest(compiled), serving.edge, server)),
     )
+
+
+def _recorded(device: str, pair: tuple[str, str]) -> tuple[RecordedAnswer, ...]:
+    """Returns recorded answers of this pair of models; empty if there is no record, or it is of another pair."""
+    record = find_record(OffloadRecord, layout.offload_record(device))
+    answers = layout.offload(device) / ANSWERS
+    if record is None or record.pair != pair or not answers.exists() or not layout.DATA.exists():
+        return ()
+    return recorded_answers(read_rows(answers), read_corpus(layout.DATA).questions)
 
 
 def _champion(device: str) -> tuple[DeployedModel, Path]:

@@ -124,6 +124,7 @@ def _operation_routes(app: App) -> APIRouter:
             "device": info.device,
             "model": service.model.name,
             "version": service.model.version,
+            "registered_version": service.model.registered,
             "policy": info.policy,
             "edge": edge,
             "links": links,
@@ -131,6 +132,7 @@ def _operation_routes(app: App) -> APIRouter:
             "battery_wh": service.costs.battery_wh,
             "cache": service.cache is not None,
             "functions": await _knows_functions(service.device),
+            "examples": [one.model_dump(include={"kind", "question", "answer"}) for one in info.examples],
         }
 
     return routes

@@ -18,11 +18,13 @@ from lilliput.embedding.embedder import CachingEmbedder, Embedder
 from lilliput.llama_server.process import LlamaServer, ServerSettings
 from lilliput.offload.fitted_router import open_router
 from lilliput.offload.model_pair import pair_of
+from lilliput.offload.policy import Conditions
 from lilliput.serve.backends import Backend
 from lilliput.serve.circuit_breaker import Breaker
 from lilliput.serve.control_tokens import read_control_tokens
 from lilliput.serve.costs import DeviceCosts
 from lilliput.serve.deployment import DeployedModel, Deployment, verified_model_file
+from lilliput.serve.examples import choose_examples
 from lilliput.serve.files import ANSWERS, ROUTERS
 from lilliput.serve.service import DeploymentInfo, ServedModel, Service
 from lilliput.wheels import default_cache
@@ -50,11 +52,16 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             edge_starting = threads.submit(_start, *edge)
         embedder = open_caching_embedder(deployment)
         router = open_router(serving, home / ROUTERS / (deployment.router or "none"), embedder, pair)
+        examples = choose_examples(deployment.recorded, router, Conditions(serving.link))
         device, server = starting.result(), edge_starting and edge_starting.result()
         return Service(
-            DeploymentInfo(deployment.device, _policy(deployment), _edge_name(deployment), serving.link),
+            DeploymentInfo(
+                deployment.device, _policy(deployment), _edge_name(deployment), serving.link, tuple(examples)
+            ),
             DeviceCosts(deployment.profile.watts_per_core, serving.battery_wh, deployment.links),
-            ServedModel(deployment.model.name, deployment.model.sha256, deployment.system_prompt),
+            ServedModel(
+                deployment.model.name, deployment.model.sha256, deployment.system_prompt, deployment.model.version
+            ),
             _local_backend(device, DEVICE_TIMEOUT_S, clock=device.cpu_seconds),
             _edge_backend(deployment, server),
             router,

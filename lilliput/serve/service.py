@@ -10,6 +10,7 @@ from lilliput.cache.answers import AnswerCache
 from lilliput.offload.policy import Router
 from lilliput.serve.backends import Backend
 from lilliput.serve.costs import DeviceCosts
+from lilliput.serve.examples import RecordedAnswer
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class ServedModel:
         name: its name in `/v1/models`.
         version: its sha256.
         system_prompt: the system line of its tuning; added to requests that have none, unless it is empty.
+        registered: its version in the registry; None for a model that params.yaml selects.
     """
 
     name: str
     version: str
     system_prompt: str
+    registered: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class DeploymentInfo:
         policy: the routing policy.
         edge: the model name of the edge server; None without an edge server.
         link: the link to the edge server, unless a request names another one.
+        examples: questions for the page, with answers that a run recorded.
     """
 
     device: str
     policy: str
     edge: str | None
     link: str
+    examples: tuple[RecordedAnswer, ...] = ()
 
 
 @dataclass

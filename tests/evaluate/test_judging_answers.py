@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lilliput.data.questions import Question
 from lilliput.evaluate.abstention import abstained
 from lilliput.evaluate.accuracy import is_right
-from lilliput.evaluate_candidate import judge_answer
+from lilliput.evaluate.judges.judge import judge_answer
 from lilliput.statistics.intervals import rate
 
 HERE = Path(__file__).parent

@@ -31,5 +31,7 @@ def page(browser, fake):
     prefer(browser, prefers_color_scheme="light")
     resize(browser, DESK)
     visit(browser, fake.url)
+    browser.execute_script("sessionStorage.clear()")  # of the test before
+    visit(browser, fake.url)
     wait_for(browser, "document.querySelector('#link').options.length === 2")
     return browser

@@ -24,6 +24,12 @@ STATUS = {
     "battery_wh": 15.0,
     "cache": True,
     "functions": True,
+    "registered_version": "3",
+    "examples": [
+        {"kind": "device", "question": "What is a person from Sweden called?", "answer": "Swedish"},
+        {"kind": "abstains", "question": "What is the capital of Zelandor?", "answer": "I don't know."},
+        {"kind": "server", "question": "What is the capital of Peru?", "answer": "Lima"},
+    ],
 }
 DEVICE = {
     "place": "device",
@@ -115,10 +121,13 @@ def ask(page, question="What is the capital of Peru?"):
 def answered(page, count=1):
     """The text of the last of `count` finished answers."""
     wait_for(page, "document.querySelectorAll('article:not(.waiting)').length === arguments[0]", count)
-    return page.execute_script("return [...document.querySelectorAll('article')].at(-1).innerText")
+    return page.execute_script(
+        "const last = [...document.querySelectorAll('article')].at(-1);"
+        "for (const folded of last.querySelectorAll('details')) folded.open = true; return last.innerText"
+    )
 
 
 def enter_functions(page):
-    page.execute_script("document.querySelector('summary').focus()")
+    page.execute_script("document.querySelector('#functions-part summary').focus()")
     press(page, "ENTER", "TAB", json.dumps(TOOLS))
     page.execute_script("document.querySelector('#question').focus()")

@@ -241,7 +241,7 @@ def test_clear_cache_affects_one_device(tmp_path, monkeypatch):
 
     from flows import deploy as flow
 
-    monkeypatch.setattr(flow, "_folder", lambda _: tmp_path)
+    monkeypatch.setattr(flow, "folder_of", lambda _: tmp_path)
     for device in ("phone-4gb", "laptop"):
         home = tmp_path / "deployments" / device
         home.mkdir(parents=True)

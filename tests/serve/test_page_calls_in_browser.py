@@ -142,3 +142,32 @@ def test_results_wait_until_the_functions_are_json(page, fake):
     assert "not JSON" in page.execute_script("return document.querySelector('#functions').validationMessage")
     assert len(fake.requests) == 1
     assert page.execute_script("return document.querySelectorAll('.results button').length") == 1
+
+
+def test_a_conversation_survives_a_reload_and_goes_on(page, fake):
+    ask(page, "first")
+    before = answered(page)
+    page.refresh()
+    wait_for(page, "document.querySelectorAll('.answer').length === 1")
+    assert answered(page) == before
+    ask(page, "second")
+    answered(page, 2)
+    assert [turn["content"] for turn in fake.requests[-1][0]["messages"]] == ["first", "Lima", "second"]
+    assert page.execute_script("return document.querySelector('#totals dd').textContent") == "2"
+    page.execute_script("document.querySelector('#new-conversation').click()")
+    page.refresh()
+    wait_for(page, "document.querySelector('#link').options.length === 2")
+    assert page.execute_script("return document.querySelectorAll('article').length") == 0
+
+
+def test_calls_that_wait_for_results_survive_a_reload(page, fake):
+    enter_functions(page)
+    fake.answers, fake.calls = [], CALLS[1:]
+    ask(page)
+    answered(page)
+    page.refresh()
+    wait_for(page, "document.activeElement.closest('.results')")
+    fake.answers, fake.calls = ["18 degrees"], []
+    press(page, "noon", "TAB", "ENTER")
+    assert "Result of get_time: noon" in answered(page, 2)
+    assert [turn["role"] for turn in fake.requests[-1][0]["messages"]] == ["user", "assistant", "tool"]

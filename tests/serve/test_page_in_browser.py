@@ -18,10 +18,11 @@ from tests.browser import (
     scrolls_sideways,
     wait_for,
 )
-from tests.serve.page_gateway import CACHE, CALLS, DEVICE, SERVER, answered, ask, enter_functions
+from tests.serve.page_gateway import CACHE, CALLS, DEVICE, SERVER, STATUS, answered, ask, enter_functions
 
 pytestmark = pytest.mark.browser
 
+PROMISES = ("the device knows it", "nobody can know it", "the edge server knows better")
 INJECTED = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
 
@@ -41,8 +42,9 @@ def test_keyboard_use_shows_origin_reason_and_cost(page, fake):
         "0.42 s",
         "~0.12 J, estimated",
         "~0.00023 % of the battery",
-        "score 0.91",
-        "Why: confidence 0.913 ≥ 0.7",
+        "0.91",
+        "The device was sure enough of its answer.",
+        "confidence 0.913 ≥ 0.7",
     ):
         assert fact in shown
     assert page.switch_to.active_element.get_attribute("id") == "question"
@@ -55,17 +57,20 @@ def test_keyboard_use_shows_origin_reason_and_cost(page, fake):
 def test_all_controls_are_reachable_by_tab_in_order_with_visible_focus(page):
     page.execute_script("document.querySelector('.skip').focus()")
     reached = []
-    for _ in range(7):
+    for _ in range(9):
         focused = page.switch_to.active_element
         reached.append(focused.get_attribute("id") or focused.text)
         assert focused.is_displayed()
         assert focused.value_of_css_property("outline-style") == "solid", reached[-1]
         press(page, "TAB")
-    assert reached == ["Skip to the question", "link", "battery", "question", "send", "Functions", "new-conversation"]
+    examples = [f"{one['question']}\n{promise}" for one, promise in zip(STATUS["examples"], PROMISES, strict=True)]
+    drawers = ["Link and battery: wifi, 100 %", "Functions"]
+    assert reached == ["Skip to the question", *examples, "question", "send", *drawers, "new-conversation"]
 
 
 def test_every_field_and_button_has_a_name(page):
     page.execute_script("document.querySelector('#token-form').hidden = false")
+    page.execute_script("for (const drawer of document.querySelectorAll('details')) drawer.open = true")
     page.execute_cdp_cmd("Accessibility.enable", {})
     nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = {"textbox", "button", "combobox", "slider", "DisclosureTriangle", "log", "link"}
@@ -74,14 +79,58 @@ def test_every_field_and_button_has_a_name(page):
     assert [role for role, name in found if not name.strip()] == []
 
 
+def test_figures_are_folded_behind_a_sentence_and_the_header_names_the_version(page, fake):
+    ask(page)
+    wait_for(page, "document.querySelector('.reason').textContent")
+    wait_for(page, "!document.querySelector('article.waiting')")
+    shown = page.execute_script("return document.querySelector('article').innerText")
+    assert "The device was sure enough of its answer." in shown
+    assert "0.913" not in shown
+    header = page.execute_script("return document.querySelector('#about').textContent")
+    assert header == "pocket, version 3 on phone-4gb · edge server lora is up"
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({**SERVER, "reason": "confidence 0.2 < 0.7"}, "not sure enough, so the edge server answered"),
+        ({**SERVER, "reason": "worth +0.4 > +0.1 (wifi, within 0.2 J)"}, "expected to answer this better"),
+        ({**DEVICE, "reason": "worth -0.4 <= +0.1 (wifi, within 0.2 J)"}, "well enough for what the edge server would"),
+        ({**DEVICE, "reason": "worth +0.4 > +0.1 (wifi), but the edge server was busy for 2 s"}, "asked and failed"),
+        ({**DEVICE, "reason": "the device always (poor, within 0.2 J)"}, "With this link and battery the device"),
+        ({**SERVER, "reason": "the call of the device was invalid"}, "invalid, so the edge server answered"),
+        (CACHE, "was answered before"),
+        ({**DEVICE, "reason": "another reason"}, "Another reason."),
+    ],
+)
+def test_the_reason_is_a_sentence(page, fake, facts, words):
+    fake.facts = facts
+    ask(page)
+    answered(page)
+    assert words in page.execute_script("return document.querySelector('.reason').textContent")
+
+
+def test_an_example_is_asked_and_shows_what_the_run_recorded(page, fake):
+    page.execute_script("document.querySelectorAll('#examples button')[1].focus()")
+    press(page, "ENTER")
+    shown = answered(page)
+    assert "What is the capital of Zelandor?" in shown
+    assert "In the recorded run: “I don't know.”" in shown
+    assert [body["messages"][0]["content"] for body, _ in fake.requests] == ["What is the capital of Zelandor?"]
+    assert page.execute_script("return document.querySelector('#examples').checkVisibility()") is False
+
+
 def test_link_and_battery_controls_set_headers(page, fake):
-    page.execute_script("document.querySelector('#link').focus()")
-    press(page, "ARROW_DOWN", "TAB", *["ARROW_LEFT"] * 3, "TAB")
+    page.execute_script("document.querySelector('#conditions summary').focus()")
+    press(page, "ENTER", "TAB", "ARROW_DOWN", "TAB", *["ARROW_LEFT"] * 3)
+    page.execute_script("document.querySelector('#question').focus()")
     ask(page)
     answered(page)
     headers = fake.requests[0][1]
     assert (headers["x-lilliput-link"], headers["x-lilliput-battery-percent"]) == ("poor", "97")
     assert page.execute_script("return document.querySelector('#battery-level').value") == "97 %"
+    shown = page.execute_script("return document.querySelector('#conditions summary').innerText")
+    assert shown == "Link and battery: poor, 97 %"
 
 
 def test_totals_by_place_mark_unknown_and_estimated_values(page, fake):
@@ -116,7 +165,7 @@ def test_complete_answer_shows_its_metadata(page, fake):
     fake.streams, fake.facts = False, {**DEVICE, "energy_source": "estimate_tdp"}
     ask(page)
     shown = answered(page)
-    for fact in ("Lima", "● device", "0.42 s", "~0.12 J, estimated", "Why: confidence 0.913 ≥ 0.7"):
+    for fact in ("Lima", "● device", "0.42 s", "~0.12 J, estimated", "confidence 0.913 ≥ 0.7"):
         assert fact in shown
 
 
@@ -198,7 +247,8 @@ def test_page_asks_for_the_token_once_and_resends_the_question(page, fake):
     assert headers["authorization"] == "Bearer secret"
     ask(page)
     answered(page, 2)
-    assert page.execute_script("return localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    assert page.execute_script("return localStorage.length + document.cookie.length") == 0
+    assert "secret" not in page.execute_script("return JSON.stringify(sessionStorage)")
 
 
 def test_model_output_is_never_executed(page, fake):
@@ -207,8 +257,8 @@ def test_model_output_is_never_executed(page, fake):
     fake.calls = [{"id": "a", "type": "function", "function": function}]
     ask(page, INJECTED)
     shown = answered(page)
-    # question, answer, place, reason, name, parameter, argument and label, unchanged
-    assert shown.count("<img src=x onerror=") == 8
+    # question, answer, place, reason in the sentence and in the figures, name, parameter, argument and label, unchanged
+    assert shown.count("<img src=x onerror=") == 9
     assert page.title == "Lilliput"
     assert page.execute_script("return document.querySelectorAll('article img, article script').length") == 0
 
@@ -236,6 +286,7 @@ def test_page_requests_only_the_gateway_and_logs_no_error(page, fake):
 def test_layout_and_contrast_by_size_and_color_scheme(page, fake, size, light, tmp_path):
     resize(page, size)
     prefer(page, prefers_color_scheme=light, prefers_reduced_motion="reduce")
+    check_layout(page, tmp_path / "empty.png")
     enter_functions(page)
     for count, facts in enumerate((SERVER, CACHE), 1):
         fake.facts, fake.answers = facts, ["Lima, " * 30, "a" * 90]
@@ -254,6 +305,7 @@ def test_layout_and_contrast_by_size_and_color_scheme(page, fake, size, light, t
     ask(page)
     answered(page, 3)
     page.execute_script("document.querySelector('#token-form').hidden = false")
+    page.execute_script("for (const drawer of document.querySelectorAll('details')) drawer.open = true")
     check_layout(page, tmp_path / "page.png")
     assert page.execute_script("return document.getAnimations().length") == 0
 
