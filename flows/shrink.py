@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from flows.engine.launch import launch
 from flows.engine.output import fail, guarded_output
 from flows.engine.stopping import rejected_input
 from flows.init import initialise
-from lilliput.artifacts import read_record
+from lilliput.artifacts import read_record, write_json
 from lilliput.config import DEVICES, SourceConfig
 from lilliput.errors import ConfigError, DataError, SourceError
 from lilliput.ingestion.formats import QUESTION
@@ -66,7 +67,7 @@ def source_section(model: str | None) -> dict[str, Any] | None:
 
 
 def pinned(source: dict[str, Any] | None, record: Path) -> dict[str, Any] | None:
-    """Returns `source` with a commit if it is on the hub; the file `record` keeps the answer for later calls.
+    """Returns `source` with a commit if it is on the hub; reads it in the file `record` if an earlier call wrote it.
 
     Raises:
         SourceError: the hub does not know the model, does not give it to this user, or does not answer.
@@ -75,8 +76,8 @@ def pinned(source: dict[str, Any] | None, record: Path) -> dict[str, Any] | None
         return source
     from lilliput.hub import commit_of
 
-    record.parent.mkdir(parents=True, exist_ok=True)
-    return source | {"model": commit_of(source["model"], record)}
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is made before all checks
+        return source | {"model": commit_of(source["model"], record if record.exists() else Path(scratch, record.name))}
 
 
 def _has_commit(model: str) -> bool:
@@ -152,7 +153,7 @@ def prepare(
     folder = (out or Path(f"{data.resolve().stem}-{device}")).expanduser()
     if folder.resolve() == PROJECT:
         raise ConfigError(f"--out {folder}: the clone itself; name another folder")
-    source = pinned(source, folder / layout.HUB_COMMITS)
+    asked, source = source, pinned(source, folder / layout.HUB_COMMITS)
     name = data.name if data.is_file() else str(data.resolve())
     task = Task(source, name, report.format != QUESTION.name, device, found_shape(source))
     notes = [report.text, f"model: {source['model'] if source else 'the built-in SmolLM2-135M-Instruct'}"]
@@ -169,6 +170,8 @@ def prepare(
         return folder, None, notes
     command = f"lilliput shrink {model or ''} --data {data} --device {device} --minutes {minutes:g}".replace("  ", " ")
     initialise(folder, settings_text(choice, command), data if data.is_file() else None)
+    if asked and source and asked != source:  # a later call means the same commit
+        write_json(folder / layout.HUB_COMMITS, {asked["model"]: source["model"].partition("@")[2]})
     return folder, choice, notes
 
 
@@ -243,7 +246,10 @@ def main(
     data: Annotated[Path, typer.Option(help="your questions or chats: .jsonl, .parquet, or a folder of them")],
     model: Annotated[
         str | None,
-        typer.Argument(help="a folder, a .gguf file, or <organisation>/<name> on the hub; default: the built-in model"),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="a folder, a .gguf file, or org/name on the hub; default: the built-in model",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="phone-4gb, phone-12gb, board or laptop")] = "phone-4gb",
     minutes: Annotated[float, typer.Option(min=1, help="predicted time, at most")] = 60.0,

@@ -146,6 +146,26 @@ def test_the_settings_file_is_found_from_its_folder(project, monkeypatch):
     assert portable(Path("examples/tiny.yaml")) == "examples/tiny.yaml"
 
 
+def test_a_search_has_a_workspace_inside_the_project(project):
+    folder = open_workspace(project / SETTINGS, "search")
+    assert folder == project / "workspaces" / "lilliput.search"
+    assert (folder / "tasks/__main__.py").exists()
+    assert (folder / "questions.jsonl").exists()
+    assert YAML(typ="safe").load((folder / "params.yaml").read_text())["candidates"].keys() >= {"base", "pocket"}
+
+
+def test_a_project_inside_the_clone_has_a_repository_of_its_own(tmp_path):
+    from dvc.repo import Repo
+
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    Repo.init(str(tmp_path)).close()
+    initialise(tmp_path / "mine")
+    with contextlib.chdir(tmp_path / "mine"), closing(Lineage(tmp_path / "mine")) as lineage:
+        assert "compress@pocket" in [stage.name for stage in lineage.stages()]
+    with closing(Repo(str(tmp_path))) as outer:
+        assert not outer.index.stages
+
+
 def test_stages_are_stale_by_their_own_code_and_by_effective_settings(project):
     def changes(stage):
         with contextlib.chdir(project), closing(Lineage(project)) as lineage:

@@ -71,7 +71,7 @@ def test_a_model_of_the_hub_gets_its_commit_once(tmp_path, monkeypatch):
     asked = []
 
     def commit_of(model, record):
-        asked.append(model)
+        asked.append((model, record.parent.exists()))
         return f"{model.partition('@')[0]}@{COMMIT}"
 
     monkeypatch.setattr("lilliput.hub.commit_of", commit_of)
@@ -79,7 +79,27 @@ def test_a_model_of_the_hub_gets_its_commit_once(tmp_path, monkeypatch):
     assert shrink.pinned({"model": "hub:org/name"}, record) == {"model": f"hub:org/name@{COMMIT}"}
     assert shrink.pinned({"model": f"hub:org/name@{COMMIT}"}, record) == {"model": f"hub:org/name@{COMMIT}"}
     assert shrink.pinned({"model": "path:/x"}, record) == {"model": "path:/x"}
-    assert asked == ["hub:org/name"]
+    assert asked == [("hub:org/name", True)]
+
+
+def test_a_project_keeps_the_commit_of_its_model(tmp_path, monkeypatch):
+    def commit_of(model, record):
+        assert not record.is_relative_to(tmp_path / "mine")  # which is not made before all checks
+        return f"{model}@{COMMIT}"
+
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 6, "hidden_size": 64, '
+        '"intermediate_size": 128, "vocab_size": 100}'
+    )
+    monkeypatch.setattr("lilliput.hub.commit_of", commit_of)
+    monkeypatch.setattr("lilliput.hub.download_snapshot", lambda model, patterns: tmp_path)
+    folder, choice, notes = shrink.prepare("org/name", QUESTIONS, "phone-4gb", 1e6, tmp_path / "mine")
+    assert choice
+    assert choice.settings["source"] == {"model": f"hub:org/name@{COMMIT}"}
+    assert notes[-1] == f"model: hub:org/name@{COMMIT}"
+    assert json.loads((folder / "hub-commits.json").read_text()) == {"hub:org/name": COMMIT}
+    monkeypatch.undo()  # the hub is asked only once
+    assert shrink.pinned({"model": "hub:org/name"}, folder / "hub-commits.json") == choice.settings["source"]
 
 
 def test_less_time_means_fewer_steps_then_no_pruning_and_distillation(two_cores):
