@@ -71,6 +71,11 @@ class LlamaCppRuntime(ScoresByPrediction):
         text = self._post("/apply-template", request)["prompt"]
         return list(self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
 
+    def text_ids(self, text: str) -> list[int]:
+        """Returns the ids of `text` under the file's own tokenizer, without the special tokens that it may add."""
+        request = {"content": text, "add_special": False, "parse_special": True}
+        return list(self._post("/tokenize", request)["tokens"])
+
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
         return [self._complete(ids, n_predict=max_tokens)["choices"][0]["text"].strip() for ids in prompts]
