@@ -28,6 +28,7 @@ FAMILIES = {
     "smollm3": "SmolLM3",
     "stablelm": "StableLM",
 }
+_MIXTURES = {"glm4_moe": "GLM-4-MoE"}  # written here, and released as models too
 _FORMATS = (
     "safetensors in float32, bfloat16 or float16, safetensors in AutoGPTQ's format (quant_method `gptq`), and GGUF "
     "(source.file)"
@@ -64,6 +65,11 @@ def require_known_family(model_type: Any, architectures: list[str], place: Path)
             f"stay the same model through every step. Choose one of a supported family: {', '.join(FAMILIES.values())} "
             "(docs/models.md)"
         )
+
+
+def family_name(model_type: str) -> str:
+    """Returns the name of a family for messages, such as `Phi-3, Phi-4` for `phi3`."""
+    return _MIXTURES.get(model_type) or FAMILIES.get(model_type, model_type)
 
 
 def _require_known_format(config: dict[str, Any], file: Path) -> None:

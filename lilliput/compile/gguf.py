@@ -69,7 +69,10 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
                 model.write()
         except (AssertionError, NotImplementedError, FileNotFoundError, KeyError, ValueError) as error:
             reason = str(error) or f"a check of its own fails ({type(error).__name__})"
-            raise CompileError(f"{checkpoint}: llama.cpp's converter does not support this model: {reason}") from error
+            raise CompileError(
+                f"{checkpoint}: llama.cpp's converter does not support this model: {reason}; compile it with "
+                "`target: onnx` instead, or choose a model of another family (docs/models.md)"
+            ) from error
     types = model.types
     return {
         "tensors": {name: kind.name for name, kind in sorted(types.items())},
@@ -211,16 +214,25 @@ class _KeepsCodes(_Converter):
         self.gguf_writer.add_tensor(name, mapped, raw_dtype=kind)
 
     def set_vocab(self) -> None:
-        """Writes the tokenizer. A mixture keeps its parent's, which the converter's reader for GLM would reject."""
+        """Writes the tokenizer."""
         pieces = read_pieces(self.dir_model)
         if pieces:
             pieces.write(self.gguf_writer, self.rows)
             gguf.SpecialVocab(self.dir_model, n_vocab=self.rows).add_to_gguf(self.gguf_writer)
-        elif self.hf_arch == "Glm4MoeForCausalLM" and not self._has_token("[gMASK]"):
+        elif self._is_plain_byte_level():
             self._set_vocab_gpt2()
         else:
             super().set_vocab()
         self._name_special_tokens()
+
+    def _is_plain_byte_level(self) -> bool:
+        """Whether the family's own reader would reject a vocabulary over bytes.
+
+        A mixture keeps its parent's, which the reader for GLM rejects. The reader for Phi recognises Phi-4's by a class
+        of tokenizer that transformers does not store.
+        """
+        mixture = self.hf_arch == "Glm4MoeForCausalLM" and not self._has_token("[gMASK]")
+        return mixture or self.hf_arch == "Phi3ForCausalLM"
 
     def _has_token(self, text: str) -> bool:
         return text in (self.dir_model / "tokenizer.json").read_text(encoding="utf-8")

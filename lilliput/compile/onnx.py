@@ -81,4 +81,7 @@ def _run_builder(command: list[str], checkpoint: Path, deadline_s: float) -> Non
         raise CompileError(f"{checkpoint}: ONNX Runtime's builder did not finish within {deadline_s:g} s") from None
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CompileError(f"{checkpoint}: ONNX Runtime's builder does not support this model: {last}")
+        raise CompileError(
+            f"{checkpoint}: ONNX Runtime's builder does not support this model; compile it with `target: gguf` "
+            f"instead. The builder's message: {last}"
+        )

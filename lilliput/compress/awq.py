@@ -53,8 +53,8 @@ def awq(context: Context, config: AwqConfig) -> Result:
     difference = (probe_logits(model, parent.tokenizer) - expected).abs().max().item()
     if not difference <= _SAME_LOGITS * expected.abs().max().item():
         raise StrategyError(
-            f"apply: awq: folding scales into a {type(model).__name__} changed its logits by {difference:.3g}: "
-            "its norms or projections do not compute what Llama's do; choose gptq or rtn"
+            f"apply: awq: folding scales into the parent changed its logits by {difference:.3g}: its norms or "
+            "projections do not compute what Llama's do; choose gptq or rtn"
         )
     facts = {
         "calibration_tokens": sum(map(len, texts)),
@@ -116,7 +116,7 @@ def _groups(layer: Any) -> list[Group]:
             groups.append(Group(attention.v_proj, [attention.o_proj]))
     except AttributeError as error:
         raise StrategyError(
-            f"apply: awq: {type(layer).__name__} lacks a part of a Llama layer ({error}); choose gptq or rtn"
+            f"apply: awq: the parent's layers lack a part of Llama's layers, {error.name}; choose gptq or rtn"
         ) from None
     return groups
 

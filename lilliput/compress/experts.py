@@ -125,7 +125,7 @@ def mixture_of(opened: Opened, count: int) -> PreTrainedModel:
 
 def _mixture_config(dense: PreTrainedModel, count: int) -> PretrainedConfig:
     normed = hasattr(cast("Any", decoder_layers(dense)[0]).self_attn, "q_norm")
-    kept = kept_settings(dense, "Qwen3-MoE" if normed else "Mixtral")
+    kept = kept_settings(dense, "qwen3_moe" if normed else "mixtral")
     if normed:
         neurons = {"moe_intermediate_size": kept["intermediate_size"], "norm_topk_prob": True}
         return Qwen3MoeConfig(**kept, **neurons, num_experts=count, num_experts_per_tok=count)

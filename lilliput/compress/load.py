@@ -18,9 +18,10 @@ from lilliput.compress.result import Result
 from lilliput.compress.source_checks import require_chat_template, require_consistent
 from lilliput.config import LoadConfig, RehearsalShape
 from lilliput.errors import ArtifactError, SourceError
+from lilliput.gguf_source.encodings import probe_texts, require_same_encodings
 from lilliput.gguf_source.header import Header, parsed_once, read_header
 from lilliput.gguf_source.opening import gguf_config, open_gguf
-from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids, require_same_model
+from lilliput.gguf_source.runtime_check import llama_cpp_outcome, probe_ids, require_same_model
 from lilliput.models import (
     is_quantised,
     open_dequantised,
@@ -40,7 +41,7 @@ from lilliput.untrusted import require_harmless
 def load(context: Context, config: LoadConfig) -> Result:
     """Returns the source's model and tokenizer; with `config.rehearsal`, a random model of that shape.
 
-    A GGUF source is compared with llama.cpp on the same file; the result's `checks` hold the agreement.
+    A GGUF source is compared with llama.cpp on the same file, its tokenizer too; `checks` hold the agreement.
 
     Raises:
         SourceError: the source is not a causal language model of a supported kind, cannot be opened, has an unsupported
@@ -77,7 +78,7 @@ def load(context: Context, config: LoadConfig) -> Result:
         model.stored_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
         checks: dict[str, Any] = {}
         if header and not config.rehearsal:
-            checks["agreement_with_llama_cpp"] = _agreement(header, model, tokenizer)
+            checks["agreement_with_llama_cpp"] = _agreement(header, model, tokenizer, new_ids)
         add_rows(model, new_ids)
         model = name_end_tokens(model, tokenizer)
     facts = {"rehearsal": config.rehearsal is not None} | chat_facts(tokenizer)
@@ -123,10 +124,18 @@ def _require_finite(model: PreTrainedModel, dtype: torch.dtype, source_dir: Path
         raise SourceError(str(error)) from None
 
 
-def _agreement(header: Header, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agreement:
-    """Returns how well `model` agrees with llama.cpp on the file it was read from."""
+def _agreement(
+    header: Header, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
+) -> Agreement:
+    """Returns how well `model` agrees with llama.cpp on the file it was read from, after a check of the tokenizer.
+
+    The check may repair `tokenizer` in place. `new_ids` are tokens that the file does not have.
+    """
     ids = probe_ids(tokenizer, header.settings["context_length"])
-    return require_same_model(header, model, ids, llama_cpp_predictions(header.file, ids))
+    texts = probe_texts(tokenizer, new_ids)
+    outcome = llama_cpp_outcome(header.file, ids, texts)
+    require_same_encodings(header, tokenizer, texts, outcome.texts)
+    return require_same_model(header, model, ids, outcome.predictions)
 
 
 def _reshape(config, shape: RehearsalShape, vocabulary: int):  # noqa: ANN001, ANN202 - any PretrainedConfig

@@ -15,6 +15,7 @@ from lilliput.compress.hooks import registered_hooks
 from lilliput.errors import StrategyError
 from lilliput.models import decoder_layers, parameter_count, random_model, stored_dtype
 from lilliput.saving import probe_logits
+from lilliput.supported_sources import family_name
 
 _KEPT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -164,8 +165,9 @@ def require_same(dense: PreTrainedModel, mixture: PreTrainedModel, tokenizer: Pr
 
 
 def incompatible(dense: PreTrainedModel, architecture: str, reason: str) -> StrategyError:
-    """Returns the error for a parent that a mixture of this architecture cannot represent."""
+    """Returns the error for a parent that a mixture of this architecture cannot represent, named as in transformers."""
     return StrategyError(
-        f"a {type(dense).__name__} cannot be written as a mixture of the architecture {architecture}: {reason}; choose "
-        "a parent of the Llama or Qwen3 kind without biases, not yet a mixture"
+        f"the parent (family: {family_name(dense.config.model_type)}) cannot be written as a mixture of the "
+        f"architecture {family_name(architecture)}: {reason}; choose a parent of the Llama or Qwen3 kind without "
+        "biases, not yet a mixture"
     )

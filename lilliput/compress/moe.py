@@ -139,7 +139,7 @@ def cluster(contributions: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _mixture_config(dense: PreTrainedModel, config: MoeConfig) -> Glm4MoeConfig:
-    kept, attention = kept_settings(dense, "GLM-4-MoE"), cast("Any", decoder_layers(dense)[0]).self_attn
+    kept, attention = kept_settings(dense, "glm4_moe"), cast("Any", decoder_layers(dense)[0]).self_attn
     neurons, parts = kept["intermediate_size"], config.experts + config.shared
     if neurons % parts:
         raise StrategyError(

@@ -85,8 +85,8 @@ def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None
     weights = sum(weight.numel() for layer in decoder_layers(model) for weight in layer.parameters())  # pyright: ignore
     if 2 * sum(linear.in_features * linear.out_features for linear in linears(model).values()) < weights:
         raise StrategyError(
-            f"{type(model).__name__}: most weights of its decoder layers are not in linear layers (experts, for "
-            "example) and would stay in float; choose a dense parent"
+            "apply: most weights of the parent's decoder layers are not in linear layers (experts, for example) and "
+            "would stay in float; choose a dense parent"
         )
     shapes = {size for linear in linears(model).values() for size in (linear.in_features, linear.out_features)}
     if 3 in config.widths and (bad := sorted(size for size in shapes if size % 32)):

@@ -207,7 +207,7 @@ def _require_free_head_size(model: PreTrainedModel, method: str, count: int) -> 
         smaller = cast("Any", decoder_layers(AutoModelForCausalLM.from_config(after))[0])
     if smaller.self_attn.q_proj.out_features != after.num_attention_heads * head_dim(model.config):
         raise StrategyError(
-            f"strategies.prune.method: {method}: a {type(model).__name__} computes the size of a head from the hidden "
+            f"strategies.prune.method: {method}: the parent's architecture computes the size of a head from the hidden "
             "size and the number of heads, so it cannot have fewer heads of the same size; choose another method"
         )
 
@@ -277,7 +277,7 @@ def _norms(model: PreTrainedModel) -> list[Any]:
         expected = trial * trial.square().mean().rsqrt() * weight
         if not torch.allclose(norm(trial), expected, rtol=1e-2, atol=1e-5):
             raise StrategyError(
-                f"strategies.prune.method: hidden: {type(norm).__name__} is not an RMS norm times its weight; "
+                "strategies.prune.method: hidden: a norm of the parent is not an RMS norm times its weight; "
                 "choose another method"
             )
     return norms
@@ -290,7 +290,7 @@ def _require_llama_parts(layer: Any) -> None:
     for name, parameter in layer.named_parameters():
         if parameter.dim() > 1 and name.split(".")[-2] not in (*_READERS, *_WRITERS):
             raise StrategyError(
-                f"strategies.prune.method: hidden: {type(layer).__name__} has an unknown part, {name}; "
+                f"strategies.prune.method: hidden: the parent's layers have an unknown part, {name}; "
                 "choose another method"
             )
 
@@ -301,7 +301,7 @@ def _attention(layer: Any, heads: int, channels: int) -> Any:
     shared = all(parameter.numel() == channels for parameter in others)  # shared by all heads, as Qwen 3's norms
     if not shared or {attention.q_proj.out_features, attention.o_proj.in_features} != {heads * channels}:
         raise StrategyError(
-            f"strategies.prune.method: attention heads: {type(attention).__name__} has parts that are not "
+            "strategies.prune.method: attention heads: the parent's attention has parts that are not "
             "split by heads; choose another method"
         )
     return attention
@@ -311,7 +311,7 @@ def _part(layer: Any, name: str, projections: Sequence[str], method: str) -> Any
     part = getattr(layer, name, None)
     if any(not isinstance(getattr(part, projection, None), Linear) for projection in projections):
         raise StrategyError(
-            f"strategies.prune.method: {method}: {type(layer).__name__} has no {name} with {', '.join(projections)}; "
+            f"strategies.prune.method: {method}: the parent's layers have no {name} with {', '.join(projections)}; "
             "choose block_influence"
         )
     return part

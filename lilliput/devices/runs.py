@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from lilliput.resident import peak_rss_bytes
 
 _POLL_S = 0.02
 _GRACE_S = 5.0
+_REPORTED = 2  # exit status of a job whose outcome file holds a message instead
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class DeviceJob:
         predict_from: index of the first predicted token.
         score: (prompt, continuations) pairs; the likelihood of each continuation is computed.
         chats: conversations, each with `messages` and `tools`, to encode with the target's chat server (gguf only).
+        texts: texts to encode with the target's own tokenizer (gguf only).
         prompts: prompts to answer one by one, timed.
         answer: prompts to answer together, untimed.
         max_tokens: maximum tokens of an answer.
@@ -55,6 +59,7 @@ class DeviceJob:
     predict_from: int = 1
     score: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
     chats: list[dict[str, list[dict[str, Any]]]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     answer: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0
@@ -82,6 +87,7 @@ class DeviceOutcome:
         predictions: (log-likelihood in nats, likeliest token) for each predicted token.
         scores: log-likelihoods in nats for `DeviceJob.score`.
         chats: token ids of each conversation of `DeviceJob.chats`.
+        texts: token ids of each text of `DeviceJob.texts`, without special tokens that a tokenizer may add.
         answers: one for each prompt that was started.
         texts: the answers to `DeviceJob.answer`.
         details: engine and settings of the runtime.
@@ -95,6 +101,7 @@ class DeviceOutcome:
     predictions: list[tuple[float, int]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
     chats: list[list[int]] = field(default_factory=list)
+    texts: list[list[int]] = field(default_factory=list)
     answers: list[TimedAnswer] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
@@ -128,11 +135,13 @@ def run_on_device(job: DeviceJob, *, memory_bytes: int | None, deadline_s: float
                 process.wait()
         if end == "memory":
             return DeviceOutcome(fits=False, peak_rss_bytes=peak)
-        output = errors.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+        output = _COLOURS.sub("", errors.read_text(encoding="utf-8", errors="replace")).strip()[-2000:]
         if end == "deadline":
             raise ArtifactError(
                 f"{job.folder}: {job.target} did not finish within {deadline_s:g} s and was stopped:\n{output}"
             )
+        if process.returncode == _REPORTED:
+            raise ArtifactError(json.loads(outcome_file.read_text(encoding="utf-8"))["error"])
         if process.returncode:
             status = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
             raise ArtifactError(f"{job.folder}: {job.target} ended with {status}:\n{output}")
@@ -182,6 +191,7 @@ def _run_job(job: DeviceJob) -> dict[str, Any]:
         "scores": runtime.score(*zip(*job.score, strict=True)) if job.score else [],
         "texts": runtime.generate(job.answer, job.max_tokens) if job.answer else [],
         "chats": [cast("Any", runtime).chat_ids(**chat) for chat in job.chats],
+        "texts": [cast("Any", runtime).text_ids(text) for text in job.texts],
         "details": runtime.stats(),
         "peak_rss_bytes": peak_rss_bytes(),
         "cpu_s": time.process_time(),
@@ -208,8 +218,8 @@ def _main(job_file: str, outcome_file: str) -> None:
     try:
         outcome = _run_job(DeviceJob(**raw))
     except ArtifactError as error:
-        print(error, file=sys.stderr)
-        os._exit(2)
+        Path(outcome_file).write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        os._exit(_REPORTED)
     Path(outcome_file).write_text(json.dumps(outcome, allow_nan=False), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)  # does not wait for threads of the runtime

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lilliput.devices.runs import DeviceJob, run_on_device
+from lilliput.devices.runs import DeviceJob, DeviceOutcome, run_on_device
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.header import USE_SAFETENSORS, Header
 from lilliput.records import Agreement
@@ -44,8 +44,8 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> list[i
     return ids[: min(_TOKENS, context_tokens - 8)]
 
 
-def llama_cpp_predictions(file: Path, ids: Sequence[int]) -> list[tuple[float, int]]:
-    """Returns llama.cpp's (log-likelihood, likeliest token) for each of the last tokens of `ids`; runs a new process.
+def llama_cpp_outcome(file: Path, ids: Sequence[int], texts: Sequence[str] = ()) -> DeviceOutcome:
+    """Returns llama.cpp's predictions of the last tokens of `ids`, and its ids of `texts`; runs a new process.
 
     Raises:
         SourceError: llama.cpp does not open or run the file.
@@ -59,9 +59,10 @@ def llama_cpp_predictions(file: Path, ids: Sequence[int]) -> list[tuple[float, i
             context_tokens=len(ids) + 8,
             predict=list(ids),
             predict_from=_first_predicted(ids),
+            texts=list(texts),
         )
         try:
-            return run_on_device(job, memory_bytes=None, deadline_s=_DEADLINE_S).predictions
+            return run_on_device(job, memory_bytes=None, deadline_s=_DEADLINE_S)
         except ArtifactError as error:
             raise SourceError(
                 f"{file}: llama.cpp does not run this file, so the model opened from it cannot be checked; download it "

@@ -78,6 +78,11 @@ class LlamaCppRuntime:
         text = self._post("/apply-template", request)["prompt"]
         return list(self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
 
+    def text_ids(self, text: str) -> list[int]:
+        """Returns the ids of `text` under the file's own tokenizer, without the special tokens that it may add."""
+        request = {"content": text, "add_special": False, "parse_special": True}
+        return list(self._post("/tokenize", request)["tokens"])
+
     def score(self, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
         from lilliput.runtime import llama_batches

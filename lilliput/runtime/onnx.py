@@ -39,7 +39,7 @@ class OnnxRuntime(ScoresByPrediction):
             self._model = genai.Model(config)
             self._tokenizer = genai.Tokenizer(self._model)
             params = genai.GeneratorParams(self._model)
-            params.set_search_options(max_length=context_tokens, do_sample=False)
+            params.set_search_options(max_length=max(context_tokens, _window(folder)), do_sample=False)
             self._generator = genai.Generator(self._model, params)
         except Exception as error:  # RuntimeError and its own classes
             raise ArtifactError(
@@ -98,6 +98,13 @@ class OnnxRuntime(ScoresByPrediction):
         except Exception as error:
             raise ArtifactError(f"{self._folder}: ONNX Runtime: {_first_line(error)}") from None
         self._ids += ids
+
+
+def _window(folder: Path) -> int:
+    """Returns the tokens in the cache of layers with a window, which cannot be smaller; 0 without such layers."""
+    file = folder / "genai_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"model": {"decoder": {}}}
+    return int(settings["model"]["decoder"].get("sliding_window", {}).get("window_size", 0))
 
 
 def _first_line(error: Any) -> str:

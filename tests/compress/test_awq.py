@@ -95,7 +95,7 @@ def test_reopened_checkpoint_is_the_scaled_and_rounded_model(checkpoint, facts, 
 def test_rejects_layers_unlike_llama(opened, facts):
     model, tokenizer = opened
     del model.model.layers[2].mlp.gate_proj
-    with pytest.raises(StrategyError, match=r"LlamaDecoderLayer lacks a part.*gate_proj.*choose gptq or rtn"):
+    with pytest.raises(StrategyError, match=r"lack a part of Llama's layers, gate_proj.*choose gptq or rtn"):
         scale_model(model, texts_of(tokenizer, facts[:1]), CONFIG, torch.float32)
 
 

@@ -12,7 +12,7 @@ from lilliput.config import LoadConfig
 from lilliput.errors import SourceError
 from lilliput.gguf_source.header import parsed_once, read_header
 from lilliput.gguf_source.opening import gguf_config, open_gguf
-from lilliput.gguf_source.runtime_check import llama_cpp_predictions, probe_ids, require_same_model
+from lilliput.gguf_source.runtime_check import llama_cpp_outcome, probe_ids, require_same_model
 from tests.contexts import context
 from tests.gguf_source.conftest import perturbed, write_gguf
 
@@ -203,7 +203,7 @@ def test_a_model_that_differs_from_llama_cpp_s_is_rejected(write):
     header = read_header(file)
     result = load(context(file.parent, gguf_file=file.name), LOAD)
     ids = probe_ids(result.tokenizer, 2048)
-    predictions = llama_cpp_predictions(file, ids)
+    predictions = llama_cpp_outcome(file, ids).predictions
     assert require_same_model(header, result.model, ids, predictions)
     result.model.model.rotary_emb.inv_freq /= 4.0
     with pytest.raises(
@@ -215,4 +215,4 @@ def test_a_model_that_differs_from_llama_cpp_s_is_rejected(write):
 def test_a_file_that_llama_cpp_cannot_run_is_rejected(write):
     _, file = write(extra={"blk.0.attn_q.weight": np.ones((64, 64))[:, :32]})
     with pytest.raises(SourceError, match=r"llama\.cpp does not run this file, so .* cannot be checked"):
-        llama_cpp_predictions(file, range(20))
+        llama_cpp_outcome(file, range(20))

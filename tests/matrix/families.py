@@ -355,7 +355,12 @@ FAMILIES = (
         {"tie_word_embeddings": True, "logit_scale": 0.25, "pad_token_id": 0},
         (
             "<PAD>",
+            "<UNK>",
+            "<CLS>",
+            "<SEP>",
+            "<MASK_TOKEN>",
             "<BOS_TOKEN>",
+            "<EOS_TOKEN>",
             "<|START_OF_TURN_TOKEN|>",
             "<|END_OF_TURN_TOKEN|>",
             "<|USER_TOKEN|>",

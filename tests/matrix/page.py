@@ -21,8 +21,10 @@ tokenizer and chat template, and puts it through every column. A cell works only
 - Plain transformers reopens a checkpoint. Its logits equal those of the model in memory, at once and token by token.
 - The loss in training equals the loss of plain transformers, text by text. So do scores and answers in evaluation.
 - A compiled model passes the [parity check](decisions/compiling.md) with its checkpoint: in floats, and with codes of
-  four bits. llama.cpp encodes prompts as evaluation does.
-- For `serve`, llama.cpp's server gives the reference runtime's answer to a question from the bundle.
+  four bits. llama.cpp encodes prompts as evaluation does. A family that `rtn` rejects is compiled in floats only.
+- A GGUF source encodes texts and a prompt as llama.cpp does with the same file.
+- For `serve`, llama.cpp's server gives the reference runtime's answer, token by token. Where the chat template inserts
+  the date, both have today's.
 
 So no cell makes another model without a message. The page does not show how good a compressed model of a family is.
 llama.cpp recognises a published tokenizer by the ids that it gives to a text; the tokenizers trained here have other
