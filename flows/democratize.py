@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.engine.console import candidate_rows, next_commands, print_details
+from flows.engine.console import candidate_rows, mlflow_address, next_commands, print_details
 from flows.engine.folders import is_own_project, portable, settings_file
 from flows.engine.launch import launch
 from flows.engine.output import fail, guarded_output
 from flows.engine.own_project import use_installed_code
-from flows.engine.run_context import flow_run_id, show_markdown, show_table
+from flows.engine.run_context import flow_run_id, show_link, show_markdown, show_table
 from flows.engine.runners import RUNNER_HELP, WORKERS_HELP, open_runner, require_runner, runner_kind
 from flows.engine.stopping import rejected_input
 from flows.engine.summary import print_run
@@ -140,10 +140,12 @@ def _require_machine(lineage: Lineage, folder: Path, only: list[str]) -> None:
 
 
 def _publish(folder: Path) -> None:
-    """Shows the table of candidates and the next commands in the Prefect UI."""
+    """Shows the table of candidates, a link to the champions and the next commands in the Prefect UI."""
     if not flow_run_id():
         return
     show_table(candidate_rows(folder), key="candidates", description="The candidates and their four metrics")
+    champions = f"{mlflow_address(folder)}/#/models/lilliput"
+    show_link(champions, key="champions", description="The registered candidates and the champions in MLflow's UI")
     show_markdown(next_commands(folder), key="next", description="Where to look")
 
 

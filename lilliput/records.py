@@ -266,6 +266,13 @@ class Cost(Record):
     machine: dict[str, str | int] | None = None
 
 
+class StageTimes(Record):
+    """When a stage began and ended, in seconds since 1970."""
+
+    started_s: float
+    ended_s: float
+
+
 class CompressCost(Cost):
     """The cost of a candidate and the checks of its files.
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,7 @@ from tasks.process.deadline import deadline
 from tasks.process.environment import prepare, require_usable_environment
 from tasks.process.folder_lock import stage_folder_lock, started_by_flow
 from tasks.process.machine_lock import machine_lock
+from tasks.process.stage_times import note_times
 from tasks.registry.moved import update_paths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -183,8 +185,11 @@ def _run_logged(stage: str, module: str, function: str, name: str | None, *optio
                 params = load_params(layout.PARAMS)
                 require_benchmarks(params.evaluation.benchmarks, Path())
                 work = getattr(importlib.import_module(f"tasks.{module}"), function)
+                started_s = time.time()
                 with deadline(lambda reason: _print_error(terminal, f"{stage}: {reason}")):
                     output = work(params, *_checked_name(params, module, name), *options)
+                if name:
+                    note_times(module, name, started_s, time.time())
                 if output:
                     print(output, file=terminal)
         except KeyboardInterrupt:

@@ -61,6 +61,11 @@ def cost(stage: str) -> Path:
     return Path("costs") / f"{stage}.json"
 
 
+def times(sha256: str) -> Path:
+    """When the stage ran whose record has this digest; stays on the machine."""
+    return Path(".cache/times") / f"{sha256}.json"
+
+
 def metrics(candidate: str) -> Path:
     """The evaluation record of `candidate`."""
     return Path("metrics") / f"{candidate}.json"

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lilliput.artifacts import Manifest, file_sha256, read_history, read_manifest, read_record, write_json
 from lilliput.config import Params
@@ -16,6 +17,7 @@ from lilliput.graph import ancestors, topological_order
 from lilliput.model_card import model_card
 from lilliput.records import Cost, EvaluationRecord, Registration
 from tasks import layout
+from tasks.process.stage_times import times_of
 from tasks.records import caching_record, current_evaluation, device_record
 from tasks.registry import get_or_create, model_folder, model_versions, run_metrics
 from tasks.registry.datasets import dataset_inputs
@@ -40,9 +42,11 @@ def register(params: Params) -> None:
     ready = {name: record for name in topological_order(params) if (record := current_evaluation(name))}
     registered = {name: get_or_create.find_version(client, file_sha256(layout.metrics(name))) for name in ready}
     batch = _batch_tags()
-    versions = {}
+    versions: dict[str, Registration] = {}
     for name, record in ready.items():
-        version = registered[name] or _register_one(client, experiment, batch, params, name, record)
+        parent = versions.get(params.candidates[name].parent)
+        nested = batch | ({MLFLOW_PARENT_RUN_ID: parent.run_id} if parent else {})
+        version = registered[name] or _register_one(client, experiment, nested, params, name, record)
         versions[name] = Registration(version=version, run_id=get_or_create.active_run_id(client, version))
         model_folder.add_model(client, version, params, name)
         model_versions.set_tags(version, {model_versions.DVC_TAG: json.dumps(dvc_hashes(name))})
@@ -72,16 +76,27 @@ def _batch_tags() -> dict[str, str]:
 
 
 def _register_one(
-    client: MlflowClient, experiment: str, batch: Mapping[str, str], params: Params, name: str, record: EvaluationRecord
+    client: MlflowClient,
+    experiment: str,
+    tags_of_run: Mapping[str, str],
+    params: Params,
+    name: str,
+    record: EvaluationRecord,
 ) -> str:
     manifest = read_manifest(layout.model(name))
     cost = read_record(Cost, layout.cost(name))
     card = model_card(manifest, record, params.data.system_prompt)
     tags = {**_four_metrics(record), **_lineage(name, manifest), model_versions.DVC_TAG: json.dumps(dvc_hashes(name))}
     evaluation = file_sha256(layout.metrics(name))
-    run_tags = {**batch, "mlflow.note.content": get_or_create.truncate(card, get_or_create.RUN_TAG_CHARS)}
+    run_tags = {**tags_of_run, "mlflow.note.content": get_or_create.truncate(card, get_or_create.RUN_TAG_CHARS)}
+    begun, ended = times_of(layout.cost(name)), times_of(layout.metrics(name))
     run_id = get_or_create.find_or_create_run(
-        client, experiment, name, {get_or_create.EVALUATION_TAG: evaluation}, run_tags
+        client,
+        experiment,
+        name,
+        {get_or_create.EVALUATION_TAG: evaluation},
+        run_tags,
+        int(1000 * begun.started_s) if begun and ended else None,
     ).info.run_id
     model_versions.log_run(
         client,
@@ -95,7 +110,7 @@ def _register_one(
     client.log_text(run_id, card, "model_card.md")
     for file in (layout.PARAMS, layout.metrics(name), layout.answers(name)):
         client.log_artifact(run_id, str(file))
-    client.set_terminated(run_id)
+    client.set_terminated(run_id, end_time=int(1000 * ended.ended_s) if begun and ended else None)
     return get_or_create.create_version(
         client,
         evaluation,

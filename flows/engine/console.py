@@ -112,6 +112,12 @@ def offloading_rows(folder: Path, device: str) -> list[dict[str, str]]:
     ]
 
 
+def mlflow_address(folder: Path) -> str:
+    """Returns the address of MLflow's UI: that of the configured server, or where `make ui` opens it."""
+    address = "" if layout.is_workspace(folder) else os.environ.get("MLFLOW_TRACKING_URI", "")
+    return address if address.startswith("http") else _MLFLOW
+
+
 def next_commands(folder: Path) -> str:
     """Returns how to serve the champions, where the report is and how to open the UIs, as readable Markdown."""
     workspace = layout.is_workspace(folder)

@@ -93,6 +93,15 @@ def show_table(rows: Sequence[dict[str, Any]], key: str, description: str) -> No
     create_table_artifact(list(rows), key=key, description=description)
 
 
+def show_link(address: str, key: str, description: str) -> None:
+    """Shows a link in the Prefect UI; nothing without a flow run."""
+    if not flow_run_id():
+        return
+    from prefect.artifacts import create_link_artifact
+
+    create_link_artifact(address, key=key, description=description)
+
+
 def show_markdown(text: str, key: str, description: str) -> None:
     """Shows `text` in the Prefect UI; nothing without a flow run."""
     if not flow_run_id():

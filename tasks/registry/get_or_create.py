@@ -37,6 +37,8 @@ def experiment_id(client: MlflowClient, name: str = EXPERIMENT) -> str:
     experiment = client.get_experiment_by_name(name) or _create_experiment(client, name)
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
         _restore_experiment(client, experiment)
+    if name == EXPERIMENT and experiment.tags.get(VIEW_TAG) != (view := four_metrics_view()):
+        client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view)  # an earlier version made it
     return experiment.experiment_id
 
 
@@ -102,15 +104,16 @@ def find_or_create_run(
     name: str,
     identity: Mapping[str, str],
     tags: Mapping[str, str] | None = None,
+    start_ms: int | None = None,
 ) -> Run:
     """Returns the run whose tags contain `identity`; creates it with these and `tags` if it is missing.
 
     If several processes create it at the same time, each returns the oldest run and deletes its own. If clocks or the
-    order of requests leave two, `create_version` deletes the second.
+    order of requests leave two, `create_version` deletes the second. `start_ms` is the start time; None means now.
     """
     if existing := _find_runs(client, experiment, identity):
         return existing[0]
-    created = client.create_run(experiment, run_name=name, tags={**identity, **(tags or {})})
+    created = client.create_run(experiment, start_ms, {**identity, **(tags or {})}, name)
     first = next(iter(_find_runs(client, experiment, identity)), created)
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)

@@ -24,6 +24,11 @@ _SECTION = "four-metrics"
 def four_metrics_view() -> str:
     """Returns the value for the tag `VIEW_TAG` of an experiment."""
     state = {
+        # MLflow folds nested runs away, except in a list that is searched or sorted by a metric. The search also leaves
+        # out the runs with the results of offloading.
+        "searchFilter": "metrics.accessibility >= 0",
+        "orderByKey": f"metrics.`{SUMMARY[0]}`",
+        "orderByAsc": False,
         "selectedColumns": [f"metrics.`{name}`" for name in COLUMNS],
         "compareRunSections": [{"uuid": _SECTION, "name": "Four metrics", "display": True, "isReordered": True}],
         "compareRunCharts": [*map(_bars, BARS), *map(_against_accuracy, AGAINST_ACCURACY)],

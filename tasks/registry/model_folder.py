@@ -14,7 +14,8 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from lilliput.artifacts import link_or_copy, read_manifest, writing
+import lilliput
+from lilliput.artifacts import link_or_copy, read_manifest, write_json, writing
 from lilliput.compile.tokenizer_files import TOKENIZER_FILES
 from lilliput.config import Params
 from tasks import layout
@@ -29,7 +30,13 @@ CHECKPOINT = "checkpoint"
 FORM, TOKENIZER = "form", "tokenizer"  # folders beside the MLmodel
 CONTEXT_TOKENS = 2048  # of prompt and answer, for a registered model in its compiled form
 _PREFERRED_FORMS = ("gguf", "onnx")
-_REQUIREMENTS = ("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai")
+# Of Lilliput's code, which is stored beside the model, to open and ask it.
+REQUIREMENTS = (
+    *("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai", "safetensors", "peft", "numpy"),
+    *("pydantic", "ruamel.yaml", "jinja2", "jsonschema_rs", "httpx", "psutil", "tqdm"),
+)
+_EXAMPLE = ["What is the capital of Peru?"]
+_CODE = Path(lilliput.__file__).parent
 _UPLOAD_TIMEOUT_S = 600  # for one file of weights, which the server receives before it stores it
 
 
@@ -41,8 +48,9 @@ def model_uri(client: MlflowClient, run_id: str) -> str:
 def add_model(client: MlflowClient, version: str, params: Params, name: str) -> None:
     """Fills the folder of `version`. Idempotent for the same content.
 
-    The folder holds an MLmodel, pyfunc_model.py, the default form of the candidate (the compiled model if there is one,
-    otherwise the checkpoint) and its tokenizer. In a store on this file system the weights are hard links.
+    The folder holds an MLmodel with an example of the input, pyfunc_model.py, Lilliput's library, the default form of
+    the candidate (the compiled model if there is one, otherwise the checkpoint) and its tokenizer. In a store on this
+    file system the weights are hard links.
 
     Args:
         client: client of the store.
@@ -92,14 +100,32 @@ def write_mlmodel(folder: Path, config: Mapping[str, Any]) -> None:
     from mlflow import pyfunc  # imports pandas and scikit-learn
     from mlflow.models import Model
 
-    requirements = [f"{name}=={importlib.metadata.version(name)}" for name in _REQUIREMENTS]
+    requirements = [f"{name}=={_public_version(name)}" for name in REQUIREMENTS]
     pyfunc.save_model(
-        str(folder), python_model=str(PYFUNC_FILE), model_config=dict(config), pip_requirements=requirements
+        str(folder),
+        python_model=str(PYFUNC_FILE),
+        model_config=dict(config),
+        pip_requirements=requirements,
+        code_paths=[str(_CODE)],
     )
     model = Model.load(str(folder))
+    model.saved_input_example_info = _write_example(folder)
     # MLflow writes the absolute path of this checkout, but reads only the file name.
     model.flavors["python_function"]["model_code_path"] = PYFUNC_FILE.name
     model.save(str(folder / "MLmodel"))
+
+
+def _public_version(package: str) -> str:
+    """Returns the installed version without its local part: package indexes have `2.13.0`, not `2.13.0+cpu`."""
+    return importlib.metadata.version(package).partition("+")[0]
+
+
+def _write_example(folder: Path) -> dict[str, str]:
+    """Writes an example of the input. MLflow would ask the model to check it, but its weights are not there yet."""
+    write_json(folder / "input_example.json", _EXAMPLE)
+    write_json(folder / "serving_input_example.json", {"inputs": _EXAMPLE})
+    names = {"artifact_path": "input_example.json", "serving_input_path": "serving_input_example.json"}
+    return {"type": "json_object", **names}
 
 
 def _of_tokenizer(file: str) -> bool:

@@ -1,7 +1,8 @@
 """The code with which MLflow opens a model: `mlflow.pyfunc.load_model("models:/lilliput@champion-phone-4gb")`.
 
-MLflow stores this file with its configuration beside the version ("models from code") and runs it, so nothing is
-pickled. The weights are stored beside it and checked against their sha256 first.
+MLflow stores this file with its configuration and a copy of Lilliput's library beside the version ("models from code")
+and runs it, so nothing is pickled and no checkout is needed. The weights are stored beside it and checked against their
+sha256 first.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ LEFT_OUT = {
     "python -m lilliput.android": "a phone",
     "python -m flows.publish my-org/pocket --device phone-4gb --upload": "an account on the hub",
     "dvc remote": "a bucket; `make services` has one",
-    "prefect deployment run 'democratize/local' -p runner=ray": "Ray runs in the block before",
+    "prefect deployment run 'democratize/pipeline' -p runner=ray": "Ray runs in the block before",
 }
 # Commands that refuse in this story, with the documented exit code and a part of the message.
 REFUSED = {

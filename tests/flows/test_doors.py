@@ -189,7 +189,7 @@ def _wait_for(url: str) -> None:
 @pytest.mark.timeout(1800)  # includes the start of clone, server and worker
 def test_a_deployment_makes_only_what_changed(other_bits, server):
     untouched = (other_bits.folder / "metrics" / "base.json").read_bytes()
-    done = other_bits.run("prefect", "deployment", "run", "democratize/local", "--watch", PREFECT_API_URL=server)
+    done = other_bits.run("prefect", "deployment", "run", "democratize/pipeline", "--watch", PREFECT_API_URL=server)
     assert done.returncode == 0, done.stdout + done.stderr
     tasks = ask_prefect(server, "/task_runs/filter")
     assert {task["name"]: task["state_name"] for task in tasks}["base: load on source"] == "Cached"

@@ -144,5 +144,5 @@ def deploy(clone: Clone) -> None:
 
 
 def start(clone: Clone) -> None:
-    done = clone.run("prefect", "deployment", "run", "democratize/local")
+    done = clone.run("prefect", "deployment", "run", "democratize/pipeline")
     assert done.returncode == 0, done.stdout + done.stderr

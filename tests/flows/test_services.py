@@ -197,7 +197,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def test_a_worker_runs_the_whole_pipeline_and_prefect_stores_its_state_in_postgresql(team, services):
-    done = team.run("prefect", "deployment", "run", "democratize/local", "--watch", timeout_s=1500)
+    done = team.run("prefect", "deployment", "run", "democratize/pipeline", "--watch", timeout_s=1500)
     assert done.returncode == 0, done.stdout + (team.folder / "logs" / "worker.log").read_text()
     assert _query(services, "prefect", "SELECT name, state_type FROM flow_run") == [
         ("democratize-params.yaml", "COMPLETED")
@@ -269,12 +269,12 @@ def test_each_new_champion_is_notified_once(team, received):
 
 
 def test_a_failed_run_is_notified_once_without_the_secret_in_its_message(team, received):
-    done = team.run("prefect", "deployment", "run", "promote/local", "-p", f"params_file={CANARY}.yaml", "--watch")
+    done = team.run("prefect", "deployment", "run", "promote/promote", "-p", f"params_file={CANARY}.yaml", "--watch")
     assert done.returncode != 0
     _wait_for(lambda: received[1], 60)
     time.sleep(5)
     (message,) = received[1]
-    assert message.startswith("Lilliput: promote/local failed\n***.yaml: no such file")
+    assert message.startswith("Lilliput: promote/promote failed\n***.yaml: no such file")
     assert CANARY not in message
 
 

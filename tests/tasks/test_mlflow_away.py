@@ -230,7 +230,7 @@ def test_an_interrupted_promotion_ends_with_the_same_result(project, tmp_path, m
         assert _state() == wanted, place
 
 
-def test_the_stage_log_adds_offloading_metrics_to_the_champions_run(project, right):
+def test_offloading_results_are_logged_once_and_only_of_a_registered_champion(project, right):
     version = project.evaluate(right)["a"]
     policies = {"device": results.policy(0.8, None, 4.0, p50=90.0, p90=95.0)}
     record = results.offload_record("a", {"wifi": policies, "3g": {}})
@@ -238,7 +238,8 @@ def test_the_stage_log_adds_offloading_metrics_to_the_champions_run(project, rig
     log(project.params("laptop"), "laptop")
     log(project.params("laptop"), "laptop")
     store = model_versions.client()
-    run = store.get_run(store.get_model_version("lilliput", version).run_id)
+    champion = store.get_run(store.get_model_version("lilliput", version).run_id).info
+    (run,) = store.search_runs([champion.experiment_id], f"tags.`mlflow.parentRunId` = '{champion.run_id}'")
     logged = {key: value for key, value in run.data.metrics.items() if key.startswith("offload/")}
     assert logged == {
         "offload/laptop/device/accuracy": 0.8,
