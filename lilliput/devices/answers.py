@@ -45,7 +45,7 @@ class CompiledRuntime:
         """
         longest = max(map(len, prompts), default=0) + max_tokens
         tokens = sum(map(len, prompts)) + len(prompts) * max_tokens
-        return self._run(longest, tokens, answer=[list(prompt) for prompt in prompts], max_tokens=max_tokens).texts
+        return self._run(longest, tokens, answer=[list(prompt) for prompt in prompts], max_tokens=max_tokens).generated
 
     def _run(self, context_tokens: int, tokens: int, **work: Any) -> DeviceOutcome:
         job = DeviceJob(self._target, str(self._folder), self._threads, context_tokens + 8, **work)

@@ -89,7 +89,7 @@ class DeviceOutcome:
         chats: token ids of each conversation of `DeviceJob.chats`.
         texts: token ids of each text of `DeviceJob.texts`, without special tokens that a tokenizer may add.
         answers: one for each prompt that was started.
-        texts: the answers to `DeviceJob.answer`.
+        generated: the answers to `DeviceJob.answer`.
         details: engine and settings of the runtime.
     """
 
@@ -103,7 +103,7 @@ class DeviceOutcome:
     chats: list[list[int]] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
     answers: list[TimedAnswer] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    generated: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
 
 
@@ -189,7 +189,7 @@ def _run_job(job: DeviceJob) -> dict[str, Any]:
         "answers": answers,
         "predictions": list(runtime.predictions(job.predict, job.predict_from)) if job.predict else [],
         "scores": runtime.score(*zip(*job.score, strict=True)) if job.score else [],
-        "texts": runtime.generate(job.answer, job.max_tokens) if job.answer else [],
+        "generated": runtime.generate(job.answer, job.max_tokens) if job.answer else [],
         "chats": [cast("Any", runtime).chat_ids(**chat) for chat in job.chats],
         "texts": [cast("Any", runtime).text_ids(text) for text in job.texts],
         "details": runtime.stats(),
