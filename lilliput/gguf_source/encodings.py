@@ -22,7 +22,10 @@ _SHOWN = 6  # tokens in a message
 
 
 def probe_texts(tokenizer: PreTrainedTokenizerBase, new_ids: Collection[int]) -> list[str]:
-    """Returns texts to encode: sentences, alone and after a control token, and a prompt.
+    """Returns texts to encode: sentences after control tokens, as in prompts, and a prompt.
+
+    Sentences alone are tried only where there is no control token: a space before the first text of all depends on the
+    engine, and prompts begin with a control token.
 
     Args:
         tokenizer: the source's.
@@ -30,9 +33,9 @@ def probe_texts(tokenizer: PreTrainedTokenizerBase, new_ids: Collection[int]) ->
     """
     added = cast("Any", tokenizer).added_tokens_decoder
     control = [token.content for number, token in added.items() if token.special and number not in new_ids]
-    after = [f"{token}{_SENTENCES[0]}" for token in control[:_MAX_CONTROL]]
+    sentences = [f"{token}{text}" for token in control[:_MAX_CONTROL] or [""] for text in _SENTENCES]
     prompt = [] if new_ids else [render(tokenizer, conversation(_SENTENCES[1], _SENTENCES[0]))]
-    return [*_SENTENCES, *after, *prompt]
+    return [*sentences, *prompt]
 
 
 def require_same_encodings(

@@ -30,8 +30,7 @@ So no cell makes another model without a message. The page does not show how goo
 llama.cpp recognises a published tokenizer by the ids that it gives to a text; the tokenizers trained here have other
 ids, so its name is given.
 
-`–`: the family is rejected at `load`. `open`: not run yet, or run and not right yet; neither
-works nor has a message for the user.
+`–`: the family is rejected at `load`.
 """
 
 
