@@ -31,6 +31,7 @@ from benchmarks.record import ROOT, Row, SideFailed, own_versions, python_of, si
 CODE = ("flows", "lilliput", "tasks", "corpora", "chat_templates")
 MADE = (
     "models",
+    "summary",
     "compiled",
     "bundles",
     "offload",

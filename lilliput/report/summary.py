@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lilliput.promote import objective
 from lilliput.records import number_of
 from lilliput.report.first_screen import Shipped
 
@@ -13,12 +12,12 @@ def summary(candidate: Shipped) -> dict[str, float]:
     `access` is the accessibility, `mib` the size that ships, `ms_token` the median time per token on the first device
     that runs it, otherwise that of the checkpoint; `champion` counts the devices that it is champion of.
     """
-    record, energy = candidate.row.record, candidate.row.record.energy_per_query_j
+    record, quality, energy = candidate.row.record, candidate.quality, candidate.row.record.energy_per_query_j
     tpot_ms = next(iter(candidate.tpot_ms.values()), number_of(record.tpot_ms))
     figures = {
-        "accuracy": objective("accuracy", record),
-        "halluc": record.hallucination_rate.value,
-        "abstain": record.abstention_rate.value,
+        "accuracy": number_of(getattr(quality, record.accuracy_metric)),
+        "halluc": quality.hallucination_rate.value,
+        "abstain": quality.abstention_rate.value,
         "energy_j" if energy.measured else "energy_j_estimate": energy.value,
         "access": record.accessibility.value,
         "ms_token": tpot_ms,

@@ -74,7 +74,6 @@ def test_the_flow_finds_the_results_of_dvc_cached(clone):
     done = clone.run("python", "-m", "flows.democratize", "--verbose")
     assert done.returncode == 0, done.stderr
     assert f"{len(STAGES)} stages: {len(STAGES)} up to date" in done.stdout
-    assert max(map(len, done.stderr.splitlines())) <= 80
     assert states(done.stdout) == {"Made now": set(), "Restored": set(), "Cached": STAGES}
     assert "Flow run" not in done.stderr  # the fast path, without Prefect
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows import chat, doctor, settings
-from flows.__main__ import COMMANDS, _load, command_line
+from flows.__main__ import COMMANDS, command_line, load
 from lilliput.errors import ArtifactError, ConfigError
 from tests.flows.conftest import PROJECT
 from tests.flows.test_command_imports import run
@@ -61,7 +61,7 @@ def test_the_examples_of_each_command_are_accepted(name):
     for example in COMMANDS[name].examples:
         program, command, *arguments = shlex.split(example)
         assert (program, command) == ("lilliput", name)
-        _load(COMMANDS[name]).make_context(name, [*COMMANDS[name].options, *arguments])
+        load(COMMANDS[name]).make_context(name, [*COMMANDS[name].options, *arguments])
 
 
 def test_completion_offers_the_commands(monkeypatch, capsys):

@@ -120,7 +120,7 @@ def test_less_time_means_fewer_steps_then_no_pruning_and_distillation(two_cores)
 def test_a_model_too_large_for_the_device_or_the_machine_is_refused_before_anything_is_made(two_cores, monkeypatch):
     with pytest.raises(ConfigError, match=r"--device phone-4gb: the result would have about \d+ MiB of files"):
         choose(task(LARGE), 1e6, "x")
-    monkeypatch.setattr("flows.engine.fitting.this_machine", lambda: Machine(23 * 2**30))
+    monkeypatch.setattr("flows.engine.fitting.this_machine", lambda: Machine(16 * 2**30))
     assert choose(task(LARGE, "laptop"), 1e6, "x").recipe == "quick"  # its distillation needs more memory
     monkeypatch.setattr("flows.engine.fitting.this_machine", lambda: Machine(2**30))
     with pytest.raises(ConfigError, match=r"GiB of memory are needed \(an estimate\), and this machine has 1\.0"):

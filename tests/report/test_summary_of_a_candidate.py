@@ -14,7 +14,7 @@ def test_a_compiled_champion_has_the_figures_of_what_ships():
         "size_bytes": 109 * 2**20,
     }
     row = results.candidate("pocket", champion_of=["phone-4gb", "board"], **fields)
-    shown = summary(Shipped(row, 80 * 2**20, tpot_ms={"phone-4gb": 19.0, "board": 40.0}))
+    shown = summary(Shipped(row, 80 * 2**20, row.record, tpot_ms={"phone-4gb": 19.0, "board": 40.0}))
     assert list(shown) == [
         *("accuracy", "halluc", "abstain", "energy_j_estimate", "access", "ms_token", "mib", "champion")
     ]
@@ -29,6 +29,6 @@ def test_unavailable_figures_are_left_out_and_measured_energy_is_named_so():
         "tpot_ms": Quantiles(p50=None, p90=None, n=0),
     }
     row = results.candidate("base", **fields)
-    shown = summary(Shipped(row, 2**20, tpot_ms={}))
+    shown = summary(Shipped(row, 2**20, row.record, tpot_ms={}))
     assert {"halluc", "ms_token", "energy_j_estimate"}.isdisjoint(shown)
     assert shown["energy_j"] == 2.5
