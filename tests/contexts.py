@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.compress.context import Context
@@ -58,3 +59,9 @@ def capitals() -> list[Question]:
         for name in ("Zelandor", "Kavustan", "Morania", "Wexilia")
     ]
     return [*known, *invented]
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the weight of each layer by its name; of a layer with codes, the weight that they stand for."""
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    return {name: weight.detach() for name, weight in weights.items() if isinstance(weight, torch.Tensor)}

@@ -13,7 +13,7 @@ from lilliput.errors import StrategyError
 from lilliput.models import open_model, random_model
 from lilliput.saving import probe_logits
 from lilliput.training.examples import encode_examples
-from tests.contexts import SYSTEM, context
+from tests.contexts import SYSTEM, context, weights_of
 
 CONFIG = AwqConfig(bits=3, group_size=32, symmetric=False, calibration_examples=16, scale_steps=10)
 
@@ -78,7 +78,7 @@ def test_reopened_checkpoint_is_the_scaled_and_rounded_model(checkpoint, facts, 
     result = awq(context(checkpoint, facts, facts[:2]), CONFIG)
     result.save(tmp_path)
     reopened = open_model(tmp_path)[0]
-    torch.testing.assert_close(reopened.state_dict(), result.model.state_dict(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights_of(reopened), weights_of(result.model), rtol=0, atol=1e-6)
     scaled, tokenizer = open_model(checkpoint)
     scale_model(scaled, texts_of(tokenizer, facts[:16]), CONFIG, torch.float32)
     name = "model.layers.2.mlp.down_proj"
