@@ -197,7 +197,7 @@ def test_a_deployment_makes_only_what_changed(other_bits, server):
         "small: gptq on base",
         "small: four metrics of small",
         "small-gguf: small for gguf",
-        "small-gguf: small on the devices that run gguf",
+        "small-gguf: answers of small as compiled, and its runs on the devices that run gguf",
         "register: log to MLflow, make model versions",
         "promote: the champion of each device",
         "bundle: what each device is given",

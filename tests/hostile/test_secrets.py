@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -210,6 +211,7 @@ def test_registering_promoting_and_reporting_write_no_secret(
 @pytest.mark.filterwarnings("default")
 def test_prefect_stores_no_secret_of_a_failed_stage(canaries, tmp_path):
     """A stage prints its environment and fails; then Prefect's database, the logs and the terminal are searched."""
+    shutil.copyfile(PROJECT / "params.yaml", tmp_path / "params.yaml")
     (tmp_path / "stage.py").write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
