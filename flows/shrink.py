@@ -217,11 +217,12 @@ def _figures(folder: Path, device: str, champion: str) -> Table:
     choice = after.accuracy_choice.value is not None
     accuracy = "accuracy_choice" if choice else "accuracy_free"
     label = "accuracy, choices" if choice else "accuracy, free answers"
-    table.add_row(label, _figure(getattr(before, accuracy)), _figure(getattr(after, accuracy)))
-    if after.hallucination_rate.value is None:
+    shipped = compiled.quality or after  # a record of an older version has no answers of the compiled model
+    table.add_row(label, _figure(getattr(before, accuracy)), _figure(getattr(shipped, accuracy)))
+    if shipped.hallucination_rate.value is None:
         table.add_row("hallucination rate", "not measured: no row has `expect`", "or is unanswerable")
     else:
-        table.add_row("hallucination rate", _figure(before.hallucination_rate), _figure(after.hallucination_rate))
+        table.add_row("hallucination rate", _figure(before.hallucination_rate), _figure(shipped.hallucination_rate))
     run = compiled.devices[device]
     if run.tpot_ms:
         threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"

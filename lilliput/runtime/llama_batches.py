@@ -81,12 +81,12 @@ def _score_pack(context: LlamaContext, pack: Pack) -> list[float]:
         while place >= 0:
             sequences[place].append(sequence)
             place = pack.parents[place]
-    predicting = sorted(set(pack.places))
+    predicting = set(pack.places)
     tokens = [
-        Token(identity, position, of, place in set(predicting))
+        Token(identity, position, of, place in predicting)
         for place, (identity, position, of) in enumerate(zip(pack.ids, pack.positions, sequences, strict=True))
     ]
-    logits = dict(zip(predicting, context.compute(tokens), strict=True))
+    logits = dict(zip(sorted(predicting), context.compute(tokens), strict=True))
     scores = [0.0] * pack.continuations
     totals = {place: _log_sum_exp(values) for place, values in logits.items()}
     for place, target, owner in zip(pack.places, pack.targets, pack.owners, strict=True):
