@@ -214,15 +214,17 @@ def _figures(folder: Path, device: str, champion: str) -> Table:
     for column in ("", "the model as given", f"in the bundle ({champion})"):
         table.add_column(column)
     table.add_row("files", f"{before.size_bytes / MIB:.0f} MiB", f"{compiled.size_bytes / MIB:.0f} MiB")
-    choice = after.accuracy_choice.value is not None
-    accuracy = "accuracy_choice" if choice else "accuracy_free"
-    label = "accuracy, choices" if choice else "accuracy, free answers"
-    shipped = compiled.quality or after  # a record of an older version has no answers of the compiled model
-    table.add_row(label, _figure(getattr(before, accuracy)), _figure(getattr(shipped, accuracy)))
-    if shipped.hallucination_rate.value is None:
+    accuracy = after.accuracy_metric
+    label = "accuracy, choices" if accuracy == "accuracy_choice" else "accuracy, free answers"
+    table.add_row(label, _figure(getattr(before, accuracy)), _figure(getattr(compiled.quality, accuracy, None)))
+    if after.hallucination_rate.value is None:
         table.add_row("hallucination rate", "not measured: no row has `expect`", "or is unanswerable")
     else:
-        table.add_row("hallucination rate", _figure(before.hallucination_rate), _figure(shipped.hallucination_rate))
+        table.add_row(
+            "hallucination rate",
+            _figure(before.hallucination_rate),
+            _figure(getattr(compiled.quality, "hallucination_rate", None)),
+        )
     run = compiled.devices[device]
     if run.tpot_ms:
         threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
@@ -230,8 +232,8 @@ def _figures(folder: Path, device: str, champion: str) -> Table:
     return table
 
 
-def _figure(figure: Figure) -> str:
-    if figure.value is None or figure.low is None or figure.high is None:
+def _figure(figure: Figure | None) -> str:
+    if figure is None or figure.value is None or figure.low is None or figure.high is None:
         return "unavailable"
     return f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f})"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lilliput.artifacts import Manifest
-from lilliput.records import DeviceRun, EvaluationRecord, Figure, number_of
+from lilliput.records import DeviceRecord, EvaluationRecord, Figure, Quality, number_of
 
 _CALLS = {
     "function_right": "Calls: right functions",
@@ -60,7 +60,8 @@ def hub_card(
     record: EvaluationRecord,
     system_prompt: str,
     start: str,
-    run: DeviceRun,
+    measured: DeviceRecord,
+    device: str,
     reason: str,
 ) -> str:
     """Returns the card of a bundle for the Hugging Face hub, without its metadata.
@@ -70,11 +71,14 @@ def hub_card(
         record: its evaluation.
         system_prompt: used in training and evaluation.
         start: the bundle's README, with instructions to start it.
-        run: of the compiled model on the device: peak memory, times, energy.
+        measured: of the compiled model: its answers, and peak memory, times and energy on devices.
+        device: the one of the bundle.
         reason: why it is the device's champion.
     """
+    run = measured.devices[device]
     energy, first_token_ms = run.energy_per_query_j, number_of(run.ttft_ms)
-    measured = [
+    lines = [
+        *(f"- {title}: {_short(figure)}" for title, figure in _answer_figures(measured.quality).items()),
         f"- Peak memory: {run.peak_rss_bytes / 2**20:.0f} MiB",
         f"- First token: {first_token_ms:.0f} ms, {run.rate_tokens_per_s:.0f} tokens per second",
         f"- Energy per query: {'' if energy.measured else '~'}{energy.value:.2f} J ({energy.source})"
@@ -90,13 +94,22 @@ def hub_card(
             "",
             "## On the device",
             "",
-            f"Emulated: {run.threads} thread(s) and the device's memory, on another processor.",
+            "This file's answers to the questions of the evaluation, with 95 % intervals, and a run with the device's "
+            f"memory and {run.threads} thread(s), on another processor:",
             "",
-            *measured,
+            *lines,
+            "",
+            "The next section describes the checkpoint that the file was compiled from.",
             "",
             f"#{model_card(manifest, record, system_prompt)}",
         ]
     )
+
+
+def _answer_figures(quality: Quality | None) -> dict[str, Figure]:
+    """Returns the known figures of answers by title; none in a record of an older version."""
+    figures = {title: getattr(quality, key, None) for key, title in _SHOWN.items()}
+    return {title: figure for title, figure in figures.items() if figure and figure.value is not None}
 
 
 def _figures(record: EvaluationRecord) -> dict[str, Figure]:
@@ -110,6 +123,10 @@ def _figures(record: EvaluationRecord) -> dict[str, Figure]:
 def _listed(values: Mapping[str, Any]) -> str:
     texts = {key: f"{value:.4g}" if isinstance(value, float) else json.dumps(value) for key, value in values.items()}
     return ", ".join(f"{key} `{text}`" for key, text in texts.items()) or "none"
+
+
+def _short(figure: Figure) -> str:
+    return f"{figure.value:.3f} ({figure.low:.3f} – {figure.high:.3f}, n = {figure.n})"
 
 
 def _row(figure: Figure) -> str:

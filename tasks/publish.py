@@ -113,12 +113,12 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
 
 def _card(params: Params, device: str, folder: Path, bundle: Manifest) -> str:
     candidate, target = bundle.facts["candidate"], bundle.config["target"]
-    run = read_record(DeviceRecord, layout.devices(f"{candidate}-{target}")).devices[device]
+    measured = read_record(DeviceRecord, layout.devices(f"{candidate}-{target}"))
     reason = read_record(Promotions, layout.PROMOTION)[device].reason
     usage = (folder / CARD).read_text(encoding="utf-8")
     checkpoint = read_manifest(layout.model(candidate))
     return f"---\n{_metadata(params, target)}\n---\n\n" + hub_card(
-        checkpoint, read_evaluation(candidate), params.data.system_prompt, usage, run, reason
+        checkpoint, read_evaluation(candidate), params.data.system_prompt, usage, measured, device, reason
     )
 
 

@@ -87,19 +87,26 @@ def _champion_lines(results: _Results) -> list[str]:
 
 def _on_device(device: str, results: _Results) -> str:
     promotion = results.promotions[device]
-    size_bytes, ms = _shipped(device, promotion, results)
-    facts = [f"{size_bytes / MIB:.0f} MiB" if size_bytes else "", f"{ms:.0f} ms per token" if ms else ""]
+    size_bytes, ms, accuracy = _shipped(device, promotion, results)
+    facts = [
+        f"{size_bytes / MIB:.0f} MiB" if size_bytes else "",
+        f"{ms:.0f} ms per token" if ms else "",
+        f"accuracy {accuracy:.3f}" if accuracy is not None else "",
+    ]
     text = ", ".join(filter(None, facts))
     return f"{device} ({text})" if text else device
 
 
-def _shipped(device: str, promotion: Promotion, results: _Results) -> tuple[int, float | None]:
-    """Returns the size and the median time per token of the champion on `device`: of its compiled form, if any."""
+def _shipped(device: str, promotion: Promotion, results: _Results) -> tuple[int, float | None, float | None]:
+    """Returns size, median time per token and accuracy of the champion on `device`: of its compiled form, if any."""
+    evaluation = results.evaluations.get(promotion.champion or "")
+    if evaluation is None:
+        return 0, None, None
     if promotion.compiled and (record := results.compiled.get(promotion.compiled.name)):
         run = record.devices.get(device)
-        return record.size_bytes, run.tpot_ms.p50 if run and run.tpot_ms else None
-    evaluation = results.evaluations.get(promotion.champion or "")
-    return (evaluation.size_bytes, None) if evaluation else (0, None)
+        accuracy = getattr(record.quality, evaluation.accuracy_metric, None)
+        return record.size_bytes, run.tpot_ms.p50 if run and run.tpot_ms else None, accuracy and accuracy.value
+    return evaluation.size_bytes, None, getattr(evaluation, evaluation.accuracy_metric).value
 
 
 def _matrix(results: _Results) -> Iterable[Table]:
@@ -221,7 +228,7 @@ def _difference_lines(table: Path, results: _Results) -> list[str]:
     shown = [row for row in rows if (row["candidate"], row["reference"]) == (champion, bases[champion])]
     shown.sort(key=lambda row: (row["verdict"] != "yes", order.index(row["metric"])))
     return [
-        shortened(f"{champion} against {bases[champion]}: paired differences with 95 % intervals"),
+        shortened(f"{champion} against {bases[champion]}, checkpoints: paired differences, 95 % intervals"),
         *(_difference(row, mark(record.energy_per_query_j)) for row in shown[:SHOWN_DIFFERENCES]),
     ]
 

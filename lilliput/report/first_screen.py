@@ -17,7 +17,7 @@ _SHOWN = 10  # questions
 
 @dataclass(frozen=True)
 class Shipped:
-    """A candidate as devices get it: the smallest compiled file, or the checkpoint if none is compiled.
+    """A candidate as devices get it: the smallest compiled file that was evaluated, or the checkpoint without one.
 
     Attributes:
         quality: of the answers of that file or checkpoint.
@@ -85,16 +85,17 @@ class AnsweredRow:
 
 def shipped(row: CandidateRow, compiled: Sequence[CompiledRow]) -> Shipped:
     """Returns `row` with the size and the quality that ship, and the times of the devices that run it."""
-    own = [other.record for other in compiled if other.record.candidate == row.name]
+    own = [other.record for other in compiled if other.record.candidate == row.name and other.record.quality]
     if not own:
         return Shipped(row, row.record.size_bytes, row.record, tpot_ms={})
     record = min(own, key=lambda other: other.size_bytes)
+    assert record.quality is not None
     times = {
         name: run.tpot_ms.p50
         for name, run in record.devices.items()
         if run.fits and run.tpot_ms and run.tpot_ms.p50 is not None
     }
-    return Shipped(row, record.size_bytes, record.quality or row.record, times)
+    return Shipped(row, record.size_bytes, record.quality, times)
 
 
 def headline(candidates: Sequence[CandidateRow], compiled: Sequence[CompiledRow]) -> Headline | None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lilliput.chat.template import shared_prefix_length
 from lilliput.runtime.llama_library import BATCH_TOKENS, LlamaContext, LlamaModel, Token
-from lilliput.runtime.packed import Pack, group_into_packs
+from lilliput.runtime.packed import Pack, group_into_packs, shared_length
 from lilliput.runtime.protocol import Ids
 
 _ANSWERS = 16  # at a time
@@ -21,7 +20,7 @@ def score(
     model: LlamaModel, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], threads: int
 ) -> list[list[float]]:
     """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
-    shared = _shared_length(prompts)
+    shared = shared_length(prompts)
     groups = group_into_packs(prompts, continuations, shared, BATCH_TOKENS)
     packs = [Pack.of(rows, prompts, continuations, shared) for rows in groups]
     most = max((len(pack.ids) for pack in packs), default=0)
@@ -39,7 +38,7 @@ def score(
 
 def generate(model: LlamaModel, prompts: Sequence[Ids], max_tokens: int, threads: int) -> list[str]:
     """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
-    shared = _shared_length(prompts)
+    shared = shared_length(prompts)
     groups = list(_groups(prompts, shared, max_tokens))
     most = max((sum(len(prompts[row]) - shared + max_tokens for row in rows) for rows in groups), default=0)
     texts = [""] * len(prompts)
@@ -60,11 +59,6 @@ def _context(model: LlamaModel, cells: int, sequences: int, threads: int) -> Ite
         yield context
     finally:
         context.close()
-
-
-def _shared_length(prompts: Sequence[Ids]) -> int:
-    """Returns the length of the prefix that all prompts share, excluding the last token of each."""
-    return shared_prefix_length([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else 0
 
 
 def _compute_prefix(context: LlamaContext, prompts: Sequence[Ids], shared: int, sequences: int) -> None:

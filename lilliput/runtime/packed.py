@@ -86,6 +86,11 @@ class Pack:
         return mask[None, None].to(device)
 
 
+def shared_length(prompts: Sequence[Ids]) -> int:
+    """Returns the length of the prefix that all prompts share, excluding the last token of each."""
+    return shared_prefix_length([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else 0
+
+
 def group_into_packs(
     prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], shared: int, tokens: int
 ) -> list[list[int]]:

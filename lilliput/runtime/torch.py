@@ -17,7 +17,7 @@ from lilliput.memory import Shape, answering_bytes, scoring_bytes
 from lilliput.models import attention_reach, vocabulary_logits
 from lilliput.resident import free_bytes
 from lilliput.runtime.experts import ONE_BY_ONE
-from lilliput.runtime.packed import Pack, group_into_packs
+from lilliput.runtime.packed import Pack, group_into_packs, shared_length
 from lilliput.runtime.protocol import Ids, ScoresByPrediction
 
 PACKED_TOKENS = 6  # per prompt of a batch
@@ -81,7 +81,7 @@ class TorchRuntime(ScoresByPrediction):
         pairs = zip(prompts, continuations, strict=True)
         if not self._sees_whole(max((len(prompt) + len(ids) for prompt, row in pairs for ids in row), default=0)):
             return super().score(prompts, continuations)
-        shared = _shared_length(prompts)
+        shared = shared_length(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
         scores: list[list[float]] = [[] for _ in prompts]
 
@@ -107,7 +107,7 @@ class TorchRuntime(ScoresByPrediction):
             answers = [[token for token in self.stream(prompt, max_tokens) if token not in ends] for prompt in prompts]
             return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
         texts = [""] * len(prompts)
-        shared = _shared_length(prompts)
+        shared = shared_length(prompts)
         prefix = self._run(prompts[0][:shared] if shared else ())
 
         def answer_rows(rows: list[int]) -> None:
@@ -282,8 +282,3 @@ def _halves(rows: list[int]) -> list[list[int]]:
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def _shared_length(prompts: Sequence[Ids]) -> int:
-    """Returns the length of the prefix that all prompts share, excluding the last token of each."""
-    return shared_prefix_length([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else 0

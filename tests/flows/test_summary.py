@@ -58,7 +58,8 @@ def folder(tmp_path, monkeypatch):
         )
         write_json(layout.metrics(name), record)
     run = results.device_run(tpot_ms=Quantiles(p50=19.4, p90=20.0, n=4))
-    compiled = results.device_record({"phone-4gb": run}, candidate="pocket", size_bytes=80 * 2**20)
+    quality = results.quality(accuracy_choice=results.figure(0.695, 0.04))
+    compiled = results.device_record({"phone-4gb": run}, candidate="pocket", size_bytes=80 * 2**20, quality=quality)
     write_json(layout.devices("pocket-gguf"), compiled)
     write_json(layout.REGISTRY, {name: Registration(version="1", run_id="r") for name in CANDIDATES})
     write_json(layout.PROMOTION, {"phone-4gb": PHONE, "laptop": LAPTOP})
@@ -79,8 +80,8 @@ def test_the_summary_of_a_run(folder, capsys):
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
         "",
         "Champions",
-        "  pocket: phone-4gb (80 MiB, 19 ms per token)",
-        "  lora: laptop (230 MiB)",
+        "  pocket: phone-4gb (80 MiB, 19 ms per token, accuracy 0.695)",
+        "  lora: laptop (230 MiB, accuracy 0.550)",
         "",
         "candidate  accuracy       halluc.        MiB  phone-4gb  laptop",
         "base       0.500 ± 0.048  0.500 ± 0.000  260  (1)        –",
@@ -92,7 +93,7 @@ def test_the_summary_of_a_run(folder, capsys):
         "(2) on the Pareto front, but pocket is ahead in accuracy, which decides",
         "(3) choice accuracy may lie 0.055–0.255 below that of the base (paired interval…",
         "",
-        "pocket against base: paired differences with 95 % intervals",
+        "pocket against base, checkpoints: paired differences, 95 % intervals",
         "  choice accuracy           +0.183 [+0.127, +0.239]",
         "  hallucination rate        -0.481 [-0.567, -0.384]",
         "  energy per query (J)     ~-6.08 [-8.10, -4.00]",

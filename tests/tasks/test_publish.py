@@ -35,7 +35,10 @@ def champion(tmp_path, monkeypatch):
     (bundle / "README.md").write_text("# pocket for phone-4gb\n\nStart: `llama-server`\n")
     seal(bundle, candidate="pocket-gguf", strategy="bundle", parent=form, **common)
     write_json(layout.metrics("pocket"), results.evaluation())
-    write_json(layout.devices("pocket-gguf"), results.device_record({"phone-4gb": results.device_run()}))
+    quality = results.quality(accuracy_choice=results.figure(0.73, 0.04, n=400))
+    write_json(
+        layout.devices("pocket-gguf"), results.device_record({"phone-4gb": results.device_run()}, quality=quality)
+    )
     decision = {"device": "phone-4gb", "champion": "pocket", "reason": "has the best accuracy", "refused": {}}
     write_json(layout.PROMOTION, {"phone-4gb": decision | {"compiled": None}})
     tags = {"lilliput.candidate": "pocket", "lilliput.compiled.gguf_sha256": file_sha256(compiled / MANIFEST)}
@@ -111,6 +114,7 @@ def test_the_uploaded_bundle_has_a_card_and_verifies(champion, tiny_params, hub,
     )
     assert hub.files["model.gguf"] == b"GGUF"
     card = hub.files["README.md"].decode()
+    assert "- Accuracy, four choices: 0.730 (0.690 – 0.770, n = 400)" in card  # of the file, not of its checkpoint
     assert card.startswith("---\nlicense: apache-2.0\n")
     assert "Start: `llama-server`" in card
     assert "| Accuracy, four choices | 0.500 |" in card
