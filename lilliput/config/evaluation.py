@@ -56,9 +56,9 @@ class BenchmarkConfig(Section):
         limit: number of items from the start; None: all.
     """
 
-    task: Annotated[str, matching(r"[\w./-]+", "the name of a task, or of its file, of letters, digits, _, ., / and -")]
     rare: ClassVar[frozenset[str]] = frozenset({"file", "sha256", "limit"})
 
+    task: Annotated[str, matching(r"[\w./-]+", "the name of a task, or of its file, of letters, digits, _, ., / and -")]
     file: str | None = None
     sha256: Sha256 | None = None
     limit: Positive | None = None

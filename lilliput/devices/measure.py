@@ -15,13 +15,12 @@ import torch
 from transformers import AutoTokenizer
 
 from lilliput.artifacts import Manifest
-from lilliput.chat.template import encode_prompt
 from lilliput.config import DeviceConfig, EvaluationConfig, Params
 from lilliput.data.rows import Row
 from lilliput.devices.answers import CompiledRuntime
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, TimedAnswer, run_on_device
 from lilliput.evaluate.accessibility import FEWEST_QUERIES, MIB, quantiles
-from lilliput.evaluate.quality import ask, new_rows, stratified_sample
+from lilliput.evaluate.quality import ask, encode_prompts, new_rows, stratified_sample
 from lilliput.public_benchmarks.run import answer_rows, run_benchmarks
 from lilliput.records import DeviceRecord, DeviceRun, Energy
 from lilliput.statistics import intervals
@@ -70,34 +69,30 @@ def measure_on_devices(
     """
     started = time.perf_counter()
     config = params.evaluation
-    drawn = stratified_sample(questions, config.timed_queries, config.seed)
-    random.Random(config.seed).shuffle(drawn)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    prompts = [encode_prompt(tokenizer, params.data.system_prompt, row) for row in drawn]
     runtime = CompiledRuntime(target, folder, torch.get_num_threads())
     rows = new_rows(questions, contaminated)
     quality = ask(runtime, tokenizer, params, questions, rows)
     benchmarks = run_benchmarks(runtime, tokenizer, config.benchmarks, root, config.seed, config.resamples)
-    runs: dict[str, DeviceRun] = {}
-    peak, cpu_s = runtime.peak_rss_bytes, runtime.cpu_s
-    for name, device in params.devices.items():
-        if device.target == target:
-            outcome = _answer_on_device(target, folder, prompts, device, config)
-            peak = max(peak, outcome.peak_rss_bytes)
-            cpu_s += outcome.cpu_s
-            runs[name] = _device_run(outcome, device, manifest.size_bytes, config)
+    drawn = stratified_sample(questions, config.timed_queries, config.seed)
+    random.Random(config.seed).shuffle(drawn)
+    prompts = encode_prompts(tokenizer, params, drawn)
+    devices = {name: device for name, device in params.devices.items() if device.target == target}
+    outcomes = {name: _answer_on_device(target, folder, prompts, device, config) for name, device in devices.items()}
     record = DeviceRecord(
         candidate=candidate,
         target=target,
         sha256=manifest.artifact_sha256,
         size_bytes=manifest.size_bytes,
         emulated=f"threads and memory, on {platform.machine()}; watts are declared",
-        devices=runs,
+        devices={
+            name: _device_run(outcome, devices[name], manifest.size_bytes, config) for name, outcome in outcomes.items()
+        },
         quality=quality,
         benchmarks={name: benchmark.record for name, benchmark in benchmarks.items()},
         seconds=time.perf_counter() - started,
-        cpu_seconds=cpu_s,
-        peak_rss_bytes=peak,
+        cpu_seconds=runtime.cpu_s + sum(outcome.cpu_s for outcome in outcomes.values()),
+        peak_rss_bytes=max(runtime.peak_rss_bytes, *(outcome.peak_rss_bytes for outcome in outcomes.values()), 0),
     )
     return Measurement(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(benchmarks)])
 
