@@ -197,11 +197,17 @@ def _training_s(config: TrainingConfig, teacher: str | None, student: Shape, mod
 
 
 def _evaluate_s(name: str, model: Model) -> float:
-    params, rest = model.params, model.text.rest
+    evaluation = model.params.evaluation
+    timed = evaluation.timed_queries * (model.text.rest + evaluation.query_tokens)
+    return 2 * (_evaluated_tokens(model) + timed) * _layers_of(model.shape(name)) / model.flops
+
+
+def _evaluated_tokens(model: Model) -> int:
+    """Returns the tokens of all scored options and free answers, without what prompts share."""
+    params = model.params
     free = params.evaluation.free_questions + params.data.unanswerable_questions
-    tokens = params.data.choice_questions * _CHOICES_TOKENS + free * (rest + params.evaluation.max_new_tokens)
-    timed = params.evaluation.timed_queries * (rest + params.evaluation.query_tokens)
-    return 2 * (tokens + timed) * _layers_of(model.shape(name)) / model.flops
+    answered = free * (model.text.rest + params.evaluation.max_new_tokens)
+    return params.data.choice_questions * _CHOICES_TOKENS + answered
 
 
 def _caching_s(name: str, model: Model) -> float:
@@ -220,7 +226,9 @@ def _devices_s(name: str, model: Model) -> float:
     shape = model.shape(form.candidate)
     written = min(evaluation.timed_tokens, evaluation.timed_queries * evaluation.query_tokens)
     read = evaluation.timed_queries * model.text.rest * 2 * _layers_of(shape) / _LLAMA_FLOPS
-    return read + written * compiled_bytes(form, model) / _READ_BYTES
+    flops = _LLAMA_FLOPS * min(model.cores, CORES_LIMIT)
+    answers = 2 * _evaluated_tokens(model) * _layers_of(shape) / flops
+    return answers + read + written * compiled_bytes(form, model) / _READ_BYTES
 
 
 def _offload_s(name: str, model: Model) -> float:
