@@ -126,11 +126,11 @@ def same_task(project: Path, settings: Mapping[str, Any]) -> bool:
     Raises:
         ConfigError: its settings are invalid.
     """
-    there, asked = load_params(project / SETTINGS), params_of(settings, SETTINGS)
+    there, wanted = load_params(project / SETTINGS), params_of(settings, SETTINGS)
     return (there.source, there.data.source, list(there.promotion)) == (
-        asked.source,
-        asked.data.source,
-        list(asked.promotion),
+        wanted.source,
+        wanted.data.source,
+        list(wanted.promotion),
     )
 
 
@@ -153,7 +153,7 @@ def prepare(
     folder = (out or Path(f"{data.resolve().stem}-{device}")).expanduser()
     if folder.resolve() == PROJECT:
         raise ConfigError(f"--out {folder}: the clone itself; name another folder")
-    asked, source = source, pinned(source, folder / layout.HUB_COMMITS)
+    named, source = source, pinned(source, folder / layout.HUB_COMMITS)
     name = data.name if data.is_file() else str(data.resolve())
     task = Task(source, name, report.format != QUESTION.name, device, found_shape(source))
     notes = [report.text, f"model: {source['model'] if source else 'the built-in SmolLM2-135M-Instruct'}"]
@@ -170,8 +170,8 @@ def prepare(
         return folder, None, notes
     command = f"lilliput shrink {model or ''} --data {data} --device {device} --minutes {minutes:g}".replace("  ", " ")
     initialise(folder, settings_text(choice, command), data if data.is_file() else None)
-    if asked and source and asked != source:  # a later call means the same commit
-        write_json(folder / layout.HUB_COMMITS, {asked["model"]: source["model"].partition("@")[2]})
+    if named and source and named != source:  # a later call means the same commit
+        write_json(folder / layout.HUB_COMMITS, {named["model"]: source["model"].partition("@")[2]})
     return folder, choice, notes
 
 

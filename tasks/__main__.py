@@ -94,7 +94,7 @@ def compile_(name: Compiled) -> None:
 
 @app.command()
 def devices(name: Compiled) -> None:
-    """Ask a compiled model all questions and measure it on its devices, into metrics/devices/<name>.json."""
+    """Evaluate a compiled model and measure it on the devices of its target, into metrics/devices/<name>.json."""
     _run("devices", "devices", name)
 
 

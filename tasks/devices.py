@@ -1,4 +1,4 @@
-"""Ask one compiled model all questions, and measure it on each device that runs its target."""
+"""Evaluate one compiled model on all questions, and measure it on each device that runs its target."""
 
 from __future__ import annotations
 

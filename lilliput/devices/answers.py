@@ -1,4 +1,4 @@
-"""A compiled model as evaluation asks it: through its own runtime, in processes of its own."""
+"""Runs a compiled model for evaluation: with the runtime of its target, in separate processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SLOWEST_TOKEN_S = 0.5
 
 
 class CompiledRuntime:
-    """The AnsweringRuntime protocol for a compiled model: each call is a process of its own, which may crash.
+    """The AnsweringRuntime protocol for a compiled model. Each call runs in a new process, because a runtime may crash.
 
     Args:
         target: the compile target (a module of lilliput/compile).

@@ -81,7 +81,7 @@ class CandidatePool:
             if measured is None:
                 impossible[name] = f"not compiled for {target}; add {compiled} under `compile`"
             elif measured.quality is None:
-                impossible[name] = f"{compiled} was not asked the questions; run its stage `devices` again"
+                impossible[name] = f"{compiled} has no recorded answers; run its stage `devices` again"
             else:
                 records[name] = record_on_device(self.params, device, record, measured)
                 answers[name] = answers_on_device(read_rows(layout.compiled_answers(compiled)), self.answers[name])

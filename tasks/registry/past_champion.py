@@ -76,7 +76,7 @@ def read_past_champion(params: Params, device: str, version: ModelVersion) -> Pa
         if measured is None:
             return PastChampion(record, record, answers)
         if measured.quality is None:
-            raise ArtifactError("its compiled model was not asked the questions")
+            raise ArtifactError("its compiled model has no recorded answers")
         path = f"devices/{name}-{target}.jsonl"
         compiled = parse_rows(read(path), path)
     except (DataError, UnicodeDecodeError) as error:

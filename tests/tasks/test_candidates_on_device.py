@@ -106,11 +106,11 @@ def test_energies_are_paired_with_those_of_the_checkpoints(pool):
     assert differences["energy_per_query_j"].difference.value == 0.0
 
 
-def test_a_compiled_model_that_was_not_asked_cannot_win(pool):
+def test_a_compiled_model_without_answers_cannot_win(pool):
     assert set(pool.on_device(DEVICE).impossible) == {"base"}
     older = device_record(pool.params, "b-gguf").as_json() | {"quality": None}
     write_json(layout.devices("b-gguf"), older)
-    assert pool.on_device(DEVICE).impossible["b"] == "b-gguf was not asked the questions; run its stage `devices` again"
+    assert pool.on_device(DEVICE).impossible["b"] == "b-gguf has no recorded answers; run its stage `devices` again"
     assert champion(pool).champion is None
 
 
