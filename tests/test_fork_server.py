@@ -206,7 +206,9 @@ def test_server_and_children_end_with_a_killed_client(folder):
 
 
 def test_a_server_that_cannot_start_names_its_log(tmp_path):
-    (tmp_path / "lilliput").mkdir()  # no fork server here
+    shadow = tmp_path / "lilliput"  # hides the installed library: no fork server here
+    shadow.mkdir()
+    (shadow / "__init__.py").touch()
     with ForkServer(tmp_path, environment()) as server, pytest.raises(StageError, match=r"logs/fork_server\.log"):
         server.start("work", [], tmp_path, environment())
 
