@@ -25,7 +25,8 @@ from lilliput.config import (
     TrainingConfig,
 )
 from lilliput.graph import ancestors
-from lilliput.memory import RUNTIME_BYTES, SHORT, ExampleTokens, Shape, answering_bytes, estimate, this_machine
+from lilliput.machine import this_machine
+from lilliput.memory import RUNTIME_BYTES, SHORT, ExampleTokens, Shape, answering_bytes, estimate
 from lilliput.resident import FLOAT
 
 CORE_FLOPS = 9e10  # float32 operations a second and core: 1.8e11 on the two cores of the records
