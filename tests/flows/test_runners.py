@@ -96,7 +96,7 @@ def project(tmp_path) -> Clone:
     """A DVC repository of stages that wait for each other."""
     folder = tmp_path / "project"
     folder.mkdir()
-    for name, text in (("dvc.yaml", GRAPH), ("stage.py", STAGE), ("run_flow.py", FLOW)):
+    for name, text in (("params.yaml", "{}"), ("dvc.yaml", GRAPH), ("stage.py", STAGE), ("run_flow.py", FLOW)):
         (folder / name).write_text(text)
     environment = environment_in(folder, tmp_path / "prefect") | {
         "PYTHONPATH": str(PROJECT),
