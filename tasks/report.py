@@ -33,7 +33,7 @@ from lilliput.report.summary import summary
 from lilliput.statistics.compare import QUALITY, compare, losses
 from tasks import layout
 from tasks.records import caching_record, device_record, find_registry, offload_record, read_evaluation
-from tasks.registry.lineage_tags import git_commit
+from tasks.registry.lineage import git_commit
 from tasks.registry.run_metrics import SUMMARY
 
 Answers = Sequence[Mapping[str, Any]]
