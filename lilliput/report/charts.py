@@ -8,6 +8,7 @@ from typing import Literal
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lilliput.records import Curves, Figure, Policies, Result, number_of
 from lilliput.report.figures import figure as formatted
@@ -33,7 +34,8 @@ _FONT_SIZE = 12.0
 
 def _drawing(width: float, height: float) -> Drawing:
     # 72 dots per inch, so that a dot is a point of the SVG.
-    return Drawing(figsize=(width, height), layout="constrained", dpi=72)
+    room = ConstrainedLayoutEngine(w_pad=0.12)  # inches; half of the last number of an axis
+    return Drawing(figsize=(width, height), layout=room, dpi=72)
 
 
 def trade_offs(
@@ -62,7 +64,7 @@ def trade_offs(
             ]
             axes.set_xlabel(label(other))
             axes.set_ylabel(label(first))
-            axes.margins(x=0.15, y=0.1)
+            axes.margins(x=0.2, y=0.1)
             _point_to_better(axes, objectives[other], objectives[first])
             place_names(axes, named)
         return as_svg(figure, labels.texts)
@@ -82,17 +84,17 @@ def _trade_off(
     first, other = metrics
     (x, x_error), (y, y_error) = _point(figures[other], other), _point(figures[first], first)
     color = "C0" if on_front else "0.35"
-    low, high = y, y
     if on_front or hollow:
         axes.errorbar(
             x, y, xerr=x_error, yerr=y_error, fmt="o", capsize=3, color=color, mfc="none" if hollow else color
         )
-        low, high = (y - y_error[0][0], y + y_error[1][0]) if y_error else (y, y)
     else:
         axes.plot(x, y, "o", color="0.6", markersize=4)
+        x_error, y_error = None, None
     figures_in_words = "; ".join(f"{_name(metric)} {_in_words(figures[metric], metric)}" for metric in metrics)
     labels.add(axes, x, y, f"{name}: {figures_in_words}{'; on the front' if on_front else ''}")
-    return NamedPoint(x, y, low, high, name if on_front or hollow or name_all else "", color)
+    shown_name = name if on_front or hollow or name_all else ""
+    return NamedPoint(x, y, shown_name, color, _distances(x_error), _distances(y_error))
 
 
 def _point_to_better(axes: Axes, x: Direction, y: Direction) -> None:
@@ -104,11 +106,14 @@ def _point_to_better(axes: Axes, x: Direction, y: Direction) -> None:
 
 
 def shipped(candidates: Sequence[Shipped], metric: str) -> Chart:
-    """Draws `metric` with intervals over the size that ships; champions are filled and named with their devices.
+    """Draws `metric` with intervals over the size that ships. Champions are filled; a wide page names their devices.
 
     The line is the Pareto front of the two: no candidate below it is both smaller and better.
     """
-    points = {each.row.name: (each.size_bytes / 2**20, number_of(getattr(each.quality, metric))) for each in candidates}
+    points = {
+        each.row.name: (each.size_bytes / 2**20, _point(getattr(each.quality, metric), metric)[0])
+        for each in candidates
+    }
     front = [
         name
         for name, (size, value) in points.items()
@@ -124,16 +129,16 @@ def shipped(candidates: Sequence[Shipped], metric: str) -> Chart:
 
 
 def _draw_shipped(
-    candidates: Sequence[Shipped], metric: str, front: Sequence[tuple[float, float | None]], width: float
+    candidates: Sequence[Shipped], metric: str, front: Sequence[tuple[float, float]], width: float
 ) -> str:
     with rc_context({"font.size": _FONT_SIZE}):
         figure, labels = _drawing(width, 4.0), Labels()
         axes = figure.subplots()
         axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.6", linewidth=1, zorder=0)
-        named = [_draw_candidate(axes, labels, each, metric) for each in candidates]
+        named = [_draw_candidate(axes, labels, each, metric, with_devices=width == _WIDE) for each in candidates]
         axes.set_xlabel("MiB that ship: compiled file or checkpoint")
         axes.set_ylabel(label(metric))
-        axes.set_xlim(0.0, 1.15 * max(point.x for point in named))  # room for the names
+        axes.set_xlim(0.0, (1.35 if width == _WIDE else 1.15) * max(point.x for point in named))  # room for names
         axes.margins(y=0.1)
         axes.spines[["top", "right"]].set_visible(False)
         _point_to_better(axes, "min", "max")
@@ -141,7 +146,7 @@ def _draw_shipped(
         return as_svg(figure, labels.texts)
 
 
-def _draw_candidate(axes: Axes, labels: Labels, candidate: Shipped, metric: str) -> NamedPoint:
+def _draw_candidate(axes: Axes, labels: Labels, candidate: Shipped, metric: str, *, with_devices: bool) -> NamedPoint:
     x, champion_of = candidate.size_bytes / 2**20, candidate.row.champion_of
     result = getattr(candidate.quality, metric)
     y, error = _point(result, metric)
@@ -149,8 +154,12 @@ def _draw_candidate(axes: Axes, labels: Labels, candidate: Shipped, metric: str)
     axes.errorbar(x, y, yerr=error, fmt="o", capsize=3, color=color, mfc=color if champion_of else "none")
     role = f"; champion of {', '.join(champion_of)}" if champion_of else ""
     labels.add(axes, x, y, f"{candidate.row.name}: {label(metric)} {_in_words(result, metric)}; {x:.1f} MiB{role}")
-    low, high = (y - error[0][0], y + error[1][0]) if error else (y, y)
-    return NamedPoint(x, y, low, high, "\n".join([candidate.row.name, *champion_of]), "black")
+    name = "\n".join([candidate.row.name, *(champion_of if with_devices else [])])
+    return NamedPoint(x, y, name, "black", y_error=_distances(error))
+
+
+def _distances(error: list[list[float]] | None) -> tuple[float, float]:
+    return (error[0][0], error[1][0]) if error else (0.0, 0.0)
 
 
 def _name(metric: str) -> str:
@@ -198,7 +207,7 @@ def effects(rows: Sequence[DifferenceRow], metric: str, title: str) -> Chart:
         title: of the chart.
     """
     with rc_context({"font.size": _FONT_SIZE}):
-        figure, labels = _drawing(_NARROW, 0.9 + 0.36 * len(rows)), Labels()
+        figure, labels = _drawing(_NARROW, 0.9 + 0.3 * len(rows)), Labels()
         axes = figure.subplots()
         axes.axvline(0.0, color="0.6", linewidth=1)
         for place, row in enumerate(rows):
@@ -207,9 +216,9 @@ def effects(rows: Sequence[DifferenceRow], metric: str, title: str) -> Chart:
             axes.errorbar(x, place, xerr=error, fmt="o", capsize=3, color="C0", mfc=None if real else "none")
             difference = _in_words(row.difference, metric)
             labels.add(axes, x, place, f"{row.title}: {difference}; real: {row.difference.verdict}")
-        axes.set_yticks(range(len(rows)), [f"{row.candidate} −\n{row.reference}" for row in rows])
+        axes.set_yticks(range(len(rows)), [f"{row.candidate} vs {row.reference}" for row in rows])
         axes.invert_yaxis()
-        axes.set_xlabel(f"difference in {label(metric)}")
+        axes.set_xlabel(f"difference in {label(metric)}", loc="right")  # the names take the room on the left
         return Chart(title, as_svg(figure, labels.texts), _effects_in_words(rows))
 
 

@@ -15,6 +15,8 @@ _PLACES = (
     (-8, 4, "right", "bottom"),
     (8, -4, "left", "top"),
     (-8, -4, "right", "top"),
+    (8, 0, "left", "center"),
+    (-8, 0, "right", "center"),
     (0, 9, "center", "bottom"),
     (0, -9, "center", "top"),
 )
@@ -24,14 +26,14 @@ _ALIGNED = {"left": 0.0, "center": -0.5, "right": -1.0, "bottom": 0.0, "top": -1
 
 @dataclass(frozen=True)
 class NamedPoint:
-    """A point in the units of the data, the ends of its interval upwards, and its name (empty: none)."""
+    """A point in the units of the data, the distances to the ends of its intervals, and its name (empty: none)."""
 
     x: float
     y: float
-    low: float
-    high: float
     name: str
     color: str
+    x_error: tuple[float, float] = (0.0, 0.0)
+    y_error: tuple[float, float] = (0.0, 0.0)
 
 
 def place_names(axes: Axes, points: Sequence[NamedPoint]) -> None:
@@ -55,11 +57,19 @@ def place_names(axes: Axes, points: Sequence[NamedPoint]) -> None:
 
 
 def _obstacles(axes: Axes, point: NamedPoint) -> list[Bbox]:
-    (x, y), (_, low), (_, high) = axes.transData.transform(
-        [(point.x, point.y), (point.x, point.low), (point.x, point.high)]
+    (left, low), (right, high) = axes.transData.transform(
+        [
+            (point.x - point.x_error[0], point.y - point.y_error[0]),
+            (point.x + point.x_error[1], point.y + point.y_error[1]),
+        ]
     )
+    x, y = axes.transData.transform((point.x, point.y))
     reach = _POINT_RADIUS
-    return [Bbox([[x - reach, y - reach], [x + reach, y + reach]]), Bbox([[x - 1, low], [x + 1, high]])]
+    return [
+        Bbox([[x - reach, y - reach], [x + reach, y + reach]]),
+        Bbox([[x - reach, low], [x + reach, high]]),
+        Bbox([[left, y - reach], [right, y + reach]]),
+    ]
 
 
 def _box(axes: Axes, point: NamedPoint, place: tuple[float, float, str, str], size: Bbox) -> Bbox:

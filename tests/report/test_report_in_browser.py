@@ -267,3 +267,22 @@ def test_without_scripts_all_rows_are_shown_and_a_point_has_a_title(browser, add
         assert len(titles) == 4
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_a_tap_on_a_point_shows_its_figures(page):
+    resize(page, PHONE)
+    page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        point = page.find_elements("css selector", ".on-phone .point")[0]
+        page.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
+        box = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", point)
+        assert min(box["width"], box["height"]) >= 24  # WCAG 2.2, 2.5.8
+        spot = {"x": box["left"] + box["width"] / 2, "y": box["top"] + box["height"] / 2}
+        for kind, touches in (("touchStart", [spot]), ("touchEnd", [])):
+            page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+        bubble = page.find_element("css selector", ".bubble")
+        wait_for(page, "!arguments[0].hidden && document.activeElement === arguments[1]", bubble, point)
+        assert bubble.text.startswith("base: choice accuracy 0.500")
+        assert not scrolls_sideways(page)
+    finally:
+        page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})

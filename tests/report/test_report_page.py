@@ -202,5 +202,5 @@ def test_the_same_differences_make_the_same_picture(effects):
         for real in (True, False)
     ]
     assert charts.effects(rows, "ttft_ms", "t") == charts.effects(rows, "ttft_ms", "t")
-    assert "lora against base" in effects.svg
+    assert "lora vs base" in effects.svg
     assert "difference in choice accuracy" in effects.svg
