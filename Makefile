@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check browser documents docs models night services interop bench scaling gpu repro plan ui clean
 
-demo: $(INSTALLED)  ## run the whole pipeline with the default model: about 17 minutes on 2 cores
+demo: $(INSTALLED)  ## run the whole pipeline with the default model: about 20 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
 
 test: $(INSTALLED)  ## run the fast tests: a tiny random model with the real tokenizer

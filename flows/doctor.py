@@ -22,7 +22,7 @@ import typer
 from flows.engine.output import guarded_output
 from flows.engine.workspace import PROJECT
 from lilliput.errors import LilliputError
-from lilliput.memory import this_machine
+from lilliput.machine import this_machine
 from lilliput.redaction import redacted
 from tasks.process.environment import require_usable_environment
 

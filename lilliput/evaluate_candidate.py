@@ -18,7 +18,8 @@ from lilliput.errors import DataError
 from lilliput.evaluate import accessibility
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate.quality import ask, encode_prompts, new_rows, stratified_sample
-from lilliput.memory import Shape, fits_in_float32, this_machine
+from lilliput.machine import this_machine
+from lilliput.memory import Shape, fits_in_float32
 from lilliput.models import open_frozen, open_model, read_config
 from lilliput.public_benchmarks.run import Benchmark, answer_rows, require_template, run_benchmarks
 from lilliput.records import Energy, EvaluationRecord, Figure, Quality

@@ -1,4 +1,4 @@
-"""Estimates the memory of each stage from the model's shape, and reads the memory of this machine.
+"""Estimates the memory of each stage from the model's shape.
 
 The estimates are used by `--plan` and to reject work that cannot fit; docs/memory.md compares them with measurements.
 Weights that stay in the checkpoint's files are not counted: the system drops such pages when it needs the memory. What
@@ -7,14 +7,9 @@ a stage needs at once is estimated for each of its phases, and the largest count
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 from lilliput.config import (
     AwqConfig,
@@ -30,6 +25,7 @@ from lilliput.config import (
     SparsifyConfig,
     TrainingConfig,
 )
+from lilliput.machine import Machine
 from lilliput.resident import FLOAT
 
 RUNTIME_BYTES = 400 * 2**20  # private memory of interpreter, torch and transformers; measured, as the next two
@@ -167,16 +163,6 @@ class _Phase:
 
     private: int
     in_files: int = 0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Bytes of memory, bytes of the smallest GPU (0: none), and how many processes train together."""
-
-    host_bytes: int
-    gpu_bytes: int = 0
-    processes: int = 1
-    sharded: bool = False
 
 
 def estimate(
@@ -383,25 +369,3 @@ def scoring_bytes(shape: Shape, shared: int, tokens: int, scored: int) -> int:
     states = tokens * FLOAT * (14 * shape.hidden + 4 * shape.intermediate)
     attention = tokens * (shared + tokens) * FLOAT * (1 + shape.heads)
     return shape.kv_bytes(2 * shared + tokens) + states + attention + 3 * FLOAT * shape.vocabulary * scored
-
-
-def this_machine(processes: int = 1, sharded: bool = False) -> Machine:
-    """Returns the total memory of this machine, used or not, or the container's limit if it has one."""
-    return Machine(_host_bytes(), _gpu_bytes(), processes, sharded)
-
-
-@cache
-def _gpu_bytes() -> int:
-    if "torch" not in sys.modules and not Path("/dev/nvidiactl").exists():
-        return 0  # importing torch takes seconds, so it is skipped on machines without an NVIDIA driver
-    import torch
-
-    sizes = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-    return min(sizes, default=0)
-
-
-def _host_bytes() -> int:
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
-    total = psutil.virtual_memory().total
-    return total if allowed == "max" else min(total, int(allowed))

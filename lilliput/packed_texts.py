@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lilliput.chat.template import shared_prefix_length
-from lilliput.models import attention_reach
+from lilliput.decoders import attention_reach
 
 ROW_TOKENS = 256  # without the beginning: attention covers all pairs of a row, so longer rows cost more
 _PADDING = -1

@@ -28,9 +28,10 @@ from lilliput.compress.result import Result
 from lilliput.config import Params
 from lilliput.config.strategies import is_external_teacher
 from lilliput.data.corpus import read_corpus
+from lilliput.decoders import parameter_count
 from lilliput.errors import LilliputError
 from lilliput.graph import check_shape, require_hardware
-from lilliput.models import parameter_count, read_config
+from lilliput.models import read_config
 from lilliput.params import load_params
 from lilliput.records import CompressCost
 from lilliput.saving import probe_logits, prove_reload, require_finite, save_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,8 @@ settings.load_profile("busy machine")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model gains nothing from threads that wait for each other
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell makes background jobs, and so their children, ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROJECT = Path(__file__).resolve().parent.parent
 

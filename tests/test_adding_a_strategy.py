@@ -112,7 +112,8 @@ def test_example_makes_a_candidate_and_passes_its_own_tests(copy, checkpoint, fa
 
     from lilliput.artifacts import seal, verify
     from lilliput.data.corpus import Corpus, write_corpus
-    from lilliput.models import open_model, parameter_count
+    from lilliput.decoders import parameter_count
+    from lilliput.models import open_model
 
     base, sparse = copy.folder / "models" / "base", copy.folder / "models" / "sparse"
     shutil.copytree(checkpoint, base)

@@ -7,17 +7,9 @@ import torch
 
 from benchmarks.memory import SHAPES
 from lilliput import models
-from lilliput.memory import (
-    SHORT,
-    ExampleTokens,
-    Machine,
-    Shape,
-    answering_bytes,
-    estimate,
-    fits_in_float32,
-    scoring_bytes,
-)
-from lilliput.models import parameter_count
+from lilliput.decoders import parameter_count
+from lilliput.machine import Machine
+from lilliput.memory import SHORT, ExampleTokens, Shape, answering_bytes, estimate, fits_in_float32, scoring_bytes
 from lilliput.params import load_params
 
 PROJECT = Path(__file__).resolve().parent.parent

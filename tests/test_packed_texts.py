@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import GPT2Config, Lfm2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
-from lilliput.models import attention_reach, random_model
+from lilliput.decoders import attention_reach
+from lilliput.models import random_model
 from lilliput.packed_texts import pack_texts
 
 TEXTS = [[1, 2, 3, 10, 11], [1, 2, 3, 12], [1, 2, 3, 10, 13, 14, 15, 16], [1, 2, 3, 17, 18, 19]]

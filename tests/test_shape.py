@@ -2,8 +2,9 @@ import pytest
 from transformers import LlamaConfig
 
 from lilliput.config import PruneConfig
+from lilliput.decoders import parameter_count
 from lilliput.errors import StrategyError
-from lilliput.models import parameter_count, random_model
+from lilliput.models import random_model
 from lilliput.shape import linear_inputs, parameters, pruned, resized, size, weights_read_per_token
 
 SHAPE = LlamaConfig(

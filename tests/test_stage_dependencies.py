@@ -30,6 +30,7 @@ EXEMPT = {
     ),
     "lilliput.graph": "accepts or rejects settings",
     "lilliput.hub": "fetches files of a commit, whose sums the hub states",
+    "lilliput.machine": "reads the memory of the machine",
     "lilliput.params": "settings",
     "lilliput.records": "the form of records; a stage depends on the code that fills them",
     "lilliput.redaction": "messages",

@@ -14,10 +14,11 @@ from benchmarks.gpu.power import PowerSamples, card_handle, card_power
 from benchmarks.gpu.record import Job
 from lilliput.chat.template import encode_prompt
 from lilliput.config import Params
+from lilliput.decoders import parameter_count
 from lilliput.evaluate.accuracy import score_choices
 from lilliput.evaluate.energy import EnergyMeter
 from lilliput.evaluate_candidate import evaluate_candidate
-from lilliput.models import open_model, parameter_count
+from lilliput.models import open_model
 from lilliput.runtime.torch import TorchRuntime
 
 COUNTER = "nvml_counter"

@@ -19,7 +19,8 @@ def draw(job: Job) -> dict[str, Any]:
     """Writes a checkpoint with random weights in bfloat16 to `job.model`."""
     from transformers import LlamaConfig
 
-    from lilliput.models import parameter_count, random_model
+    from lilliput.decoders import parameter_count
+    from lilliput.models import random_model
     from lilliput.saving import save_model
 
     tokenizer = _tokenizer(job)

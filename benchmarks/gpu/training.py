@@ -25,7 +25,8 @@ from lilliput.artifacts import write_json
 from lilliput.chat.template import shared_prefix_length
 from lilliput.compress.lora import lora
 from lilliput.hardware import multiplies_bfloat16
-from lilliput.memory import ExampleTokens, Machine, Shape, estimate
+from lilliput.machine import Machine
+from lilliput.memory import ExampleTokens, Shape, estimate
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.examples import Example, encode_examples
 

@@ -10,7 +10,8 @@ from flows.engine import forecast
 from flows.engine.plan_output import DeviceFit, device_fits
 from lilliput.config import DataConfig, DistillConfig, EvaluationConfig, LoraConfig
 from lilliput.errors import ConfigError
-from lilliput.memory import Shape, this_machine
+from lilliput.machine import this_machine
+from lilliput.memory import Shape
 from lilliput.params import params_of
 
 SHIPPED = "pocket-gguf"  # what a recipe compiles for a phone

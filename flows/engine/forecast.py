@@ -25,7 +25,8 @@ from lilliput.config import (
     TrainingConfig,
 )
 from lilliput.graph import ancestors
-from lilliput.memory import RUNTIME_BYTES, SHORT, ExampleTokens, Shape, answering_bytes, estimate, this_machine
+from lilliput.machine import this_machine
+from lilliput.memory import LIBRARY_BYTES, RUNTIME_BYTES, SHORT, ExampleTokens, Shape, answering_bytes, estimate
 from lilliput.resident import FLOAT
 
 CORE_FLOPS = 9e10  # float32 operations a second and core: 1.8e11 on the two cores of the records
@@ -128,7 +129,8 @@ def peak_bytes(kind: str, name: str, model: Model) -> int | None:
         return RUNTIME_BYTES + FLOAT * shape.parameters + answering_bytes(shape, rows, tokens, model.text.rest)
     if kind == "compile":
         shape = model.shape(model.params.compile[name].candidate)
-        return RUNTIME_BYTES + 2 * FLOAT * shape.parameters
+        largest = FLOAT * shape.vocabulary * shape.hidden  # in float32 during its product, the rest as stored
+        return RUNTIME_BYTES + LIBRARY_BYTES + shape.stored_bytes * shape.parameters + largest
     return None
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flows.engine import forecast
 from flows.engine.plan import PlannedStage
-from lilliput.memory import this_machine
+from lilliput.machine import this_machine
 
 MIB, GIB = 2**20, 2**30
 _MINUTE_S = 60.0

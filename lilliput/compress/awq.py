@@ -22,8 +22,9 @@ from lilliput.compress.hooks import registered_hooks, run_texts
 from lilliput.compress.packing import open_parent, quantised_result, round_to_nearest
 from lilliput.compress.result import Result
 from lilliput.config import AwqConfig
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_model
+from lilliput.models import open_model
 from lilliput.saving import probe_logits
 
 _GRAM_BYTES = 2**30  # input statistics in memory at once; larger models need several passes

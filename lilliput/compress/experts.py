@@ -38,8 +38,9 @@ from lilliput.compress.mixture import (
 from lilliput.compress.result import Result
 from lilliput.config import ExpertsConfig, LoraConfig, TrainingConfig
 from lilliput.data.rows import Row
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import Opened, decoder_layers, open_model
+from lilliput.models import Opened, open_model
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.answer_loss import answer_states, label_loss
 from lilliput.training.examples import collate, encode_examples

@@ -19,8 +19,8 @@ from lilliput.compress.mixed import choose_bits, overrides, within_budget
 from lilliput.compress.packing import Quantised, linears, open_parent, quantised_result, too_large
 from lilliput.compress.result import Result
 from lilliput.config import GptqConfig
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers
 from lilliput.packed_texts import pack_texts
 from lilliput.training.history import Curve, History
 

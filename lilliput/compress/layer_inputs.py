@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from lilliput.compress.hooks import registered_hooks
 from lilliput.compress.packing import linears
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, device
+from lilliput.models import device
 from lilliput.packed_texts import Packed
 
 Visit = Callable[[int, list[str], torch.Tensor], None]

@@ -17,18 +17,17 @@ from lilliput.compress.new_tokens import add_rows, adopt_template, with_rows_for
 from lilliput.compress.result import Result
 from lilliput.compress.source_checks import require_chat_template, require_consistent
 from lilliput.config import LoadConfig, RehearsalShape
+from lilliput.decoders import is_quantised, require_causal_lm
 from lilliput.errors import ArtifactError, SourceError
 from lilliput.gguf_source.encodings import probe_texts, require_same_encodings
 from lilliput.gguf_source.header import Header, parsed_once, read_header
 from lilliput.gguf_source.opening import gguf_config, open_gguf
 from lilliput.gguf_source.runtime_check import llama_cpp_outcome, probe_ids, require_same_model
 from lilliput.models import (
-    is_quantised,
     open_dequantised,
     open_safetensors,
     open_safetensors_as_stored,
     random_model,
-    require_causal_lm,
     translate_errors,
 )
 from lilliput.records import Agreement

@@ -12,8 +12,9 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from lilliput.chat.template import shared_prefix_length
 from lilliput.compress.hooks import registered_hooks
+from lilliput.decoders import decoder_layers, parameter_count
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, parameter_count, random_model, stored_dtype
+from lilliput.models import random_model, stored_dtype
 from lilliput.saving import probe_logits
 from lilliput.supported_sources import family_name
 

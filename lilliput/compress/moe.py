@@ -31,8 +31,9 @@ from lilliput.compress.mixture import (
 )
 from lilliput.compress.result import Result
 from lilliput.config import MoeConfig
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_model
+from lilliput.models import open_model
 from lilliput.shape import expert_numbers
 
 ROUTER_LOGIT_RMS = 1e-3  # gives expert weights of 1 ± 0.0005; float32 still resolves a thousandth of this

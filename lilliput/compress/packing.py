@@ -17,8 +17,9 @@ from lilliput.compress.context import Context
 from lilliput.compress.grid import STORED, Grid, QuantisedWeight, to_nearest
 from lilliput.compress.result import Result
 from lilliput.config import QuantisationConfig
+from lilliput.decoders import decoder_layers, parameter_count
 from lilliput.errors import StrategyError
-from lilliput.models import Opened, decoder_layers, open_frozen, parameter_count, stored_dtype
+from lilliput.models import Opened, open_frozen, stored_dtype
 from lilliput.shape import fitting_group_sizes
 from lilliput.statistics.perplexity import counted, perplexity
 from lilliput.training.examples import Example, encode_examples

@@ -22,8 +22,9 @@ from lilliput.compress.context import Context
 from lilliput.compress.hooks import registered_hooks, run_texts
 from lilliput.compress.result import Result
 from lilliput.config import PruneConfig
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_frozen, stored_dtype
+from lilliput.models import open_frozen, stored_dtype
 from lilliput.shape import head_dim, keep_layers, parameters, pruned, resized, size, weights_read_per_token
 from lilliput.statistics.perplexity import perplexity
 from lilliput.stored_weights import as_stored, shares_weight

@@ -19,8 +19,9 @@ from lilliput.compress.context import Context
 from lilliput.compress.hooks import registered_hooks, run_texts
 from lilliput.compress.result import Result
 from lilliput.config import SparsifyConfig
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_frozen
+from lilliput.models import open_frozen
 from lilliput.stored_weights import as_stored, widened
 
 

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.chat.template import end_ids, pad_id, shared_prefix_length
+from lilliput.decoders import attention_reach, vocabulary_logits
 from lilliput.errors import ArtifactError
 from lilliput.memory import Shape, answering_bytes, scoring_bytes
-from lilliput.models import attention_reach, vocabulary_logits
 from lilliput.resident import free_bytes
 from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.packed import Pack, group_into_packs, shared_length

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
-from lilliput.models import attention_reach, sharded, vocabulary_logits
+from lilliput.decoders import attention_reach, vocabulary_logits
+from lilliput.models import sharded
 from lilliput.statistics.perplexity import IGNORED
 from lilliput.training.examples import Batch
 from lilliput.training.token_tree import token_tree

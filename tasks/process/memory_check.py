@@ -17,7 +17,8 @@ from lilliput.data.conversations import Conversation
 from lilliput.data.rows import Row, open_rows, prompt_turns
 from lilliput.errors import ConfigError
 from lilliput.graph import ROOT
-from lilliput.memory import SHORT, ExampleTokens, Machine, MemoryEstimate, Shape, estimate, this_machine
+from lilliput.machine import Machine, this_machine
+from lilliput.memory import SHORT, ExampleTokens, MemoryEstimate, Shape, estimate
 from tasks import layout
 from tasks.process.accelerate import training_processes
 from tasks.teachers import teacher_folder

@@ -24,9 +24,10 @@ from lilliput.compress.mixture import active_parameters, set_active
 from lilliput.compress.prune import prune
 from lilliput.config import DistillConfig, ExpertsConfig, PruneConfig
 from lilliput.data.questions import Question
+from lilliput.decoders import parameter_count
 from lilliput.errors import StrategyError
 from lilliput.evaluate.accessibility import kv_cache_bytes
-from lilliput.models import open_model, parameter_count, random_model
+from lilliput.models import open_model, random_model
 from lilliput.saving import probe_logits, save_model
 from lilliput.training.answer_loss import label_loss
 from tests.contexts import SYSTEM, context

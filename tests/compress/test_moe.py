@@ -8,9 +8,10 @@ from lilliput.compress.mixture import feed_forward_inputs, fit_router
 from lilliput.compress.moe import RIDGE, ROUTER_LOGIT_RMS, carve, cluster, moe
 from lilliput.compress.prune import prune
 from lilliput.config import DistillConfig, MoeConfig, PruneConfig
+from lilliput.decoders import parameter_count
 from lilliput.errors import StrategyError
 from lilliput.evaluate.accessibility import kv_cache_bytes
-from lilliput.models import open_model, parameter_count, random_model
+from lilliput.models import open_model, random_model
 from lilliput.saving import probe_logits, save_model
 from lilliput.training.answer_loss import answer_logits
 from lilliput.training.examples import collate, encode_examples

@@ -16,8 +16,9 @@ from transformers import (
 
 from lilliput.compress.prune import block_influence, prune, prune_heads, prune_hidden, prune_neurons, remove_layers
 from lilliput.config import PruneConfig
+from lilliput.decoders import parameter_count
 from lilliput.errors import StrategyError
-from lilliput.models import open_model, parameter_count, random_model
+from lilliput.models import open_model, random_model
 from lilliput.saving import probe_logits, save_model
 from lilliput.statistics.perplexity import perplexity
 from lilliput.training.examples import encode_examples

@@ -5,8 +5,9 @@ import torch
 
 from lilliput.compress.sparsify import sparse_weight, sparsegpt, sparsify, sparsify_layers, wanda_mask
 from lilliput.config import SparsifyConfig
+from lilliput.decoders import decoder_layers
 from lilliput.errors import StrategyError
-from lilliput.models import decoder_layers, open_model
+from lilliput.models import open_model
 from lilliput.saving import probe_logits, save_model
 from lilliput.training.examples import encode_examples
 from tests.contexts import SYSTEM, context

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from lilliput.params import load_params
+from scripts import recorded_results
 
 PROJECT = Path(__file__).resolve().parents[2]
+PARAMS = load_params(PROJECT / "params.yaml")
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 MIB = 2**20
 
@@ -28,18 +30,23 @@ def shown(figure, digits=3):
     return f"{figure['value']:.{digits}f} ± {(figure['high'] - figure['low']) / 2:.{digits}f}"
 
 
+def figures_of(name, record):
+    """Returns the cells of a row of the README's table, for a checkpoint or a compiled model."""
+    quality = record.get("quality", record)
+    cells = [shown(quality[metric]) for metric in ("accuracy_choice", "accuracy_free", "hallucination_rate")]
+    if name in PARAMS.compile:
+        cells += ["by device", "–"]
+    else:
+        cells += [f"~{shown(record['energy_per_query_j'], 2)}", shown(record["accessibility"], 2)]
+    return [*cells, f"{record['size_bytes'] / MIB:.0f}"]
+
+
 def test_the_table_has_the_recorded_figures():
-    table = README.partition("candidate  choice acc.")[2].split("```")[0].splitlines()[1:]
-    rows = {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in table if line}
-    assert rows.keys() == load_params(PROJECT / "params.yaml").candidates.keys()
-    for name, (_, choice, free, hallucination, energy, accessibility, size) in rows.items():
-        record = recorded(name)
-        assert choice == shown(record["accuracy_choice"]), name
-        assert free == shown(record["accuracy_free"]), name
-        assert hallucination == shown(record["hallucination_rate"]), name
-        assert energy == f"~{shown(record['energy_per_query_j'], 2)}", name
-        assert accessibility == shown(record["accessibility"], 2), name
-        assert size == f"{record['size_bytes'] / MIB:.0f}", name
+    table = README.partition("candidate    choice acc.")[2].split("```")[0].splitlines()[1:]
+    rows = {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in table if line}
+    assert rows.keys() == {*PARAMS.candidates, *PARAMS.compile}
+    for name, cells in rows.items():
+        assert cells == figures_of(name, recorded(f"devices/{name}" if name in PARAMS.compile else name)), name
 
 
 def test_the_picture_is_described_by_the_recorded_figures():
@@ -48,9 +55,18 @@ def test_the_picture_is_described_by_the_recorded_figures():
     assert [name for name, *_ in described] == ["pocket", "lora", "base"]
     for name, accuracy, size in described:
         shipped = recorded(f"devices/{name}-gguf") or recorded(name)
-        assert (accuracy, size) == (
-            f"{recorded(name)['accuracy_choice']['value']:.3f}",
-            f"{shipped['size_bytes'] / MIB:.0f}",
-        )
+        choice = shipped.get("quality", shipped)["accuracy_choice"]["value"]
+        assert (accuracy, size) == (f"{choice:.3f}", f"{shipped['size_bytes'] / MIB:.0f}")
     picture = (PROJECT / "docs" / "accuracy-and-size.svg").read_text(encoding="utf-8")
-    assert all(f">{name}<" in picture for name in load_params(PROJECT / "params.yaml").candidates)
+    assert all(f">{name}<" in picture for name in PARAMS.candidates)
+
+
+def test_the_tables_of_the_results_page_are_made_from_the_record(tmp_path):
+    archive = ["git", "archive", "HEAD", "metrics", "costs", "offload"]
+    content = subprocess.run(archive, cwd=PROJECT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=content, check=True)
+    page = (PROJECT / recorded_results.PAGE).read_text(encoding="utf-8")
+    assert recorded_results.updated(page, tmp_path, PARAMS) == page
+    blank = page.replace("| base | 0.552", "| base | 0.999")
+    assert blank != page
+    assert recorded_results.updated(blank, tmp_path, PARAMS) == page

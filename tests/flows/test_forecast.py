@@ -43,8 +43,6 @@ def recorded(kind: str, name: str) -> dict:
 )
 def test_times_of_the_default_model_are_within_a_factor_of_two(kind, name):
     measured = recorded(kind, name)
-    if kind == "devices" and "quality" not in measured:
-        pytest.skip("recorded before compiled models answered all questions")
     assert 0.5 < forecast.seconds(kind, name, model()) / measured["seconds"] < 2.0
     if peak := forecast.peak_bytes(kind, name, model()):
         assert 0.6 < peak / measured["peak_rss_bytes"] < 1.7

@@ -185,7 +185,6 @@ def test_the_bar_fits_the_terminal(columns):
 
 RUN = f"""
 import sys; sys.path.insert(0, {str(PROJECT)!r})
-import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
 from pathlib import Path
 from flows.engine.launch import launch
 from flows.engine.runners import open_runner

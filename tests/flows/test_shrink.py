@@ -23,7 +23,8 @@ from flows.engine.lineage import Lineage
 from flows.engine.plan import known_model, plan
 from flows.engine.plan_output import total_seconds
 from lilliput.errors import ConfigError, DataError, SourceError
-from lilliput.memory import Machine, Shape
+from lilliput.machine import Machine
+from lilliput.memory import Shape
 from lilliput.params import load_params, params_of
 from tests import results
 from tests.flows.conftest import PROJECT

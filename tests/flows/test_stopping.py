@@ -24,9 +24,6 @@ DEAD = "http://127.0.0.1:1/api"
 def end(monkeypatch, capsys):
     """Runs `flow`; returns the exit code and the message."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell makes background jobs, such as this one, ignore it
     monkeypatch.setattr(prefect_flow, "_require_server", lambda: None)
 
     def run(flow):

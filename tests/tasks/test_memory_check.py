@@ -8,7 +8,7 @@ from lilliput.data.conversations import Conversation
 from lilliput.data.row_file import write_lines
 from lilliput.data.rows import normalised_line
 from lilliput.errors import ConfigError
-from lilliput.memory import Machine
+from lilliput.machine import Machine
 from tasks.process import accelerate, memory_check
 
 GIB = 2**30
