@@ -15,6 +15,7 @@ from lilliput.serve.deployment import DeployedModel, Deployment, store_model, st
 from lilliput.serve.examples import RecordedAnswer, recorded_answers
 from tasks import layout
 from tasks.registry import model_versions
+from tasks.registry.version_records import read_version_record
 
 TARGET = "gguf"
 ANSWERS = "answers.jsonl"  # of the stage `offload`
@@ -72,15 +73,15 @@ def _champion(device: str) -> tuple[DeployedModel, Path]:
         raise ArtifactError(
             f"the registry has no {alias}; run `python -m flows.democratize` first; promotion.json lists refusals"
         )
-    digest = version.tags.get(f"lilliput.compiled.{TARGET}_sha256")
+    registered = read_version_record(version).compiled.get(TARGET)
     name = version.tags["lilliput.candidate"]
-    if digest is None:
+    if registered is None:
         raise ArtifactError(f"version {version.version} ({name}) was not compiled for {TARGET}; add it under `compile`")
     folder = layout.compiled(name, TARGET)  # not the registered path, which may be on another machine
-    if not folder.exists() or file_sha256(folder / MANIFEST) != digest:
+    if not folder.exists() or file_sha256(folder / MANIFEST) != registered.manifest_sha256:
         raise ArtifactError(
             f"{folder.absolute()}: not what was registered as version {version.version} ({name}) in "
-            f"{version.tags.get(f'lilliput.compiled.{TARGET}')}; run the pipeline to its end, or bring it here with "
+            f"{registered.folder}; run the pipeline to its end, or bring it here with "
             "`git checkout` and `dvc pull`"
         )
     manifest = read_manifest(folder)

@@ -22,6 +22,7 @@ from tasks.registry.approvals import ApprovalAnswer, Proposal
 from tasks.registry.candidates import CandidatePool, CandidatesOnDevice, read_candidate_pool
 from tasks.registry.model_versions import CHALLENGER, CHAMPION, PREVIOUS
 from tasks.registry.past_champion import read_past_champion
+from tasks.registry.version_records import Role, read_roles
 
 
 @model_versions.translate_errors()
@@ -78,9 +79,10 @@ def roll_back(params: Params, device: str, reason: str) -> None:
         refused = {}
         if champion and replaced:
             refused = {pool.name_of(champion): f"rolled back by hand {dated_reason}"}
-            approvals.veto(replaced, device, f"rolled back by hand {dated_reason}", params)
         restored_because = f"restored by hand in place of {''.join(refused) or 'no champion'} {dated_reason}"
         approvals.hold(restored, device, restored_because, params, pool.on_device(device).basis)
+        if replaced:
+            approvals.veto(replaced, device, f"rolled back by hand {dated_reason}", params)
         for alias, version in {CHAMPION: restored, PREVIOUS: replaced, CHALLENGER: None}.items():
             model_versions.set_alias(f"{alias}{device}", version)
         decision = Decision(device=device, champion=pool.name_of(previous), reason=restored_because, refused=refused)
@@ -134,21 +136,23 @@ def _apply_rules(device: str, pool: CandidatePool) -> Decision:
     candidates = pool.on_device(device)
     device_records = candidates.basis
     vetoed = {
-        name: why for name, tags in pool.tags.items() if (why := approvals.veto_reason(tags, device, pool.params))
+        name: why
+        for name, role in pool.roles_on(device).items()
+        if (why := approvals.veto_reason(role, device, pool.params))
     }
     candidates = replace(candidates, impossible={**candidates.impossible, **vetoed})
     if champion is None:
         base = pool.base_reference(candidates)
         return decide(device, pool.params.promotion[device], candidates.records, base, candidates.impossible)
-    name = pool.name_of(champion)
-    if why := approvals.hold_reason(champion.tags, device, pool.params, device_records):
+    name, role = pool.name_of(champion), read_roles(champion).get(device, Role())
+    if why := approvals.hold_reason(role, device, pool.params, device_records):
         others = {other: f"{name} was {why}" for other in pool.versions if other != name}
         return Decision(device=device, champion=name, reason=why, refused=others | dict(candidates.impossible))
     decision = _compare_with_champion(champion, device, pool, candidates)
-    if decision.champion is None or not approvals.is_settled(champion.tags, device, pool.params, device_records):
+    if decision.champion is None or not approvals.is_settled(role, device, pool.params, device_records):
         return decision
     if decision.champion == name:
-        return approvals.with_recorded_reasons(decision, champion.tags, pool.tags)
+        return approvals.with_recorded_reasons(decision, role, pool.roles_on(device))
     # It is close enough to the champion, but was not to the one before: repeated runs must not lower the level.
     return _keep_champion(decision, pool, "fell short when this was decided; nothing has changed since", None)
 

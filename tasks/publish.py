@@ -18,6 +18,7 @@ from lilliput.records import DeviceRecord, Promotions
 from tasks import layout
 from tasks.records import read_evaluation
 from tasks.registry import model_versions
+from tasks.registry.version_records import read_version_record, update_role
 
 CARD = "README.md"
 # The base error of the hub's HTTP library; offline mode raises OSError, an invalid name ValueError.
@@ -66,10 +67,10 @@ def prepare(params: Params, device: str) -> Publication:
         )
     manifest, candidate = verify(folder), champion.tags["lilliput.candidate"]
     compiled = layout.compiled(candidate, manifest.config["target"])
-    registered = champion.tags.get(f"lilliput.compiled.{manifest.config['target']}_sha256")
+    registered = read_version_record(champion).compiled.get(manifest.config["target"])
     if (
         registered is None
-        or registered != file_sha256(compiled / MANIFEST)
+        or registered.manifest_sha256 != file_sha256(compiled / MANIFEST)
         or manifest.parent_sha256 != read_manifest(compiled).artifact_sha256
     ):
         raise PublishError(f"{folder}: not the champion, {candidate} (version {champion.version}); run `dvc repro`")
@@ -107,7 +108,7 @@ def upload(publication: Publication, repository: str, token: str, *, private: bo
     except _HUB_ERRORS as error:
         raise PublishError(f"{repository}: {error}") from None
     with model_versions.translate_errors():
-        model_versions.set_tags(publication.version, {f"lilliput.published.{publication.device}": commit.commit_url})
+        update_role(publication.version, publication.device, published=commit.commit_url)
     return commit.commit_url
 
 

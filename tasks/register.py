@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from lilliput.artifacts import Manifest, file_sha256, read_history, read_manifest, read_record, write_json
+from lilliput.artifacts import MANIFEST, Manifest, file_sha256, read_history, read_manifest, read_record, write_json
 from lilliput.config import Params
 from lilliput.graph import ancestors, topological_order
 from lilliput.model_card import model_card
@@ -19,10 +18,11 @@ from lilliput.records import Cost, EvaluationRecord, Registration
 from tasks import layout
 from tasks.process.stage_times import times_of
 from tasks.records import caching_record, current_evaluation, device_record
-from tasks.registry import get_or_create, model_folder, model_versions, run_metrics
+from tasks.registry import get_or_create, model_folder, model_versions, run_metrics, version_records
 from tasks.registry.datasets import dataset_inputs
-from tasks.registry.lineage_tags import dvc_hashes, git_commit
-from tasks.registry.past_champion import MEASURED_TAG, measurement_conditions
+from tasks.registry.lineage import dvc_hashes, git_commit
+from tasks.registry.past_champion import measurement_conditions
+from tasks.registry.version_records import CompiledModel, MeasurementConditions, VersionRecord
 
 FLOW_RUN = "LILLIPUT_FLOW_RUN"
 
@@ -49,20 +49,39 @@ def register(params: Params) -> None:
         version = registered[name] or _register_one(client, experiment, nested, params, name, record)
         versions[name] = Registration(version=version, run_id=get_or_create.active_run_id(client, version))
         model_folder.add_model(client, version, params, name)
-        model_versions.set_tags(version, {model_versions.DVC_TAG: json.dumps(dvc_hashes(name))})
         if caching := caching_record(params, name):
             model_versions.add_metrics(client, version, layout.caching(name), run_metrics.caching_metrics(caching))
-        for compiled, config in params.compile.items():
-            if config.candidate == name and (measured := device_record(params, compiled)):
-                model_versions.add_compiled(
-                    client,
-                    version,
-                    layout.compiled(name, config.target),
-                    layout.devices(compiled),
-                    layout.compiled_answers(compiled),
-                    run_metrics.device_metrics(config.target, measured),
-                )
+        _add_compiled(client, version, params, name)
+        _update_record(client, version, params, name)
     write_json(layout.REGISTRY, versions)
+
+
+def _add_compiled(client: MlflowClient, version: str, params: Params, name: str) -> None:
+    for compiled, config in params.compile.items():
+        if config.candidate == name and (measured := device_record(params, compiled)):
+            model_versions.add_compiled(
+                client,
+                version,
+                layout.compiled(name, config.target),
+                layout.devices(compiled),
+                layout.compiled_answers(compiled),
+                run_metrics.device_metrics(config.target, measured),
+            )
+
+
+def _update_record(client: MlflowClient, version: str, params: Params, name: str) -> None:
+    """Adds to the record of `version` what was compiled, and the hashes that DVC has recorded since."""
+    found = version_records.find_version_record(client.get_model_version(model_versions.MODEL, version))
+    record = found or _version_record(name, measured=None)
+    compiled = {
+        config.target: CompiledModel(
+            folder=str(folder := layout.compiled(name, config.target)), manifest_sha256=file_sha256(folder / MANIFEST)
+        )
+        for key, config in params.compile.items()
+        if config.candidate == name and device_record(params, key)
+    }
+    changes = {"dvc": dvc_hashes(name), "compiled": record.compiled | compiled}
+    version_records.update_version_record(version, record.model_copy(update=changes))
 
 
 def _batch_tags() -> dict[str, str]:
@@ -86,7 +105,6 @@ def _register_one(
     manifest = read_manifest(layout.model(name))
     cost = read_record(Cost, layout.cost(name))
     card = model_card(manifest, record, params.data.system_prompt)
-    tags = {**_four_metrics(record), **_lineage(name, manifest), model_versions.DVC_TAG: json.dumps(dvc_hashes(name))}
     evaluation = file_sha256(layout.metrics(name))
     run_tags = {**tags_of_run, "mlflow.note.content": get_or_create.truncate(card, get_or_create.RUN_TAG_CHARS)}
     begun, ended = times_of(layout.cost(name)), times_of(layout.metrics(name))
@@ -101,11 +119,13 @@ def _register_one(
     model_versions.log_run(
         client,
         run_id,
-        _parameters(params, name, manifest),
+        _parameters(params, name, manifest, record),
         run_metrics.candidate_metrics(manifest, record, cost),
         run_metrics.curve_metrics(manifest, read_history(layout.model(name))),
-        tags,
+        {"mlflow.source.git.commit": commit} if (commit := git_commit()) else {},
     )
+    # Before the version: it says how the evaluation was measured, and another registration may have other settings.
+    version_records.write_version_record(run_id, _version_record(name, measurement_conditions(params)))
     client.log_inputs(run_id, dataset_inputs(params.data.source))
     client.log_text(run_id, card, "model_card.md")
     for file in (layout.PARAMS, layout.metrics(name), layout.answers(name)):
@@ -116,45 +136,38 @@ def _register_one(
         evaluation,
         source=model_folder.model_uri(client, run_id),
         run_id=run_id,
-        tags=tags | {MEASURED_TAG: json.dumps(measurement_conditions(params))},
+        tags=_tags(name, manifest),
         description=f"**{name}**: {card.removeprefix(f'# {name}').strip()}",  # lists show only the first line
     )
 
 
-def _parameters(params: Params, name: str, manifest: Manifest) -> dict[str, Any]:
-    """Returns the settings of the candidate's strategy, and of its ancestors behind their names."""
+def _parameters(params: Params, name: str, manifest: Manifest, record: EvaluationRecord) -> dict[str, Any]:
+    """Returns the source of its energy, and the settings of its strategy, and of its ancestors behind their names."""
     above = {link: read_manifest(layout.model(link)) for link in reversed(ancestors(params, name))}
     chain = " → ".join([*(made.strategy for made in above.values()), manifest.strategy])
     own = {f"{manifest.strategy}.{key}": value for key, value in manifest.config.items()}
     inherited = {
         f"{link}/{made.strategy}.{key}": value for link, made in above.items() for key, value in made.config.items()
     }
-    return {"chain": chain} | own | inherited
+    return {"chain": chain, "energy_source": record.energy_per_query_j.source} | own | inherited
 
 
-def _four_metrics(record: EvaluationRecord) -> dict[str, str]:
-    figures = {
-        record.accuracy_metric: getattr(record, record.accuracy_metric),
-        "hallucination_rate": record.hallucination_rate,
-        "energy_per_query_j": record.energy_per_query_j,
-        "accessibility": record.accessibility,
-    }
-    tags = {
-        name: "unavailable" if figure.value is None else f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
-        for name, figure in figures.items()
-    }
-    return tags | {"energy_source": record.energy_per_query_j.source}
-
-
-def _lineage(name: str, manifest: Manifest) -> dict[str, str]:
-    tags = {
+def _tags(name: str, manifest: Manifest) -> dict[str, str]:
+    """Returns the tags of a version, by which it is found; `create_version` adds the sha256 of the evaluation."""
+    return {
         "lilliput.candidate": name,
         "lilliput.strategy": manifest.strategy,
         "lilliput.parent": str(manifest.parent),
-        "lilliput.parent_sha256": str(manifest.parent_sha256),
-        "lilliput.artifact": str(layout.model(name)),
         model_versions.ARTIFACT_TAG: manifest.artifact_sha256,
     }
-    if commit := git_commit():
-        tags["mlflow.source.git.commit"] = commit
-    return tags
+
+
+def _version_record(name: str, measured: MeasurementConditions | None) -> VersionRecord:
+    return VersionRecord(
+        parent_sha256=str(read_manifest(layout.model(name)).parent_sha256),
+        folder=str(layout.model(name)),
+        git_commit=git_commit(),
+        dvc=dvc_hashes(name),
+        compiled={},
+        measured=measured,
+    )

@@ -33,7 +33,7 @@ from lilliput.report.summary import summary
 from lilliput.statistics.compare import QUALITY, compare, losses
 from tasks import layout
 from tasks.records import caching_record, device_record, find_registry, offload_record, read_evaluation
-from tasks.registry.lineage_tags import git_commit
+from tasks.registry.lineage import git_commit
 from tasks.registry.run_metrics import SUMMARY
 
 Answers = Sequence[Mapping[str, Any]]
@@ -189,7 +189,7 @@ def _offloading(params: Params, device: str) -> OffloadingRow | None:
         return None
     record, curves = found
     return OffloadingRow(
-        record, curves, [charts.offloading(record.policies), charts.offloaded_shares(curves, record.policies)]
+        record, curves, [*charts.offloading(record.policies), *charts.offloaded_shares(curves, record.policies)]
     )
 
 
@@ -239,13 +239,13 @@ def _fronts(params: Params, records: Mapping[str, EvaluationRecord]) -> Iterable
     }
     metrics = [metric_of(key, record) for record in [*complete.values()][:1] for key in known]
     front = pareto_front(complete)
-    caption = f"On the front: {', '.join(front)}."
+    caption = f"Better: to the upper left. On the front: {', '.join(front)}."
     if beaten := [name for name in complete if name not in front]:
         caption += f" Beaten: {', '.join(beaten)}."
     sources = [name for name in complete if params.candidates[name].parent == ROOT]
     results = {name: dict(record) for name, record in complete.items()}
     for metric in metrics[1:]:
-        svg = charts.trade_offs(results, front, [metrics[0], metric], sources, name_all=True)
+        svg = charts.trade_offs(results, front, {metrics[0]: "max", metric: "min"}, sources, name_all=True)
         yield Chart(f"{charts.label(metrics[0]).capitalize()} against {charts.label(metric)}", svg, caption)
 
 
@@ -273,7 +273,9 @@ def _search() -> SearchRow | None:
         [row.candidate for row in search.trials if row.pareto],
         [row.candidate for row in search.reference],
     )
-    return SearchRow(search, charts.trade_offs(points, front, list(search.objectives), reference))
+    svg = charts.trade_offs(points, front, search.objectives, reference)
+    words = "The table above has its numbers."
+    return SearchRow(search, Chart("The front of the search, objective against objective", svg, words))
 
 
 def _origin(params: Params) -> dict[str, str]:

@@ -24,7 +24,7 @@ def registry(versions: Counts = None) -> None:
 
 def _registry(folder: Path, count: int) -> Row:
     """CPU-milliseconds of what `register` and `promote` ask of MLflow's SQLite store when it holds `count` versions."""
-    from tasks.registry import get_or_create, model_folder, model_versions
+    from tasks.registry import get_or_create, model_folder, model_versions, version_records
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with contextlib.chdir(folder):
@@ -50,7 +50,7 @@ def _registry(folder: Path, count: int) -> Row:
             "find_none": lambda: get_or_create.find_version(client, "none"),
             "log_and_create_version": one_more,
             "version_of_alias": lambda: model_versions.version_of("champion-phone"),
-            "tell": lambda: model_versions.set_tags(str(count // 2), {"lilliput.refused.phone": f"{time.time_ns()}"}),
+            "tell": lambda: version_records.update_role(str(count // 2), "phone", refused=f"{time.time_ns()}"),
             "forget_devices": lambda: model_versions.forget_devices(["phone"]),
         }
         return {f"{name}_cpu_ms": _milliseconds(step) for name, step in steps.items()}
@@ -58,8 +58,9 @@ def _registry(folder: Path, count: int) -> Row:
 
 def _tags(number: int) -> dict[str, str]:
     """As many tags, as long, as `register` gives a version."""
-    digests = ("evaluation_sha256", "artifact_sha256", "parent_sha256", "mlmodel_sha256", "measured")
-    return {f"lilliput.{name}": f"{name} {number:050d}" for name in digests} | {f"tag{n}": "value" for n in range(10)}
+    names = {"candidate": "pocket", "strategy": "gptq", "parent": "distilled"}
+    digests = {name: f"{name} {number:050d}" for name in ("evaluation_sha256", "artifact_sha256")}
+    return {f"lilliput.{name}": value for name, value in (names | digests).items()}
 
 
 def _multiply_versions(database: Path, count: int) -> None:

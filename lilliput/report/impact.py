@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lilliput.records import CachingRecord, Difference, EvaluationRecord
+from lilliput.records import CachingRecord, Difference, EvaluationRecord, Figure
 from lilliput.report.rows import CandidateRow, DifferenceRow
 
 # Columns: metric, title, and whether larger is better. See `metrics_for`.
@@ -34,11 +34,13 @@ class Impact:
     Attributes:
         good: whether the change is an improvement; None without a change.
         details: difference, interval and n.
+        figure: the difference, unrounded; None if not compared.
     """
 
     arrow: str
     good: bool | None
     details: str
+    figure: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,14 @@ def _of_difference(difference: Difference | None, larger_is_better: bool) -> Imp
         )
     )
     if difference.verdict != "yes":
-        return Impact("?" if difference.verdict == "cannot tell" else "≈", None, details)
+        return Impact("?" if difference.verdict == "cannot tell" else "≈", None, details, difference)
     rises = difference.value > 0
-    return Impact("↑" if rises else "↓", rises == larger_is_better, details)
+    return Impact("↑" if rises else "↓", rises == larger_is_better, details, difference)
 
 
 def _of_sizes(before: int, after: int) -> Impact:
     """Compares exact byte counts: any difference of at least 1 % after rounding is real."""
     change = round(after / before - 1, 2)
-    details = f"{change:+.0%}, counted"
-    return Impact("↑" if change > 0 else "↓", change < 0, details) if change else Impact("≈", None, details)
+    details, exact = f"{change:+.0%}, counted", Figure(value=after / before - 1)
+    arrow = ("↑" if change > 0 else "↓") if change else "≈"
+    return Impact(arrow, change < 0 if change else None, details, exact)

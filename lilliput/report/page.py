@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from lilliput.records import CachingRecord, Cost, Decision
+from lilliput.report.cells import estimate_cell, figure_cell, interval_cell, number_cell
 from lilliput.report.charts import label
-from lilliput.report.figures import estimate, figure, short
+from lilliput.report.figures import short
 from lilliput.report.first_screen import AnsweredRow, headline, promotion_matrix
 from lilliput.report.impact import caching_impacts, impacts, metrics_for
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
@@ -56,10 +59,15 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["estimate"] = estimate
-    environment.filters["figure"] = figure
-    environment.filters["label"] = label
-    environment.filters["short"] = short
+    environment.filters |= {
+        "estimate": estimate_cell,
+        "figure": figure_cell,
+        "interval": interval_cell,
+        "number": number_cell,
+        "label": label,
+        "short": short,
+    }
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     metrics = metrics_for(row.record for row in candidates)
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
@@ -78,10 +86,22 @@ def render(
         costs=costs,
         charts={section: _safe(charts.get(section, ())) for section in ("shipped", "impact", "pareto", "making")},
         origin=origin,
-        search=search and replace(search, chart=Markup(search.chart)),
+        search=search and replace(search, chart=_safe([search.chart])[0]),
+        script=Markup(script),
+        policy=_policy(script),
     )
+
+
+def _policy(script: str) -> str:
+    """Returns the content security policy: nothing from elsewhere, and no script but `script`.
+
+    Charts have style attributes, so styles cannot be named by their digest.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rest = "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src 'sha256-{digest}'; {rest}"
 
 
 def _safe(charts: Sequence[Chart]) -> list[Chart]:
     """Returns the charts with their SVG excluded from escaping."""
-    return [replace(chart, svg=Markup(chart.svg)) for chart in charts]
+    return [replace(chart, svg=Markup(chart.svg), narrow_svg=Markup(chart.narrow_svg)) for chart in charts]

@@ -19,11 +19,17 @@ from lilliput.records import (
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart as SVG, and its content in words."""
+    """A chart as SVG, and its content in words. `narrow_svg` replaces it on a phone."""
 
     title: str
     svg: str
     words: str
+    narrow_svg: str = ""
+
+    @property
+    def has_points(self) -> bool:
+        """Whether points have labels of their own."""
+        return 'class="point"' in self.svg
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class OffloadingRow:
 
 @dataclass(frozen=True)
 class SearchRow:
-    """A search, and the chart of its front as SVG."""
+    """A search, and the chart of its front."""
 
     record: SearchRecord
-    chart: str
+    chart: Chart

@@ -19,7 +19,9 @@ from tasks import layout
 from tasks.records import device_record, find_registry, read_evaluation
 from tasks.registry import model_versions
 from tasks.registry.approvals import DeviceRecords
+from tasks.registry.get_or_create import MODEL
 from tasks.registry.past_champion import PastChampion, answers_on_device, record_on_device
+from tasks.registry.version_records import Role, read_roles
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class CandidatePool:
 
     Attributes:
         versions: version in the registry.
-        tags: tags of that version.
+        roles: roles of that version, by device.
         records: evaluation; also that of a past champion, if one was added, which has no entry in `versions`.
         answers: answers of the checkpoints to the questions of the evaluation.
         base: name of the base.
@@ -64,7 +66,7 @@ class CandidatePool:
 
     params: Params
     versions: dict[str, str]
-    tags: dict[str, Mapping[str, str]]
+    roles: dict[str, Mapping[str, Role]]
     records: dict[str, EvaluationRecord]
     answers: dict[str, list[dict[str, Any]]]
     base: str
@@ -105,6 +107,10 @@ class CandidatePool:
         """Returns the pool with a champion that no candidate represents any more."""
         return replace(self, records=self.records | {name: past.record})
 
+    def roles_on(self, device: str) -> dict[str, Role]:
+        """Returns the role of each candidate on `device`."""
+        return {name: roles.get(device, Role()) for name, roles in self.roles.items()}
+
     def name_of(self, version: ModelVersion) -> str:
         """Returns the candidate with this `version`, or with the same model measured again.
 
@@ -133,7 +139,7 @@ def read_candidate_pool(params: Params) -> CandidatePool:
     return CandidatePool(
         params=params,
         versions=versions,
-        tags={name: client.get_model_version(model_versions.MODEL, version).tags for name, version in versions.items()},
+        roles={name: read_roles(client.get_model_version(MODEL, version)) for name, version in versions.items()},
         records={name: read_evaluation(name) for name in names},
         answers=answers,
         base=base,

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Run
-from mlflow.entities.model_registry import RegisteredModel
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from lilliput.errors import RegistryError
@@ -25,7 +25,7 @@ RUN_TAG_CHARS = 8000  # MLflow cuts or refuses a longer value of a run's tag
 _NOTES = {
     EXPERIMENT: "One run per candidate of the compression graph: its evaluation, cost, and measurements on devices. "
     "*Views > Four metrics* compares them; runs registered together share the tag `lilliput.run`. Energy is "
-    "an estimate unless `energy_source` names a counter. Champions: the registered model `lilliput`.",
+    "an estimate unless the parameter `energy_source` names a counter. Champions: the registered model `lilliput`.",
     SEARCHES: "One run per search of sequences of strategies, with a nested run per trial.",
 }
 _EXISTS, _MISSING = "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"
@@ -156,6 +156,11 @@ def create_version(client: MlflowClient, evaluation_sha256: str, **settings: Any
 def truncate(text: str, max_chars: int = DESCRIPTION_CHARS) -> str:
     """Returns `text`, cut to `max_chars` characters with an ellipsis if it is longer."""
     return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
+
+
+def has_run(client: MlflowClient, version: ModelVersion) -> bool:
+    """Whether the run of `version` exists, deleted or not."""
+    return version.run_id is not None and _find_run(client, version.run_id) is not None
 
 
 def active_run_id(client: MlflowClient, version: str) -> str:

@@ -26,7 +26,6 @@ from tasks.registry.store import embedded_uri, prepare, sqlite_file, tracking_ur
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion-", "challenger-", "previous-"
 ARTIFACT_TAG = "lilliput.artifact_sha256"
-DVC_TAG = "lilliput.dvc"  # DVC's hash of the version's folder and of each input folder
 _LOCK_TIMEOUT_S = 120.0
 # MLflow's limits per call, and of the value of a param.
 _METRICS_PER_CALL, _PARAMS_PER_CALL, _PARAM_CHARS = 1000, 100, 6000
@@ -34,6 +33,7 @@ _METRICS_PER_CALL, _PARAMS_PER_CALL, _PARAM_CHARS = 1000, 100, 6000
 _MISSING_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 # By default MLflow retries for 4 minutes, and for 16 if a server accepts calls without an answer.
 _HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}  # otherwise a bar for each file of a few bytes
 # Packages whose exceptions mean that the store failed.
 _STORE_PACKAGES = ("mlflow", "sqlalchemy", "requests", "urllib3", "boto3", "botocore")
 _TEMPORARY_CODES = (
@@ -62,7 +62,7 @@ def client() -> MlflowClient:
     A workspace always uses its embedded store, so a rehearsal or a search never moves the project's champions.
     """
     layout.MLRUNS.mkdir(exist_ok=True)
-    for variable, value in _HTTP_LIMITS.items():
+    for variable, value in (_HTTP_LIMITS | _QUIET).items():
         os.environ.setdefault(variable, value)
     address = tracking_uri()
     prepare(address)
@@ -145,14 +145,14 @@ def add_metrics(
 def add_compiled(
     mlflow_client: MlflowClient, version: str, folder: Path, record: Path, answers: Path, metrics: Mapping[str, float]
 ) -> None:
-    """Adds a compiled model of `version`: its answers, metrics on devices, parity record and folder in the project."""
+    """Adds to the run of `version` a compiled model: its answers, metrics on devices and parity record."""
     tag, digest = f"lilliput.compiled.{folder.name}_sha256", file_sha256(folder / MANIFEST)
     add_metrics(mlflow_client, version, record, metrics, answers)
-    if mlflow_client.get_model_version(MODEL, version).tags.get(tag) == digest:
+    run_id = active_run_id(mlflow_client, version)
+    if mlflow_client.get_run(run_id).data.tags.get(tag) == digest:
         return
-    mlflow_client.log_artifact(active_run_id(mlflow_client, version), str(folder / PARITY), f"compiled/{folder.name}")
-    mlflow_client.set_model_version_tag(MODEL, version, f"lilliput.compiled.{folder.name}", str(folder))
-    mlflow_client.set_model_version_tag(MODEL, version, tag, digest)
+    mlflow_client.log_artifact(run_id, str(folder / PARITY), f"compiled/{folder.name}")
+    mlflow_client.set_tag(run_id, tag, digest)
 
 
 @contextmanager
@@ -209,17 +209,6 @@ def move_champion(device: str, version: str | None) -> bool:
     return changed
 
 
-def set_tags(version: str, tags: Mapping[str, str | None]) -> None:
-    """Sets tags of `version` and removes those that are None; writes only differences."""
-    mlflow_client = client()
-    known = mlflow_client.get_model_version(MODEL, version).tags
-    for key, value in tags.items():
-        if value is None and key in known:
-            mlflow_client.delete_model_version_tag(MODEL, version, key)
-        elif value is not None and known.get(key) != value:
-            mlflow_client.set_model_version_tag(MODEL, version, key, value)
-
-
 def forget_devices(devices: Collection[str]) -> None:
     """Removes the aliases of all devices that are not in `devices`."""
     mlflow_client = client()
@@ -236,13 +225,25 @@ def read_artifact(run_id: str, path: str) -> str:
     Raises:
         ArtifactError: the artifact does not exist. Other errors of the store pass through.
     """
-    mlflow_client, folder = client(), path.rpartition("/")[0]
+    if (text := find_artifact(run_id, path)) is None:
+        raise ArtifactError(f"{path} of MLflow's run {run_id} does not exist")
+    return text
+
+
+def find_artifact(run_id: str | None, path: str) -> str | None:
+    """Returns the text of an artifact of a run; None if it or the run does not exist."""
+    if path not in list_artifacts(run_id, path.rpartition("/")[0]):
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        return Path(client().download_artifacts(str(run_id), path, scratch)).read_text(encoding="utf-8")
+
+
+def list_artifacts(run_id: str | None, folder: str) -> list[str]:
+    """Returns the paths of the artifacts in `folder` of a run; empty if it or the run does not exist."""
     try:
-        if not any(artifact.path == path for artifact in mlflow_client.list_artifacts(run_id, folder or None)):
-            raise ArtifactError(f"{path} of MLflow's run {run_id} does not exist")
+        found = client().list_artifacts(run_id, folder or None) if run_id else []
     except MlflowException as error:
         if error.error_code not in _MISSING_CODES:
             raise
-        raise ArtifactError(f"{path} of MLflow's run {run_id} cannot be read: {error}") from None
-    with tempfile.TemporaryDirectory() as scratch:
-        return Path(mlflow_client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
+        return []
+    return [artifact.path for artifact in found]

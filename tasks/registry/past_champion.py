@@ -18,8 +18,8 @@ from lilliput.errors import ArtifactError, DataError
 from lilliput.records import DeviceRecord, Energy, EvaluationRecord
 from tasks import layout
 from tasks.registry import model_versions
+from tasks.registry.version_records import MeasurementConditions, read_version_record
 
-MEASURED_TAG = "lilliput.measured"
 MIB = 2**20
 _TIMED = ("energy_j", "energy_source", "ttft_ms")  # of an answer row
 _DAMAGED = "its evaluation in MLflow is damaged"
@@ -40,17 +40,18 @@ class PastChampion:
     answers: list[dict[str, Any]]
 
 
-def measurement_conditions(params: Params) -> dict[str, Any]:
-    """Returns what must be equal for two evaluations to be comparable: questions, settings, device profiles."""
+def measurement_conditions(params: Params) -> MeasurementConditions:
+    """Returns the conditions under which this folder's evaluations were measured."""
     evaluation = params.evaluation.model_dump(mode="json", exclude={"benchmarks"})
     profiles = {
-        name: [device.threads, device.context_tokens, device.watts_per_core] for name, device in params.devices.items()
+        name: [float(device.threads), float(device.context_tokens), device.watts_per_core]
+        for name, device in params.devices.items()
     }
-    return {
-        "questions": file_sha256(layout.QUESTIONS),
-        "evaluation": hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest(),
-        "profiles": profiles,
-    }
+    return MeasurementConditions(
+        questions=file_sha256(layout.QUESTIONS),
+        evaluation=hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest(),
+        profiles=profiles,
+    )
 
 
 def read_past_champion(params: Params, device: str, version: ModelVersion) -> PastChampion:
@@ -59,12 +60,7 @@ def read_past_champion(params: Params, device: str, version: ModelVersion) -> Pa
     Raises:
         ArtifactError: the evaluation cannot be read, or was made under other conditions; the message says which.
     """
-    then, now = json.loads(version.tags.get(MEASURED_TAG, "{}")), measurement_conditions(params)
-    for key, title in {"questions": "other questions", "evaluation": "other settings under `evaluation`"}.items():
-        if then.get(key) != now[key]:
-            raise ArtifactError(f"it was measured with {title}")
-    if then["profiles"].get(device) != now["profiles"][device]:
-        raise ArtifactError(f"it was measured with another profile of {device}")
+    _require_same_conditions(params, device, version)
     name, target = version.tags["lilliput.candidate"], params.target_of(device)
     assert version.run_id is not None
     read = partial(model_versions.read_artifact, version.run_id)
@@ -84,6 +80,18 @@ def read_past_champion(params: Params, device: str, version: ModelVersion) -> Pa
     return PastChampion(
         record, record_on_device(params, device, record, measured), answers_on_device(compiled, answers)
     )
+
+
+def _require_same_conditions(params: Params, device: str, version: ModelVersion) -> None:
+    then, now = read_version_record(version).measured, measurement_conditions(params)
+    if then is None:
+        raise ArtifactError("its registry record does not say how it was measured")
+    if then.questions != now.questions:
+        raise ArtifactError("it was measured with other questions")
+    if then.evaluation != now.evaluation:
+        raise ArtifactError("it was measured with other settings under `evaluation`")
+    if then.profiles.get(device) != now.profiles[device]:
+        raise ArtifactError(f"it was measured with another profile of {device}")
 
 
 def record_on_device(params: Params, device: str, record: EvaluationRecord, measured: DeviceRecord) -> EvaluationRecord:

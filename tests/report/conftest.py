@@ -112,7 +112,7 @@ def search(svg):
         reference=[TrialRecord(candidate="base", chain="", figures=figures)],
         trials=[found, failed],
     )
-    return SearchRow(record, svg)
+    return SearchRow(record, charts.Chart("The front of the search", svg, "The table above has its numbers."))
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +131,7 @@ def report_html(effects):
     front = charts.trade_offs(
         {name: dict(record) for name, record in RECORDS.items()},
         ["lora", "pocket"],
-        ["accuracy_choice", "size_bytes"],
+        {"accuracy_choice": "max", "size_bytes": "min"},
         ["base"],
         name_all=True,
     )
@@ -161,7 +161,7 @@ def report_html(effects):
             )
         ],
         promotion={"phone-4gb": decision, "board": nobody},
-        costs={f"{step} {name}": cost for name in NAMES for step in ("compress", "evaluate")},
+        costs={f"{step} {name}": cost for name in NAMES for step in ("compress", "evaluate", "compile", "devices")},
         charts={
             "shipped": [charts.shipped([shipped(row, [compiled()]) for row in candidates], "accuracy_choice")],
             "impact": [effects],

@@ -103,7 +103,7 @@ def test_the_page_begins_with_the_result_and_escapes_answers(report_html, rows):
 
 def test_the_chart_names_the_front():
     chart = charts.shipped([shipped(row, []) for row in CANDIDATES], "accuracy_choice")
-    assert chart.words == "On the front: pocket, lora."
+    assert chart.words.startswith("On the front: pocket, lora. Better: ")
     assert all(f">{name}<" in chart.svg for name in ("phone-4gb", "board"))
 
 

@@ -16,7 +16,7 @@ from tests.offload.test_judge import predictable_rows, row
 def record(rows, params):
     judgement = judge_policies(rows, BagOfWords().embed([r["question"] for r in rows]), params, "phone-4gb")
     found = results.offload_record("pocket", **dict(judgement.results))
-    drawn = [charts.offloading(found.policies), charts.offloaded_shares(judgement.curves, found.policies)]
+    drawn = [*charts.offloading(found.policies), *charts.offloaded_shares(judgement.curves, found.policies)]
     return OffloadingRow(found, judgement.curves, drawn)
 
 
@@ -47,10 +47,11 @@ def test_every_policy_has_a_row_estimates_are_marked_and_nothing_is_left_out(par
     names = [name for name, _ in rows]
     assert names[:7] == ["device", "server", "threshold", "learned, before", "learned, after", "random", "oracle"]
     for name, cells in rows[:7]:
-        assert cells.count("~") == 3, name  # latency, joules, battery
+        assert cells.count("~") == 4, name  # two latencies, joules, battery
         assert ("<td>–</td>" in cells) == (name in ("device", "server", "random"))
     assert names[7:] == ["threshold", "learned, before", "learned, after"]
-    assert section.count("<svg") == 2
+    assert section.count("<svg") == 6
+    assert len(re.findall(r'aria-label="server: accuracy [^"]*\[', section)) == 1
 
 
 def test_the_same_figures_draw_the_same_bytes(params):

@@ -44,10 +44,12 @@ def page(search):
 
 
 def test_the_page_shows_the_front_the_base_and_failed_chains():
-    html = page(SearchRow(FOUND, "<svg></svg>"))
+    html = page(SearchRow(FOUND, charts.Chart("The front", "<svg></svg>", "In words.")))
     rows = dict(re.findall(r'<tr><th scope="row">(\S+?)</th>(.*?)</tr>', html))
     assert rows.keys() == {"base", "s-good"}
-    assert "<td>0.800 [0.700,\N{NO-BREAK SPACE}0.900]</td><td>100.0 MiB</td><td>3.25</td>" in rows["s-good"]
+    shown = re.sub("<.*?>", "|", rows["s-good"])
+    assert "||0.800 [0.700,\N{NO-BREAK SPACE}0.900]||||100.0 MiB||||3.25||" in shown
+    assert 'data-low="0.7000000000000001"' in rows["s-good"]  # unrounded
     assert "<td>out of &lt;memory&gt;</td>" in html.replace(' class="prose"', "").replace("\n", "")
     assert "choice accuracy, max" in html
     assert "<svg></svg>" in html
@@ -59,9 +61,19 @@ def test_without_a_search_the_page_has_no_search_section():
 
 def test_the_chart_names_the_front_and_the_base_and_nothing_else():
     points = {"base": figures(0.5, 260), "s-good": figures(0.8, 100), "s-beaten": figures(0.4, 110)}
-    svg = charts.trade_offs(points, ["s-good"], list(OBJECTIVES), ["base"])
+    svg = charts.trade_offs(points, ["s-good"], OBJECTIVES, ["base"])
     assert svg.startswith("<svg")
-    assert svg.count("s-good") == svg.count("base") == len(OBJECTIVES) - 1  # a panel for each objective but the first
-    assert "s-beaten" not in svg
+    names = re.findall(r"<text[^>]*>(base|s-\w+)</text>", svg)
+    assert sorted(names) == ["base", "base", "s-good", "s-good"]  # a panel for each objective but the first
     assert "size (MiB)" in svg
-    assert svg == charts.trade_offs(points, ["s-good"], list(OBJECTIVES), ["base"])
+    assert svg == charts.trade_offs(points, ["s-good"], OBJECTIVES, ["base"])
+
+
+def test_every_point_of_the_chart_has_its_figures_and_an_arrow_shows_where_better_is():
+    points = {"base": figures(0.5, 260), "s-good": figures(0.8, 100), "s-beaten": figures(0.4, 110)}
+    svg = charts.trade_offs(points, ["s-good"], OBJECTIVES | {"size_bytes": "max"}, ["base"])
+    labels = re.findall(r'class="point" role="img" aria-label="([^"]*)"', svg)
+    assert len(labels) == 2 * len(points)
+    assert labels[1].startswith("s-good: choice accuracy 0.800 [0.700,")
+    assert labels[1].endswith("; size 100.0 MiB; on the front")
+    assert re.findall(r">([↖↗↘↙ ]*better[↖↗↘↙ ]*)<", svg) == ["better ↗", "↖ better"]

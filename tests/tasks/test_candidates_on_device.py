@@ -53,7 +53,7 @@ def pool(tiny_params, tmp_path, monkeypatch):
     return CandidatePool(
         params=params,
         versions=dict.fromkeys(checkpoints, "1"),
-        tags={name: {} for name in checkpoints},
+        roles={name: {} for name in checkpoints},
         records={name: evaluation(name, right) for name, right in checkpoints.items()},
         answers={name: answers(right, energy_j=2.0) for name, right in checkpoints.items()},
         base="base",

@@ -13,7 +13,8 @@ from lilliput.artifacts import MANIFEST, Manifest, file_sha256, seal, verify, wr
 from lilliput.errors import ArtifactError, PublishError
 from tasks import layout
 from tasks.publish import prepare, upload
-from tasks.registry import model_versions
+from tasks.registry import get_or_create, model_versions
+from tasks.registry.version_records import CompiledModel, Role, VersionRecord, read_roles, write_version_record
 from tests import results
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def champion(tmp_path, monkeypatch):
     """The champion's version, in a folder with a candidate, its compiled model and the bundle of phone-4gb."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     model, compiled, bundle = layout.model("pocket"), layout.compiled("pocket", "gguf"), layout.BUNDLES / "phone-4gb"
     for folder in (model, compiled, bundle):
         folder.mkdir(parents=True)
@@ -41,11 +43,25 @@ def champion(tmp_path, monkeypatch):
     )
     decision = {"device": "phone-4gb", "champion": "pocket", "reason": "has the best accuracy", "refused": {}}
     write_json(layout.PROMOTION, {"phone-4gb": decision | {"compiled": None}})
-    tags = {"lilliput.candidate": "pocket", "lilliput.compiled.gguf_sha256": file_sha256(compiled / MANIFEST)}
-    version = SimpleNamespace(version=7, tags=tags)
-    monkeypatch.setattr(model_versions, "version_of", lambda alias: version if alias == "champion-phone-4gb" else None)
-    monkeypatch.setattr(model_versions, "set_tags", lambda number, new: tags.update(new))
-    return version
+    return registered_champion({"gguf": file_sha256(compiled / MANIFEST)})
+
+
+def registered_champion(compiled):
+    """Registers a version whose compiled models have these sha256 as champion of phone-4gb; returns its number."""
+    client = model_versions.client()
+    get_or_create.ensure_model(client)
+    run_id = client.create_run(get_or_create.experiment_id(client)).info.run_id
+    forms = {target: CompiledModel(folder="", manifest_sha256=digest) for target, digest in compiled.items()}
+    record = VersionRecord(parent_sha256="", folder="", git_commit=None, dvc={}, compiled=forms, measured=None)
+    write_version_record(run_id, record)
+    tags = {"lilliput.candidate": "pocket"}
+    version = client.create_model_version("lilliput", source="file:///nowhere", run_id=run_id, tags=tags).version
+    model_versions.set_alias("champion-phone-4gb", str(version))
+    return str(version)
+
+
+def published(version):
+    return read_roles(model_versions.client().get_model_version("lilliput", version)).get("phone-4gb", Role()).published
 
 
 @pytest.fixture
@@ -101,7 +117,7 @@ def test_the_uploaded_bundle_has_a_card_and_verifies(champion, tiny_params, hub,
     assert hub.files == {}  # preparing uploads nothing
     address = upload(publication, "org/pocket", "secret", private=True, endpoint=hub.address)
     assert address.endswith("/commit/abc")
-    assert champion.tags["lilliput.published.phone-4gb"] == address
+    assert published(champion) == address
     assert hub.tokens == {"Bearer secret"}
     assert hub.repositories[0]["visibility"] == "private"
     downloaded = tmp_path / "downloaded"
@@ -130,7 +146,7 @@ def test_an_altered_bundle_is_not_published(champion, tiny_params):
 
 
 def test_a_bundle_of_another_model_than_the_champion_is_not_published(champion, tiny_params):
-    champion.tags["lilliput.compiled.gguf_sha256"] = "0" * 64
+    registered_champion({"gguf": "0" * 64})
     with pytest.raises(PublishError, match="not the champion"):
         prepare(tiny_params, "phone-4gb")
     with pytest.raises(PublishError, match="no champion"):
@@ -143,4 +159,4 @@ def test_a_refusal_by_the_hub_is_reported(champion, tiny_params, hub):
         upload(prepare(tiny_params, "phone-4gb"), "org/pocket", "secret", private=True, endpoint=hub.address)
     with pytest.raises(PublishError, match="org/pocket"):
         upload(prepare(tiny_params, "phone-4gb"), "org/pocket", "secret", private=True, endpoint="http://127.0.0.1:9")
-    assert "lilliput.published.phone-4gb" not in champion.tags
+    assert published(champion) is None

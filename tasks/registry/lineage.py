@@ -1,4 +1,4 @@
-"""The origin of a result as tags: the git commit and DVC's hashes."""
+"""The origin of a result: the git commit and DVC's hashes."""
 
 from __future__ import annotations
 
