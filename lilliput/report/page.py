@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from lilliput.records import CachingRecord, Cost, Decision
 from lilliput.report.charts import label
-from lilliput.report.figures import estimate, figure, short
+from lilliput.report.figures import estimate, figure, short, uncertain
 from lilliput.report.first_screen import AnsweredRow, headline, promotion_matrix
 from lilliput.report.impact import caching_impacts, impacts, metrics_for
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
@@ -60,6 +60,7 @@ def render(
     environment.filters["figure"] = figure
     environment.filters["label"] = label
     environment.filters["short"] = short
+    environment.filters["uncertain"] = uncertain
     metrics = metrics_for(row.record for row in candidates)
     return environment.get_template("page.html.jinja").render(
         candidates=candidates,
