@@ -53,7 +53,7 @@ def measure_divergence(
     Raises:
         ArtifactError: a model does not open or crashes, has NaN or another vocabulary, or the disk is full.
     """
-    texts = list(_texts(tokenizer, questions, params))
+    texts = list(held_out_answers(tokenizer, questions, params))
     if not texts:
         return {}
     prompts, answers = zip(*texts, strict=True)
@@ -68,7 +68,7 @@ def measure_divergence(
         }
 
 
-def _texts(tokenizer: Any, questions: Sequence[Row], params: Params) -> Iterable[tuple[Ids, Ids]]:
+def held_out_answers(tokenizer: Any, questions: Sequence[Row], params: Params) -> Iterable[tuple[Ids, Ids]]:
     """Yields prompts with the tokens of their answers, in a seeded order, until there are enough tokens."""
     answered = [row for row in questions if row.answerable and row.answer_text]
     random.Random(params.evaluation.seed).shuffle(answered)
