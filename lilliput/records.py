@@ -63,6 +63,13 @@ class Difference(Figure):
     verdict: Verdict
 
 
+class Uncertain(Record):
+    """A value ± one standard error, as llama.cpp prints both; the error is None if there are too few observations."""
+
+    value: float
+    error: float | None
+
+
 class Quantiles(Record):
     """Median and 90th percentile of `n` values; None without values."""
 
@@ -218,6 +225,26 @@ class ParityRecord(ChoiceAgreement, Agreement, _Compiled):
     limits: dict[str, int | float]
 
 
+class Divergence(Record):
+    """How far a compiled model's next-token distributions are from those of the candidate `reference`.
+
+    Attributes:
+        tokens: number of predicted tokens.
+        kl_mean_nats: KL divergence from the reference; `kl_p99_nats` and `kl_p999_nats` are percentiles 99 and 99.9.
+        same_top: share of tokens for which both have the same likeliest one.
+        rms_delta_p: root mean square of the difference in probability of the text's token.
+    """
+
+    reference: str
+    tokens: int
+    kl_mean_nats: Uncertain
+    kl_median_nats: Uncertain
+    kl_p99_nats: Uncertain
+    kl_p999_nats: Uncertain
+    same_top: Uncertain
+    rms_delta_p: Uncertain
+
+
 class DeviceRun(Record):
     """A run with the threads and the memory of a device; without measurements if it did not fit the memory."""
 
@@ -244,6 +271,9 @@ class DeviceRecord(_Compiled):
         emulated: what of a device is emulated, and what is not.
         quality: of its answers, through its own runtime; None in a record of an older version.
         benchmarks: by task, a figure per metric, `seconds` and `items_per_s`.
+        from_checkpoint: divergence from the checkpoint that was compiled; None without answers to compare, or in a
+            record of an older version.
+        from_float_parent: divergence from the nearest ancestor with float weights, which may be the checkpoint itself.
     """
 
     sha256: str
@@ -251,6 +281,8 @@ class DeviceRecord(_Compiled):
     emulated: str
     devices: dict[str, DeviceRun]
     quality: Quality | None = None
+    from_checkpoint: Divergence | None = None
+    from_float_parent: Divergence | None = None
     benchmarks: dict[str, dict[str, Figure | float]] = Field(default_factory=dict)
     seconds: float
     cpu_seconds: float

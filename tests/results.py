@@ -6,6 +6,7 @@ from lilliput.records import (
     DeviceRecord,
     DeviceRun,
     Difference,
+    Divergence,
     Energy,
     EstimatedLatency,
     EvaluationRecord,
@@ -16,6 +17,7 @@ from lilliput.records import (
     Quality,
     Quantiles,
     ToolCallFigures,
+    Uncertain,
 )
 from lilliput.report.rows import CandidateRow
 
@@ -98,6 +100,19 @@ def device_record(devices, **fields):
     head = {"candidate": "pocket", "target": "gguf", "sha256": "a" * 64, "size_bytes": 2**26, "emulated": "threads"}
     cost = {"seconds": 1.0, "cpu_seconds": 2.0, "peak_rss_bytes": 3}
     return DeviceRecord(**head | {"devices": devices} | cost | fields)
+
+
+def divergence(reference="base", mean=0.0175, same_top=0.97):
+    tail = {"kl_p99_nats": Uncertain(value=0.2, error=0.03), "kl_p999_nats": Uncertain(value=0.8, error=None)}
+    return Divergence(
+        reference=reference,
+        tokens=1024,
+        kl_mean_nats=Uncertain(value=mean, error=0.0008),
+        kl_median_nats=Uncertain(value=mean / 4, error=0.0002),
+        same_top=Uncertain(value=same_top, error=0.005),
+        rms_delta_p=Uncertain(value=0.03, error=0.002),
+        **tail,
+    )
 
 
 def policy(accuracy=0.5, hallucination=0.5, energy_j=0.5, p50=10.0, p90=20.0):

@@ -230,7 +230,14 @@ def _devices_s(name: str, model: Model) -> float:
     read = evaluation.timed_queries * model.text.rest * 2 * _layers_of(shape) / _LLAMA_FLOPS
     flops = _LLAMA_FLOPS * min(model.cores, CORES_LIMIT)
     answers = 2 * _evaluated_tokens(model) * _layers_of(shape) / flops
-    return answers + read + written * compiled_bytes(form, model) / _READ_BYTES
+    divergence = _divergence_tokens(model) * 2 * _layers_of(shape) * (1 / flops + 2 / model.flops)  # two references
+    return answers + read + written * compiled_bytes(form, model) / _READ_BYTES + divergence
+
+
+def _divergence_tokens(model: Model) -> float:
+    """Returns the tokens of questions and answers whose distributions are compared, without what prompts share."""
+    answers = model.params.parity.divergence_tokens / model.text.mean_answer
+    return answers * model.text.mean_rest
 
 
 def _offload_s(name: str, model: Model) -> float:

@@ -65,6 +65,7 @@ class ParityConfig(Section):
         mean_difference_nats: maximum difference of the mean log-likelihood of a token.
         threads: CPU threads of the compiled model's runtime.
         deadline_s: time limit of that runtime, which is then stopped.
+        divergence_tokens: number of answer tokens for which the stage `devices` compares whole distributions.
     """
 
     tokens: Annotated[int, Field(ge=32, le=LARGEST_INT)] = 256
@@ -75,6 +76,7 @@ class ParityConfig(Section):
     mean_difference_nats: PositiveFloat = 0.05
     threads: Positive = 1
     deadline_s: PositiveFloat = 300.0
+    divergence_tokens: Positive = 1024
 
 
 class DeviceConfig(Section):

@@ -47,6 +47,16 @@ class CompiledRuntime:
         tokens = sum(map(len, prompts)) + len(prompts) * max_tokens
         return self._run(longest, tokens, answer=[list(prompt) for prompt in prompts], max_tokens=max_tokens).generated
 
+    def write_logits(self, prompts: Sequence[Ids], continuations: Sequence[Ids], file: Path) -> None:
+        """Writes the logits that predict the continuations to `file`, see `DeviceJob.logits_file`.
+
+        Raises:
+            ArtifactError: the runtime does not open the model, crashes or hangs.
+        """
+        pairs = [(list(prompt), list(ids)) for prompt, ids in zip(prompts, continuations, strict=True)]
+        lengths = [len(prompt) + len(ids) for prompt, ids in pairs]
+        self._run(max(lengths), sum(lengths), logits=pairs, logits_file=str(file))
+
     def _run(self, context_tokens: int, tokens: int, **work: Any) -> DeviceOutcome:
         job = DeviceJob(self._target, str(self._folder), self._threads, context_tokens + 8, **work)
         outcome = run_on_device(job, memory_bytes=None, deadline_s=_START_S + _SLOWEST_TOKEN_S * tokens)

@@ -18,11 +18,13 @@ from lilliput.artifacts import Manifest
 from lilliput.config import DeviceConfig, EvaluationConfig, Params
 from lilliput.data.rows import Row
 from lilliput.devices.answers import CompiledRuntime
+from lilliput.devices.divergence import measure_divergence
 from lilliput.devices.runs import DeviceJob, DeviceOutcome, TimedAnswer, run_on_device
 from lilliput.evaluate.accessibility import FEWEST_QUERIES, MIB, quantiles
 from lilliput.evaluate.quality import ask, encode_prompts, new_rows, stratified_sample
 from lilliput.public_benchmarks.run import answer_rows, run_benchmarks
 from lilliput.records import DeviceRecord, DeviceRun, Energy
+from lilliput.resident import peak_rss_bytes
 from lilliput.statistics import intervals
 
 _SLOWEST_TOKEN_S = 1.0
@@ -41,6 +43,7 @@ def measure_on_devices(
     target: str,
     folder: Path,
     checkpoint: Path,
+    float_parent: tuple[str, Path],
     questions: Sequence[Row],
     params: Params,
     manifest: Manifest,
@@ -57,7 +60,8 @@ def measure_on_devices(
         candidate: its name.
         target: the compile target (a module of lilliput/compile).
         folder: folder of the compiled model.
-        checkpoint: the checkpoint whose tokenizer encodes the questions.
+        checkpoint: the checkpoint that was compiled; its tokenizer encodes the questions.
+        float_parent: name and folder of its nearest ancestor with float weights; its own if it has float weights.
         questions: the question set; `evaluation.timed_queries` of them are timed on each device.
         params: all of params.yaml.
         manifest: manifest of the compiled model.
@@ -79,6 +83,10 @@ def measure_on_devices(
     prompts = encode_prompts(tokenizer, params, drawn)
     devices = {name: device for name, device in params.devices.items() if device.target == target}
     outcomes = {name: _answer_on_device(target, folder, prompts, device, config) for name, device in devices.items()}
+    cpu_before = time.process_time()
+    references = {candidate: checkpoint, float_parent[0]: float_parent[1]}
+    divergences = measure_divergence(runtime, references, tokenizer, questions, params)
+    own_cpu_s = time.process_time() - cpu_before
     record = DeviceRecord(
         candidate=candidate,
         target=target,
@@ -90,9 +98,13 @@ def measure_on_devices(
         },
         quality=quality,
         benchmarks={name: benchmark.record for name, benchmark in benchmarks.items()},
+        from_checkpoint=divergences.get(candidate),
+        from_float_parent=divergences.get(float_parent[0]),
         seconds=time.perf_counter() - started,
-        cpu_seconds=runtime.cpu_s + sum(outcome.cpu_s for outcome in outcomes.values()),
-        peak_rss_bytes=max(runtime.peak_rss_bytes, *(outcome.peak_rss_bytes for outcome in outcomes.values()), 0),
+        cpu_seconds=own_cpu_s + runtime.cpu_s + sum(outcome.cpu_s for outcome in outcomes.values()),
+        peak_rss_bytes=max(
+            peak_rss_bytes(), runtime.peak_rss_bytes, *(outcome.peak_rss_bytes for outcome in outcomes.values())
+        ),
     )
     return Measurement(record, [*(rows[identity] for identity in sorted(rows)), *answer_rows(benchmarks)])
 

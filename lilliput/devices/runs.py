@@ -42,6 +42,8 @@ class DeviceJob:
         predict: token ids of a text; every token from `predict_from` on is predicted.
         predict_from: index of the first predicted token.
         score: (prompt, continuations) pairs; the likelihood of each continuation is computed.
+        logits: (prompt, continuation) pairs; the logits that predict each continuation are written to `logits_file`.
+        logits_file: a file in numpy's format, float32 of shape (tokens of all continuations in order, vocabulary).
         chats: conversations, each with `messages` and `tools`, to encode with the target's chat server (gguf only).
         texts: texts to encode with the target's own tokenizer (gguf only).
         prompts: prompts to answer one by one, timed.
@@ -58,6 +60,8 @@ class DeviceJob:
     predict: list[int] = field(default_factory=list)
     predict_from: int = 1
     score: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
+    logits: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    logits_file: str = ""
     chats: list[dict[str, list[dict[str, Any]]]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
@@ -183,6 +187,8 @@ def _run_job(job: DeviceJob) -> dict[str, Any]:
     runtime = open_compiled(job.target, Path(job.folder), job.threads, job.context_tokens)
     load_s = time.perf_counter() - started
     answers = _time_answers(runtime, job) if job.prompts else []
+    if job.logits:
+        _write_logits(runtime, job)
     return {
         "load_s": load_s,
         "empty_rss_bytes": empty_rss_bytes,
@@ -196,6 +202,24 @@ def _run_job(job: DeviceJob) -> dict[str, Any]:
         "peak_rss_bytes": peak_rss_bytes(),
         "cpu_s": time.process_time(),
     }
+
+
+def _write_logits(runtime: Any, job: DeviceJob) -> None:
+    """Writes each prompt's logits to its place in `job.logits_file`, so that only those of one batch are in memory."""
+    import numpy as np  # not needed for timed answers, whose memory is measured
+
+    prompts, continuations = zip(*job.logits, strict=True)
+    ends = np.cumsum([len(ids) for ids in continuations])
+    opened: list[Any] = []  # its shape is known from the first logits on
+
+    def receive(row: int, logits: Any) -> None:
+        if not opened:
+            shape = (int(ends[-1]), logits.shape[1])
+            opened.append(np.lib.format.open_memmap(job.logits_file, mode="w+", dtype=np.float32, shape=shape))
+        opened[0][ends[row] - len(logits) : ends[row]] = logits
+
+    runtime.logits(prompts, continuations, receive)
+    opened[0].flush()
 
 
 def _time_answers(runtime: Any, job: DeviceJob) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lilliput.records import Energy, Figure, Result, number_of
+from lilliput.records import Energy, Figure, Result, Uncertain, number_of
 
 
 def figure(value: Result, metric: str) -> str:
@@ -23,6 +23,11 @@ def estimate(value: Figure | None, digits: int = 3) -> str:
         return "unavailable"
     numbers = [f"{number:.{digits}f}" for number in (value.value, value.low, value.high)]
     return f"{mark(value)}{numbers[0]} [{numbers[1]},\N{NO-BREAK SPACE}{numbers[2]}]"
+
+
+def uncertain(value: Uncertain) -> str:
+    """Returns `value ± one standard error`, or only the value if there is no error."""
+    return f"{value.value:.3g}" if value.error is None else f"{value.value:.3g} ± {value.error:.2g}"
 
 
 def short(value: float | None) -> str:

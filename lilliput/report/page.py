@@ -14,7 +14,7 @@ from markupsafe import Markup
 from lilliput.records import CachingRecord, Cost, Decision
 from lilliput.report.cells import estimate_cell, figure_cell, interval_cell, number_cell
 from lilliput.report.charts import label
-from lilliput.report.figures import short
+from lilliput.report.figures import short, uncertain
 from lilliput.report.first_screen import AnsweredRow, headline, promotion_matrix
 from lilliput.report.impact import caching_impacts, impacts, metrics_for
 from lilliput.report.rows import CandidateRow, Chart, CompiledRow, DifferenceRow, LossRow, OffloadingRow, SearchRow
@@ -66,6 +66,7 @@ def render(
         "number": number_cell,
         "label": label,
         "short": short,
+        "uncertain": uncertain,
     }
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     metrics = metrics_for(row.record for row in candidates)

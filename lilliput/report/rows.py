@@ -9,6 +9,7 @@ from lilliput.records import (
     Curves,
     DeviceRecord,
     Difference,
+    Divergence,
     EvaluationRecord,
     OffloadRecord,
     ParityRecord,
@@ -98,6 +99,12 @@ class CompiledRow:
     types: str
     checkpoint: Quality
     differences: Mapping[str, Difference]
+
+    @property
+    def divergences(self) -> Mapping[str, Divergence]:
+        """Divergence by kind of reference; empty in a record of an older version."""
+        found = {"float parent": self.record.from_float_parent, "checkpoint": self.record.from_checkpoint}
+        return {kind: divergence for kind, divergence in found.items() if divergence}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lilliput.runtime.llama_library import BATCH_TOKENS, LlamaContext, LlamaModel, Token
 from lilliput.runtime.packed import Pack, group_into_packs, shared_length
-from lilliput.runtime.protocol import Ids
+from lilliput.runtime.protocol import Ids, Receive
 
 _ANSWERS = 16  # at a time
 _CELLS = 2048  # tokens of the prompts that are answered together, after the shared prefix; a longer one is alone
@@ -20,20 +20,22 @@ def score(
     model: LlamaModel, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], threads: int
 ) -> list[list[float]]:
     """Returns the log-likelihood in nats of each continuation given its prompt, summed over its tokens."""
-    shared = shared_length(prompts)
-    groups = group_into_packs(prompts, continuations, shared, BATCH_TOKENS)
-    packs = [Pack.of(rows, prompts, continuations, shared) for rows in groups]
-    most = max((len(pack.ids) for pack in packs), default=0)
-    sequences = max((pack.continuations for pack in packs), default=1)
     scores: list[list[float]] = [[] for _ in prompts]
-    with _context(model, shared + most, sequences, threads) as context:
-        _compute_prefix(context, prompts, shared, sequences)
-        for rows, pack in zip(groups, packs, strict=True):
-            values = iter(_score_pack(context, pack))
-            for row in rows:
-                scores[row] = [next(values) for _ in continuations[row]]
-            context.forget(shared)
+    for rows, pack, logits in _computed_packs(model, prompts, continuations, threads):
+        values = iter(_pack_scores(pack, logits))
+        for row in rows:
+            scores[row] = [next(values) for _ in continuations[row]]
     return scores
+
+
+def logits(
+    model: LlamaModel, prompts: Sequence[Ids], continuations: Sequence[Ids], threads: int, receive: Receive
+) -> None:
+    """Calls `receive` once for each prompt, in any order, with the logits that predict its continuation."""
+    for rows, pack, values in _computed_packs(model, prompts, [[ids] for ids in continuations], threads):
+        places = iter(pack.places)
+        for row in rows:
+            receive(row, np.stack([values[next(places)] for _ in continuations[row]]))
 
 
 def generate(model: LlamaModel, prompts: Sequence[Ids], max_tokens: int, threads: int) -> list[str]:
@@ -52,6 +54,22 @@ def generate(model: LlamaModel, prompts: Sequence[Ids], max_tokens: int, threads
     return texts
 
 
+def _computed_packs(
+    model: LlamaModel, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]], threads: int
+) -> Iterator[tuple[list[int], Pack, dict[int, np.ndarray]]]:
+    """Yields numbers of prompts, their pack, and the logits at its predicting places, until all prompts are done."""
+    shared = shared_length(prompts)
+    groups = group_into_packs(prompts, continuations, shared, BATCH_TOKENS)
+    packs = [Pack.of(rows, prompts, continuations, shared) for rows in groups]
+    most = max((len(pack.ids) for pack in packs), default=0)
+    sequences = max((pack.continuations for pack in packs), default=1)
+    with _context(model, shared + most, sequences, threads) as context:
+        _compute_prefix(context, prompts, shared, sequences)
+        for rows, pack in zip(groups, packs, strict=True):
+            yield rows, pack, _pack_logits(context, pack)
+            context.forget(shared)
+
+
 @contextmanager
 def _context(model: LlamaModel, cells: int, sequences: int, threads: int) -> Iterator[LlamaContext]:
     context = model.context(cells, sequences, threads)
@@ -67,8 +85,8 @@ def _compute_prefix(context: LlamaContext, prompts: Sequence[Ids], shared: int, 
     context.compute([Token(token, position, all_sequences) for position, token in enumerate(prefix)])
 
 
-def _score_pack(context: LlamaContext, pack: Pack) -> list[float]:
-    """Returns the summed log-likelihood of each continuation of `pack`, each of which is a sequence."""
+def _pack_logits(context: LlamaContext, pack: Pack) -> dict[int, np.ndarray]:
+    """Returns the logits at each predicting place of `pack`; each continuation is a sequence."""
     sequences: list[list[int]] = [[] for _ in pack.ids]
     last = dict(zip(pack.owners, pack.places, strict=True))
     for sequence, place in last.items():
@@ -80,7 +98,11 @@ def _score_pack(context: LlamaContext, pack: Pack) -> list[float]:
         Token(identity, position, of, place in predicting)
         for place, (identity, position, of) in enumerate(zip(pack.ids, pack.positions, sequences, strict=True))
     ]
-    logits = dict(zip(sorted(predicting), context.compute(tokens), strict=True))
+    return dict(zip(sorted(predicting), context.compute(tokens), strict=True))
+
+
+def _pack_scores(pack: Pack, logits: dict[int, np.ndarray]) -> list[float]:
+    """Returns the summed log-likelihood of each continuation of `pack`."""
     scores = [0.0] * pack.continuations
     totals = {place: _log_sum_exp(values) for place, values in logits.items()}
     for place, target, owner in zip(pack.places, pack.targets, pack.owners, strict=True):

@@ -17,7 +17,7 @@ import xllamacpp
 
 from lilliput.errors import ArtifactError
 from lilliput.runtime.loopback import require_key
-from lilliput.runtime.protocol import Ids
+from lilliput.runtime.protocol import Ids, Receive
 
 if TYPE_CHECKING:
     from lilliput.runtime.llama_library import LlamaModel
@@ -89,6 +89,13 @@ class LlamaCppRuntime:
 
         with self._opened_for_batches() as model:
             return llama_batches.score(model, prompts, continuations, self._threads)
+
+    def logits(self, prompts: Sequence[Ids], continuations: Sequence[Ids], receive: Receive) -> None:
+        """Calls `receive` once for each prompt, in any order, with the logits that predict its continuation."""
+        from lilliput.runtime import llama_batches
+
+        with self._opened_for_batches() as model:
+            llama_batches.logits(model, prompts, continuations, self._threads, receive)
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Returns greedy answers of at most `max_tokens` tokens, without the end token."""

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime_genai
 
 from lilliput.errors import ArtifactError
-from lilliput.runtime.protocol import Ids, ScoresByPrediction
+from lilliput.runtime.protocol import Ids, Receive, ScoresByPrediction
 
 genai: Any = onnxruntime_genai  # a compiled module without types
 
@@ -53,14 +53,15 @@ class OnnxRuntime(ScoresByPrediction):
 
     def predictions(self, ids: Ids, start: int) -> Iterator[tuple[float, int]]:
         """Yields (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
-        self._feed(ids[:start])
-        logits = [self._generator.get_output("logits")[0, -1:]]
-        if len(ids) > start + 1:
-            self._append(ids[start:-1])
-            logits.append(self._generator.get_output("logits")[0])
-        for row, token in zip(np.concatenate(logits).astype(np.float64), ids[start:], strict=True):
+        rows: Any = self._logits(ids, start).astype(np.float64)
+        for row, token in zip(rows, ids[start:], strict=True):
             highest = row.max()
             yield float(row[token] - highest - np.log(np.exp(row - highest).sum())), int(row.argmax())
+
+    def logits(self, prompts: Sequence[Ids], continuations: Sequence[Ids], receive: Receive) -> None:
+        """Calls `receive` once for each prompt, in any order, with the logits that predict its continuation."""
+        for row, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
+            receive(row, self._logits([*prompt, *ids], len(prompt)).astype(np.float32))
 
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
         """Returns greedy answers of at most `max_tokens` tokens, without the end token."""
@@ -76,6 +77,15 @@ class OnnxRuntime(ScoresByPrediction):
             yield token
             if self._generator.is_done():
                 return
+
+    def _logits(self, ids: Ids, start: int) -> np.ndarray:
+        """Returns the logits that predict the tokens of `ids` from `start` on, shape (tokens, vocabulary)."""
+        self._feed(ids[:start])
+        logits = [self._generator.get_output("logits")[0, -1:]]
+        if len(ids) > start + 1:
+            self._append(ids[start:-1])
+            logits.append(self._generator.get_output("logits")[0])
+        return np.concatenate(logits)
 
     def _text(self, ids: list[int]) -> str:
         """Returns the text of an answer; removes the end token, which decoding keeps unless it is marked as special."""

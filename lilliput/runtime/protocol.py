@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Ids = Sequence[int]
+Receive = Callable[[int, "np.ndarray"], None]
+"""Takes the number of a prompt, and logits (float32, shape (tokens of its continuation, vocabulary))."""
 
 
 class ScoresByPrediction:
@@ -42,6 +47,10 @@ class Runtime(AnsweringRuntime, Protocol):
 
     def predictions(self, ids: Ids, start: int) -> Iterable[tuple[float, int]]:
         """Returns (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
+        ...
+
+    def logits(self, prompts: Sequence[Ids], continuations: Sequence[Ids], receive: Receive) -> None:
+        """Calls `receive` once for each prompt, in any order, with the logits that predict its continuation."""
         ...
 
     def stream(self, prompt: Ids, max_tokens: int) -> Iterator[int]:

@@ -18,7 +18,7 @@ from lilliput.memory import Shape, answering_bytes, scoring_bytes
 from lilliput.resident import free_bytes
 from lilliput.runtime.experts import ONE_BY_ONE
 from lilliput.runtime.packed import Pack, group_into_packs, shared_length
-from lilliput.runtime.protocol import Ids, ScoresByPrediction
+from lilliput.runtime.protocol import Ids, Receive, ScoresByPrediction
 
 PACKED_TOKENS = 6  # per prompt of a batch
 
@@ -81,23 +81,34 @@ class TorchRuntime(ScoresByPrediction):
         pairs = zip(prompts, continuations, strict=True)
         if not self._sees_whole(max((len(prompt) + len(ids) for prompt, row in pairs for ids in row), default=0)):
             return super().score(prompts, continuations)
-        shared = shared_length(prompts)
-        prefix = self._run(prompts[0][:shared] if shared else ())
         scores: list[list[float]] = [[] for _ in prompts]
 
-        def score_rows(rows: list[int]) -> None:
-            pack = Pack.of(rows, prompts, continuations, shared)
-            values = iter(self._score_pack(pack, prefix).tolist())
+        def score_rows(rows: list[int], pack: Pack, logits: torch.Tensor, index: torch.Tensor) -> None:
+            values = iter(_pack_scores(pack, logits, index).tolist())
             for row in rows:
                 scores[row] = [next(values) for _ in continuations[row]]
 
-        def needed_bytes(rows: list[int], shape: Shape) -> int:
-            pack = Pack.of(rows, prompts, continuations, shared)
-            return scoring_bytes(shape, shared, len(pack.ids), len(pack.targets))
-
-        parts = group_into_packs(prompts, continuations, shared, PACKED_TOKENS * self.batch_size)
-        self._run_parts(parts, needed_bytes, score_rows, "score")
+        self._run_packs(prompts, continuations, score_rows)
         return scores
+
+    @torch.inference_mode()
+    def logits(self, prompts: Sequence[Ids], continuations: Sequence[Ids], receive: Receive) -> None:
+        """Calls `receive` once for each prompt, in any order, with the logits that predict its continuation.
+
+        Raises:
+            ArtifactError: a logit is NaN or infinite.
+        """
+        pairs = list(zip(prompts, continuations, strict=True))
+        if not self._sees_whole(max((len(prompt) + len(ids) for prompt, ids in pairs), default=0)):
+            for row, (prompt, ids) in enumerate(pairs):
+                receive(row, self._logits([*prompt, *ids], len(prompt)).cpu().numpy())
+            return
+
+        def give(rows: list[int], pack: Pack, logits: torch.Tensor, index: torch.Tensor) -> None:
+            for row, places in zip(rows, index.split([len(continuations[row]) for row in rows]), strict=True):
+                receive(row, logits[places].cpu().numpy())
+
+        self._run_packs(prompts, [[ids] for ids in continuations], give)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Ids], max_tokens: int) -> list[str]:
@@ -144,10 +155,15 @@ class TorchRuntime(ScoresByPrediction):
     @torch.inference_mode()
     def predictions(self, ids: Ids, start: int) -> list[tuple[float, int]]:
         """Returns (log-likelihood given the tokens before, likeliest token) for each token of `ids` from `start` on."""
-        logits = self.model(input_ids=torch.tensor([list(ids[:-1])], device=self.device)).logits[0, start - 1 :]
-        likelihoods = self._checked(logits).float().log_softmax(-1)
+        likelihoods = self._logits(ids, start).log_softmax(-1)
         chosen = likelihoods.gather(-1, torch.tensor(ids[start:], device=self.device)[:, None])[:, 0]
         return list(zip(chosen.tolist(), likelihoods.argmax(-1).tolist(), strict=True))
+
+    def _logits(self, ids: Ids, start: int) -> torch.Tensor:
+        """Returns the logits that predict the tokens of `ids` from `start` on, float32 of (tokens, vocabulary)."""
+        return self._checked(
+            self.model(input_ids=torch.tensor([list(ids[:-1])], device=self.device)).logits[0, start - 1 :]
+        )
 
     @torch.inference_mode()
     def _cached_prefix(self, prompt: Ids) -> tuple[DynamicCache, int]:
@@ -167,6 +183,27 @@ class TorchRuntime(ScoresByPrediction):
             batch = torch.tensor([list(ids)], device=self.device)
             self.model(input_ids=batch, past_key_values=cache, logits_to_keep=1)
         return cache
+
+    def _run_packs(
+        self,
+        prompts: Sequence[Ids],
+        continuations: Sequence[Sequence[Ids]],
+        receive: Callable[[list[int], Pack, torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        """Calls `receive` for each pack: with numbers of prompts, the pack, and what `_pack_logits` returns for it."""
+        shared = shared_length(prompts)
+        prefix = self._run(prompts[0][:shared] if shared else ())
+
+        def run(rows: list[int]) -> None:
+            pack = Pack.of(rows, prompts, continuations, shared)
+            receive(rows, pack, *self._pack_logits(pack, prefix))
+
+        def needed_bytes(rows: list[int], shape: Shape) -> int:
+            pack = Pack.of(rows, prompts, continuations, shared)
+            return scoring_bytes(shape, shared, len(pack.ids), len(pack.targets))
+
+        parts = group_into_packs(prompts, continuations, shared, PACKED_TOKENS * self.batch_size)
+        self._run_parts(parts, needed_bytes, run, "score")
 
     def _run_parts(
         self,
@@ -214,11 +251,10 @@ class TorchRuntime(ScoresByPrediction):
         )
         return _Prefilled(cache, mask, self._checked(output.logits[:, -1]))
 
-    def _score_pack(self, pack: Pack, prefix: DynamicCache) -> torch.Tensor:
-        """Returns summed log-likelihoods, float32 of shape (continuations,)."""
-        ids, positions, places, targets, owners = (
-            torch.tensor(values, device=self.device)
-            for values in (pack.ids, pack.positions, pack.places, pack.targets, pack.owners)
+    def _pack_logits(self, pack: Pack, prefix: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns logits, float32 of shape (predicting places, vocabulary), and the row in them of each target."""
+        ids, positions, places = (
+            torch.tensor(values, device=self.device) for values in (pack.ids, pack.positions, pack.places)
         )
         hidden = self.model.model(
             input_ids=ids[None],
@@ -229,9 +265,7 @@ class TorchRuntime(ScoresByPrediction):
         ).last_hidden_state[0]
         # The projection to the vocabulary is a fifth of the work, so it runs once for each place that is needed.
         predicting, index = places.unique(return_inverse=True)
-        logits = self._checked(vocabulary_logits(self.model, hidden[predicting]))
-        likelihoods = logits[index, targets] - logits.logsumexp(-1)[index]
-        return likelihoods.new_zeros(pack.continuations).index_add(0, owners, likelihoods)
+        return self._checked(vocabulary_logits(self.model, hidden[predicting])), index
 
     def _sees_whole(self, tokens: int) -> bool:
         """Whether every layer sees a whole text of `tokens` tokens."""
@@ -274,6 +308,13 @@ class TorchRuntime(ScoresByPrediction):
                 "lower the learning rate of its training or quantise it less"
             )
         return logits.float()
+
+
+def _pack_scores(pack: Pack, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Returns the summed log-likelihoods of a pack, float32 of shape (continuations,); see `_pack_logits`."""
+    targets, owners = (torch.tensor(values, device=logits.device) for values in (pack.targets, pack.owners))
+    likelihoods = logits[index, targets] - logits.logsumexp(-1)[index]
+    return likelihoods.new_zeros(pack.continuations).index_add(0, owners, likelihoods)
 
 
 def _halves(rows: list[int]) -> list[list[int]]:

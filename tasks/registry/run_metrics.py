@@ -60,10 +60,12 @@ def curve_metrics(manifest: Manifest, curves: Curves) -> dict[str, Sequence[tupl
 
 
 def device_metrics(target: str, record: DeviceRecord) -> dict[str, float]:
-    """Returns the metrics of a compiled model on each device."""
+    """Returns the metrics of a compiled model: of its answers, its divergence, and its run on each device."""
     runs = {device: run.model_dump(include=ON_DEVICE) for device, run in record.devices.items()}
     quality = record.quality.model_dump(include=set(QUALITY)) if record.quality else {}
-    return _flatten(runs | quality, f"{target}/")
+    found = {"from_checkpoint": record.from_checkpoint, "from_float_parent": record.from_float_parent}
+    divergences = {name: of.model_dump(exclude={"reference", "tokens"}) for name, of in found.items() if of}
+    return _flatten(runs | quality | divergences, f"{target}/")
 
 
 def caching_metrics(record: CachingRecord) -> dict[str, float]:

@@ -41,6 +41,7 @@ def measured(checkpoint, questions, tiny_params, tmp_path_factory):
         "gguf",
         folder,
         checkpoint,
+        ("small", checkpoint),
         questions,
         tiny_params,
         read_manifest(folder),
@@ -88,3 +89,10 @@ def test_the_record_has_the_cost_of_answering(measured):
     assert measured.record.devices
     assert measured.record.cpu_seconds > 0
     assert measured.record.peak_rss_bytes > max(run.peak_rss_bytes for run in measured.record.devices.values()) // 2
+
+
+def test_the_record_has_its_divergence_from_checkpoint_and_float_parent(measured):
+    record = measured.record
+    assert record.from_checkpoint == record.from_float_parent  # a float checkpoint is its own
+    assert record.from_checkpoint.reference == "small"
+    assert record.from_checkpoint.kl_mean_nats.value < 1e-3

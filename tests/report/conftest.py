@@ -91,7 +91,12 @@ def compiled():
     )
     quality = results.quality(accuracy_choice=results.figure(0.73, 0.04))
     return CompiledRow(
-        results.device_record(devices, quality=quality),
+        results.device_record(
+            devices,
+            quality=quality,
+            from_checkpoint=results.divergence("pocket", 0.0021),
+            from_float_parent=results.divergence("distilled", 0.0175),
+        ),
         parity,
         "53 F32, 182 Q4_0, 1 Q8_0",
         checkpoint=results.quality(accuracy_choice=results.figure(0.735, 0.04)),

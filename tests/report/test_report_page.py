@@ -78,7 +78,7 @@ def test_the_contents_name_every_section_that_is_there(elements):
 
 def test_every_table_has_a_caption_and_every_heading_a_scope(elements):
     tables, captions = elements.all("table"), elements.all("caption")
-    assert len(tables) == len(captions) == 16
+    assert len(tables) == len(captions) == 17
     assert {heading.get("scope") for heading in elements.all("th")} == {"col", "row"}
     regions = [region for region in elements.all("div") if region.get("role") == "region"]
     assert [(region["tabindex"], region["aria-label"]) for region in regions] == [("0", it["text"]) for it in captions]

@@ -31,7 +31,7 @@ def record_batches(monkeypatch, runtime, refuses=lambda rows: False):
         return run
 
     monkeypatch.setattr(runtime, "_prefill_batch", counted(runtime._prefill_batch, len))
-    monkeypatch.setattr(runtime, "_score_pack", counted(runtime._score_pack, prompts_of))
+    monkeypatch.setattr(runtime, "_pack_logits", counted(runtime._pack_logits, prompts_of))
     return sizes
 
 

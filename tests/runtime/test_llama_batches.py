@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from lilliput.compile.gguf import compile_gguf
 from lilliput.config import GgufTarget
@@ -42,6 +43,17 @@ def test_a_score_does_not_depend_on_the_other_prompts(runtime):
     together = runtime.score([*PROMPTS, LONG], [OPTIONS] * (len(PROMPTS) + 1))
     alone = [runtime.score([prompt], [OPTIONS])[0] for prompt in (PROMPTS[0], PROMPTS[-1], LONG)]
     np.testing.assert_allclose([together[0], together[-2], together[-1]], alone, atol=1e-4)
+
+
+def test_logits_are_those_of_the_scores(runtime):
+    prompts, continuations = [*PROMPTS, LONG], [OPTIONS[row % 4] for row in range(len(PROMPTS) + 1)]
+    scores, logits = runtime.score(prompts, [[ids] for ids in continuations]), {}
+    runtime.logits(prompts, continuations, logits.__setitem__)
+    assert sorted(logits) == list(range(len(prompts)))
+    for row, ids in enumerate(continuations):
+        assert logits[row].shape[0] == len(ids)
+        likelihoods = log_softmax(logits[row], axis=-1)[np.arange(len(ids)), ids]
+        assert likelihoods.sum() == pytest.approx(scores[row][0], abs=1e-4)
 
 
 def test_answers_are_those_of_the_server(runtime):

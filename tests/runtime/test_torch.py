@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig
@@ -48,6 +49,28 @@ def test_prompts_without_a_common_prefix(opened):
     actual = TorchRuntime(*opened, 4).score([[5, 6, 7], [9, 8]], [[[3, 4]], [[4]]])
     assert actual[0][0] == pytest.approx(plain_score(opened[0], [5, 6, 7], [3, 4]), abs=1e-4)
     assert actual[1][0] == pytest.approx(plain_score(opened[0], [9, 8], [4]), abs=1e-4)
+
+
+def require_plain_logits(model, runtime, prompts, continuations):
+    actual = {}
+    runtime.logits(prompts, continuations, actual.__setitem__)
+    assert sorted(actual) == list(range(len(prompts)))
+    for row, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        assert actual[row].dtype == np.float32
+        np.testing.assert_allclose(actual[row], expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_logits_equal_those_of_a_plain_forward_pass_per_sequence(opened, scoring_task, batch_size):
+    prompts, options = scoring_task
+    require_plain_logits(opened[0], TorchRuntime(*opened, batch_size), prompts, [choices[1] for choices in options])
+
+
+def test_logits_of_texts_longer_than_the_attention_window_are_computed_one_by_one(short_sighted):
+    runtime = TorchRuntime(*short_sighted, 4)
+    require_plain_logits(short_sighted[0], runtime, [[5, 6, 7, 8, 9, 10], [5, 6, 7]], [[3, 4], [4, 9, 12]])
 
 
 @pytest.fixture

@@ -61,6 +61,18 @@ def test_each_device_is_a_section():
     }
 
 
+def test_a_divergence_is_a_section_by_reference():
+    record = results.device_record({}, from_checkpoint=results.divergence(mean=0.002), from_float_parent=None)
+    assert run_metrics.device_metrics("gguf", record) == {
+        "gguf/from_checkpoint/kl_mean_nats": 0.002,
+        "gguf/from_checkpoint/kl_median_nats": 0.0005,
+        "gguf/from_checkpoint/kl_p99_nats": 0.2,
+        "gguf/from_checkpoint/kl_p999_nats": 0.8,
+        "gguf/from_checkpoint/same_top": 0.97,
+        "gguf/from_checkpoint/rms_delta_p": 0.03,
+    }
+
+
 def test_each_offloading_policy_is_a_section():
     policies = {"learned": results.policy()}
     record = OffloadRecord.model_construct(link="wifi", links={"wifi": policies, "poor": policies})
