@@ -188,7 +188,8 @@ def test_the_stages_and_the_cluster_of_a_killed_flow_end_too(project, runner):
         )
     try:
         started = [project.folder / "one.began", project.folder / "two.began"]
-        wait_until(lambda: all(path.exists() and len(path.read_text().split()) == 3 for path in started))
+        wait_until(lambda: flow.poll() is not None or all(map(is_written, started)))
+        assert flow.poll() is None, (project.folder / "flow.log").read_text()
         stages = [int(path.read_text().split()[0]) for path in started]
         assert all(psutil.pid_exists(pid) for pid in stages)
         flow.kill()
@@ -199,6 +200,10 @@ def test_the_stages_and_the_cluster_of_a_killed_flow_end_too(project, runner):
         for process in [*remaining(project), *servers_of(project)]:
             process.kill()
     assert not (project.folder / "one.txt").exists()
+
+
+def is_written(began: Path) -> bool:
+    return began.exists() and len(began.read_text().split()) == 3
 
 
 def wait_until(condition) -> None:
