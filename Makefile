@@ -6,7 +6,7 @@ GPU_VENV := .venv-gpu
 DOCS_VENV := .venv-docs
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check browser documents docs models night services interop bench scaling gpu repro plan ui clean
+.PHONY: demo test check browser documents docs models night services interop bench scaling gpu arm repro plan ui clean
 
 demo: $(INSTALLED)  ## run the whole pipeline with the default model: about 20 minutes on 2 cores
 	@$(BIN)/python -m flows.democratize
@@ -71,6 +71,9 @@ else
 	@$(MAKE) --no-print-directory $(GPU_VENV)/.installed
 	@$(GPU_VENV)/bin/python -m benchmarks.gpu
 endif
+
+arm: $(INSTALLED)  ## after `make demo`: compare the bundle's next tokens on an emulated ARM processor; on Debian 12: apt-get install --no-install-recommends qemu-user-static
+	@$(BIN)/python -m benchmarks.arm
 
 ui: $(INSTALLED)  ## open the MLflow UI on http://127.0.0.1:5000
 	@$(BIN)/python -m tasks.registry.moved && $(BIN)/python -m mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000

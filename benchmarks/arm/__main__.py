@@ -1,4 +1,4 @@
-"""`python -m benchmarks.arm [BUNDLE]` (or `make arm`): compares next tokens on an emulated ARM processor with this one's.
+"""`python -m benchmarks.arm [BUNDLE]` (or `make arm`): compares next tokens on an emulated ARM processor with ours.
 
 Both compute the same held-out answers after their prompts, with the same release of llama.cpp. They must have the same
 likeliest token wherever it is no near tie here. The record is benchmarks/results/arm.json. An emulator says nothing
@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     bundle: Annotated[Path, typer.Argument(help="folder with model.gguf and its tokenizer")] = layout.BUNDLES
     / "phone-4gb",
-    tokens: Annotated[int, typer.Option(help="answer tokens to compare", min=1)] = 200,
+    tokens: Annotated[int, typer.Option(help="answer tokens to compare", min=1)] = 60,
 ) -> None:
     """Checks the inputs, runs both sides, writes the record, and ends non-zero if they differ."""
     try:

@@ -34,7 +34,9 @@ def emulator() -> str:
     """
     if path := shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64"):
         return path
-    raise SideFailed("no qemu-aarch64 on this machine; on Debian: apt-get install --no-install-recommends qemu-user-static")
+    raise SideFailed(
+        "no qemu-aarch64 on this machine; on Debian: apt-get install --no-install-recommends qemu-user-static"
+    )
 
 
 def versions() -> Mapping[str, str]:
@@ -75,10 +77,9 @@ def run(script: Path, arguments: Sequence[str | Path], folder: Path = FOLDER) ->
     """
     root = folder / "root"
     paths = os.pathsep.join(str(path) for path in (folder / "site", ROOT))
-    _run(
-        [emulator(), "-cpu", CPU, "-L", root, "-E", f"PYTHONHOME={root / 'usr'}", "-E", f"PYTHONPATH={paths}"]
-        + [root / "usr" / "bin" / "python3.11", "-S", "-B", script, *arguments]
-    )
+    python = [root / "usr" / "bin" / "python3.11", "-S", "-B"]
+    settings = ["-E", f"PYTHONHOME={root / 'usr'}", "-E", f"PYTHONPATH={paths}"]
+    _run([emulator(), "-cpu", CPU, "-L", root, *settings, *python, script, *arguments])
 
 
 def _unpack_python(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Writes the logits of a GGUF file after each prompt; runs on this machine and on the emulated one.
 
-`python next_tokens.py JOB.json`: `file` is the model, `texts` are pairs of prompt and answer (token ids), and `out` is a
-file in numpy's format, float32 of shape (tokens of all answers, vocabulary). It needs only numpy and xllamacpp.
+`python next_tokens.py JOB.json`: `file` is the model, `texts` are pairs of prompt and answer (token ids), and `out` is
+a file in numpy's format, float32 of shape (tokens of all answers, vocabulary). It needs only numpy and xllamacpp.
 """
 
 from __future__ import annotations
