@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from lilliput.offload.chosen import describe
 from lilliput.records import CachingRecord, Cost, Decision
 from lilliput.report.charts import label
 from lilliput.report.figures import estimate, figure, short
@@ -56,6 +57,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["chosen"] = describe
     environment.filters["estimate"] = estimate
     environment.filters["figure"] = figure
     environment.filters["label"] = label
