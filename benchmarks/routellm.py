@@ -86,7 +86,7 @@ class Answered:
         """Right answers of the strong model minus those of the weak one."""
         return self.strong - self.weak
 
-    def select(self, places: Sequence[int]) -> Answered:
+    def select(self, places: Sequence[int] | np.ndarray) -> Answered:
         """Returns the questions at these places."""
         at = np.asarray(places)
         texts = [self.questions[place] for place in at], [self.subjects[place] for place in at]
@@ -104,8 +104,9 @@ def read_answers(path: Path) -> Answered:
     csv.field_size_limit(2**24)
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    if not rows or (missing := {"prompt", WEAK, STRONG} - rows[0].keys()):
-        what = f"lacks the column {sorted(missing)[0]!r}" if rows else "has no rows"
+    missing = sorted({"prompt", WEAK, STRONG} - rows[0].keys()) if rows else []
+    if not rows or missing:
+        what = f"lacks the column {missing[0]!r}" if rows else "has no rows"
         raise DataError(f"{path}: {what}; use the answers of lm-sys/RouteLLM, routellm/evals")
     known = {"True": 1.0, "False": 0.0}
     for number, row in enumerate(rows, 1):
@@ -224,6 +225,10 @@ def splits(name: str, answered: Answered) -> dict[str, list[str]]:
     return at_random | {"folds by subject": answered.subjects} if name == "mmlu" else at_random
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     data: Annotated[Path, typer.Argument(help="folder with the files of answers")],
     project: Annotated[Path, typer.Option(help="project whose params.yaml names the embedder")] = ROOT,
@@ -266,4 +271,4 @@ def _facts(of_all: Answered, answered: Answered, vectors: np.ndarray) -> dict[st
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
