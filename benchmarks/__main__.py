@@ -50,6 +50,7 @@ def comparisons(project: Path, shared: Path, device: str) -> dict[str, list[str 
         "decode": [project / "compiled/pocket/gguf", models / "pocket", "--parent", models / "distilled"],
         "chain": ["--project", project],
         "routing": [device, "--project", project],
+        "routellm": [shared, "--project", project],
         "joint": ["--project", project],
         "tune": [models / "base", *where],
         "quantise": [models / "base", *where, "--examples", "32"],  # of the strategy's 128, for time

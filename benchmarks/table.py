@@ -13,7 +13,19 @@ from matplotlib.figure import Figure
 
 from benchmarks.record import RESULTS, ROOT
 
-ORDER = ("gptq", "lora", "recovery", "chain", "overhead", "scoring", "decode", "gateway", "routing", "joint")
+ORDER = (
+    "gptq",
+    "lora",
+    "recovery",
+    "chain",
+    "overhead",
+    "scoring",
+    "decode",
+    "gateway",
+    "routing",
+    "routellm",
+    "joint",
+)
 PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
 VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
 

@@ -82,6 +82,7 @@ class Address:
 
 def _deploy(device: str, action: Action, address: Address, params_file: Path) -> str:
     from flows.engine.waiting import wait_for_folder
+    from lilliput.offload.chosen import describe
     from lilliput.params import load_params
     from lilliput.serve.deployment import read_current, remove_unused
     from tasks.process.folder_lock import folder_lock
@@ -108,7 +109,9 @@ def _deploy(device: str, action: Action, address: Address, params_file: Path) ->
         current = read_current(home)
     assert current is not None
     version = f" (version {current.model.version})" if current.model.version else ""
-    return f"{device} serves {current.model.name}{version} at {url}"
+    choice = current.choices.get(current.serving.link)
+    routing = f"; over {current.serving.link}, {describe(choice)}" if choice else ""
+    return f"{device} serves {current.model.name}{version} at {url}{routing}"
 
 
 def _select(device: str, action: Action, params: Params, home: Path) -> None:

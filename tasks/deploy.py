@@ -9,8 +9,9 @@ from lilliput.config import Params
 from lilliput.data.corpus import read_corpus
 from lilliput.data.jsonl import read_rows
 from lilliput.errors import ArtifactError, ConfigError
+from lilliput.offload.chosen import require_choices, uses_learned
 from lilliput.offload.model_pair import pair_of
-from lilliput.records import CacheThreshold, OffloadRecord
+from lilliput.records import CacheThreshold, OffloadRecord, PolicyChoice
 from lilliput.serve.deployment import DeployedModel, Deployment, store_model, store_router
 from lilliput.serve.examples import RecordedAnswer, recorded_answers
 from tasks import layout
@@ -27,7 +28,8 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
 
     Raises:
         ConfigError: params.yaml has no serving settings for `device`.
-        ArtifactError: there is no champion, or its folder does not hold the promoted model.
+        ArtifactError: there is no champion, or its folder does not hold the promoted model, or the policy is `best` and
+            the stage `offload` has chosen none for this pair of models.
     """
     serving = params.serving.get(device)
     if serving is None:
@@ -41,6 +43,12 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         server = read_manifest(folder)
         edge = DeployedModel(name=serving.edge.candidate, sha256=server.artifact_sha256)
         store_model(folder, home, edge.sha256)
+    pair = pair_of(read_manifest(compiled), serving.edge, server)
+    choices = _choices(device, pair) if serving.policy == "best" else {}
+    if choices and serving.link not in choices:
+        raise ConfigError(
+            f"serving.{device}.link: no policy is chosen for {serving.link}; run the stage `offload` again"
+        )
     return Deployment(
         device=device,
         model=model,
@@ -49,11 +57,24 @@ def stage_champion(params: Params, device: str, home: Path) -> Deployment:
         links=params.links,
         profile=params.devices[device],
         system_prompt=params.data.system_prompt,
-        router=store_router(layout.offload(device), home) if serving.policy == "learned" else None,
+        router=store_router(layout.offload(device), home) if uses_learned(serving, choices) else None,
         embedder=params.caching.embedder,
         threshold=cache.threshold if cache else None,
-        recorded=_recorded(device, pair_of(read_manifest(compiled), serving.edge, server)),
+        choices=choices,
+        recorded=_recorded(device, pair),
     )
+
+
+def _choices(device: str, pair: tuple[str, str]) -> dict[str, PolicyChoice]:
+    """Returns the policy that the stage `offload` chose for this pair of models, by link."""
+    file = layout.offload_record(device)
+    record = find_record(OffloadRecord, file)
+    choices = require_choices(record, str(file))
+    if record is not None and record.pair != pair:
+        raise ArtifactError(
+            f"{file}: measured with another pair of models; run the stage `offload` for this device again"
+        )
+    return choices
 
 
 def _recorded(device: str, pair: tuple[str, str]) -> tuple[RecordedAnswer, ...]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from flows.engine.folders import SETTINGS
 from lilliput.artifacts import find_record, read_record
 from lilliput.graph import topological_order
+from lilliput.offload.chosen import describe_all
 from lilliput.params import load_params
 from lilliput.records import DeviceRecord, EvaluationRecord, Figure, OffloadRecord, Result, SearchRecord
 from lilliput.report.figures import figure, mark
@@ -112,6 +113,12 @@ def offloading_rows(folder: Path, device: str) -> list[dict[str, str]]:
     ]
 
 
+def routing_sentences(folder: Path, device: str) -> dict[str, str]:
+    """Returns, for each link of `device`, which policy is served and why; empty without a record that says so."""
+    record = find_record(OffloadRecord, folder / layout.offload_record(device))
+    return describe_all(record.choices or {}) if record else {}
+
+
 def mlflow_address(folder: Path) -> str:
     """Returns the address of MLflow's UI: that of the configured server, or where `make ui` opens it."""
     address = "" if layout.is_workspace(folder) else os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -162,6 +169,8 @@ def print_details(folder: Path, states: Mapping[str, str]) -> None:
         if rows := offloading_rows(folder, device):
             console.print()
             console.print(_table(f"Offloading from {device}: each policy on held-out questions", rows))
+            for link, sentence in routing_sentences(folder, device).items():
+                console.print(f"  {link}: {sentence}", highlight=False)
     print_decisions(folder)
     console.print()
     for label, state in (("Made now", "Completed"), ("Restored", "Restored"), ("Cached", "Cached")):

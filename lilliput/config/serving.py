@@ -176,7 +176,8 @@ class ServingConfig(Section):
     """Serving of a device's champion.
 
     Attributes:
-        policy: `device` or `server`: always that one; `threshold`: by the probabilities of the device's tokens;
+        policy: `best`: over each link the policy that the stage `offload` found best, if it is shown to beat random
+            routing; `device` or `server`: always that one; `threshold`: by the probabilities of the device's tokens;
             `learned`: by a router fitted on held-out questions.
         look: `before`: `learned` routes by the question, before generation; `after`: also by the device's answer
             (cascade).
@@ -187,7 +188,7 @@ class ServingConfig(Section):
     """
 
     edge: EdgeConfig
-    policy: Literal["device", "server", "threshold", "learned"] = "learned"
+    policy: Literal["best", "device", "server", "threshold", "learned"] = "best"
     look: Look = "after"
     least_confidence: Share = 0.7
     link: LinkName = "wifi"

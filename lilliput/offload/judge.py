@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lilliput.config import Look, Params, ServingConfig
+from lilliput.offload.choice import choose_policy
 from lilliput.offload.fit import (
     LOOKS,
     STEPS,
@@ -23,7 +24,7 @@ from lilliput.offload.fit import (
 from lilliput.offload.fitted_router import RouterFit
 from lilliput.offload.learned import ALWAYS, NEVER, OperatingTable, select_point
 from lilliput.offload.links import battery_percent
-from lilliput.offload.outcomes import CostParts, Outcomes, expected_value
+from lilliput.offload.outcomes import CostParts, Outcomes, Policy, expected_value
 from lilliput.offload.policy import confidence
 from lilliput.records import (
     CurvePoint,
@@ -32,29 +33,13 @@ from lilliput.records import (
     EstimatedLatency,
     Figure,
     Policies,
+    PolicyChoice,
     PolicyFigures,
     PolicyResults,
 )
 from lilliput.statistics import intervals
 
 DECLARED = {"source": "declared", "measured": False}
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A policy's decisions on the recorded questions.
-
-    Attributes:
-        sent: probability that each question goes to the server; 0.0 or 1.0 for a deterministic policy.
-        score: ranks questions, largest first to the server; None for a policy without a ranking.
-        embeds: 1.0 where it embeds the question, else 0.0; one value for all questions, or one for each.
-        looks: 1.0 where it needs the device's answer first, else 0.0; one value for all questions, or one for each.
-    """
-
-    sent: np.ndarray
-    score: np.ndarray | None = None
-    embeds: np.ndarray | float = 0.0
-    looks: np.ndarray | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,7 +199,7 @@ def curve(score: np.ndarray, outcomes: Outcomes) -> list[CurvePoint]:
 
 
 def judge_policies(rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, params: Params, device: str) -> Judgement:
-    """The figures of every policy over every link, and the router, fitted on all questions.
+    """The figures of every policy and the policy to serve, over every link, and the router, fitted on all questions.
 
     The figures of the learned router come from fits without the question's entity and from thresholds of the other
     folds. The operating points in the router's record come from all folds.
@@ -240,6 +225,8 @@ def judge_policies(rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, param
     scores = {"threshold": -confidences} | {f"learned_{look}": worth[look] for look in LOOKS}
     config = params.evaluation
     links: dict[str, Policies] = {}
+    choices: dict[str, PolicyChoice] = {}
+    groups = [row["group"] for row in rows]
     tables: dict[Look, dict[str, OperatingTable]] = {look: {} for look in LOOKS}
     for name, link in params.links.items():
         parts = CostParts.from_rows(rows, link, watts)
@@ -247,6 +234,9 @@ def judge_policies(rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, param
         links[name] = {
             policy: figures(decisions, outcomes, parts, params, device) for policy, decisions in by_policy.items()
         }
+        choices[name] = choose_policy(
+            by_policy, outcomes, parts, serving.objective, groups, config.seed, config.resamples
+        )
         for look in LOOKS:
             tables[look][name] = tabulate(worth[look], scored_costs(parts, look), parts.total(), outcomes)
     results = PolicyResults(
@@ -257,6 +247,7 @@ def judge_policies(rows: Sequence[Mapping[str, Any]], vectors: np.ndarray, param
             for name, score in scores.items()
             if name != "threshold"
         },
+        choices=choices,
     )
     curves = {name: curve(score, outcomes) for name, score in (scores | {"oracle": outcomes.gain}).items()}
     return Judgement(results, curves, {look: RouterFit(fitted=fitted[look], links=tables[look]) for look in LOOKS})

@@ -81,6 +81,23 @@ def _mean(values: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """A policy's decisions on the recorded questions.
+
+    Attributes:
+        sent: probability that each question goes to the server; 0.0 or 1.0 for a deterministic policy.
+        score: ranks questions, largest first to the server; None for a policy without a ranking.
+        embeds: 1.0 where it embeds the question, else 0.0; one value for all questions, or one for each.
+        looks: 1.0 where it needs the device's answer first, else 0.0; one value for all questions, or one for each.
+    """
+
+    sent: np.ndarray
+    score: np.ndarray | None = None
+    embeds: np.ndarray | float = 0.0
+    looks: np.ndarray | float = 0.0
+
+
+@dataclass(frozen=True)
 class QuestionCosts:
     """Seconds and joules of each question on device and server; arrays of shape (questions,)."""
 

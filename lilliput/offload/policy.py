@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,14 +54,20 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class FixedRouter:
-    """The policies `device` and `server`."""
+    """The policies `device` and `server`.
+
+    Attributes:
+        place: the fixed place.
+        reason: of each decision.
+    """
 
     place: Place
+    reason: str = ""
 
     def route_question(self, question: str, conditions: Conditions, others: Sequence[str] = ()) -> RoutingDecision:
         """The fixed place."""
         del question, conditions, others
-        return RoutingDecision(self.place, None, f"policy {self.place}")
+        return RoutingDecision(self.place, None, self.reason or f"policy {self.place}")
 
     def route_answer(
         self, question: str, token_logprobs: Sequence[float], conditions: Conditions, others: Sequence[str] = ()
@@ -104,6 +110,33 @@ class ThresholdRouter:
         """The threshold; link and battery do not matter."""
         del question, conditions
         return f"confidence {self.least!r}"
+
+
+@dataclass(frozen=True)
+class LinkRouter:
+    """A router for each link, by name; the device answers over other links, for which nothing was measured."""
+
+    routers: Mapping[str, Router]
+
+    def route_question(
+        self, question: str, conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision | None:
+        """The decision of the link's router before generation."""
+        return self._router(conditions).route_question(question, conditions, others)
+
+    def route_answer(
+        self, question: str, token_logprobs: Sequence[float], conditions: Conditions, others: Sequence[str] = ()
+    ) -> RoutingDecision:
+        """The decision of the link's router after the device's answer."""
+        return self._router(conditions).route_answer(question, token_logprobs, conditions, others)
+
+    def rule(self, question: str, conditions: Conditions) -> str:
+        """The rule of the link's router."""
+        return self._router(conditions).rule(question, conditions)
+
+    def _router(self, conditions: Conditions) -> Router:
+        unmeasured = FixedRouter("device", f"no measurements for the link {conditions.link}")
+        return self.routers.get(conditions.link, unmeasured)
 
 
 def confidence(token_logprobs: Sequence[float]) -> float | None:

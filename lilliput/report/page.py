@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from lilliput.offload.chosen import describe
 from lilliput.records import CachingRecord, Cost, Decision
 from lilliput.report.cells import estimate_cell, figure_cell, interval_cell, number_cell
 from lilliput.report.charts import label
@@ -60,6 +61,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "chosen": describe,
         "estimate": estimate_cell,
         "figure": figure_cell,
         "interval": interval_cell,

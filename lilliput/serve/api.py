@@ -126,6 +126,7 @@ def _operation_routes(app: App) -> APIRouter:
             "version": service.model.version,
             "registered_version": service.model.registered,
             "policy": info.policy,
+            "routing": dict(info.routing),
             "edge": edge,
             "links": links,
             "link": info.link,

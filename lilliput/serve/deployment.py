@@ -13,6 +13,7 @@ from lilliput.config import DeviceConfig, EmbedderConfig, LinkConfig, ServingCon
 from lilliput.config.section import Sha256
 from lilliput.errors import ArtifactError
 from lilliput.offload.fitted_router import ROUTER
+from lilliput.records import PolicyChoice
 from lilliput.serve.examples import RecordedAnswer
 from lilliput.serve.files import ADMIN_TOKEN, CURRENT, MODELS, PREVIOUS, ROUTERS
 
@@ -44,6 +45,7 @@ class Deployment(BaseModel):
             policy without a fit.
         embedder: for the answer cache and the learned router.
         threshold: similarity threshold of the answer cache; None for exact hits only.
+        choices: the policy that the stage `offload` chose, by link; empty unless the policy is `best`.
         recorded: answers of both models to held-out questions, of which the page offers some; empty without a record.
     """
 
@@ -58,6 +60,7 @@ class Deployment(BaseModel):
     router: Sha256 | None
     embedder: EmbedderConfig
     threshold: float | None
+    choices: dict[str, PolicyChoice] = {}
     recorded: tuple[RecordedAnswer, ...] = ()
 
     def folder_of(self, deployed: DeployedModel, home: Path) -> Path:

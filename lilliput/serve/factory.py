@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from lilliput.cache.answers import EXACT_ONLY, AnswerCache
 from lilliput.config import EDGE_KEY
 from lilliput.embedding.embedder import CachingEmbedder, Embedder
 from lilliput.llama_server.process import LlamaServer, ServerSettings
+from lilliput.offload.chosen import describe_all, uses_edge, uses_learned
 from lilliput.offload.fitted_router import open_router
 from lilliput.offload.model_pair import pair_of
 from lilliput.offload.policy import Conditions
@@ -30,6 +32,7 @@ from lilliput.serve.service import DeploymentInfo, ServedModel, Service
 from lilliput.wheels import default_cache
 
 DEVICE_TIMEOUT_S = 60.0
+log = logging.getLogger("lilliput.gateway")
 
 
 def open_service(deployment: Deployment, home: Path) -> Service:
@@ -45,18 +48,26 @@ def open_service(deployment: Deployment, home: Path) -> Service:
     # The threads end before `started` is closed after an error.
     with ExitStack() as started, ThreadPoolExecutor() as threads:
         starting = threads.submit(_start, started, deployment, deployment.model, home, deployment.profile.threads, 1)
-        # With the policy `device`, the edge server would only take memory.
+        # Where the device answers everything, the edge server would only take memory.
         edge_starting = None
-        if deployment.edge is not None and serving.policy != "device":
+        if deployment.edge is not None and uses_edge(serving, deployment.choices):
             edge = (started, deployment, deployment.edge, home, serving.edge.threads, serving.edge.slots)
             edge_starting = threads.submit(_start, *edge)
         embedder = open_caching_embedder(deployment)
-        router = open_router(serving, home / ROUTERS / (deployment.router or "none"), embedder, pair)
+        fitted, choices = home / ROUTERS / (deployment.router or "none"), deployment.choices
+        router = open_router(serving, fitted, embedder, pair, choices)
+        for link, sentence in describe_all(choices).items():
+            log.info("over %s, %s", link, sentence)
         examples = choose_examples(deployment.recorded, router, Conditions(serving.link))
         device, server = starting.result(), edge_starting and edge_starting.result()
         return Service(
             DeploymentInfo(
-                deployment.device, _policy(deployment), _edge_name(deployment), serving.link, tuple(examples)
+                deployment.device,
+                _policy(deployment),
+                _edge_name(deployment),
+                serving.link,
+                tuple(examples),
+                describe_all(choices),
             ),
             DeviceCosts(deployment.profile.watts_per_core, serving.battery_wh, deployment.links),
             ServedModel(
@@ -65,7 +76,7 @@ def open_service(deployment: Deployment, home: Path) -> Service:
             _local_backend(device, DEVICE_TIMEOUT_S, clock=device.cpu_seconds),
             _edge_backend(deployment, server),
             router,
-            serving.policy == "learned",
+            uses_learned(serving, choices),
             _open_cache(deployment, home, embedder, pair),
             edge_slots=serving.edge.slots if server else None,
             running=lambda: device.running and (server is None or server.running),
@@ -104,7 +115,7 @@ def answers_version(deployment: Deployment, pair: tuple[str, str]) -> str:
 
 def open_caching_embedder(deployment: Deployment) -> Embedder | None:
     """The embedder; None if neither cache nor router needs one."""
-    if not deployment.serving.cache.capacity and deployment.serving.policy != "learned":
+    if not deployment.serving.cache.capacity and not uses_learned(deployment.serving, deployment.choices):
         return None
     from lilliput.embedding.sentence_embedder import open_embedder
 
@@ -142,4 +153,6 @@ def _edge_name(deployment: Deployment) -> str | None:
 
 def _policy(deployment: Deployment) -> str:
     serving = deployment.serving
+    if serving.policy == "best":
+        return f"best: {deployment.choices[serving.link].served.replace('_', ', ')}"
     return f"learned, {serving.look} the answer" if serving.policy == "learned" else serving.policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lilliput.cache.answers import AnswerCache
@@ -40,6 +40,7 @@ class DeploymentInfo:
         edge: the model name of the edge server; None without an edge server.
         link: the link to the edge server, unless a request names another one.
         examples: questions for the page, with answers that a run recorded.
+        routing: for each link, a sentence that says which policy is served and why; empty if params.yaml names it.
     """
 
     device: str
@@ -47,6 +48,7 @@ class DeploymentInfo:
     edge: str | None
     link: str
     examples: tuple[RecordedAnswer, ...] = ()
+    routing: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -178,7 +178,7 @@ PAIR = ("a" * 64, "b" * 64)
 
 @pytest.fixture
 def serving(tiny_params):
-    return tiny_params.serving["phone-4gb"]
+    return tiny_params.serving["phone-4gb"].model_copy(update={"policy": "learned"})
 
 
 @pytest.fixture

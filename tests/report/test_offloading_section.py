@@ -49,7 +49,7 @@ def test_every_policy_has_a_row_estimates_are_marked_and_nothing_is_left_out(par
     for name, cells in rows[:7]:
         assert cells.count("~") == 4, name  # two latencies, joules, battery
         assert ("<td>–</td>" in cells) == (name in ("device", "server", "random"))
-    assert names[7:] == ["threshold", "learned, before", "learned, after"]
+    assert names[7:] == ["wifi"] * 3 + ["threshold", "learned, before", "learned, after"]
     assert section.count("<svg") == 6
     assert len(re.findall(r'aria-label="server: accuracy [^"]*\[', section)) == 1
 
@@ -68,3 +68,17 @@ def test_a_page_for_backends_without_right_answers_and_unanswerable_questions(pa
 
 def test_without_it_there_is_no_section():
     assert "Device first" not in page({})
+
+
+def test_the_section_says_which_policy_is_served_and_why(params):
+    html = page({"phone-4gb": record(predictable_rows(60), params)})
+    assert "<b>Served over wifi</b>: the edge server answers everything: it is shown to meet the" in html
+    assert len(re.findall(r'<tr><th scope="row">wifi</th>', html)) == 3
+    nothing = page({"phone-4gb": record([row(n, "W", "W", answerable=False) for n in range(24)], params)})
+    assert "no policy is shown to route better than chance at equal cost, so" in nothing
+
+
+def test_a_record_of_an_older_version_says_that_it_names_no_policy(params):
+    found = record(predictable_rows(30), params)
+    old = OffloadingRow(found.record.model_copy(update={"choices": None}), found.curves, found.charts)
+    assert "The record names no policy to serve, because an older version wrote it" in page({"phone-4gb": old})

@@ -1,6 +1,7 @@
 """The gateway with fake backends: routing, fallbacks, streams, costs and replacement of the service."""
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -255,6 +256,15 @@ def test_models_health_status_and_metrics():
     assert status["functions"] is True
     ask(application, ASK)
     assert 'lilliput_answers_total{place="server"} 1.0' in ask(application, path="/metrics")[0].text
+
+
+def test_status_says_which_policy_is_served_and_why():
+    application = app(FakeBackends())
+    assert ask(application, path="/status")[0].json()["routing"] == {}
+    routing = {"wifi": "no policy is shown to route better than chance at equal cost, so the device answers everything"}
+    gateway = application.gateway
+    gateway.service.info = replace(gateway.service.info, routing=routing)
+    assert ask(application, path="/status")[0].json()["routing"] == routing
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from lilliput.offload.chosen import describe
 from tests.browser import (
     DESK,
     PHONE,
@@ -18,10 +19,12 @@ from tests.browser import (
     scrolls_sideways,
     wait_for,
 )
+from tests.offload.test_choice import chosen
 from tests.serve.page_gateway import CACHE, CALLS, DEVICE, SERVER, STATUS, answered, ask, enter_functions
 
 pytestmark = pytest.mark.browser
 
+UNSUPPORTED, ALONE = chosen("device", "unsupported"), chosen("server", "place")
 PROMISES = ("the device knows it", "nobody can know it", "the edge server knows better")
 INJECTED = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
 
@@ -100,6 +103,11 @@ def test_figures_are_folded_behind_a_sentence_and_the_header_names_the_version(p
         ({**DEVICE, "reason": "the device always (poor, within 0.2 J)"}, "With this link and battery the device"),
         ({**SERVER, "reason": "the call of the device was invalid"}, "invalid, so the edge server answered"),
         (CACHE, "was answered before"),
+        (
+            {**DEVICE, "reason": f"{describe(UNSUPPORTED)} (wifi)"},
+            "No way of routing was shown to be better than chance",
+        ),
+        ({**SERVER, "reason": f"{describe(ALONE)} (wifi)"}, "The edge server alone was shown to serve you better"),
         ({**DEVICE, "reason": "another reason"}, "Another reason."),
     ],
 )

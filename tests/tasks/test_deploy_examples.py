@@ -1,4 +1,4 @@
-"""A deployment takes recorded answers only of exactly its pair of models."""
+"""A deployment takes recorded answers and the chosen policies only of exactly its pair of models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import pytest
 
 from lilliput.data.questions import Question
+from lilliput.errors import ArtifactError
 from lilliput.records import OffloadRecord
 from tasks import deploy, layout
 from tests.conftest import PROJECT
+from tests.offload.test_choice import chosen
 
 ROW = {
     "id": "capital/Peru",
@@ -44,3 +46,28 @@ def test_answers_of_another_pair_or_without_their_files_are_not(folder, tmp_path
     assert deploy._recorded("laptop", folder) == ()
     (tmp_path / layout.offload("phone-4gb") / deploy.ANSWERS).unlink()
     assert deploy._recorded("phone-4gb", folder) == ()
+
+
+def record_with(choices):
+    """The committed record with these choices; None for a record of an older version."""
+    record = json.loads((PROJECT / "offload" / "phone-4gb.json").read_text())
+    record.pop("choices", None)
+    layout.offload_record("phone-4gb").write_text(json.dumps(record | ({"choices": choices} if choices else {})))
+
+
+def test_choices_of_this_pair_are_taken(folder):
+    choices = {"wifi": chosen("threshold")}
+    record_with({link: choice.as_json() for link, choice in choices.items()})
+    assert deploy._choices("phone-4gb", folder) == choices
+    with pytest.raises(ArtifactError, match="measured with another pair of models; run the stage `offload`"):
+        deploy._choices("phone-4gb", (folder[0], "another"))
+
+
+def test_a_record_of_an_older_version_names_the_remedy(folder):
+    record_with(None)
+    with pytest.raises(
+        ArtifactError, match="lacks `choices`, because an older version wrote it; run the stage `offload`"
+    ):
+        deploy._choices("phone-4gb", folder)
+    with pytest.raises(ArtifactError, match="no such file, so no policy is chosen yet"):
+        deploy._choices("laptop", folder)
