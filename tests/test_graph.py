@@ -319,7 +319,7 @@ def test_supported_targets_are_accepted(with_compile):
         check_graph(with_compile({"pocket-gguf": {"candidate": "pocket", "target": "gguf"}}, pocket=settings), "file")
 
 
-def test_ggml_is_the_last_strategy_and_only_gguf_holds_it(with_candidates):
+def test_ggml_is_the_last_strategy_and_takes_no_mixture(with_candidates):
     graph = {"base": BASE, "g": {"from": "base", "apply": "ggml", "with": {"type": "IQ4_NL"}}}
     check_graph(with_candidates(graph), "params.yaml")
     message = problems(with_candidates(graph | {"l": {"from": "g", "apply": "lora"}}))
@@ -338,3 +338,15 @@ def test_the_type_of_a_file_is_checked_against_the_shape(with_candidates):
     assert "choose one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, or set other_widths: fallback" in message
     graph["g"]["with"]["other_widths"] = "fallback"
     check_shape(with_candidates(graph), "base", SHAPE)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx", "autogptq"])
+def test_only_gguf_holds_the_types_of_ggml(tiny_params, target):
+    raw = tiny_params.model_dump(mode="json", by_alias=True)
+    raw["candidates"]["pocket"] = {"from": "distilled", "apply": "ggml"}
+    raw |= {"compile": {f"pocket-{target}": {"candidate": "pocket", "target": target}}, "serving": {}}
+    params = Params.model_validate_json(__import__("json").dumps(raw))
+    if target == "gguf":
+        check_graph(params, "file")
+    else:
+        assert "only GGUF holds the types that ggml writes; set target: gguf" in problems(params)
