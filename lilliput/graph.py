@@ -13,6 +13,7 @@ from lilliput.config import (
     QLORA,
     AutogptqTarget,
     DistillConfig,
+    GgmlConfig,
     GgufTarget,
     GptqConfig,
     LoraConfig,
@@ -28,7 +29,8 @@ from lilliput.config import (
 )
 from lilliput.config.strategies import is_external_teacher
 from lilliput.errors import ConfigError, StrategyError
-from lilliput.shape import GROUP_SIZES, expert_numbers, fitting_group_sizes, linear_inputs, pruned
+from lilliput.ggml.rules import describe_decoder, matrices_of_shape, problem
+from lilliput.shape import GROUP_SIZES, expert_numbers, fitting_group_sizes, head_dim, linear_inputs, pruned
 
 ROOT = "source"
 _HARDWARE = {
@@ -162,13 +164,19 @@ def _quantiser(params: Params, candidate: str) -> str | None:
     spec = params.candidates[candidate]
     if spec.parent == ROOT:
         return None
-    if isinstance(getattr(params.strategies, spec.apply), QuantisationConfig):
+    if isinstance(getattr(params.strategies, spec.apply), QuantisationConfig | GgmlConfig):
         return candidate
     return _quantiser(params, spec.parent) if spec.apply == "distill" else None
 
 
 def _bad_quantised_student(params: Params, candidate: str, quantiser: str) -> Iterable[str]:
     teacher, first = params.candidates[candidate].teacher, params.candidates[quantiser]
+    if isinstance(getattr(params.strategies, first.apply), GgmlConfig):
+        yield (
+            f"candidates.{candidate}: `distill` cannot train the blocks of `{quantiser}`; apply distill first and "
+            f"{first.apply} last (from: {first.parent}), or quantise it with gptq, rtn or awq"
+        )
+        return
     if teacher in params.candidates and _quantiser(params, teacher):
         yield (
             f"candidates.{candidate}.teacher: `{teacher}` is quantised, so it cannot teach what `{quantiser}` lost; "
@@ -246,6 +254,8 @@ def _unsupported(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget)
 
 def _unsupported_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
     """Returns why the target cannot hold the result of `config`; None if it can."""
+    if isinstance(config, GgmlConfig):
+        return None if isinstance(spec, GgufTarget) else "only GGUF holds the types that ggml writes; set target: gguf"
     if not isinstance(config, QuantisationConfig):
         return "only a quantised candidate has AutoGPTQ's format" if isinstance(spec, AutogptqTarget) else None
     if isinstance(config, GptqConfig) and config.act_order and not isinstance(spec, AutogptqTarget):
@@ -369,6 +379,7 @@ def _shape_problems(params: Params, name: str, chain: list[str], model_config: A
                 return
     yield from _bad_group_sizes(params, name, linear_inputs(model_config))
     yield from _bad_expert_counts(params, name, model_config)
+    yield from _bad_file_type(params, name, model_config)
 
 
 def _bad_expert_counts(params: Params, name: str, model_config: Any) -> Iterable[str]:
@@ -379,6 +390,20 @@ def _bad_expert_counts(params: Params, name: str, model_config: Any) -> Iterable
             f"{model_config.intermediate_size} neurons of a layer; "
             f"{expert_numbers(model_config.intermediate_size, config)}"
         )
+
+
+def _bad_file_type(params: Params, name: str, model_config: Any) -> Iterable[str]:
+    config = params.strategy_config(name)
+    if isinstance(config, GgmlConfig):
+        reason = problem(
+            config.type,
+            matrices_of_shape(model_config, head_dim(model_config)),
+            describe_decoder(model_config),
+            importance=config.importance,
+            falls_back=config.other_widths == "fallback",
+        )
+        if reason:
+            yield f"candidates.{name}: {reason}"
 
 
 def _bad_group_sizes(params: Params, name: str, sizes: tuple[int, ...]) -> Iterable[str]:

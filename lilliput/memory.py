@@ -15,6 +15,7 @@ from lilliput.config import (
     AwqConfig,
     DistillConfig,
     ExpertsConfig,
+    GgmlConfig,
     GptqConfig,
     LoadConfig,
     LoraConfig,
@@ -224,6 +225,8 @@ def _phases(config: Section, shape: Shape, text: ExampleTokens, *, converts: boo
             yield _Phase(FLOAT * shape.embedding_parameters + _codes_bytes(config, shape))
         case QuantisationConfig():
             yield _Phase(_codes_bytes(config, shape) + _solving_bytes(config, shape, text))
+        case GgmlConfig():
+            yield _Phase(whole + 2 * shape.parameters)  # a float32 model, and the blocks of at most one byte a weight
         case MoeConfig():
             yield _Phase(2 * whole)  # the dense model and the mixture
         case SparsifyConfig():

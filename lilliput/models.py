@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,8 @@ from lilliput.code_layers import hold_codes
 from lilliput.codes import PARTS, has_codes, read_codes
 from lilliput.decoders import is_quantised, require_causal_lm
 from lilliput.errors import ArtifactError, LilliputError
+from lilliput.ggml.blocks import PART as BLOCKS
+from lilliput.ggml.blocks import has_blocks, read_blocks
 from lilliput.resident import free_bytes, release_memory
 from lilliput.stored_weights import (
     StoredTensor,
@@ -62,7 +64,7 @@ def open_model(directory: Path) -> Opened:
     """Opens the model in `directory` and its tokenizer: float32, evaluation mode, on the GPU if it fits there.
 
     A GPTQ checkpoint is dequantised: each weight becomes `scale · (code − zero)`, exactly the number that its kernels
-    use. A LoRA adapter stored separately is merged.
+    use; one in GGUF's types likewise. A LoRA adapter stored separately is merged.
 
     Raises:
         ArtifactError: `directory` contains no checkpoint that opens, or contains code.
@@ -277,11 +279,35 @@ def _as_configured(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
 
 
 def _open_gptq(directory: Path) -> PreTrainedModel:
+    if has_blocks(directory):
+        return open_blocks(directory)
     return open_codes(directory) if has_codes(directory) else open_with_gptqmodel(directory)
 
 
 def _open_stored_gptq(directory: Path) -> PreTrainedModel:
+    if has_blocks(directory):
+        return open_blocks(directory)
     return open_codes_as_stored(directory) if has_codes(directory) else open_with_gptqmodel(directory)
+
+
+def open_blocks(directory: Path) -> PreTrainedModel:
+    """Opens a checkpoint in GGUF's types: each matrix becomes the float32 numbers that its blocks stand for.
+
+    Raises:
+        ArtifactError: weights are missing, or have no place in the model.
+    """
+    weights = {f"{name}.weight": torch.from_numpy(blocks.weight()) for name, blocks in read_blocks(directory)}
+    return _open_weights(directory, weights | _float_tensors(directory, {BLOCKS}))
+
+
+def _float_tensors(directory: Path, parts: Collection[str]) -> dict[str, torch.Tensor]:
+    """Returns the tensors in `directory` in float32, except those whose names end with one of `parts`."""
+    tensors = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names = (name for name in sorted(opened.keys()) if name.rpartition(".")[2] not in parts)
+            tensors |= {name: opened.get_tensor(name).float() for name in names}
+    return tensors
 
 
 def open_codes(directory: Path) -> PreTrainedModel:
@@ -291,11 +317,7 @@ def open_codes(directory: Path) -> PreTrainedModel:
         ArtifactError: weights are missing, or have no place in the model.
     """
     weights = {f"{name}.weight": torch.from_numpy(codes.weight()) for name, codes in read_codes(directory)}
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            floats = (name for name in sorted(tensors.keys()) if name.rpartition(".")[2] not in PARTS)
-            weights |= {name: tensors.get_tensor(name).float() for name in floats}
-    return _open_weights(directory, weights)
+    return _open_weights(directory, weights | _float_tensors(directory, PARTS))
 
 
 def open_codes_as_stored(directory: Path) -> PreTrainedModel:

@@ -317,3 +317,36 @@ def test_targets_that_cannot_hold_their_candidate_are_refused_early(with_compile
 def test_supported_targets_are_accepted(with_compile):
     for settings in ({"bits": 8}, {"bits": 2, "symmetric": False}, {"group_size": 64}):
         check_graph(with_compile({"pocket-gguf": {"candidate": "pocket", "target": "gguf"}}, pocket=settings), "file")
+
+
+def test_ggml_is_the_last_strategy_and_takes_no_mixture(with_candidates):
+    graph = {"base": BASE, "g": {"from": "base", "apply": "ggml", "with": {"type": "IQ4_NL"}}}
+    check_graph(with_candidates(graph), "params.yaml")
+    message = problems(with_candidates(graph | {"l": {"from": "g", "apply": "lora"}}))
+    assert "`lora` needs a float parent, but `g` is quantised by ggml" in message
+    student = {"from": "g", "apply": "distill", "teacher": "base"}
+    message = problems(with_candidates(graph | {"t": student}))
+    assert "`distill` cannot train the blocks of `g`; apply distill first and ggml last (from: base)" in message
+    carved = {"base": BASE, "m": {"from": "base", "apply": "moe"}, "g": {"from": "m", "apply": "ggml"}}
+    assert "`ggml` with these settings does not reach the experts of `m`" in problems(with_candidates(carved))
+
+
+def test_the_type_of_a_file_is_checked_against_the_shape(with_candidates):
+    graph = {"base": BASE, "g": {"from": "base", "apply": "ggml", "with": {"type": "Q4_K_M"}}}
+    message = shape_problems(with_candidates(graph))
+    assert "candidates.g: type Q4_K_M needs rows of a multiple of 256 weights, but layers have 576 inputs" in message
+    assert "choose one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, or set other_widths: fallback" in message
+    graph["g"]["with"]["other_widths"] = "fallback"
+    check_shape(with_candidates(graph), "base", SHAPE)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx", "autogptq"])
+def test_only_gguf_holds_the_types_of_ggml(tiny_params, target):
+    raw = tiny_params.model_dump(mode="json", by_alias=True)
+    raw["candidates"]["pocket"] = {"from": "distilled", "apply": "ggml"}
+    raw |= {"compile": {f"pocket-{target}": {"candidate": "pocket", "target": target}}, "serving": {}}
+    params = Params.model_validate_json(__import__("json").dumps(raw))
+    if target == "gguf":
+        check_graph(params, "file")
+    else:
+        assert "only GGUF holds the types that ggml writes; set target: gguf" in problems(params)

@@ -15,6 +15,7 @@ from lilliput.config import (
     AwqConfig,
     DistillConfig,
     ExpertsConfig,
+    GgmlConfig,
     GgufTarget,
     GptqConfig,
     LoadConfig,
@@ -24,6 +25,7 @@ from lilliput.config import (
     TargetConfig,
     TrainingConfig,
 )
+from lilliput.ggml.rules import bits_per_weight
 from lilliput.graph import ancestors
 from lilliput.machine import this_machine
 from lilliput.memory import LIBRARY_BYTES, RUNTIME_BYTES, SHORT, ExampleTokens, Shape, answering_bytes, estimate
@@ -58,6 +60,7 @@ OVERHEAD_S = {
     "report": 15.0,
 }
 _STORING_S = 2.5e-8  # a weight: reading, converting and writing it
+_ROUNDED_PER_S = 5e6  # weights that ggml rounds in a second; from 3e6 (IQ4_NL) to 1e8 (Q4_0 without importance)
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ def _bits(form: TargetConfig, params: Params) -> float:
         config = params.strategy_config(name)
         if isinstance(config, QuantisationConfig):
             return 8.5 if max(config.widths) == 8 else 4.5 if config.symmetric else 5.0
+        if isinstance(config, GgmlConfig):
+            return bits_per_weight(config.type)
     return _BITS[form.floats] if isinstance(form, GgufTarget) else 16.0
 
 
@@ -174,6 +179,8 @@ def _compress_s(name: str, model: Model) -> float:
     spec, config = model.params.candidates[name], model.params.strategy_config(name)
     parent = model.source if isinstance(config, LoadConfig) else model.shape(spec.parent)
     stored = _STORING_S * model.shape(name).parameters
+    if isinstance(config, GgmlConfig):
+        stored += parent.parameters / _ROUNDED_PER_S
     if isinstance(config, TrainingConfig):
         return stored + _training_s(config, spec.teacher, parent, model)
     examples = getattr(config, "calibration_examples", 0)

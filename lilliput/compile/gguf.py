@@ -25,6 +25,8 @@ from lilliput.codes import PARTS, Codes, read_codes
 from lilliput.compile.pieces import read_pieces
 from lilliput.config import GgufTarget
 from lilliput.errors import CompileError
+from lilliput.ggml.blocks import PART as BLOCKS
+from lilliput.ggml.blocks import Blocks, has_blocks, read_blocks, type_of_file
 from lilliput.untrusted import require_harmless
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def compile_gguf(checkpoint: Path, target: Path, config: GgufTarget) -> dict[str
     """Writes `target`/model.gguf.
 
     Args:
-        checkpoint: a model that transformers opens, in float or in AutoGPTQ's format.
+        checkpoint: a model in float, in AutoGPTQ's format or in GGUF's types.
         target: an existing folder.
         config: the types of tensors that are not quantised yet.
 
@@ -164,20 +166,42 @@ class _KeepsCodes(_Converter):
         suffix = f".{PARTS[0]}"
         layers = [name.removesuffix(suffix) for name in self.model_tensors if name.endswith(suffix)]
         quantised = {f"{layer}.{part}" for layer in layers for part in PARTS}
+        quantised |= {name for name in self.model_tensors if name.endswith(f".{BLOCKS}")}
         floats = ((name, read()) for name, read in self.model_tensors.items() if name not in quantised)
         for name, tensor in chain(self.generate_extra_tensors(), floats):
             for new_name, changed in self._rename(name, tensor.float()):
                 self._add(new_name, *_convert(new_name, changed.numpy(), self._kind(new_name, changed)))
+        self.keeps_blocks = has_blocks(self.dir_model)
+        if self.keeps_blocks:
+            for layer, blocks in read_blocks(self.dir_model):
+                self._add_blocks(f"{layer}.weight", blocks)
+            return
         for layer, codes in read_codes(self.dir_model):
             self._add_codes(f"{layer}.weight", codes)
 
-    def _add_codes(self, name: str, codes: Codes) -> None:
-        parts = (codes.codes, codes.scales, codes.zeros, codes.weight())
+    def _add_blocks(self, name: str, blocks: Blocks) -> None:
+        """Adds blocks as they are, at most their rows in another order."""
+        new_name, moved = self._move_rows(name, [blocks.data, blocks.weight()])
+        data = moved[0].astype(np.uint8)
+        if not np.array_equal(Blocks(data, blocks.kind).weight(), moved[1]):
+            raise CompileError(
+                f"{name}: llama.cpp changes more than the order of this layer's rows, so its blocks cannot be kept"
+            )
+        self._add(new_name, blocks.kind, data)
+
+    def _move_rows(self, name: str, parts: Iterable[np.ndarray]) -> tuple[str, list[np.ndarray]]:
+        """Returns llama.cpp's name, and `parts`, arrays over the rows of tensor `name`, in llama.cpp's order.
+
+        Raises:
+            CompileError: llama.cpp splits the tensor.
+        """
         moved = [list(self._rename(name, torch.from_numpy(part.astype(np.float32)))) for part in parts]
         if any(len(tensors) != 1 for tensors in moved):
             raise CompileError(f"{name}: llama.cpp splits this layer into several tensors, and codes cannot be split")
-        new_name = moved[0][0][0]
-        rows = [tensors[0][1].numpy() for tensors in moved]
+        return moved[0][0][0], [tensors[0][1].numpy() for tensors in moved]
+
+    def _add_codes(self, name: str, codes: Codes) -> None:
+        new_name, rows = self._move_rows(name, (codes.codes, codes.scales, codes.zeros, codes.weight()))
         reordered = Codes(rows[0].astype(np.uint8), rows[1].astype(np.float16), rows[2].astype(np.uint8), codes.bits)
         weight = reordered.weight()
         if not np.array_equal(weight, rows[3]):
@@ -265,6 +289,10 @@ class _KeepsCodes(_Converter):
                 getattr(self.gguf_writer, f"add_add_{name}_token")(False)
 
     def set_type(self) -> None:
+        if self.keeps_blocks:
+            self.ftype = gguf.LlamaFileType[f"MOSTLY_{type_of_file(self.dir_model)}"]
+            super().set_type()
+            return
         sizes = Counter(kind for kind in self.types.values() if kind is not Type.F32)
         kind = max(sizes or {Type.F32: 1}, key=lambda kind: sizes[kind])
         name = "ALL_F32" if kind is Type.F32 else f"MOSTLY_{kind.name}"

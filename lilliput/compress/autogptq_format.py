@@ -99,13 +99,26 @@ def write_checkpoint(
     settings: Mapping[str, Any],
     dtype: torch.dtype,
 ) -> None:
-    """Writes a quantised checkpoint to the folder `target`.
+    """Writes a quantised checkpoint in AutoGPTQ's format to the folder `target`; arguments as for `write_packed`."""
+    write_packed(target, model, tokenizer, packed, settings, dtype)
+    (target / "quantize_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def write_packed(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    packed: Mapping[str, Mapping[str, torch.Tensor]],
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Writes a checkpoint with packed weights to the folder `target`.
 
     Args:
-        model: its layers named in `packed` are replaced by their codes; the others are written in `dtype`.
+        model: the weights of its layers named in `packed` are left out; the other tensors are written in `dtype`.
         tokenizer: is written as well.
         packed: tensors by layer and by the end of their names.
-        settings: see `quantisation_settings`.
+        settings: `quantization_config` of config.json.
         dtype: of the float tensors.
     """
     weights = {f"{name}.weight" for name in packed}
@@ -120,7 +133,6 @@ def write_checkpoint(
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": settings}
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (target / "quantize_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _distinct(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -77,18 +77,23 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     }
 
 
-def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None:
-    """Raises StrategyError if `config.group_size` does not divide a layer's inputs, or 3 bits cannot pack a layer.
-
-    No reader opens layers whose groups or words are incomplete. A model whose weights are mostly in other modules
-    (experts) is rejected as well: it would stay in float.
-    """
+def require_linear(model: torch.nn.Module) -> None:
+    """Raises StrategyError if most weights of the decoder layers are not in linear layers."""
     weights = sum(weight.numel() for layer in decoder_layers(model) for weight in layer.parameters())  # pyright: ignore
     if 2 * sum(linear.in_features * linear.out_features for linear in linears(model).values()) < weights:
         raise StrategyError(
             "apply: most weights of the parent's decoder layers are not in linear layers (experts, for example) and "
             "would stay in float; choose a dense parent"
         )
+
+
+def require_packable(model: torch.nn.Module, config: QuantisationConfig) -> None:
+    """Raises StrategyError if `config.group_size` does not divide a layer's inputs, or 3 bits cannot pack a layer.
+
+    No reader opens layers whose groups or words are incomplete. A model whose weights are mostly in other modules
+    (experts) is rejected as well: it would stay in float.
+    """
+    require_linear(model)
     shapes = {size for linear in linears(model).values() for size in (linear.in_features, linear.out_features)}
     if 3 in config.widths and (bad := sorted(size for size in shapes if size % 32)):
         raise StrategyError(

@@ -295,6 +295,53 @@ class GptqConfig(QuantisationConfig):
         return self.mixed.choices if self.mixed else (self.bits,)
 
 
+FileType = Literal[
+    "Q2_K",
+    "Q2_K_S",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "Q4_0",
+    "Q4_1",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_0",
+    "Q5_1",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "Q8_0",
+    "IQ2_S",
+    "IQ2_M",
+    "IQ3_S",
+    "IQ3_M",
+    "IQ4_XS",
+    "IQ4_NL",
+]
+
+
+class GgmlConfig(Section):
+    """GGUF's own types, as llama.cpp's quantiser writes them: all matrices, embeddings and output included.
+
+    Attributes:
+        type: of the file, by the name that `llama-quantize` knows.
+        importance: whether rounding errors are weighted by E[x²] of each input on calibration text.
+        other_widths: layers whose width the type does not allow: `reject` the model, or `fallback` to the type that
+            llama.cpp gives them.
+    """
+
+    type: FileType = "Q4_0"
+    importance: bool = True
+    other_widths: Literal["reject", "fallback"] = "reject"
+    calibration_examples: Positive = 128
+
+    @model_validator(mode="after")
+    def _has_importance(self) -> GgmlConfig:
+        if self.type in {"Q2_K_S", "IQ2_S", "IQ2_M"} and not self.importance:
+            raise ValueError(f"`type: {self.type}` needs `importance: true`")
+        return self
+
+
 class MoeConfig(Section):
     """Converts each feed-forward layer to a mixture of experts (CMoE, arXiv 2502.04416).
 
@@ -364,6 +411,7 @@ class StrategiesConfig(Section):
     gptq: GptqConfig = GptqConfig()
     rtn: RtnConfig = RtnConfig()
     awq: AwqConfig = AwqConfig()
+    ggml: GgmlConfig = GgmlConfig()
     moe: MoeConfig = MoeConfig()
     experts: ExpertsConfig = ExpertsConfig()
 

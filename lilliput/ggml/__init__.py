@@ -1,0 +1,1 @@
+"""The types of GGUF files: llama.cpp's rules for them, its own quantiser, and checkpoints that hold their blocks."""
