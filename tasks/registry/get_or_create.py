@@ -158,28 +158,28 @@ def truncate(text: str, max_chars: int = DESCRIPTION_CHARS) -> str:
     return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
 
 
-def has_run(client: MlflowClient, version: ModelVersion) -> bool:
-    """Whether the run of `version` exists, deleted or not."""
-    return version.run_id is not None and _find_run(client, version.run_id) is not None
-
-
 def active_run_id(client: MlflowClient, version: str) -> str:
     """Returns the id of the run of `version`; restores the run if it was deleted.
 
     Raises:
         RegistryError: the run was removed permanently.
     """
-    run_id = client.get_model_version(MODEL, version).run_id
-    run = _find_run(client, run_id) if run_id else None
+    run = find_active_run(client, client.get_model_version(MODEL, version))
     if run is None:
         raise RegistryError(
             f"MLflow at {tracking_uri()} has no run for version {version} of {MODEL}: it was removed permanently. "
             "`dvc repro -f -s register promote` registers the candidate again"
         )
-    if run.info.lifecycle_stage == LifecycleStage.DELETED:
-        client.restore_run(run.info.run_id)
-        _print_note(f"the run of version {version} of {MODEL} was deleted, and is restored")
     return run.info.run_id
+
+
+def find_active_run(client: MlflowClient, version: ModelVersion) -> Run | None:
+    """Returns the run of `version`; restores the run if it was deleted. None if it was removed permanently."""
+    run = _find_run(client, version.run_id) if version.run_id else None
+    if run and run.info.lifecycle_stage == LifecycleStage.DELETED:
+        client.restore_run(run.info.run_id)
+        _print_note(f"the run of version {version.version} of {MODEL} was deleted, and is restored")
+    return run
 
 
 def _find_run(client: MlflowClient, run_id: str) -> Run | None:

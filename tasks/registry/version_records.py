@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from lilliput.artifacts import parse_record, write_text
 from lilliput.errors import ArtifactError
 from lilliput.records import Record
 from tasks.registry import former_tags, model_versions
-from tasks.registry.get_or_create import MODEL, active_run_id, has_run
+from tasks.registry.get_or_create import MODEL, active_run_id, find_active_run
 from tasks.registry.moved import local_path
 
 VERSION = "version.json"
@@ -113,7 +115,8 @@ def find_version_record(version: ModelVersion) -> VersionRecord | None:
     Raises:
         ArtifactError: it is damaged.
     """
-    if (text := model_versions.find_artifact(version.run_id, VERSION)) is not None:
+    artifacts = _artifacts_of(version)
+    if artifacts and (text := artifacts.find(VERSION)) is not None:
         return parse_record(VersionRecord, text, *_place_and_remedy(version, VERSION))
     former = former_tags.version_record(version.tags)
     return VersionRecord.model_validate(former, strict=False) if former else None
@@ -121,7 +124,7 @@ def find_version_record(version: ModelVersion) -> VersionRecord | None:
 
 def write_version_record(run_id: str, record: VersionRecord) -> None:
     """Writes the record of the version of a run."""
-    _write(run_id, VERSION, record)
+    _artifacts(model_versions.client().get_run(run_id)).write(VERSION, record)
 
 
 def update_version_record(number: str, record: VersionRecord) -> None:
@@ -144,8 +147,9 @@ def read_roles(version: ModelVersion) -> dict[str, Role]:
     former = {
         device: Role.model_validate(role, strict=False) for device, role in former_tags.roles(version.tags).items()
     }
-    files = model_versions.list_artifacts(version.run_id, ROLES)
-    return former | {Path(file).stem: _read_role(version, file) for file in files}
+    artifacts = _artifacts_of(version)
+    files = artifacts.list(ROLES) if artifacts else []
+    return former | {Path(file).stem: _read_role(version, artifacts, file) for file in files if artifacts}
 
 
 def update_role(number: str, device: str, **changes: Any) -> None:
@@ -155,32 +159,60 @@ def update_role(number: str, device: str, **changes: Any) -> None:
     candidate has this version, no decision reads its role.
     """
     version = model_versions.client().get_model_version(MODEL, number)
-    if not has_run(model_versions.client(), version):
+    if (run := find_active_run(model_versions.client(), version)) is None:
         print(f"version {number} of {MODEL} has lost its run; its role on {device} is not recorded", file=sys.stderr)
         return
-    run_id = active_run_id(model_versions.client(), number)
-    file, former = f"{ROLES}/{device}.json", former_tags.names_of_role(version.tags, device)
-    before = read_roles(version).get(device, Role())
+    artifacts, file = _artifacts(run), f"{ROLES}/{device}.json"
+    former = former_tags.names_of_role(version.tags, device)
+    before = _read_role(version, artifacts, file)
     after = before.model_copy(update=changes)
     if former or after != before:
-        _write(run_id, file, after)
+        artifacts.write(file, after)
         _remove_tags(version, former)
 
 
-def _read_role(version: ModelVersion, file: str) -> Role:
-    text = model_versions.find_artifact(version.run_id, file)
-    return Role() if text is None else parse_record(Role, text, *_place_and_remedy(version, file))
+def _read_role(version: ModelVersion, artifacts: _Artifacts, file: str) -> Role:
+    if (text := artifacts.find(file)) is not None:
+        return parse_record(Role, text, *_place_and_remedy(version, file))
+    former = former_tags.roles(version.tags).get(Path(file).stem, {})
+    return Role.model_validate(former, strict=False)
 
 
-def _write(run_id: str, file: str, record: Record) -> None:
-    """Writes an artifact; atomically if the store is on this file system, as a server does."""
-    client = model_versions.client()
-    text = json.dumps(record.as_json(), indent=2, ensure_ascii=False) + "\n"
-    store = local_path(client.get_run(run_id).info.artifact_uri)
-    if store is None:
-        client.log_text(run_id, text, file)
-    else:
-        write_text(store / file, text)
+@dataclass(frozen=True)
+class _Artifacts:
+    """The artifacts of a run. `folder` is None if the store is not on this file system."""
+
+    run_id: str
+    folder: Path | None
+
+    def list(self, place: str) -> list[str]:
+        if self.folder is None:
+            return model_versions.list_artifacts(self.run_id, place)
+        return [f"{place}/{path.name}" for path in sorted((self.folder / place).glob("*.json"))]
+
+    def find(self, file: str) -> str | None:
+        if self.folder is None:
+            return model_versions.find_artifact(self.run_id, file)
+        path = self.folder / file
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def write(self, file: str, record: Record) -> None:
+        """Replaces the file as a whole, as a server does too."""
+        text = json.dumps(record.as_json(), indent=2, ensure_ascii=False) + "\n"
+        if self.folder is None:
+            model_versions.client().log_text(self.run_id, text, file)
+        else:
+            write_text(self.folder / file, text)
+
+
+def _artifacts(run: Run) -> _Artifacts:
+    return _Artifacts(run.info.run_id, local_path(run.info.artifact_uri))
+
+
+def _artifacts_of(version: ModelVersion) -> _Artifacts | None:
+    """Returns the artifacts of `version`; None if its run was removed permanently."""
+    run = find_active_run(model_versions.client(), version)
+    return _artifacts(run) if run else None
 
 
 def _remove_tags(version: ModelVersion, names: list[str]) -> None:
