@@ -249,7 +249,7 @@ def matrices_of_shape(config: Any, head_dim: int) -> list[Matrix]:
         head_dim: channels of an attention head.
     """
     hidden = config.hidden_size
-    widths = dict.fromkeys((Part.QUERY, Part.KEY, Part.VALUE, Part.GATE, Part.UP), hidden)
+    widths: dict[Part, int] = dict.fromkeys((Part.QUERY, Part.KEY, Part.VALUE, Part.GATE, Part.UP), hidden)
     widths |= {Part.ATTENTION_OUTPUT: config.num_attention_heads * head_dim}
     widths |= {Part.DOWN: getattr(config, "intermediate_size", None) or hidden}
     layers = range(config.num_hidden_layers)
