@@ -22,7 +22,6 @@ from lilliput.config import (
     Params,
     PruneConfig,
     QuantisationConfig,
-    Section,
     SparseConfig,
     SparsifyConfig,
     TrainingConfig,
@@ -30,7 +29,8 @@ from lilliput.config import (
 from lilliput.config.strategies import is_external_teacher
 from lilliput.errors import ConfigError, StrategyError
 from lilliput.ggml.rules import describe_decoder, matrices_of_shape, problem
-from lilliput.shape import GROUP_SIZES, expert_numbers, fitting_group_sizes, head_dim, linear_inputs, pruned
+from lilliput.shape import expert_numbers, fitting_group_sizes, head_dim, linear_inputs, pruned
+from lilliput.target_rules import unsupported_by
 
 ROOT = "source"
 _HARDWARE = {
@@ -249,28 +249,7 @@ def _unsupported(params: Params, spec: GgufTarget | OnnxTarget | AutogptqTarget)
         return "ONNX Runtime's builder does not take mixtures of experts; compile it for gguf"
     if isinstance(config, LoraConfig) and not config.merge:
         return "its LoRA adapter is separate (merge: false) and would be missing; set merge: true"
-    return _unsupported_by(config, spec)
-
-
-def _unsupported_by(config: Section, spec: GgufTarget | OnnxTarget | AutogptqTarget) -> str | None:
-    """Returns why the target cannot hold the result of `config`; None if it can."""
-    if isinstance(config, GgmlConfig):
-        return None if isinstance(spec, GgufTarget) else "only GGUF holds the types that ggml writes; set target: gguf"
-    if not isinstance(config, QuantisationConfig):
-        return "only a quantised candidate has AutoGPTQ's format" if isinstance(spec, AutogptqTarget) else None
-    if isinstance(config, GptqConfig) and config.act_order and not isinstance(spec, AutogptqTarget):
-        return "with act_order: true neighbouring weights share no scale, which this target needs; set it to false"
-    if isinstance(spec, OnnxTarget) and (len(config.widths) > 1 or config.bits not in {4, 8}):
-        return "ONNX Runtime's builder takes 4 or 8 bits, and the same for all layers"
-    if isinstance(spec, GgufTarget):
-        if config.group_size % 32:
-            return (
-                f"group_size {config.group_size}: must be a multiple of GGUF's blocks of 32 weights; choose "
-                f"{', '.join(str(size) for size in GROUP_SIZES if not size % 32)}"
-            )
-        if 8 in config.widths and not config.symmetric:
-            return "GGUF has no type for 8-bit codes with a zero point; set symmetric: true"
-    return None
+    return unsupported_by(config, spec)
 
 
 def compiled_by_default(params: Params) -> dict[str, GgufTarget]:
@@ -291,7 +270,7 @@ def _group_size_remedy(params: Params, name: str, config: QuantisationConfig, si
     fitting = [
         size
         for size in fitting_group_sizes(sizes)
-        if not any(_unsupported_by(config.model_copy(update={"group_size": size}), spec) for spec in targets)
+        if not any(unsupported_by(config.model_copy(update={"group_size": size}), spec) for spec in targets)
     ]
     if fitting:
         return f"choose {', '.join(map(str, fitting))}"

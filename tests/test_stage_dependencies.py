@@ -36,6 +36,7 @@ EXEMPT = {
     "lilliput.redaction": "messages",
     "lilliput.resident": "reads memory and returns it to the system",
     "lilliput.supported_sources": "accepts or rejects files",
+    "lilliput.target_rules": "accepts or rejects settings",
     "lilliput.untrusted": "accepts or rejects files",
     "lilliput.wheels": "fetches files that are named by their sha256",
     "tasks.layout": "paths",

@@ -21,6 +21,16 @@ from lilliput.config.evaluation import (
 )
 from lilliput.config.inputs import BUILT_IN, DataConfig, SourceConfig, SynthesiseConfig, TrainOn, is_hub, is_moving
 from lilliput.config.params import Params
+from lilliput.config.quantisation import (
+    AwqConfig,
+    Bits,
+    FileType,
+    GgmlConfig,
+    GptqConfig,
+    MixedConfig,
+    QuantisationConfig,
+    RtnConfig,
+)
 from lilliput.config.reading import read_section, read_settings, read_yaml, validate
 from lilliput.config.section import Model, Name, NotNegative, Positive, PositiveFloat, Section, Share, WheelPin
 from lilliput.config.serving import (
@@ -38,23 +48,15 @@ from lilliput.config.shorthand import DEFAULT_RECIPE, RECIPES, expanded
 from lilliput.config.strategies import (
     BFLOAT16,
     QLORA,
-    AwqConfig,
-    Bits,
     CandidateConfig,
     DistillConfig,
     ExpertsConfig,
-    FileType,
-    GgmlConfig,
-    GptqConfig,
     LoadConfig,
     LoraConfig,
-    MixedConfig,
     MoeConfig,
     PruneAmount,
     PruneConfig,
-    QuantisationConfig,
     RehearsalShape,
-    RtnConfig,
     SparseConfig,
     SparsifyConfig,
     StrategiesConfig,

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from lilliput.codes import _pack_bits, _unpack_bits, has_codes, read_codes
 from lilliput.errors import ArtifactError, CompileError
-from lilliput.models import open_codes, open_model, open_with_gptqmodel
+from lilliput.foreign_gptq import open_with_gptqmodel
+from lilliput.models import open_codes, open_model
 
 
 @given(
