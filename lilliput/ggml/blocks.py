@@ -10,14 +10,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGMLQuantizationType as Type
-from gguf.quants import dequantize
 from safetensors import safe_open
 
 from lilliput.errors import ArtifactError
+
+if TYPE_CHECKING:  # a slow import, which few checkpoints need
+    from gguf import GGMLQuantizationType as Type
 
 METHOD, PART = "ggml", "blocks"
 
@@ -36,6 +37,8 @@ class Blocks:
 
     def weight(self) -> np.ndarray:
         """Returns the weights that the blocks stand for, float32 (outputs, inputs): those of llama.cpp, to the bit."""
+        from gguf.quants import dequantize
+
         return dequantize(self.data, self.kind)
 
 
@@ -76,6 +79,8 @@ def read_blocks(directory: Path) -> Iterator[tuple[str, Blocks]]:
 
 
 def _kind(directory: Path, layer: str, name: Any) -> Type:
+    from gguf import GGMLQuantizationType as Type
+
     try:
         return Type[name]
     except KeyError:

@@ -33,7 +33,7 @@ _PREFERRED_FORMS = ("gguf", "onnx")
 # Of Lilliput's code, which is stored beside the model, to open and ask it.
 REQUIREMENTS = (
     *("mlflow", "torch", "transformers", "xllamacpp", "onnxruntime-genai", "safetensors", "peft", "numpy"),
-    *("pydantic", "ruamel.yaml", "jinja2", "jsonschema_rs", "httpx", "psutil", "tqdm"),
+    *("pydantic", "ruamel.yaml", "jinja2", "jsonschema_rs", "httpx", "psutil", "tqdm", "gguf"),
 )
 _EXAMPLE = ["What is the capital of Peru?"]
 _CODE = Path(lilliput.__file__).parent

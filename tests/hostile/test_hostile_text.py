@@ -221,7 +221,7 @@ def test_damaged_routers(count, tmp_path, tiny_params):
     from lilliput.config import ServingConfig
 
     raw = YAML(typ="safe").load((PROJECT / "params.yaml").read_text())["serving"]["phone-4gb"]
-    serving = validate(ServingConfig, raw, "params.yaml")
+    serving = validate(ServingConfig, raw | {"policy": "learned"}, "params.yaml")
     fitted = {"mean": [0.0], "scale": [1.0], "weights": [[0.1]] * 4, "bias": [0.0] * 4}
     look = {"fitted": fitted, "links": {"wifi": {"points": [], "server_accuracy": 0.5, "server_hallucination": 0.1}}}
     whole = {"pair": ["d", "s"], "embedder_sha256": "e" * 64, "looks": {"before": look, "after": look}}
