@@ -18,8 +18,15 @@ from tests.flows.conftest import Clone, copy_project
 
 DOWN_S = 60
 RENEWAL_S = 240  # Prefect renews the lease of a deployment's concurrency limit after 225 s, which would fail
+# A flow looks at `source` and `data`; `first` and `second` wait.
 GRAPH = """\
 stages:
+  source:
+    cmd: python -c "open('source.txt', 'w').write('source')"
+    outs: [source.txt]
+  data:
+    cmd: python -c "open('data.txt', 'w').write('data')"
+    outs: [data.txt]
   first:
     cmd: python stage.py first
     outs: [first.txt]
