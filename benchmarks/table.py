@@ -21,6 +21,7 @@ ORDER = (
     "overhead",
     "scoring",
     "decode",
+    "arm",
     "gateway",
     "routing",
     "routellm",
