@@ -90,7 +90,7 @@ def test_a_screen_reader_finds_landmarks_tables_and_pictures_by_name(page):
         assert len(of_role(page, landmark)) == 1, landmark
     assert {"Promoted", "Four metrics", "Four metrics of every candidate"} <= set(of_role(page, "region"))
     tables, pictures = of_role(page, "table"), of_role(page, "image")
-    assert len(tables) == 16
+    assert len(tables) == 17
     assert all(tables)
     charts = [name for name in of_role(page, "group") if "." in name]  # a sentence, not a title alone
     points = [name for name in pictures if name.startswith(("base: ", "lora: ", "pocket: ", "gptq: "))]
